@@ -1,0 +1,48 @@
+"""Heals replicas: moves a healthy replica's state into a recovering one's own tensors.
+
+``ft_transport.PGTransport`` is a ``CheckpointTransport`` for torchft; ``ft_transport.distributed`` has the same
+for a plain ``torch.distributed`` group, without torchft.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ft_transport._version import __version__
+from ft_transport.errors import (
+    LocalProtocolError,
+    PeerFailure,
+    ProtocolError,
+    RemoteProtocolError,
+    TornStateError,
+    TransferError,
+    TransferTimeout,
+)
+from ft_transport.report import PeerReport, Progress, TransferReport
+
+if TYPE_CHECKING:
+    from ft_transport.transport import PGTransport
+
+__all__ = [
+    "LocalProtocolError",
+    "PGTransport",
+    "PeerFailure",
+    "PeerReport",
+    "Progress",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "TornStateError",
+    "TransferError",
+    "TransferReport",
+    "TransferTimeout",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # ft_transport.distributed is for those without torchft, so torchft is imported only when it is asked for.
+    if name == "PGTransport":
+        from ft_transport.transport import PGTransport
+
+        return PGTransport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,161 @@
+"""How messages reach one peer. The only user of p2p calls and of ``Work``.
+
+Strategy: a peer that dies in the middle of a large message does not wake whoever waits for that message, and a
+wait that expires closes every pair of a gloo group. So nobody waits for a large message: each is followed by a
+small one in the same direction, and only small ones are waited for. A small one is pending when the peer dies,
+and a pending operation raises at once. Messages of one direction arrive in order; once the small one is there,
+so are the large ones before it.
+
+Foreign exceptions are translated here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+
+from ft_transport._deadline import MIN_WAIT, Deadline
+from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
+
+__all__ = ["Channel", "GroupChannel", "Pending"]
+
+# A tag that no transfer reaches: its receive never completes.
+_NEVER = (1 << 30) - 1
+
+
+class Pending:
+    """One posted operation. Holds its tensor and its ``Work`` until it was waited for or dropped."""
+
+    __slots__ = ("tensor", "work")
+
+    def __init__(self, work: Any, tensor: torch.Tensor) -> None:
+        self.work = work
+        self.tensor: torch.Tensor | None = tensor
+
+    def drop(self) -> None:
+        """Let go of work and tensor, so that nobody who keeps this object keeps them."""
+        self.work = None
+        self.tensor = None
+
+
+class Channel(Protocol):
+    """One peer, two directions, messages in order. Tensors are flat, contiguous uint8 or int64.
+
+    Attributes:
+        peer_rank: Rank of the peer.
+        nbytes_wire: Bytes posted so far in both directions.
+        broken: Whether the group behind the channel must be configured anew before its next use.
+    """
+
+    peer_rank: int
+    nbytes_wire: int
+    broken: bool
+
+    def send(self, tensor: torch.Tensor, tag: int) -> Pending:
+        """Post a send; the tensor must not change until the operation was waited for."""
+        ...
+
+    def recv(self, tensor: torch.Tensor, tag: int) -> Pending:
+        """Post a receive of exactly this many bytes."""
+        ...
+
+    def wait(self, pending: Pending, deadline: Deadline) -> None:
+        """Wait for one posted operation; each exactly once.
+
+        Raises:
+            TransferTimeout: The deadline passed. The channel, and its whole group, are broken now.
+            PeerFailure: The peer, or the channel to it, is gone.
+        """
+        ...
+
+    def drop(self) -> None:
+        """Let go of every operation that is still posted."""
+        ...
+
+    def abort(self) -> None:
+        """Break the channel, so that nothing posted can touch memory any more and the peer learns of it."""
+        ...
+
+
+class GroupChannel:
+    """A channel over a process group: torchft's, or one of torch.distributed.
+
+    Args:
+        pg: The group.
+        peer_rank: Rank of the peer in it.
+        device: Where control messages live.
+        lock: Held during every call into the group, where a group cannot take calls from several threads.
+    """
+
+    def __init__(
+        self, pg: Any, peer_rank: int, device: torch.device, lock: threading.Lock | None = None
+    ) -> None:
+        self.peer_rank = peer_rank
+        self.nbytes_wire = 0
+        self.broken = False
+        self._pg = pg
+        self._device = device
+        self._lock: Any = lock or contextlib.nullcontext()
+        self._posted: list[Pending] = []
+
+    def send(self, tensor: torch.Tensor, tag: int) -> Pending:
+        return self._post("send", tensor, tag)
+
+    def recv(self, tensor: torch.Tensor, tag: int) -> Pending:
+        return self._post("recv", tensor, tag)
+
+    def _post(self, operation: str, tensor: torch.Tensor, tag: int) -> Pending:
+        try:
+            with self._lock:
+                work = getattr(self._pg, operation)([tensor], self.peer_rank, tag=tag)
+        except Exception as exc:
+            raise self._translate(exc, None) from None
+        pending = Pending(work, tensor)
+        self._posted.append(pending)
+        self.nbytes_wire += tensor.numel() * tensor.element_size()
+        return pending
+
+    def wait(self, pending: Pending, deadline: Deadline) -> None:
+        self._posted.remove(pending)
+        try:
+            with self._lock:
+                pending.work.wait(deadline.remaining())
+        except Exception as exc:
+            # "from None", and the work dropped: an exception that somebody keeps would keep the group.
+            raise self._translate(exc, deadline) from None
+        finally:
+            pending.drop()
+
+    def _translate(self, exc: Exception, deadline: Deadline | None) -> TransferError:
+        text = f"{type(exc).__name__}: {exc}".splitlines()[0]
+        if deadline is not None and (deadline.expired() or "imed out waiting" in text):
+            self.broken = True
+            return TransferTimeout(f"timed out after {deadline.timeout.total_seconds():g} s")
+        if "pair closure" in text or isinstance(exc, TimeoutError) or "imed out" in text:
+            self.broken = True
+            return PeerFailure(
+                "the process group is no longer usable, a wait on it has timed out; it must be configured anew "
+                f"({text})",
+                peer_rank=self.peer_rank,
+            )
+        return PeerFailure(f"the channel broke: {text}", peer_rank=self.peer_rank)
+
+    def drop(self) -> None:
+        for pending in self._posted:
+            pending.drop()
+        self._posted.clear()
+
+    def abort(self) -> None:
+        self.broken = True
+        try:
+            with self._lock:
+                # The shortest wait that gloo does not take for "none": when it expires, every pair closes.
+                never = torch.empty(1, dtype=torch.int64, device=self._device)
+                self._pg.recv([never], self.peer_rank, tag=_NEVER).wait(max(MIN_WAIT, timedelta(milliseconds=1)))
+        except Exception:
+            pass  # it was meant to fail
+        self.drop()

@@ -1,0 +1,368 @@
+"""How a manifest becomes bytes, and is read back without trust.
+
+Strategy: a frame is a fixed header and one msgpack value made of nil, booleans, integers, floats, strings,
+binary and arrays; nothing in it can name code. Plain values of other types are tagged arrays, each built by a
+line of :data:`_DECODE`. A value of a class that is not listed here is pickled by ``torch.save``, and read by
+``torch.load(weights_only=True)``, whose allow-list (``torch.serialization.add_safe_globals``) decides. Whatever
+is wrong with a frame is a :class:`RemoteProtocolError`.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import sys
+from collections.abc import Callable, Hashable
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import msgpack
+import torch
+
+from ft_transport._layout import Limits
+from ft_transport._leaves import KINDS, dtype_name
+from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, extent, merge
+from ft_transport._tree import LEAF, Node, Path, format_path
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
+
+__all__ = ["MAX_FRAME_BYTES", "Frame", "Header", "decode_frame", "decode_manifest", "encode_frame", "encode_manifest"]
+
+MAGIC = b"FTCT"
+VERSION = 1
+_HEADER = struct.Struct("<4sBB2x")
+
+# Bounds what a peer can make us allocate for a frame. A leaf takes some 40 bytes, so this is room for millions.
+MAX_FRAME_BYTES = 256 << 20
+# Bounds a message and with it a bucket; above 1 GiB a message gains nothing.
+MAX_MESSAGE_BYTES = 1 << 30
+
+
+class Frame(IntEnum):
+    """What a frame is for."""
+
+    MANIFEST = 1
+    READY = 2
+    REFUSE = 3
+    DIGESTS = 4
+    DONE = 5
+    FAILED = 6
+
+
+class Header(NamedTuple):
+    """What both sides must agree on before anything else.
+
+    Attributes:
+        step: Step of the state, None where the API has none.
+        limits: How the source cuts messages.
+        digest: Algorithm of the messages' digests, empty for none.
+    """
+
+    step: int | None
+    limits: Limits
+    digest: str
+
+
+def encode_frame(kind: Frame, body: object) -> bytes:
+    """Header and msgpack of ``body``."""
+    packed: bytes = msgpack.packb(body, use_bin_type=True, unicode_errors="surrogatepass")
+    return _HEADER.pack(MAGIC, VERSION, kind) + packed
+
+
+def decode_frame(data: bytes) -> tuple[Frame, Any]:
+    """Kind and body of a frame.
+
+    Raises:
+        RemoteProtocolError: The bytes are not a frame of this version.
+    """
+    if len(data) < _HEADER.size:
+        raise RemoteProtocolError(f"expected a frame of at least {_HEADER.size} bytes, got {len(data)}")
+    magic, version, kind = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise RemoteProtocolError(f"expected magic {MAGIC!r}, got {magic!r}: the peer is no ft_transport")
+    if version != VERSION:
+        raise RemoteProtocolError(f"expected version {VERSION} of the wire, got {version}")
+    try:
+        body = msgpack.unpackb(
+            memoryview(data)[_HEADER.size :],
+            raw=False,
+            use_list=True,
+            unicode_errors="surrogatepass",
+            strict_map_key=True,
+        )
+        return Frame(kind), body
+    except (ValueError, RecursionError, msgpack.UnpackException) as exc:
+        raise RemoteProtocolError(f"damaged frame: {exc}") from exc
+
+
+# -------------------------------------------------------------------------------------------- values
+#
+# nil, bool, int of 64 bits, float, str and bytes are themselves; all else is an array [tag, …].
+
+_DTYPES: dict[str, torch.dtype] = {
+    dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)
+}
+
+
+def _encode_value(value: object) -> Any:
+    cls = type(value)
+    if value is None or cls in (bool, float, str, bytes):
+        return value
+    if cls is int:
+        assert isinstance(value, int)
+        return value if -(1 << 63) <= value < 1 << 64 else ["int", str(value)]
+    encode = _ENCODE.get(cls)
+    return encode(value) if encode is not None else ["object", _pickle(value)]
+
+
+_ENCODE: dict[type, Callable[[Any], list[Any]]] = {
+    tuple: lambda v: ["tuple", *map(_encode_value, v)],
+    list: lambda v: ["list", *map(_encode_value, v)],
+    frozenset: lambda v: ["frozenset", *map(_encode_value, v)],
+    set: lambda v: ["set", *map(_encode_value, v)],
+    dict: lambda v: ["dict", *(_encode_value(item) for pair in v.items() for item in pair)],
+    bytearray: lambda v: ["bytearray", bytes(v)],
+    complex: lambda v: ["complex", v.real, v.imag],
+    slice: lambda v: ["slice", *map(_encode_value, (v.start, v.stop, v.step))],
+    range: lambda v: ["range", v.start, v.stop, v.step],
+    torch.dtype: lambda v: ["dtype", dtype_name(v)],
+    torch.device: lambda v: ["device", str(v)],
+    type(...): lambda v: ["ellipsis"],
+}
+
+_DECODE: dict[str, Callable[[list[Any]], Any]] = {
+    "int": lambda args: _big_int(*args),
+    "tuple": lambda args: tuple(map(_decode_value, args)),
+    "list": lambda args: list(map(_decode_value, args)),
+    "frozenset": lambda args: frozenset(map(_decode_value, args)),
+    "set": lambda args: set(map(_decode_value, args)),
+    "dict": lambda args: dict(zip(*[map(_decode_value, args)] * 2, strict=True)),
+    "bytearray": lambda args: bytearray(_expect(bytes, *args)),
+    "complex": lambda args: complex(_expect(float, args[0]), _expect(float, args[1])),
+    "slice": lambda args: slice(*map(_decode_value, args)),
+    "range": lambda args: range(*(_expect(int, arg) for arg in args)),
+    "dtype": lambda args: _DTYPES[_expect(str, *args)],
+    "device": lambda args: torch.device(_expect(str, *args)),
+    "ellipsis": lambda args: ...,
+    "object": lambda args: _unpickle(_expect(bytes, *args)),
+}
+
+
+def _decode_value(data: Any) -> Any:
+    if not isinstance(data, list):
+        return data
+    return _DECODE[_expect(str, data[0])](data[1:])
+
+
+def _expect(cls: type, value: Any) -> Any:
+    # bool is an int to isinstance, but True is not a size.
+    if type(value) is not cls:
+        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+    return value
+
+
+def _big_int(text: object) -> int:
+    digits = _expect(str, text)
+    # Python's own bound on this conversion, which is quadratic in the number of digits.
+    if len(digits) > 4300:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _pickle(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _unpickle(data: bytes) -> object:
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+# ------------------------------------------------------------------------------------------ manifest
+
+
+def encode_manifest(manifest: Manifest, header: Header) -> bytes:
+    """The MANIFEST frame.
+
+    Raises:
+        LocalProtocolError: A plain value or a key cannot be encoded; every such path is named.
+    """
+    refused: list[str] = []
+    leaves = []
+    for index, leaf in enumerate(manifest.leaves):
+        try:
+            leaves.append(_encode_leaf(leaf))
+        except Exception as exc:  # pickling runs the classes' own code, which may raise anything
+            path, what = format_path(manifest.paths[index]), type(leaf.context).__qualname__
+            refused.append(f"{path}: a value of class {what} cannot be encoded: {exc}")
+    if refused:
+        raise LocalProtocolError("; ".join(refused), phase="describe")
+    body = [
+        [header.step, list(header.limits), header.digest],
+        [_encode_node(node) for node in manifest.nodes],
+        leaves,
+        [list(storage) for storage in manifest.storages],
+    ]
+    return encode_frame(Frame.MANIFEST, body)
+
+
+def _encode_leaf(leaf: Leaf) -> list[Any]:
+    if leaf.kind == "value":
+        return [_encode_value(leaf.context)]
+    views = [
+        [view.storage, dtype_name(view.dtype), list(view.shape), list(view.stride), view.offset] for view in leaf.views
+    ]
+    return [leaf.kind, views, leaf.context]
+
+
+def _encode_node(node: Node) -> Any:
+    if node.kind == "leaf":
+        return None
+    extra = node.extra
+    if node.kind == "namedtuple" or (node.kind == "defaultdict" and extra is not None):
+        extra = f"{extra.__module__}:{extra.__qualname__}"
+    return [node.kind, node.num_children, [_encode_value(key) for key in node.keys], node.num_attrs, extra]
+
+
+def decode_manifest(body: Any) -> tuple[Manifest, Header]:
+    """Read the body of a MANIFEST frame; every number in it is checked before it is used.
+
+    Raises:
+        RemoteProtocolError: The body describes no state, names a class that is not allowed, or lies about sizes.
+    """
+    try:
+        (step, limits, digest), nodes, leaves, storages = body
+        header = Header(step if step is None else _expect(int, step), _decode_limits(limits), _expect(str, digest))
+        tree = [_decode_node(node) for node in nodes]
+        paths = list(_paths(tree))
+        if len(leaves) != len(paths):
+            raise ValueError(f"expected {len(paths)} leaves, got {len(leaves)}")
+        decoded = [_decode_leaf(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        manifest = Manifest(tree, paths, decoded, [_decode_storage(storage) for storage in storages])
+        _check_bounds(manifest)
+        return manifest, header
+    except RemoteProtocolError:
+        raise
+    except Exception as exc:
+        raise RemoteProtocolError(f"damaged manifest: {type(exc).__name__}: {exc}", phase="agree") from exc
+
+
+def _decode_limits(data: Any) -> Limits:
+    limits = Limits(*(_expect(int, value) for value in data))
+    if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or limits.pack_below < 0 or limits.pack_from < 1:
+        raise ValueError(f"limits out of range: {limits}")
+    return limits
+
+
+def _decode_node(data: Any) -> Node:
+    if data is None:
+        return LEAF
+    kind, num_children, keys, num_attrs, extra = data
+    decoded: tuple[Hashable, ...] = tuple(map(_decode_value, keys))
+    if not 0 <= _expect(int, num_attrs) <= _expect(int, num_children):
+        raise ValueError(f"{num_attrs} attributes among {num_children} children")
+    mapping = kind in ("dict", "OrderedDict", "defaultdict")
+    if len(decoded) != (num_children if mapping else 0) or len(set(decoded)) != len(decoded):
+        raise ValueError(f"{kind} of {num_children} children has {len(set(decoded))} distinct keys")
+    if num_attrs and kind not in ("OrderedDict", "defaultdict"):
+        raise ValueError(f"{kind} has no attributes")
+    if any(not isinstance(key, str) or key.startswith("__") for key in decoded[num_children - num_attrs :]):
+        raise ValueError("name of an attribute out of range")
+    if extra is not None:
+        extra = _decode_extra(kind, extra)
+    return Node(_expect(str, kind), num_children, decoded, num_attrs, extra)
+
+
+def _decode_extra(kind: str, extra: Any) -> Any:
+    if kind == "deque":
+        return _expect(int, extra)
+    cls = _allowed_classes().get(_expect(str, extra))
+    if cls is None:
+        module, _, name = extra.partition(":")
+        raise RemoteProtocolError(
+            f"class {module}.{name} of a {kind} is not allowed; if you trust it, call "
+            f"torch.serialization.add_safe_globals([{name}]) on the receiver",
+            phase="agree",
+        )
+    return cls
+
+
+def _allowed_classes() -> dict[str, Any]:
+    allowed = [int, float, complex, str, bytes, bool, list, dict, set, tuple]
+    entries = [entry[0] if isinstance(entry, tuple) else entry for entry in torch.serialization.get_safe_globals()]
+    return {f"{cls.__module__}:{cls.__qualname__}": cls for cls in (*allowed, *entries) if isinstance(cls, type)}
+
+
+def _paths(nodes: list[Node]) -> Any:
+    """The path of each leaf of a preorder, which must be exactly one tree."""
+    open_nodes: list[tuple[Path, list[Hashable]]] = [((), [None])]
+    for depth, node in enumerate(nodes):
+        while open_nodes and not open_nodes[-1][1]:
+            open_nodes.pop()
+        if not open_nodes:
+            raise ValueError("nodes after the end of the tree")
+        path, keys = open_nodes[-1]
+        key = keys.pop()
+        path = path if depth == 0 else (*path, key)
+        if node.kind == "leaf":
+            yield path
+            continue
+        if node.num_children > len(nodes):
+            raise ValueError(f"a node of {node.num_children} children among {len(nodes)} nodes")
+        names = node.keys or getattr(node.extra, "_fields", None) or range(node.num_children)
+        if len(names) != node.num_children:
+            raise ValueError(f"{node.kind} of {len(names)} fields has {node.num_children} children")
+        open_nodes.append((path, list(reversed(names))))
+    if any(keys for _, keys in open_nodes):
+        raise ValueError("the tree ends early")
+
+
+def _decode_leaf(path: Path, data: Any) -> Leaf:
+    try:
+        if len(data) == 1:
+            return Leaf("value", (), _decode_value(data[0]))
+        kind, views, context = data
+        if kind not in KINDS:
+            raise ValueError(f"unknown kind of leaf {kind!r}")
+        return Leaf(kind, tuple(_decode_view(*view) for view in views), context)
+    except Exception as exc:
+        raise RemoteProtocolError(f"{format_path(path)}: {exc}", phase="agree") from exc
+
+
+def _decode_view(storage: Any, dtype: Any, shape: Any, stride: Any, offset: Any) -> View:
+    for number in (storage, offset, *shape, *stride):
+        _expect(int, number)
+    if min((offset, *shape, *stride), default=0) < 0 or len(shape) != len(stride):
+        raise ValueError(f"sizes out of range: shape {shape}, stride {stride}, offset {offset}")
+    if (storage < 0) != (0 in shape):
+        raise ValueError(f"shape {shape} in storage {storage}")
+    # Even a view without elements is made by torch, whose sizes are 64 bits.
+    if math.prod(max(size, 1) for size in shape) * 16 > sys.maxsize:
+        raise ValueError(f"shape out of range: {shape}")
+    return View(storage, _DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride), offset)
+
+
+def _decode_storage(data: Any) -> Storage:
+    nbytes, device_type = data
+    if not 0 <= _expect(int, nbytes) <= sys.maxsize:
+        raise ValueError(f"a storage of {nbytes} bytes")
+    return Storage(nbytes, _expect(str, device_type))
+
+
+def _check_bounds(manifest: Manifest) -> None:
+    """Every view lies in its storage, and every storage is no larger than what its views refer to."""
+    extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
+    for path, leaf in zip(manifest.paths, manifest.leaves, strict=True):
+        for view in leaf.views:
+            if view.storage >= len(extents):
+                raise ValueError(f"{format_path(path)}: storage {view.storage} of {len(extents)}")
+            if view.storage >= 0:
+                begin, end = extent(view)
+                if end > manifest.storages[view.storage].nbytes:
+                    raise ValueError(f"{format_path(path)}: bytes {begin} to {end} are outside of its storage")
+                extents[view.storage].append((begin, end))
+    for storage, found in zip(manifest.storages, extents, strict=True):
+        referenced = sum(end - begin + 2 * ALIGNMENT for begin, end in merge(found))
+        if storage.nbytes > referenced:
+            raise ValueError(f"a storage of {storage.nbytes} bytes, of which {referenced} are referred to")

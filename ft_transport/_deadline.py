@@ -1,0 +1,43 @@
+"""How much time is left. The only reader of the clock that decides anything.
+
+One :class:`Deadline` is made at the entry of each public call; every wait inside takes what is left of it.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+# A wait of less than 1 ms means the *group's* own time-out to gloo (60 s or more), so nothing may be shorter.
+MIN_WAIT = timedelta(milliseconds=1)
+
+
+class Deadline:
+    """A point in monotonic time that one call must not outlast.
+
+    Args:
+        timeout: Budget from now on. Zero or less is already past.
+    """
+
+    __slots__ = ("_end", "_timeout")
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        self._end = time.monotonic() + timeout.total_seconds()
+
+    @property
+    def timeout(self) -> timedelta:
+        """The budget that this deadline was made with."""
+        return self._timeout
+
+    def remaining(self) -> timedelta:
+        """Time left, never less than 1 ms."""
+        return max(timedelta(seconds=self._end - time.monotonic()), MIN_WAIT)
+
+    def expired(self) -> bool:
+        """Whether no time is left."""
+        return time.monotonic() >= self._end
+
+    def elapsed(self) -> float:
+        """Seconds since the deadline was made."""
+        return self._timeout.total_seconds() - (self._end - time.monotonic())

@@ -1,0 +1,249 @@
+"""Kinds of leaf: how each is taken apart into plain strided tensors, and put together again.
+
+A kind knows three things: the *inner* tensors whose bytes travel, a *context* of plain values that travels
+in the manifest, and how to rebuild the leaf from both. What no kind claims and is no tensor is a plain
+value. To teach the package a new leaf, write one :class:`Kind` and add it to ``KINDS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor.placement_types import _StridedShard
+
+__all__ = ["KINDS", "Kind", "Meshes", "dtype_name", "kind_of", "mesh_key", "meshes_of"]
+
+# A mesh by what describes it: device type, shape, ranks, names of the dimensions.
+MeshKey = tuple[str, tuple[int, ...], tuple[int, ...], tuple[str, ...] | None]
+Meshes = dict[MeshKey, DeviceMesh]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+class Kind:
+    """One kind of leaf. Subclasses override everything but ``name``'s type.
+
+    Attributes:
+        name: How the manifest calls it. Part of the wire.
+    """
+
+    name: str = ""
+
+    def inner(self, leaf: Any) -> tuple[torch.Tensor, ...]:
+        """The plain strided tensors whose bytes travel, in a fixed order.
+
+        Raises:
+            ValueError: This leaf cannot travel; the text says why.
+        """
+        raise NotImplementedError
+
+    def context(self, leaf: Any) -> Any:
+        """What else is needed to rebuild it: None, numbers, strings, and lists of these."""
+        raise NotImplementedError
+
+    def disagreement(self, context: Any, template: Any) -> str:
+        """Why ``template`` cannot take such a leaf, beyond shape and dtype; empty if it can."""
+        raise NotImplementedError
+
+    def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
+        """A new leaf that owns ``tensors``."""
+        raise NotImplementedError
+
+
+class PlainTensor(Kind):
+    """``torch.Tensor`` and ``torch.nn.Parameter``, strided. Context: None, or [is parameter, requires grad]."""
+
+    name = "tensor"
+
+    def inner(self, leaf: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if leaf.layout != torch.strided:
+            raise ValueError(f"a tensor of layout {leaf.layout} cannot travel yet, expected torch.strided")
+        if leaf.is_quantized or leaf.is_nested or leaf.is_meta:
+            what = "quantized" if leaf.is_quantized else "nested" if leaf.is_nested else "meta"
+            raise ValueError(f"a {what} tensor cannot travel yet, expected a plain one")
+        if leaf.is_conj() or leaf.is_neg():
+            return (leaf.detach().resolve_conj().resolve_neg(),)
+        return (leaf,)
+
+    def context(self, leaf: torch.Tensor) -> Any:
+        is_parameter = isinstance(leaf, torch.nn.Parameter)
+        return [is_parameter, leaf.requires_grad] if is_parameter or leaf.requires_grad else None
+
+    def disagreement(self, context: Any, template: Any) -> str:
+        return ""
+
+    def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
+        (tensor,) = tensors
+        if context is None:
+            return tensor
+        is_parameter, requires_grad = context
+        if is_parameter:
+            return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+        return tensor.requires_grad_(requires_grad)
+
+
+class DTensorKind(Kind):
+    """``torch.distributed.tensor.DTensor``: the local tensor travels, the mesh is the receiver's own.
+
+    Context: [mesh, placements, global shape, global stride, requires grad, is parameter].
+    """
+
+    name = "dtensor"
+
+    def inner(self, leaf: DTensor) -> tuple[torch.Tensor, ...]:
+        local = leaf._local_tensor
+        if type(local) is not torch.Tensor:
+            raise ValueError(f"a DTensor whose local tensor is a {type(local).__name__} cannot travel yet")
+        return (local,)
+
+    def context(self, leaf: DTensor) -> Any:
+        device_type, shape, ranks, names = mesh_key(leaf.device_mesh)
+        return [
+            [device_type, list(shape), list(ranks), None if names is None else list(names)],
+            [_describe_placement(placement) for placement in leaf.placements],
+            list(leaf.shape),
+            list(leaf.stride()),
+            leaf.requires_grad,
+            isinstance(leaf, torch.nn.Parameter),
+        ]
+
+    def disagreement(self, context: Any, template: DTensor) -> str:
+        mine = self.context(template)
+        expected, got = (f"global shape {c[2]} with placements {c[1]}" for c in (mine, context))
+        return "" if expected == got else f"expected DTensor of {expected}, source has {got}"
+
+    def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
+        (local,) = tensors
+        (device_type, mesh_shape, ranks, names), placements, shape, stride, requires_grad, is_parameter = context
+        key = (device_type, tuple(mesh_shape), tuple(ranks), None if names is None else tuple(names))
+        if key not in meshes:
+            meshes[key] = DeviceMesh(
+                device_type,
+                torch.tensor(ranks, dtype=torch.int).reshape(tuple(mesh_shape)),
+                mesh_dim_names=key[3],
+                # Groups would have to be created together with the other ranks of the mesh.
+                _init_backend=False,
+            )
+        meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
+        spec = DTensorSpec(meshes[key], tuple(map(_make_placement, placements)), tensor_meta=meta)
+        leaf = DTensor(local, spec, requires_grad=requires_grad and not is_parameter)  # type: ignore[call-arg]
+        return torch.nn.Parameter(leaf, requires_grad=requires_grad) if is_parameter else leaf
+
+
+def mesh_key(mesh: DeviceMesh) -> MeshKey:
+    """What describes a mesh, comparable across processes."""
+    ranks = mesh.mesh
+    return mesh.device_type, tuple(ranks.shape), tuple(ranks.flatten().tolist()), mesh.mesh_dim_names
+
+
+def meshes_of(leaves: Sequence[object]) -> Meshes:
+    """The meshes that the template's DTensors live on: new leaves are rebuilt on them."""
+    return {mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in leaves if isinstance(leaf, DTensor)}
+
+
+def _describe_placement(placement: Placement) -> list[Any]:
+    if isinstance(placement, _StridedShard):
+        return ["strided shard", placement.dim, placement.split_factor]
+    if isinstance(placement, Shard):
+        return ["shard", placement.dim]
+    if isinstance(placement, Replicate):
+        return ["replicate"]
+    if isinstance(placement, Partial):
+        return ["partial", placement.reduce_op]
+    raise ValueError(f"a DTensor with placement {placement!r} cannot travel yet")
+
+
+def _make_placement(description: Sequence[Any]) -> Placement:
+    kind, *args = description
+    if kind == "strided shard":
+        return _StridedShard(args[0], split_factor=args[1])
+    if kind == "shard":
+        return Shard(args[0])
+    if kind == "partial":
+        return Partial(args[0])
+    if kind == "replicate":
+        return Replicate()
+    raise ValueError(f"unknown placement {kind!r}")
+
+
+class ShardedTensorKind(Kind):
+    """``ShardedTensor``: all local shards travel.
+
+    Context: [global size, dtype, requires grad, pin memory, all shards, which of them are local], a shard
+    being [offsets, sizes, placement].
+    """
+
+    name = "sharded"
+
+    def inner(self, leaf: ShardedTensor) -> tuple[torch.Tensor, ...]:
+        return tuple(shard.tensor for shard in leaf.local_shards())
+
+    def context(self, leaf: ShardedTensor) -> Any:
+        metadata = leaf.metadata()
+        properties = metadata.tensor_properties
+        return [
+            list(metadata.size),
+            dtype_name(properties.dtype),
+            properties.requires_grad,
+            properties.pin_memory,
+            [_describe_shard(shard) for shard in metadata.shards_metadata],
+            [_describe_shard(shard.metadata) for shard in leaf.local_shards()],
+        ]
+
+    def disagreement(self, context: Any, template: ShardedTensor) -> str:
+        mine = self.context(template)
+        expected, got = (
+            f"global size {c[0]} with local shards at {[shard[:2] for shard in c[5]]}" for c in (mine, context)
+        )
+        return "" if expected == got else f"expected ShardedTensor of {expected}, source has {got}"
+
+    def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
+        size, dtype, requires_grad, pin_memory, shards, local = context
+        properties = TensorProperties(getattr(torch, dtype), torch.strided, requires_grad, pin_memory=pin_memory)
+        metadata = ShardedTensorMetadata([ShardMetadata(*shard) for shard in shards], torch.Size(size), properties)
+        rank = torch.distributed.get_rank()
+        local_shards = [
+            # The bytes live on this rank now, wherever they came from.
+            LocalShard(tensor, ShardMetadata(offsets, sizes, f"rank:{rank}/{tensor.device}"))
+            for tensor, (offsets, sizes, _) in zip(tensors, local, strict=True)
+        ]
+        return ShardedTensor._init_from_local_shards_and_global_metadata(local_shards, metadata)
+
+
+def _describe_shard(shard: ShardMetadata) -> list[Any]:
+    return [list(shard.shard_offsets), list(shard.shard_sizes), str(shard.placement)]
+
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (PlainTensor(), DTensorKind(), ShardedTensorKind())}
+_BY_TYPE: dict[type, Kind] = {
+    torch.Tensor: KINDS["tensor"],
+    torch.nn.Parameter: KINDS["tensor"],
+    DTensor: KINDS["dtensor"],
+    ShardedTensor: KINDS["sharded"],
+}
+
+
+def kind_of(leaf: object) -> Kind | None:
+    """The kind of a leaf, None for a plain value.
+
+    Raises:
+        ValueError: A tensor of a class that no kind claims.
+    """
+    kind = _BY_TYPE.get(type(leaf))
+    if kind is not None or not isinstance(leaf, torch.Tensor):
+        return kind
+    for cls in (DTensor, ShardedTensor):
+        if isinstance(leaf, cls):
+            return _BY_TYPE[cls]
+    raise ValueError(f"a tensor of class {type(leaf).__qualname__} cannot travel yet")

@@ -1,0 +1,412 @@
+"""The transport for a plain ``torch.distributed`` group, without torchft.
+
+Same names and calls as ``torch.distributed.checkpoint._pg_transport``; the engine behind is this package's own.
+
+The description of the state is pickled, as upstream's is, and unpickled on the receiving side: **whoever can send
+to this group can run code in its processes.** Use it only among ranks that trust each other as one program;
+``ft_transport.PGTransport`` never unpickles by default.
+
+The wire has one direction only, so the source learns that its messages left, not that they arrived whole, and a
+destination that does not accept a state breaks the group to let the source know.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.utils import _pytree as pytree
+
+from ft_transport._channel import GroupChannel, Pending
+from ft_transport._codec import MAX_FRAME_BYTES
+from ft_transport._deadline import Deadline
+from ft_transport._landing import Landing, match_template
+from ft_transport._layout import Layout, Limits, lay_out
+from ft_transport._manifest import Leaf, Manifest, Regions, Storage, View, describe, storage_as
+from ft_transport._memory import Bucket, aligned
+from ft_transport._transfer import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG, WINDOW, Gatherer, nbytes_of
+from ft_transport._tree import LEAF, Node, Path
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
+from ft_transport.report import PeerReport, TransferReport
+
+__all__ = ["PGTransport"]
+
+logger = logging.getLogger("ft_transport")
+
+
+@dataclass
+class _TensorMeta:
+    """One tensor: shape, strides and offset in elements, and the size in bytes of its storage.
+
+    Tensors with the same ``storage`` share it; None is a storage of its own.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    storage_offset: int
+    stride: tuple[int, ...]
+    nbytes: int
+    storage: int | None = None
+
+
+@dataclass
+class _LeafMeta:
+    """A leaf made of tensors: a Parameter, DTensor or ShardedTensor. See ``_leaves.Kind`` for ``context``."""
+
+    kind: str
+    tensors: list[_TensorMeta]
+    context: Any
+
+
+@dataclass
+class _StateDictMeta:
+    """The description of a state dict that crosses, pickled.
+
+    Attributes:
+        treespec: The nesting: nodes in preorder, or a ``TreeSpec`` of torch's pytree.
+        paths: Path of each leaf.
+        non_tensor_leaves: For each leaf its plain value, or what describes its tensors.
+    """
+
+    treespec: list[Node] | pytree.TreeSpec
+    paths: Sequence[Any]
+    non_tensor_leaves: list[object]
+
+
+# ------------------------------------------------------------------------------------------ describe
+
+
+def _cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The whole storage of ``tensor`` as a flat tensor of ``dtype``; it shares the memory."""
+    return storage_as(tensor, dtype)
+
+
+def _prepare_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, _TensorMeta]:
+    """The bytes of a tensor's whole storage, and what describes the tensor as a view of them."""
+    view = View(0, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+    return _cast_tensor(tensor, torch.uint8), _tensor_meta(view, tensor.untyped_storage().nbytes(), None)
+
+
+def _tensor_meta(view: View, nbytes: int, storage: int | None) -> _TensorMeta:
+    return _TensorMeta(torch.Size(view.shape), view.dtype, view.offset, view.stride, nbytes, storage)
+
+
+def _prepare_state_dict(state_dict: object, device: torch.device) -> tuple[_StateDictMeta, list[torch.Tensor]]:
+    """Describe a state dict.
+
+    Returns:
+        What crosses, and the memory of each distinct byte range of the state.
+
+    Raises:
+        LocalProtocolError: A leaf cannot travel; every such path is named.
+    """
+    manifest, regions = describe(state_dict)
+    return _to_meta(manifest), list(regions.values())
+
+
+def _to_meta(manifest: Manifest) -> _StateDictMeta:
+    def tensor(view: View) -> _TensorMeta:
+        nbytes = manifest.storages[view.storage].nbytes if view.storage >= 0 else 0
+        return _tensor_meta(view, nbytes, view.storage)
+
+    leaves: list[object] = []
+    for leaf in manifest.leaves:
+        if leaf.kind == "value":
+            leaves.append(leaf.context)
+        elif leaf.kind == "tensor" and leaf.context is None:
+            leaves.append(tensor(leaf.views[0]))
+        else:
+            leaves.append(_LeafMeta(leaf.kind, [tensor(view) for view in leaf.views], leaf.context))
+    return _StateDictMeta(manifest.nodes, manifest.paths, leaves)
+
+
+def _from_meta(meta: _StateDictMeta) -> Manifest:
+    """The manifest that a description stands for; it may come from upstream's own code."""
+    storages: dict[object, tuple[int, Storage]] = {}
+
+    def view(tensor: _TensorMeta) -> View:
+        storage = -1
+        if 0 not in tensor.shape:
+            key: object = ("own", id(tensor)) if tensor.storage is None else tensor.storage
+            storage, _ = storages.setdefault(key, (len(storages), Storage(tensor.nbytes, "cpu")))
+        return View(storage, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride), tensor.storage_offset)
+
+    leaves = []
+    for leaf in meta.non_tensor_leaves:
+        if isinstance(leaf, _TensorMeta):
+            leaves.append(Leaf("tensor", (view(leaf),), None))
+        elif isinstance(leaf, _LeafMeta):
+            leaves.append(Leaf(leaf.kind, tuple(map(view, leaf.tensors)), leaf.context))
+        else:
+            leaves.append(Leaf("value", (), leaf))
+    paths = [_plain_path(path) for path in meta.paths]
+    found = [storage for _, storage in storages.values()]
+    if isinstance(meta.treespec, pytree.TreeSpec):
+        return Manifest([LEAF] * len(leaves), paths, leaves, found, meta.treespec)
+    return Manifest(meta.treespec, paths, leaves, found)
+
+
+def _plain_path(path: Iterable[Any]) -> Path:
+    """A path of keys, from one of pytree's entries (``MappingKey``, ``SequenceKey``, ``GetAttrKey``)."""
+    plain = []
+    for entry in path:
+        for name in ("key", "idx", "name"):
+            if type(entry).__module__ == pytree.__name__ and hasattr(entry, name):
+                entry = getattr(entry, name)
+                break
+        plain.append(entry)
+    return tuple(plain)
+
+
+# ----------------------------------------------------------------------------------------- transport
+
+
+class PGTransport:
+    """Sends and receives state dicts over a ``torch.distributed`` process group.
+
+    Args:
+        pg: The group.
+        timeout: Upper bound of each transfer as a whole.
+        device: Where messages live: what the group can send.
+        state_dict: Gives the template, whose tensors receive the state in place.
+
+    Threading: one call at a time.
+    """
+
+    def __init__(
+        self,
+        pg: ProcessGroup,
+        timeout: timedelta,
+        device: torch.device,
+        state_dict: Callable[[], object] | None = None,
+    ) -> None:
+        self._pg = pg
+        self._timeout = timeout
+        self._device = torch.device(device)
+        self._state_dict = state_dict
+        self.last_report: TransferReport | None = None
+
+    def send_checkpoint(self, dst_ranks: list[int], state_dict: object) -> None:
+        """Send ``state_dict`` to all ``dst_ranks`` at once.
+
+        Args:
+            dst_ranks: Ranks in the group, without this one.
+            state_dict: The state; must not change until this returns.
+
+        Raises:
+            LocalProtocolError: A leaf cannot travel; nothing was sent.
+            TransferTimeout: The time-out passed before every destination had taken everything.
+            PeerFailure: A destination is gone. The others have what they took.
+
+        After an error: nothing reads the state any more; the group must be made anew.
+        """
+        report = self._start("source", dst_ranks)
+        start, error = time.perf_counter(), None
+        try:
+            self._send(report, state_dict)
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            report.finish(time.perf_counter() - start, error)
+            error = None
+            logger.info("%s", report.summary())
+
+    def _send(self, report: TransferReport, state_dict: object) -> None:
+        deadline = Deadline(self._timeout)
+        with report.phase("describe"):
+            manifest, regions = describe(state_dict)
+            layout = lay_out(manifest, Limits())
+            data = _pickle(manifest)
+        _note(report, manifest, layout)
+        channels = [GroupChannel(self._pg, peer.rank, self._device) for peer in report.peers]
+        with report.phase("move"):
+            try:
+                failed = _post_and_wait(channels, data, layout, regions, self._device, deadline, report)
+            except BaseException:
+                for channel in channels:
+                    channel.abort()
+                raise
+            finally:
+                for channel, peer in zip(channels, report.peers, strict=True):
+                    channel.drop()
+                    peer.nbytes_wire = channel.nbytes_wire
+        if failed:
+            raise failed[0]
+
+    def recv_checkpoint(self, src_rank: int) -> object:
+        """Receive a state dict from ``src_rank``.
+
+        Leaves land in the template where shape, dtype and layout agree; others are new, on the CPU.
+
+        Returns:
+            State dict with the sender's nesting. It aliases the template.
+
+        Raises:
+            TransferTimeout: The time-out passed.
+            PeerFailure: The source is gone.
+            RemoteProtocolError: The state does not fit the template; every path is listed.
+
+        After an error: nothing writes to the template any more; if ``error.torn``, it holds a mix of two states.
+            The group must be made anew.
+        """
+        report = self._start("destination", [src_rank])
+        start, error = time.perf_counter(), None
+        channel = GroupChannel(self._pg, src_rank, self._device)
+        try:
+            return self._recv(channel, report)
+        except BaseException as exc:
+            if isinstance(exc, TransferError):
+                exc.torn = report.torn
+            error = exc
+            channel.abort()
+            raise
+        finally:
+            channel.drop()
+            report.peers[0].nbytes_wire = channel.nbytes_wire
+            report.finish(time.perf_counter() - start, error)
+            error = None
+            logger.info("%s", report.summary())
+
+    def _recv(self, channel: GroupChannel, report: TransferReport) -> object:
+        deadline = Deadline(self._timeout)
+        with report.phase("agree"):
+            manifest = _from_meta(self._recv_meta(channel, deadline))
+            layout = lay_out(manifest, Limits())
+            template = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
+            landing = Landing(manifest, layout, template, self._device, report, fresh_on_cpu=True)
+            if landing.disagreements:
+                raise RemoteProtocolError("; ".join(landing.disagreements), phase="agree")
+            landing.plan()
+            _note(report, manifest, layout)
+        with report.phase("move"):
+            report.torn = landing.touches_template()
+            _land_all(channel, layout, landing, self._device, deadline)
+            report.peers[0].nbytes = layout.nbytes
+        with report.phase("rebuild"):
+            result = landing.rebuild()
+        report.torn = False
+        report.peers[0].outcome = "complete"
+        return result
+
+    def _recv_meta(self, channel: GroupChannel, deadline: Deadline) -> _StateDictMeta:
+        length = torch.zeros(1, dtype=torch.int64, device=self._device)
+        channel.wait(channel.recv(length, CONTROL_TAG), deadline)
+        nbytes = int(length.item())
+        if not 0 < nbytes <= MAX_FRAME_BYTES:
+            raise RemoteProtocolError(f"a description of {nbytes} bytes, expected 1 to {MAX_FRAME_BYTES}")
+        data = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        channel.wait(channel.recv(data, FRAME_TAG), deadline)
+        local = data.cpu()
+        meta = pickle.loads(ctypes.string_at(local.data_ptr(), nbytes))
+        if not isinstance(meta, _StateDictMeta):
+            raise RemoteProtocolError(f"expected a description of a state, got {type(meta).__name__}")
+        return meta
+
+    def _start(self, role: Any, ranks: Sequence[int]) -> TransferReport:
+        report = TransferReport(role, f"distributed.{type(self).__name__}", None)
+        report.peers = [PeerReport(rank) for rank in ranks]
+        self.last_report = report
+        return report
+
+
+def _pickle(manifest: Manifest) -> bytes:
+    try:
+        return pickle.dumps(_to_meta(manifest))
+    except Exception as exc:  # the classes' own code, which may raise anything
+        raise LocalProtocolError(f"a plain value cannot be pickled: {exc}", phase="describe") from exc
+
+
+def _note(report: TransferReport, manifest: Manifest, layout: Layout) -> None:
+    report.num_leaves = len(manifest.leaves)
+    report.num_messages = len(layout.messages)
+    report.nbytes_total = layout.nbytes
+
+
+def _post_and_wait(
+    channels: Sequence[GroupChannel],
+    data: bytes,
+    layout: Layout,
+    regions: Regions,
+    device: torch.device,
+    deadline: Deadline,
+    report: TransferReport,
+) -> list[TransferError]:
+    """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
+    gatherer = Gatherer(layout, regions, device)
+    buckets = [Bucket(device) for _ in range(WINDOW)]
+    sends: list[list[Pending]] = [[] for _ in channels]
+    failed: dict[int, TransferError] = {}
+
+    def post(tensor: torch.Tensor, tag: int) -> None:
+        for index, channel in enumerate(channels):
+            if index not in failed:
+                try:
+                    sends[index].append(channel.send(tensor, tag))
+                except TransferError as exc:
+                    failed[index] = exc
+
+    def settle() -> None:
+        for index, channel in enumerate(channels):
+            while sends[index] and index not in failed:
+                try:
+                    channel.wait(sends[index].pop(0), deadline)
+                except TransferError as exc:
+                    failed[index] = exc
+
+    post(torch.tensor([len(data)], dtype=torch.int64, device=device), CONTROL_TAG)
+    post(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device), FRAME_TAG)
+    num_staged = 0
+    for message in range(len(layout.messages)):
+        bucket = buckets[num_staged % WINDOW]
+        if gatherer.staged(message):
+            if num_staged and num_staged % WINDOW == 0:
+                settle()  # both buckets are full of bytes that have not left
+            bucket.reset(aligned(nbytes_of(layout, message)))
+            num_staged += 1
+            report.nbytes_staged += nbytes_of(layout, message)
+        post(gatherer.gather(message, bucket), FIRST_MESSAGE_TAG + message)
+    settle()
+    for index, peer in enumerate(report.peers):
+        exc = failed.get(index)
+        peer.outcome = "complete" if exc is None else "failed"
+        peer.reason = "" if exc is None else exc.message
+        peer.nbytes = layout.nbytes if exc is None else 0
+    return list(failed.values())
+
+
+def _land_all(
+    channel: GroupChannel, layout: Layout, landing: Landing, device: torch.device, deadline: Deadline
+) -> None:
+    """Receive all messages; what is staged waits for its bucket."""
+    buckets = [Bucket(device) for _ in range(WINDOW)]
+    posted: list[tuple[int, torch.Tensor, bool, Pending]] = []
+
+    def settle() -> None:
+        while posted:
+            message, data, staged, pending = posted.pop(0)
+            channel.wait(pending, deadline)
+            if staged:
+                landing.scatter(message, data)
+
+    num_staged = 0
+    for message in range(len(layout.messages)):
+        data = landing.direct(message)
+        staged = data is None
+        if data is None:
+            if num_staged and num_staged % WINDOW == 0:
+                settle()
+            bucket = buckets[num_staged % WINDOW]
+            bucket.reset(aligned(nbytes_of(layout, message)))
+            data = bucket.take(nbytes_of(layout, message))
+            num_staged += 1
+        posted.append((message, data, staged, channel.recv(data, FIRST_MESSAGE_TAG + message)))
+    settle()

@@ -1,0 +1,99 @@
+"""What can go wrong in a transfer, and whose fault it is.
+
+Every error here is a :class:`TransferError`: the state did not arrive. A subclass exists only where a
+caller would act differently. All of them survive ``pickle`` with every field, since they cross process
+boundaries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = [
+    "LocalProtocolError",
+    "PeerFailure",
+    "ProtocolError",
+    "RemoteProtocolError",
+    "TornStateError",
+    "TransferError",
+    "TransferTimeout",
+]
+
+
+class TransferError(Exception):
+    """The state did not arrive.
+
+    Args:
+        message: What happened, with expected and got.
+        phase: Where it happened: ``"describe"``, ``"agree"``, ``"move"``, ``"verify"`` or ``"rebuild"``.
+        step: Step of the transfer, None where the API has no steps.
+        peer_rank: The other side, None where no single peer is meant.
+        torn: Whether the destination's template holds a mix of two states.
+        nbytes_done: Payload bytes that had been moved.
+        nbytes_total: Payload bytes of the whole state, 0 while it is not known.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        phase: str = "",
+        step: int | None = None,
+        peer_rank: int | None = None,
+        torn: bool = False,
+        nbytes_done: int = 0,
+        nbytes_total: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.phase = phase
+        self.step = step
+        self.peer_rank = peer_rank
+        self.torn = torn
+        self.nbytes_done = nbytes_done
+        self.nbytes_total = nbytes_total
+
+    def __str__(self) -> str:
+        where = [
+            f"phase {self.phase}" if self.phase else "",
+            f"step {self.step}" if self.step is not None else "",
+            f"peer rank {self.peer_rank}" if self.peer_rank is not None else "",
+            f"{self.nbytes_done} of {self.nbytes_total} bytes" if self.nbytes_total else "",
+            "the destination is torn" if self.torn else "",
+        ]
+        context = ", ".join(part for part in where if part)
+        return f"{self.message} [{context}]" if context else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own reduce would drop the keyword-only fields.
+        return (_rebuild, (type(self), dict(self.__dict__)))
+
+
+def _rebuild(cls: type[TransferError], fields: dict[str, Any]) -> TransferError:
+    error = cls.__new__(cls, fields["message"])
+    error.__dict__.update(fields)
+    return error
+
+
+class TransferTimeout(TransferError, TimeoutError):
+    """The call's deadline passed before the transfer was complete. The text says "timed out"."""
+
+
+class PeerFailure(TransferError):
+    """The peer died, the channel to it broke, or it gave up and said why."""
+
+
+class ProtocolError(TransferError):
+    """One side broke the protocol. Not raised itself: see the two subclasses."""
+
+
+class LocalProtocolError(ProtocolError):
+    """This side asked for what cannot be: a leaf that cannot travel, a rank outside the group."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """The peer sent what this version does not accept: magic, version, step, manifest, digest, refusal."""
+
+
+class TornStateError(TransferError):
+    """This replica holds a mix of two states and was about to use it."""

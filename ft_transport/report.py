@@ -1,0 +1,186 @@
+"""What a transfer tells: :class:`TransferReport`, its phases, and progress.
+
+A report is filled in while the transfer runs and is complete once the call returned or raised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["PeerReport", "Progress", "ProgressCallback", "TransferReport"]
+
+Role = Literal["source", "destination"]
+Outcome = Literal["pending", "complete", "refused", "failed", "dead", "timed out"]
+
+PHASES = ("describe", "agree", "move", "verify", "rebuild")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one transfer to or from one peer has come. Sizes in bytes."""
+
+    role: Role
+    step: int | None
+    peer_rank: int
+    nbytes_done: int
+    nbytes_total: int
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass
+class PeerReport:
+    """How the transfer to or from one peer ended.
+
+    Attributes:
+        rank: Rank of the peer in the process group.
+        outcome: ``"complete"`` (everything arrived and both sides agree), ``"refused"`` (the peer does
+            not accept this state), ``"failed"`` (either side gave up), ``"dead"`` (the peer or the
+            channel to it is gone), ``"timed out"``, or ``"pending"`` while it runs.
+        phase: The phase it ended in.
+        nbytes: Payload bytes that moved.
+        nbytes_wire: Bytes for payload, manifest and control, both directions.
+        seconds: Seconds in each phase.
+        reason: Why, where the outcome is not ``"complete"``.
+    """
+
+    rank: int
+    outcome: Outcome = "pending"
+    phase: str = "describe"
+    nbytes: int = 0
+    nbytes_wire: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+    @contextmanager
+    def enter(self, phase: str, role: Role) -> Iterator[None]:
+        """Be in ``phase``: add the time spent inside to its seconds, and mark it for ``torch.profiler``."""
+        self.phase = phase
+        with _timed(self.seconds, phase, role):
+            yield
+
+
+@dataclass
+class TransferReport:
+    """What one ``send_checkpoint`` or ``recv_checkpoint`` did.
+
+    Attributes:
+        role: ``"source"`` or ``"destination"``.
+        transport: Name of the transport.
+        step: Step of the state, None in the API without steps.
+        peers: One entry for each peer.
+        num_leaves: Leaves of the state dict, tensors and plain values.
+        num_messages: Messages that carry payload, to or from one peer.
+        nbytes_total: Distinct bytes that the state refers to.
+        nbytes_wire: Bytes for payload, manifest and control, both directions, over all peers.
+        nbytes_in_place: Bytes that landed in the template's own memory.
+        nbytes_fresh: Bytes that landed in newly allocated memory.
+        nbytes_staged: Bytes that went through a bucket on this side (also counted above).
+        seconds: Seconds in each phase; for a source, of the slowest destination.
+        total_seconds: Seconds of the whole call.
+        not_in_place: For each template leaf that could not take its bytes: path and reason.
+        missing: Paths that the source has and the template lacks; they were allocated.
+        unused: Paths that the template has and the source lacks; they were left alone.
+        torn: Whether the transfer broke after the first byte had landed in the template.
+        error: The error that ended the transfer, empty when there was none.
+    """
+
+    role: Role
+    transport: str
+    step: int | None
+    peers: list[PeerReport] = field(default_factory=list)
+    num_leaves: int = 0
+    num_messages: int = 0
+    nbytes_total: int = 0
+    nbytes_wire: int = 0
+    nbytes_in_place: int = 0
+    nbytes_fresh: int = 0
+    nbytes_staged: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    total_seconds: float = 0.0
+    not_in_place: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+    torn: bool = False
+    error: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether every peer was served, or for a destination, whether the state arrived."""
+        return not self.error and all(peer.outcome == "complete" for peer in self.peers)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Payload bytes of one peer's transfer by the seconds of the whole call, in GB/s (10^9 bytes)."""
+        nbytes = max((peer.nbytes for peer in self.peers), default=0)
+        return nbytes / self.total_seconds / 1e9 if self.total_seconds else 0.0
+
+    @property
+    def in_place_share(self) -> float:
+        """Share of the state's bytes that landed in the template's own memory, 0 to 1."""
+        return self.nbytes_in_place / self.nbytes_total if self.nbytes_total else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON or a structured log."""
+        return {
+            **dataclasses.asdict(self),
+            "complete": self.complete,
+            "gigabytes_per_second": self.gigabytes_per_second,
+            "in_place_share": self.in_place_share,
+        }
+
+    def summary(self) -> str:
+        """The report in one line, as it is logged."""
+        step = "" if self.step is None else f" step {self.step}"
+        direction = "to" if self.role == "source" else "from"
+        peers = ", ".join(
+            f"{peer.rank} {peer.outcome}" + (f" ({peer.phase}: {peer.reason})" if peer.reason else "")
+            for peer in self.peers
+        )
+        phases = " ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name in self.seconds)
+        landed = ""
+        if self.role == "destination":
+            landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
+        return (
+            f"{self.transport}{step} {direction} rank {peers}: {_megabytes(self.nbytes_total)} in "
+            f"{self.total_seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s), "
+            f"{self.num_messages} messages{landed} [{phases}]"
+        )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds[name]`` and mark it for ``torch.profiler``."""
+        with _timed(self.seconds, name, self.role):
+            yield
+
+    def finish(self, total_seconds: float, error: BaseException | None) -> None:
+        """Sum up over the peers, once the call is over."""
+        self.total_seconds = total_seconds
+        self.error = "" if error is None else f"{type(error).__name__}: {error}"
+        self.nbytes_wire = sum(peer.nbytes_wire for peer in self.peers)
+        for name in PHASES:
+            slowest = max((peer.seconds.get(name, 0.0) for peer in self.peers), default=0.0)
+            if slowest or name in self.seconds:
+                self.seconds[name] = self.seconds.get(name, 0.0) + slowest
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str, role: Role) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        with torch.profiler.record_function(f"ft_transport::{role}::{phase}"):
+            yield
+    finally:
+        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f} MB"

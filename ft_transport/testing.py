@@ -1,0 +1,191 @@
+"""An in-memory channel for tests, and a faulty one around any channel.
+
+``memory_channels()`` gives two connected ends with the semantics of a gloo pair: ordered messages, a send that
+completes when it is received, errors at once for everybody when one end closes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+
+import torch
+
+from ft_transport._channel import Channel, Pending
+from ft_transport._deadline import Deadline
+from ft_transport.errors import PeerFailure, TransferTimeout
+
+__all__ = ["FaultyChannel", "MemoryChannel", "memory_channels"]
+
+
+class _Operation:
+    """What a :class:`Pending` of the in-memory channel holds as its work."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self.done = False
+
+
+# Direction (the end that sends) and tag: what has an order of its own.
+_Lane = tuple[int, int]
+
+
+class _Link:
+    """What two ends share: posted operations of each direction, and whether one end is closed."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.sends: defaultdict[_Lane, deque[_Operation]] = defaultdict(deque)
+        self.recvs: defaultdict[_Lane, deque[_Operation]] = defaultdict(deque)
+        self.closed = False
+
+    def match(self, lane: _Lane) -> None:
+        """Move the bytes of every send of one direction and tag that has its receive."""
+        sends, recvs = self.sends[lane], self.recvs[lane]
+        while sends and recvs:
+            source, target = sends.popleft(), recvs.popleft()
+            have, want = (t.numel() * t.element_size() for t in (source.tensor, target.tensor))
+            assert have == want, f"a message of {have} bytes meets a receive of {want}"
+            target.tensor.copy_(source.tensor)
+            source.done = target.done = True
+        self.changed.notify_all()
+
+
+class MemoryChannel:
+    """One end of an in-memory pair. Made by :func:`memory_channels`; see ``_channel.Channel``."""
+
+    def __init__(self, link: _Link, end: int) -> None:
+        self.peer_rank = 1 - end
+        self.nbytes_wire = 0
+        self.broken = False
+        self._link = link
+        self._end = end
+        self._posted: list[Pending] = []
+
+    def send(self, tensor: torch.Tensor, tag: int) -> Pending:
+        return self._post(self._link.sends, tensor, (self._end, tag))
+
+    def recv(self, tensor: torch.Tensor, tag: int) -> Pending:
+        return self._post(self._link.recvs, tensor, (1 - self._end, tag))
+
+    def _post(
+        self, queues: defaultdict[_Lane, deque[_Operation]], tensor: torch.Tensor, lane: _Lane
+    ) -> Pending:
+        with self._link.changed:
+            if self._link.closed:
+                raise PeerFailure("the channel broke: closed", peer_rank=self.peer_rank)
+            operation = _Operation(tensor)
+            queues[lane].append(operation)
+            self._link.match(lane)
+        self.nbytes_wire += tensor.numel() * tensor.element_size()
+        pending = Pending(operation, tensor)
+        self._posted.append(pending)
+        return pending
+
+    def wait(self, pending: Pending, deadline: Deadline) -> None:
+        self._posted.remove(pending)
+        operation = pending.work
+        pending.drop()
+        with self._link.changed:
+            done = self._link.changed.wait_for(
+                lambda: operation.done or self._link.closed, deadline.remaining().total_seconds()
+            )
+        if operation.done:
+            return
+        if done:
+            raise PeerFailure("the channel broke: closed by the peer", peer_rank=self.peer_rank)
+        self.abort()
+        raise TransferTimeout(f"timed out after {deadline.timeout.total_seconds():g} s")
+
+    def drop(self) -> None:
+        for pending in self._posted:
+            pending.drop()
+        self._posted.clear()
+
+    def abort(self) -> None:
+        """Close the pair: what is pending on either side raises, and no byte moves any more."""
+        self.broken = True
+        with self._link.changed:
+            self._link.closed = True
+            self._link.sends.clear()
+            self._link.recvs.clear()
+            self._link.changed.notify_all()
+        self.drop()
+
+    @property
+    def num_posted(self) -> int:
+        """Operations that were neither waited for nor dropped."""
+        return len(self._posted)
+
+
+def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
+    """Two connected ends, of rank 0 and rank 1. Each may be used from one thread at a time."""
+    link = _Link()
+    return MemoryChannel(link, 0), MemoryChannel(link, 1)
+
+
+class FaultyChannel:
+    """A channel that misbehaves at one operation, counted from 0 over sends and receives alike.
+
+    Args:
+        channel: The channel to wrap.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._die_at = -1
+        self._corrupt_at = -1
+        self._num_posted = 0
+
+    def die_at(self, operation: int) -> FaultyChannel:
+        """Close the pair instead of posting this operation, as a killed process would."""
+        self._die_at = operation
+        return self
+
+    def corrupt_at(self, operation: int) -> FaultyChannel:
+        """Flip the lowest bit of the first byte of this send."""
+        self._corrupt_at = operation
+        return self
+
+    def send(self, tensor: torch.Tensor, tag: int) -> Pending:
+        if self._count() == self._corrupt_at:
+            tensor = tensor.clone()
+            tensor.view(torch.uint8)[0] ^= 1
+        return self._channel.send(tensor, tag)
+
+    def recv(self, tensor: torch.Tensor, tag: int) -> Pending:
+        self._count()
+        return self._channel.recv(tensor, tag)
+
+    def _count(self) -> int:
+        operation = self._num_posted
+        self._num_posted += 1
+        if operation == self._die_at:
+            self._channel.abort()
+        return operation
+
+    @property
+    def num_operations(self) -> int:
+        """Operations posted so far."""
+        return self._num_posted
+
+    @property
+    def peer_rank(self) -> int:
+        return self._channel.peer_rank
+
+    @property
+    def nbytes_wire(self) -> int:
+        return self._channel.nbytes_wire
+
+    @property
+    def broken(self) -> bool:
+        return self._channel.broken
+
+    def wait(self, pending: Pending, deadline: Deadline) -> None:
+        self._channel.wait(pending, deadline)
+
+    def drop(self) -> None:
+        self._channel.drop()
+
+    def abort(self) -> None:
+        self._channel.abort()

@@ -1,0 +1,239 @@
+"""The torchft transports. The only file that imports torchft.
+
+torchft's Manager calls a transport from its quorum thread: ``send_checkpoint`` on a healthy replica,
+``recv_checkpoint`` on a recovering one. What they raise fails the step on that replica and makes the next quorum
+configure every group anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+from torchft.checkpointing.transport import CheckpointTransport
+from torchft.process_group import ProcessGroup, ProcessGroupBaby
+
+from ft_transport._channel import GroupChannel
+from ft_transport._deadline import Deadline
+from ft_transport._transfer import Options, Outbound, encode_outbound, for_each, receive, serve, tell_failure
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.report import PeerReport, ProgressCallback, TransferReport
+
+__all__ = ["PGTransport"]
+
+logger = logging.getLogger("ft_transport")
+
+T = TypeVar("T")
+
+
+class PGTransport(CheckpointTransport[T]):
+    """Moves a healthy replica's state to recovering ones over the process group that the Manager has.
+
+    A drop-in for ``torchft.checkpointing.pg_transport.PGTransport``.
+
+    Args:
+        pg: The process group, configured by the Manager before each transfer.
+        timeout: Upper bound of each transfer as a whole; the shorter of this and the Manager's own counts. Keep it
+            below the Manager's time-out, so that a failed heal ends before the other replicas' collectives do.
+        device: Where messages live: what the process group can send (CPU for Gloo, an accelerator for NCCL).
+        state_dict: Gives the template, whose tensors receive the state in place. Pass the function that the
+            Manager gets as ``state_dict``, or one that returns a dict of them by registered key.
+        verify: Compare digests of every message.
+        strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
+        progress: Called while bytes move, from the thread that moves them.
+
+    Threading: one call at a time; torchft uses its quorum thread.
+    """
+
+    def __init__(
+        self,
+        pg: ProcessGroup,
+        timeout: timedelta,
+        device: torch.device,
+        state_dict: Callable[[], object] | None = None,
+        *,
+        verify: bool = True,
+        strict: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        if timeout <= timedelta(0):
+            raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
+        self._pg = pg
+        self._timeout = timeout
+        self._state_dict = state_dict
+        self._options = Options(torch.device(device), verify=verify, strict=strict, progress=progress)
+        self._busy = threading.Lock()
+        self._last_report: TransferReport | None = None
+
+    @property
+    def last_report(self) -> TransferReport | None:
+        """The report of the newest transfer, None before the first. Complete once that call is over."""
+        return self._last_report
+
+    def metadata(self) -> str:
+        """What the Manager hands to the recovering side. The group is all that is needed, so: nothing."""
+        return "<n/a>"
+
+    def disallow_checkpoint(self) -> None:
+        """Nothing to wait for: :meth:`send_checkpoint` returns when the state is no longer read."""
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Nothing to stop: no thread outlives a call. The group is the Manager's."""
+
+    def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
+        """Send ``state_dict`` to all ``dst_ranks`` at once, and wait until each has answered or failed.
+
+        A destination counts as served when it has answered that everything arrived and agrees. One that dies,
+        refuses or fails costs the others nothing and raises nothing here: ``last_report`` and the log say what
+        became of each.
+
+        Args:
+            dst_ranks: Replica ranks in the configured process group, without this replica's own.
+            step: Step of the state.
+            state_dict: The state; must not change until this returns.
+            timeout: Upper bound of the whole call.
+
+        Raises:
+            LocalProtocolError: A leaf cannot travel, or a rank is not in the group. Nothing was sent, and the
+                destinations have been told.
+            TransferTimeout: The deadline passed for at least one destination. What the others got is theirs, but
+                the group must be configured anew.
+            PeerFailure: The group was unusable from the start.
+
+        After an error: nothing reads the state any more.
+        Threading: torchft's quorum thread; one call at a time.
+        """
+        report = TransferReport("source", type(self).__name__, step)
+        with _Call(self, report):
+            _check_ranks(self._pg, dst_ranks)
+            report.peers = [PeerReport(rank) for rank in dst_ranks]
+            deadline = Deadline(min(timeout, self._timeout))
+            self._send(report, state_dict, deadline)
+
+    def _send(self, report: TransferReport, state_dict: object, deadline: Deadline) -> None:
+        # A Baby group answers on one pipe: calls from several threads would read each other's answers.
+        lock = threading.Lock() if isinstance(self._pg, ProcessGroupBaby) else None
+        device = self._options.device
+        channels = [GroupChannel(self._pg, peer.rank, device, lock) for peer in report.peers]
+        try:
+            with report.phase("describe"):
+                outbound = Outbound(state_dict, report.step, self._options, report)
+                frame = encode_outbound(outbound)
+        except TransferError as exc:
+            reason = exc.message
+            for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
+            raise
+        errors = for_each(channels, lambda i: serve(channels[i], outbound, frame, deadline, report.peers[i]))
+        _raise_own(channels, errors)
+
+    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+        """Receive the state dict of ``step`` from replica ``src_rank``.
+
+        Tensors land in the template given to the constructor where shape, dtype and layout agree with the
+        sender's; other leaves are new. The result aliases the template.
+
+        Args:
+            src_rank: Replica rank of the source in the configured process group.
+            metadata: What the source's ``metadata()`` returned.
+            step: Step that both sides must agree on.
+            timeout: Upper bound of the whole call.
+
+        Returns:
+            State dict with the sender's nesting.
+
+        Raises:
+            TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.
+            PeerFailure: The source is gone, or gave up and said why.
+            RemoteProtocolError: The source sent another step, a state that does not fit the template (every path
+                is listed; the template is untouched), or bytes that do not agree with their digests.
+            LocalProtocolError: ``src_rank`` is not in the group, or this side has no room.
+
+        After an error: nothing writes to the template any more. If ``error.torn``, it holds a mix of two states,
+            and this replica cannot serve or commit until it has healed. The group must be configured anew.
+        Threading: torchft's quorum thread; one call at a time.
+        """
+        report = TransferReport("destination", type(self).__name__, step)
+        with _Call(self, report):
+            _check_ranks(self._pg, [src_rank])
+            report.peers = [PeerReport(src_rank)]
+            deadline = Deadline(min(timeout, self._timeout))
+            channel = GroupChannel(self._pg, src_rank, self._options.device)
+            return cast(T, receive(channel, step, self._state_dict, self._options, deadline, report))
+
+
+class _Call:
+    """One public call: keeps a second one out, completes the report, fills in the error, writes the log line."""
+
+    def __init__(self, transport: PGTransport[T], report: TransferReport) -> None:
+        self._busy = transport._busy
+        self._report = report
+        self._transport = transport
+        self._start = 0.0
+
+    def __enter__(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise LocalProtocolError("a transfer is under way on this transport; one at a time")
+        self._transport._last_report = self._report
+        self._start = time.perf_counter()
+
+    def __exit__(self, cls: type | None, exc: BaseException | None, traceback: object) -> None:
+        self._busy.release()
+        report = self._report
+        if isinstance(exc, Exception) and not isinstance(exc, TransferError):
+            wrapped = LocalProtocolError(f"{cls.__name__ if cls else ''}: {exc}")
+            _fill_in(wrapped, report)
+            self._finish(wrapped)
+            raise wrapped from exc
+        if isinstance(exc, TransferError):
+            _fill_in(exc, report)
+        self._finish(exc)
+
+    def _finish(self, exc: BaseException | None) -> None:
+        self._report.finish(time.perf_counter() - self._start, exc)
+        complete = exc is None and self._report.complete
+        logger.log(logging.INFO if complete else logging.WARNING, "%s", self._report.summary())
+
+
+def _fill_in(error: TransferError, report: TransferReport) -> None:
+    """Say where in the transfer an error happened, as far as the one who raised it did not."""
+    if error.step is None:
+        error.step = report.step
+    worst = next((peer for peer in report.peers if peer.outcome != "complete"), None)
+    if worst is not None:
+        error.phase = error.phase or worst.phase
+        if error.peer_rank is None:
+            error.peer_rank = worst.rank
+        error.nbytes_done = worst.nbytes
+    error.nbytes_total = report.nbytes_total
+    error.torn = report.torn
+
+
+def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
+    size = pg.size()
+    # torchft's wrappers know their rank only since they were configured; rank() of their base class is always 0.
+    own = getattr(pg, "_rank", None)
+    for rank in ranks:
+        if not 0 <= rank < size:
+            raise LocalProtocolError(f"rank {rank}: expected 0 to {size - 1}, the ranks of the group", peer_rank=rank)
+        if rank == own:
+            raise LocalProtocolError(f"rank {rank}: expected another rank than this replica's own", peer_rank=rank)
+    if len(set(ranks)) != len(ranks):
+        raise LocalProtocolError(f"ranks {ranks}: expected each once")
+
+
+def _raise_own(channels: list[GroupChannel], errors: list[BaseException | None]) -> None:
+    """Raise what is this side's own trouble; a destination's is in its report."""
+    own = [error for error in errors if error is not None and not isinstance(error, _PEERS)]
+    broken = [error for channel, error in zip(channels, errors, strict=True) if channel.broken and error is not None]
+    broken.sort(key=lambda error: not isinstance(error, TransferTimeout))
+    for error in own + broken:
+        raise error
+
+
+# Errors that are a destination's trouble, unless the group broke with them.
+_PEERS = (TransferTimeout, PeerFailure, RemoteProtocolError)
