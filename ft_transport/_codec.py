@@ -250,7 +250,7 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
 
 def _decode_limits(data: Any) -> Limits:
     limits = Limits(*(_expect(int, value) for value in data))
-    if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or limits.pack_below < 0 or limits.pack_from < 1:
+    if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or limits.pack_below < 0 or limits.pack_from < 1 or limits.window < 1:
         raise ValueError(f"limits out of range: {limits}")
     return limits
 

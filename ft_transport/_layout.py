@@ -26,11 +26,13 @@ class Limits(NamedTuple):
         pack_below: Ranges smaller than this are packed into buckets: a message costs gloo about 60 us on
             each side, in which memory is copied at some 4 GB/s.
         pack_from: Number of small ranges from which packing starts; fewer travel one by one.
+        window: Flights that are under way at once: enough that neither side ever waits for the other's Python.
     """
 
     message_bytes: int = 32 << 20
     pack_below: int = 256 << 10
     pack_from: int = 16
+    window: int = 4
 
 
 class Piece(NamedTuple):
@@ -48,13 +50,15 @@ class Layout:
     Attributes:
         ranges: The distinct byte ranges of the state, by storage and begin.
         messages: The pieces in each message, in order.
-        flights: Consecutive messages (first, last + 1) that are under way together.
+        sizes: Bytes of each message.
+        flights: Consecutive messages that are under way together.
         nbytes: Payload bytes of all messages.
     """
 
     ranges: list[Piece]
     messages: list[tuple[Piece, ...]]
-    flights: list[tuple[int, int]]
+    sizes: list[int]
+    flights: list[range]
     nbytes: int
 
     def range_of(self, storage: int, begin: int) -> int:
@@ -79,7 +83,7 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
                 begin = end
     messages.extend(_buckets(small if packed else [], limits.message_bytes))
     sizes = [sum(piece.end - piece.begin for piece in message) for message in messages]
-    return Layout(ranges, messages, _flights(sizes, limits.message_bytes), sum(sizes))
+    return Layout(ranges, messages, sizes, _flights(sizes, limits.message_bytes), sum(sizes))
 
 
 def _ranges(manifest: Manifest) -> list[Piece]:
@@ -108,13 +112,13 @@ def _buckets(pieces: Sequence[Piece], limit: int) -> list[tuple[Piece, ...]]:
     return [tuple(bucket) for bucket in buckets]
 
 
-def _flights(sizes: Sequence[int], limit: int) -> list[tuple[int, int]]:
-    flights: list[tuple[int, int]] = []
+def _flights(sizes: Sequence[int], limit: int) -> list[range]:
+    flights: list[range] = []
     room = 0
     for message, nbytes in enumerate(sizes):
         if nbytes > room or not flights:
-            flights.append((message, message))
+            flights.append(range(message, message))
             room = limit
-        flights[-1] = (flights[-1][0], message + 1)
+        flights[-1] = range(flights[-1].start, message + 1)
         room -= nbytes
     return flights

@@ -32,7 +32,9 @@ from ft_transport._landing import Landing, match_template
 from ft_transport._layout import Layout, Limits, lay_out
 from ft_transport._manifest import Leaf, Manifest, Regions, Storage, View, describe, storage_as
 from ft_transport._memory import Bucket, aligned
-from ft_transport._transfer import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG, WINDOW, Gatherer, nbytes_of
+from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
+from ft_transport._source import Gatherer
+from ft_transport._transfer import NUM_BUCKETS
 from ft_transport._tree import LEAF, Node, Path
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, TransferReport
@@ -342,7 +344,7 @@ def _post_and_wait(
 ) -> list[TransferError]:
     """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
     gatherer = Gatherer(layout, regions, device)
-    buckets = [Bucket(device) for _ in range(WINDOW)]
+    buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
     sends: list[list[Pending]] = [[] for _ in channels]
     failed: dict[int, TransferError] = {}
 
@@ -366,13 +368,13 @@ def _post_and_wait(
     post(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device), FRAME_TAG)
     num_staged = 0
     for message in range(len(layout.messages)):
-        bucket = buckets[num_staged % WINDOW]
+        bucket = buckets[num_staged % NUM_BUCKETS]
         if gatherer.staged(message):
-            if num_staged and num_staged % WINDOW == 0:
+            if num_staged and num_staged % NUM_BUCKETS == 0:
                 settle()  # both buckets are full of bytes that have not left
-            bucket.reset(aligned(nbytes_of(layout, message)))
+            bucket.reset(aligned(layout.sizes[message]))
             num_staged += 1
-            report.nbytes_staged += nbytes_of(layout, message)
+            report.nbytes_staged += layout.sizes[message]
         post(gatherer.gather(message, bucket), FIRST_MESSAGE_TAG + message)
     settle()
     for index, peer in enumerate(report.peers):
@@ -387,7 +389,7 @@ def _land_all(
     channel: GroupChannel, layout: Layout, landing: Landing, device: torch.device, deadline: Deadline
 ) -> None:
     """Receive all messages; what is staged waits for its bucket."""
-    buckets = [Bucket(device) for _ in range(WINDOW)]
+    buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
     posted: list[tuple[int, torch.Tensor, bool, Pending]] = []
 
     def settle() -> None:
@@ -402,11 +404,11 @@ def _land_all(
         data = landing.direct(message)
         staged = data is None
         if data is None:
-            if num_staged and num_staged % WINDOW == 0:
+            if num_staged and num_staged % NUM_BUCKETS == 0:
                 settle()
-            bucket = buckets[num_staged % WINDOW]
-            bucket.reset(aligned(nbytes_of(layout, message)))
-            data = bucket.take(nbytes_of(layout, message))
+            bucket = buckets[num_staged % NUM_BUCKETS]
+            bucket.reset(aligned(layout.sizes[message]))
+            data = bucket.take(layout.sizes[message])
             num_staged += 1
         posted.append((message, data, staged, channel.recv(data, FIRST_MESSAGE_TAG + message)))
     settle()

@@ -20,7 +20,9 @@ from torchft.process_group import ProcessGroup, ProcessGroupBaby
 
 from ft_transport._channel import GroupChannel
 from ft_transport._deadline import Deadline
-from ft_transport._transfer import Options, Outbound, encode_outbound, for_each, receive, serve, tell_failure
+from ft_transport._destination import receive
+from ft_transport._source import Outbound, serve, tell_failure
+from ft_transport._transfer import Options, for_each
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
@@ -123,12 +125,11 @@ class PGTransport(CheckpointTransport[T]):
         try:
             with report.phase("describe"):
                 outbound = Outbound(state_dict, report.step, self._options, report)
-                frame = encode_outbound(outbound)
         except TransferError as exc:
             reason = exc.message
             for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
             raise
-        errors = for_each(channels, lambda i: serve(channels[i], outbound, frame, deadline, report.peers[i]))
+        errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
         _raise_own(channels, errors)
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:

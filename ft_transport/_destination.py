@@ -1,0 +1,274 @@
+"""The destination's side of a transfer: agree, land, verify, rebuild."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ft_transport._channel import Channel, Pending
+from ft_transport._codec import Frame, Header, decode_manifest, encode_frame
+from ft_transport._control import FIRST_MESSAGE_TAG, Control
+from ft_transport._deadline import Deadline
+from ft_transport._digest import ALGORITHMS, digest_message
+from ft_transport._landing import Landing, match_template
+from ft_transport._layout import Layout, lay_out
+from ft_transport._manifest import Manifest
+from ft_transport._memory import Bucket, aligned
+from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
+from ft_transport.report import Progress, TransferReport
+
+__all__ = ["receive"]
+
+logger = logging.getLogger("ft_transport")
+
+
+def receive(
+    channel: Channel,
+    step: int | None,
+    state_dict: Callable[[], object] | None,
+    options: Options,
+    deadline: Deadline,
+    report: TransferReport,
+) -> object:
+    """Receive one state.
+
+    Args:
+        channel: To the source.
+        step: Step that both sides must agree on.
+        state_dict: Gives the template, None for a fresh state.
+        options: The caller's choices.
+        deadline: Of the whole call.
+        report: Filled with what happened; its only peer is the source.
+
+    Raises:
+        TransferError: As it happened. Nothing writes to the template any more; ``report.torn`` says whether it
+            holds a mix of two states.
+    """
+    (peer,) = report.peers
+    control = Control(channel, options.device, deadline)
+    try:
+        with peer.enter("agree", "destination"):
+            header, layout, landing = _agree(control, step, state_dict, options, report)
+        with peer.enter("move", "destination"):
+            flights = _Flights(control, header, layout, landing, options, report)
+            flights.receive()
+            expected = control.recv_frame(Frame.DIGESTS)
+            flights.confirm()
+        with peer.enter("verify", "destination"):
+            if header.digest:
+                _verify(flights.digests, expected)
+            _say_done(control)
+        with peer.enter("rebuild", "destination"):
+            result = landing.rebuild()
+        report.torn = False
+        peer.outcome = "complete"
+        return result
+    except BaseException as exc:
+        end_badly(control, peer, exc)
+        # This replica will not take part in the step: break the group, so that nobody waits for it there.
+        channel.abort()
+        raise
+    finally:
+        channel.drop()
+        peer.nbytes_wire = channel.nbytes_wire
+
+
+# --------------------------------------------------------------------------------------------- agree
+
+
+def _agree(
+    control: Control,
+    step: int | None,
+    state_dict: Callable[[], object] | None,
+    options: Options,
+    report: TransferReport,
+) -> tuple[Header, Layout, Landing]:
+    body = control.recv_frame(Frame.MANIFEST)
+    try:
+        manifest, header = decode_manifest(body)
+        _check_header(header, step)
+        layout = lay_out(manifest, header.limits)
+        landing = _plan(manifest, layout, state_dict, options, report)
+    except Exception as exc:
+        error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
+        control.send_frame(encode_frame(Frame.REFUSE, [error.message]))
+        control.flush()
+        raise error from None
+    control.send_frame(encode_frame(Frame.READY, []))
+    return header, layout, landing
+
+
+def _check_header(header: Header, step: int | None) -> None:
+    if header.step != step:
+        raise RemoteProtocolError(f"expected step {step}, source has step {header.step}")
+    if header.digest and header.digest not in ALGORITHMS:
+        raise RemoteProtocolError(f"expected a digest of {', '.join(ALGORITHMS)}, source has {header.digest!r}")
+
+
+def _plan(
+    manifest: Manifest,
+    layout: Layout,
+    state_dict: Callable[[], object] | None,
+    options: Options,
+    report: TransferReport,
+) -> Landing:
+    """Check the state against the template, and decide where each byte lands."""
+    template = match_template(manifest, state_dict(), report) if state_dict is not None else {}
+    landing = Landing(manifest, layout, template, options.device, report)
+    reasons = list(landing.disagreements)
+    if options.strict:
+        reasons += [f"{path}: expected in the template, source has it" for path in report.missing]
+        reasons += [f"{path}: expected from the source, template has it" for path in report.unused]
+    if reasons:
+        raise RemoteProtocolError("; ".join(reasons))
+    landing.plan()
+    report.num_leaves = len(manifest.leaves)
+    report.num_messages = len(layout.messages)
+    report.nbytes_total = layout.nbytes
+    return landing
+
+
+# ---------------------------------------------------------------------------------------------- move
+
+
+class _Arrival(NamedTuple):
+    """One message under way: where its bytes land, and whether that is a bucket."""
+
+    message: int
+    data: torch.Tensor
+    staged: bool
+    work: Pending
+
+
+class _Flights:
+    """The flights from the source.
+
+    Attributes:
+        digests: Of the messages that have landed, in order.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        header: Header,
+        layout: Layout,
+        landing: Landing,
+        options: Options,
+        report: TransferReport,
+    ) -> None:
+        self.digests: list[int] = []
+        self._control = control
+        self._header = header
+        self._layout = layout
+        self._landing = landing
+        self._options = options
+        self._report = report
+        self._buckets = [Bucket(options.device) for _ in range(NUM_BUCKETS)]
+        self._moving: deque[tuple[list[_Arrival], Bucket | None]] = deque()
+        self._answers: deque[Pending] = deque()
+        self._next = 0
+
+    def receive(self) -> None:
+        """Receive all flights."""
+        for flight in range(len(self._layout.flights)):
+            self._post_ahead(flight)
+            self._control.recv_signal(flight)
+            arrivals, bucket = self._moving.popleft()
+            for arrival in arrivals:
+                self._control.channel.wait(arrival.work, self._control.deadline)
+            digests = [self._digest(arrival) if arrival.staged else None for arrival in arrivals]
+            self._unstage(arrivals, bucket)
+            self._answer(flight)
+            # Memory of its own can be read while the next flights are under way, a bucket could not.
+            self._post_ahead(flight + 1)
+            self.digests += [
+                self._digest(arrival) if digest is None else digest
+                for arrival, digest in zip(arrivals, digests, strict=True)
+            ]
+            self._tell(arrivals)
+
+    def confirm(self) -> None:
+        """Take back the answers' memory, once the source has been heard of after the last one."""
+        while self._answers:
+            self._control.channel.wait(self._answers.popleft(), self._control.deadline)
+
+    def _post_ahead(self, landed: int) -> None:
+        """Post flights as far as the window and the buckets allow."""
+        end = min(landed + self._header.limits.window, len(self._layout.flights))
+        while self._next < end:
+            messages = self._layout.flights[self._next]
+            targets = [self._landing.direct(message) for message in messages]
+            staged = [m for m, target in zip(messages, targets, strict=True) if target is None]
+            if staged and not self._buckets:
+                return
+            bucket = self._buckets.pop() if staged else None
+            if bucket is not None:
+                bucket.reset(sum(aligned(self._layout.sizes[message]) for message in staged))
+            self._moving.append(([], bucket))
+            self._post(messages, targets, bucket)
+            self._next += 1
+
+    def _post(self, messages: range, targets: list[torch.Tensor | None], bucket: Bucket | None) -> None:
+        self._report.torn = self._report.torn or self._landing.touches_template()
+        arrivals, _ = self._moving[-1]
+        for message, target in zip(messages, targets, strict=True):
+            if target is None:
+                assert bucket is not None
+                target = bucket.take(self._layout.sizes[message])
+                arrivals.append(self._expect(message, target, staged=True))
+            else:
+                arrivals.append(self._expect(message, target, staged=False))
+
+    def _expect(self, message: int, data: torch.Tensor, *, staged: bool) -> _Arrival:
+        return _Arrival(message, data, staged, self._control.channel.recv(data, FIRST_MESSAGE_TAG + message))
+
+    def _unstage(self, arrivals: list[_Arrival], bucket: Bucket | None) -> None:
+        for arrival in arrivals:
+            if arrival.staged:
+                self._landing.scatter(arrival.message, arrival.data)
+                self._report.nbytes_staged += arrival.data.numel()
+        if bucket is not None:
+            self._buckets.append(bucket)
+
+    def _answer(self, flight: int) -> None:
+        self._answers.append(self._control.send_signal(flight))
+        if len(self._answers) > self._header.limits.window:
+            # The source has sent the flight that just landed only after it had this answer.
+            self._control.channel.wait(self._answers.popleft(), self._control.deadline)
+
+    def _digest(self, arrival: _Arrival) -> int:
+        return digest_message(arrival.data, self._header.digest) if self._header.digest else 0
+
+    def _tell(self, arrivals: list[_Arrival]) -> None:
+        (peer,) = self._report.peers
+        peer.nbytes += sum(arrival.data.numel() for arrival in arrivals)
+        progress = Progress("destination", self._header.step, peer.rank, peer.nbytes, self._layout.nbytes)
+        tell_progress(self._options.progress, progress)
+
+
+# -------------------------------------------------------------------------------------------- verify
+
+
+def _verify(digests: list[int], expected: Any) -> None:
+    if not isinstance(expected, list) or len(expected) != len(digests):
+        raise RemoteProtocolError(f"expected the digests of {len(digests)} messages, got {str(expected)[:80]}")
+    damaged = [m for m, (mine, theirs) in enumerate(zip(digests, expected, strict=True)) if mine != theirs]
+    if damaged:
+        raise RemoteProtocolError(
+            f"{len(damaged)} of {len(digests)} messages differ from what the source sent, the first is message "
+            f"{damaged[0]}: damaged on the way, or changed at the source while it was sent"
+        )
+
+
+def _say_done(control: Control) -> None:
+    try:
+        control.send_frame(encode_frame(Frame.DONE, []))
+        control.flush()
+    except TransferError as exc:
+        # Everything is here and agrees: that the source cannot be told any more is the source's loss alone.
+        logger.warning("rank %d could not be told that its state arrived: %s", control.channel.peer_rank, exc)

@@ -1,0 +1,227 @@
+"""The source's side of a transfer: describe once, then serve each destination.
+
+Strategy: the state goes out in flights, several under way at once. Each flight ends with a signal, and the
+destination answers it with one once the flight has landed; waiting is for these answers alone, so a death is
+noticed at once, and a flight's memory is free again when its answer is there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import NamedTuple
+
+import torch
+
+from ft_transport._channel import Channel, Pending
+from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
+from ft_transport._control import FIRST_MESSAGE_TAG, Control, Posted
+from ft_transport._deadline import Deadline
+from ft_transport._digest import digest_message
+from ft_transport._layout import Layout, lay_out
+from ft_transport._manifest import Regions, describe
+from ft_transport._memory import Bucket, aligned, copy_bytes
+from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
+from ft_transport.errors import TransferError
+from ft_transport.report import PeerReport, Progress, TransferReport
+
+__all__ = ["Gatherer", "Outbound", "serve", "tell_failure"]
+
+logger = logging.getLogger("ft_transport")
+
+
+class Gatherer:
+    """Takes the bytes of messages from a state's memory.
+
+    Args:
+        layout: The messages.
+        regions: The memory of each byte range.
+        device: Where messages live.
+    """
+
+    def __init__(self, layout: Layout, regions: Regions, device: torch.device) -> None:
+        self._layout = layout
+        self._regions = regions
+        self._device = device
+
+    def staged(self, message: int) -> bool:
+        """Whether a message must be gathered into a bucket."""
+        pieces = self._layout.messages[message]
+        if len(pieces) > 1:
+            return True
+        region = self._region(pieces[0].storage, pieces[0].begin)[0]
+        flat = region.dtype == torch.uint8 and region.dim() == 1 and region.is_contiguous()
+        return not flat or region.device.type != self._device.type
+
+    def staged_bytes(self, messages: range) -> int:
+        """What a bucket must hold for these messages."""
+        return sum(aligned(self._layout.sizes[message]) for message in messages if self.staged(message))
+
+    def gather(self, message: int, bucket: Bucket | None) -> torch.Tensor:
+        """The bytes of a message: the state's own memory, or a copy in the bucket."""
+        pieces = self._layout.messages[message]
+        if not self.staged(message):
+            region, begin = self._region(pieces[0].storage, pieces[0].begin)
+            return region[begin : begin + pieces[0].end - pieces[0].begin]
+        assert bucket is not None
+        staged = bucket.take(self._layout.sizes[message])
+        flat_sources, flat_parts = [], []
+        for piece, part in zip(pieces, staged.split([end - begin for _, begin, end in pieces]), strict=True):
+            region, begin = self._region(piece.storage, piece.begin)
+            if region.dtype == torch.uint8 and region.dim() == 1:
+                whole = begin == 0 and region.numel() == part.numel()
+                flat_sources.append(region if whole else region[begin : begin + part.numel()])
+                flat_parts.append(part)
+            else:
+                copy_bytes(region, begin, part, to_flat=True)
+        if flat_parts:
+            torch._foreach_copy_(flat_parts, flat_sources)
+        return staged
+
+    def _region(self, storage: int, begin: int) -> tuple[torch.Tensor, int]:
+        piece = self._layout.ranges[self._layout.range_of(storage, begin)]
+        return self._regions[storage, piece.begin], begin - piece.begin
+
+
+class Outbound:
+    """A described state, ready to be served to any number of destinations at once.
+
+    Args:
+        state_dict: The state. Its memory is read until the last :func:`serve` has returned.
+        step: Step of the state.
+        options: The caller's choices.
+        report: Filled with what the state is.
+
+    Raises:
+        LocalProtocolError: A leaf cannot travel; every such path is named.
+    """
+
+    def __init__(self, state_dict: object, step: int | None, options: Options, report: TransferReport) -> None:
+        manifest, regions = describe(state_dict)
+        self.layout = lay_out(manifest, options.limits)
+        self.options = options
+        self.header = Header(step, options.limits, options.digest)
+        self.frame = encode_manifest(manifest, self.header)
+        self.gatherer = Gatherer(self.layout, regions, options.device)
+        self._digests: dict[int, int] = {}
+        report.num_leaves = len(manifest.leaves)
+        report.num_messages = len(self.layout.messages)
+        report.nbytes_total = self.layout.nbytes
+        report.nbytes_staged = self.gatherer.staged_bytes(range(report.num_messages))
+
+    def note_digest(self, message: int, data: torch.Tensor) -> None:
+        """Fingerprint a message, once for all destinations."""
+        if self.header.digest and message not in self._digests:
+            self._digests[message] = digest_message(data, self.header.digest)
+
+    def digests(self) -> list[int]:
+        """Fingerprints of all messages, in order; empty where nothing is verified."""
+        return [self._digests[message] for message in range(len(self.layout.messages))] if self.header.digest else []
+
+
+def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerReport) -> None:
+    """Send a described state to one destination.
+
+    Args:
+        channel: To the destination; used by nobody else meanwhile.
+        outbound: The state.
+        deadline: Of the whole call.
+        peer: Filled with what happened.
+
+    Raises:
+        TransferError: As it happened; ``peer`` holds outcome and reason. Nothing reads the state for this
+            destination any more. ``channel.broken`` says whether the group is unusable now.
+    """
+    control = Control(channel, outbound.options.device, deadline)
+    try:
+        with peer.enter("agree", "source"):
+            control.send_frame(outbound.frame)
+            control.recv_frame(Frame.READY)
+        with peer.enter("move", "source"):
+            _Flights(control, outbound, peer).send()
+        with peer.enter("verify", "source"):
+            control.send_frame(encode_frame(Frame.DIGESTS, outbound.digests()))
+            control.recv_frame(Frame.DONE)
+        peer.outcome = "complete"
+    except BaseException as exc:
+        end_badly(control, peer, exc)
+        raise
+    finally:
+        channel.drop()
+        peer.nbytes_wire = channel.nbytes_wire
+
+
+class _Flight(NamedTuple):
+    """One flight under way."""
+
+    messages: range
+    tensors: list[torch.Tensor]
+    works: list[Pending]
+    answer: Posted | None
+    bucket: Bucket | None
+
+
+class _Flights:
+    """The flights to one destination."""
+
+    def __init__(self, control: Control, outbound: Outbound, peer: PeerReport) -> None:
+        self._control = control
+        self._outbound = outbound
+        self._peer = peer
+        self._moving: deque[_Flight] = deque()
+        self._buckets = [Bucket(outbound.options.device) for _ in range(NUM_BUCKETS)]
+
+    def send(self) -> None:
+        """Send all flights, and wait until the last one has landed."""
+        landed = 0
+        for flight, messages in enumerate(self._outbound.layout.flights):
+            staged_bytes = self._outbound.gatherer.staged_bytes(messages)
+            while len(self._moving) == self._outbound.header.limits.window or (staged_bytes and not self._buckets):
+                self._land(landed)
+                landed += 1
+            self._post(flight, messages, staged_bytes)
+        while self._moving:
+            self._land(landed)
+            landed += 1
+
+    def _post(self, flight: int, messages: range, staged_bytes: int) -> None:
+        channel, outbound = self._control.channel, self._outbound
+        bucket = self._buckets.pop() if staged_bytes else None
+        if bucket is not None:
+            bucket.reset(staged_bytes)
+        tensors = [outbound.gatherer.gather(message, bucket) for message in messages]
+        # Gloo announces a receive behind the bytes that are queued already, so the answer's is posted first. On an
+        # accelerator's group the operations of a pair run one after the other: there it would never end.
+        answer = self._control.expect() if outbound.options.device.type == "cpu" else None
+        works = [
+            channel.send(tensor, FIRST_MESSAGE_TAG + message)
+            for message, tensor in zip(messages, tensors, strict=True)
+        ]
+        works.append(self._control.send_signal(flight))
+        self._moving.append(_Flight(messages, tensors, works, answer, bucket))
+
+    def _land(self, number: int) -> None:
+        """Wait for the answer to the oldest flight, and take its memory back."""
+        flight, outbound, peer = self._moving.popleft(), self._outbound, self._peer
+        for message, tensor in zip(flight.messages, flight.tensors, strict=True):
+            outbound.note_digest(message, tensor)
+        self._control.recv_signal(number, flight.answer)
+        for work in flight.works:
+            self._control.channel.wait(work, self._control.deadline)
+        if flight.bucket is not None:
+            self._buckets.append(flight.bucket)
+        peer.nbytes += sum(tensor.numel() for tensor in flight.tensors)
+        progress = Progress("source", outbound.header.step, peer.rank, peer.nbytes, outbound.layout.nbytes)
+        tell_progress(outbound.options.progress, progress)
+
+
+def tell_failure(channel: Channel, device: torch.device, deadline: Deadline, reason: str) -> None:
+    """Send a destination, instead of the manifest, the reason why there will be none. Never raises."""
+    control = Control(channel, device, deadline)
+    try:
+        control.send_frame(encode_frame(Frame.FAILED, [reason]))
+        control.flush()
+    except TransferError as exc:
+        logger.warning("rank %d could not be told: %s", channel.peer_rank, exc)
+    finally:
+        channel.drop()
