@@ -22,7 +22,7 @@ import torch
 
 from ft_transport._layout import Limits
 from ft_transport._leaves import KINDS, dtype_name
-from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, extent, merge
+from ft_transport._manifest import ALIGNMENT, Geometry, Leaf, Manifest, Storage, View, geometry, merge
 from ft_transport._tree import LEAF, Node, Path, format_path
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
@@ -86,7 +86,7 @@ def decode_frame(data: bytes) -> tuple[Frame, Any]:
         body = msgpack.unpackb(
             memoryview(data)[_HEADER.size :],
             raw=False,
-            use_list=True,
+            use_list=False,
             unicode_errors="surrogatepass",
             strict_map_key=True,
         )
@@ -130,7 +130,7 @@ _ENCODE: dict[type, Callable[[Any], list[Any]]] = {
     type(...): lambda v: ["ellipsis"],
 }
 
-_DECODE: dict[str, Callable[[list[Any]], Any]] = {
+_DECODE: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "int": lambda args: _big_int(*args),
     "tuple": lambda args: tuple(map(_decode_value, args)),
     "list": lambda args: list(map(_decode_value, args)),
@@ -149,7 +149,7 @@ _DECODE: dict[str, Callable[[list[Any]], Any]] = {
 
 
 def _decode_value(data: Any) -> Any:
-    if not isinstance(data, list):
+    if not isinstance(data, tuple):
         return data
     return _DECODE[_expect(str, data[0])](data[1:])
 
@@ -190,9 +190,10 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
     """
     refused: list[str] = []
     leaves = []
+    shapes: dict[Geometry, int] = {}
     for index, leaf in enumerate(manifest.leaves):
         try:
-            leaves.append(_encode_leaf(leaf))
+            leaves.append(_encode_leaf(leaf, shapes))
         except Exception as exc:  # pickling runs the classes' own code, which may raise anything
             path, what = format_path(manifest.paths[index]), type(leaf.context).__qualname__
             refused.append(f"{path}: a value of class {what} cannot be encoded: {exc}")
@@ -201,19 +202,20 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
     body = [
         [header.step, list(header.limits), header.digest],
         [_encode_node(node) for node in manifest.nodes],
+        [[dtype_name(shape.dtype), shape.shape, shape.stride] for shape in shapes],
         leaves,
-        [list(storage) for storage in manifest.storages],
+        manifest.storages,
     ]
     return encode_frame(Frame.MANIFEST, body)
 
 
-def _encode_leaf(leaf: Leaf) -> list[Any]:
+def _encode_leaf(leaf: Leaf, shapes: dict[Geometry, int]) -> Any:
     if leaf.kind == "value":
         return [_encode_value(leaf.context)]
-    views = [
-        [view.storage, dtype_name(view.dtype), list(view.shape), list(view.stride), view.offset] for view in leaf.views
-    ]
-    return [leaf.kind, views, leaf.context]
+    views = [(view.storage, shapes.setdefault(view.geometry, len(shapes)), view.offset) for view in leaf.views]
+    if leaf.kind == "tensor" and leaf.context is None:
+        return views[0]
+    return [leaf.kind, views, leaf.context, None]
 
 
 def _encode_node(node: Node) -> Any:
@@ -232,13 +234,14 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         RemoteProtocolError: The body describes no state, names a class that is not allowed, or lies about sizes.
     """
     try:
-        (step, limits, digest), nodes, leaves, storages = body
+        (step, limits, digest), nodes, shapes, leaves, storages = body
         header = Header(step if step is None else _expect(int, step), _decode_limits(limits), _expect(str, digest))
         tree = [_decode_node(node) for node in nodes]
         paths = list(_paths(tree))
         if len(leaves) != len(paths):
             raise ValueError(f"expected {len(paths)} leaves, got {len(leaves)}")
-        decoded = [_decode_leaf(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
+        known = [_decode_shape(*shape) for shape in shapes]
+        decoded = [_decode_leaf(path, leaf, known) for path, leaf in zip(paths, leaves, strict=True)]
         manifest = Manifest(tree, paths, decoded, [_decode_storage(storage) for storage in storages])
         _check_bounds(manifest)
         return manifest, header
@@ -250,7 +253,9 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
 
 def _decode_limits(data: Any) -> Limits:
     limits = Limits(*(_expect(int, value) for value in data))
-    if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or limits.pack_below < 0 or limits.pack_from < 1 or limits.window < 1:
+    if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or limits.pack_below < 0:
+        raise ValueError(f"limits out of range: {limits}")
+    if limits.pack_from < 1 or limits.window < 1:
         raise ValueError(f"limits out of range: {limits}")
     return limits
 
@@ -318,29 +323,41 @@ def _paths(nodes: list[Node]) -> Any:
         raise ValueError("the tree ends early")
 
 
-def _decode_leaf(path: Path, data: Any) -> Leaf:
+def _decode_leaf(path: Path, data: Any, shapes: list[Geometry]) -> Leaf:
+    """A leaf is [value], [storage, shape, offset] for a plain tensor, or [kind, views, context, nil]."""
     try:
+        if len(data) == 3:
+            return Leaf("tensor", (_decode_view(data, shapes),), None)
         if len(data) == 1:
             return Leaf("value", (), _decode_value(data[0]))
-        kind, views, context = data
+        kind, views, context, _ = data
         if kind not in KINDS:
             raise ValueError(f"unknown kind of leaf {kind!r}")
-        return Leaf(kind, tuple(_decode_view(*view) for view in views), context)
+        return Leaf(kind, tuple([_decode_view(view, shapes) for view in views]), context)
     except Exception as exc:
         raise RemoteProtocolError(f"{format_path(path)}: {exc}", phase="agree") from exc
 
 
-def _decode_view(storage: Any, dtype: Any, shape: Any, stride: Any, offset: Any) -> View:
-    for number in (storage, offset, *shape, *stride):
-        _expect(int, number)
-    if min((offset, *shape, *stride), default=0) < 0 or len(shape) != len(stride):
-        raise ValueError(f"sizes out of range: shape {shape}, stride {stride}, offset {offset}")
-    if (storage < 0) != (0 in shape):
-        raise ValueError(f"shape {shape} in storage {storage}")
+def _decode_view(data: Any, shapes: list[Geometry]) -> View:
+    storage, number, offset = data
+    if type(storage) is not int or type(number) is not int or type(offset) is not int:
+        raise TypeError(f"a view of {data!r}")
+    if offset < 0 or number < 0:
+        raise ValueError(f"a view of {data!r}")
+    shape = shapes[number]
+    if (storage < 0) != (shape.numel == 0):
+        raise ValueError(f"{shape} in storage {storage}")
+    return View(storage, shape, offset)
+
+
+def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
+    for number in (*shape, *stride):
+        if _expect(int, number) < 0:
+            raise ValueError(f"shape {shape}, stride {stride}")
     # Even a view without elements is made by torch, whose sizes are 64 bits.
     if math.prod(max(size, 1) for size in shape) * 16 > sys.maxsize:
         raise ValueError(f"shape out of range: {shape}")
-    return View(storage, _DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride), offset)
+    return geometry(_DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride))
 
 
 def _decode_storage(data: Any) -> Storage:
@@ -358,7 +375,7 @@ def _check_bounds(manifest: Manifest) -> None:
             if view.storage >= len(extents):
                 raise ValueError(f"{format_path(path)}: storage {view.storage} of {len(extents)}")
             if view.storage >= 0:
-                begin, end = extent(view)
+                begin, end = view.begin, view.end
                 if end > manifest.storages[view.storage].nbytes:
                     raise ValueError(f"{format_path(path)}: bytes {begin} to {end} are outside of its storage")
                 extents[view.storage].append((begin, end))

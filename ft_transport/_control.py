@@ -81,11 +81,20 @@ class Control:
             RemoteProtocolError: The peer refuses, or the frame is another one.
             PeerFailure: The peer gave up.
         """
+        return self.check(expected, self.recv_bytes())
+
+    def recv_bytes(self) -> bytes:
+        """The bytes of the next frame, still to be checked."""
         number = self._take(self.expect())
         if number <= 0:
             raise RemoteProtocolError(f"expected a frame, got signal {-1 - number}")
-        kind, body = self._recv_body(number)
+        data = self._recv_body(number)
         self.flush()
+        return data
+
+    def check(self, expected: Frame, data: bytes) -> Any:
+        """The body of a frame, which must be of this kind; raises as :meth:`recv_frame`."""
+        kind, body = decode_frame(data)
         if kind is not expected:
             self._fail(kind, body)
         return body
@@ -104,7 +113,7 @@ class Control:
         """
         number = self._take(posted or self.expect())
         if number > 0:
-            self._fail(*self._recv_body(number))
+            self._fail(*decode_frame(self._recv_body(number)))
         if -1 - number != expected:
             raise RemoteProtocolError(f"expected signal {expected}, got {-1 - number}")
 
@@ -113,7 +122,7 @@ class Control:
         self.channel.wait(pending, self.deadline)
         return int(number.item())
 
-    def _recv_body(self, nbytes: int) -> tuple[Frame, Any]:
+    def _recv_body(self, nbytes: int) -> bytes:
         if nbytes > MAX_FRAME_BYTES:
             raise RemoteProtocolError(f"a frame of {nbytes} bytes, at most {MAX_FRAME_BYTES} are accepted")
         body = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
@@ -123,11 +132,11 @@ class Control:
         if again != nbytes:
             raise RemoteProtocolError(f"a frame of {nbytes} bytes ends with {again}")
         local = body.cpu()
-        return decode_frame(ctypes.string_at(local.data_ptr(), nbytes))
+        return ctypes.string_at(local.data_ptr(), nbytes)
 
     def _fail(self, kind: Frame, body: Any) -> None:
         """Raise what a REFUSE or FAILED frame says; anything else is out of order."""
-        reasons = "; ".join(map(str, body)) if isinstance(body, list) else str(body)
+        reasons = "; ".join(map(str, body)) if isinstance(body, tuple) else str(body)
         if kind is Frame.REFUSE:
             raise RemoteProtocolError(f"the destination refuses this state: {reasons}")
         if kind is Frame.FAILED:

@@ -14,12 +14,13 @@ from ft_transport._codec import Frame, Header, decode_manifest, encode_frame
 from ft_transport._control import FIRST_MESSAGE_TAG, Control
 from ft_transport._deadline import Deadline
 from ft_transport._digest import ALGORITHMS, digest_message
-from ft_transport._landing import Landing, match_template
+from ft_transport._landing import Landing
 from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
-from ft_transport._memory import Bucket, aligned
+from ft_transport._memory import Bucket, aligned, no_collection
+from ft_transport._template import compare, match_template
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import Progress, TransferReport
 
 __all__ = ["receive"]
@@ -34,7 +35,7 @@ def receive(
     options: Options,
     deadline: Deadline,
     report: TransferReport,
-) -> object:
+) -> tuple[object, list[torch.Tensor]]:
     """Receive one state.
 
     Args:
@@ -44,6 +45,9 @@ def receive(
         options: The caller's choices.
         deadline: Of the whole call.
         report: Filled with what happened; its only peer is the source.
+
+    Returns:
+        The state, and the template's tensors that hold a new value; autograd has not been told of it.
 
     Raises:
         TransferError: As it happened. Nothing writes to the template any more; ``report.torn`` says whether it
@@ -63,11 +67,11 @@ def receive(
             if header.digest:
                 _verify(flights.digests, expected)
             _say_done(control)
-        with peer.enter("rebuild", "destination"):
+        with peer.enter("rebuild", "destination"), no_collection():
             result = landing.rebuild()
         report.torn = False
         peer.outcome = "complete"
-        return result
+        return result, landing.written()
     except BaseException as exc:
         end_badly(control, peer, exc)
         # This replica will not take part in the step: break the group, so that nobody waits for it there.
@@ -88,12 +92,15 @@ def _agree(
     options: Options,
     report: TransferReport,
 ) -> tuple[Header, Layout, Landing]:
-    body = control.recv_frame(Frame.MANIFEST)
+    data = control.recv_bytes()
     try:
-        manifest, header = decode_manifest(body)
-        _check_header(header, step)
-        layout = lay_out(manifest, header.limits)
-        landing = _plan(manifest, layout, state_dict, options, report)
+        with no_collection():
+            manifest, header = decode_manifest(control.check(Frame.MANIFEST, data))
+            _check_header(header, step)
+            layout = lay_out(manifest, header.limits)
+            landing = _plan(manifest, layout, state_dict, options, report)
+    except PeerFailure:
+        raise
     except Exception as exc:
         error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
         control.send_frame(encode_frame(Frame.REFUSE, [error.message]))
@@ -118,15 +125,14 @@ def _plan(
     report: TransferReport,
 ) -> Landing:
     """Check the state against the template, and decide where each byte lands."""
-    template = match_template(manifest, state_dict(), report) if state_dict is not None else {}
-    landing = Landing(manifest, layout, template, options.device, report)
-    reasons = list(landing.disagreements)
+    matched = match_template(manifest, state_dict(), report) if state_dict is not None else {}
+    targets, reasons = compare(manifest, matched, report)
     if options.strict:
         reasons += [f"{path}: expected in the template, source has it" for path in report.missing]
         reasons += [f"{path}: expected from the source, template has it" for path in report.unused]
     if reasons:
         raise RemoteProtocolError("; ".join(reasons))
-    landing.plan()
+    landing = Landing(manifest, layout, matched, targets, options.device, report)
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)
     report.nbytes_total = layout.nbytes
@@ -214,7 +220,7 @@ class _Flights:
             self._next += 1
 
     def _post(self, messages: range, targets: list[torch.Tensor | None], bucket: Bucket | None) -> None:
-        self._report.torn = self._report.torn or self._landing.touches_template()
+        self._report.torn = self._report.torn or self._landing.in_place
         arrivals, _ = self._moving[-1]
         for message, target in zip(messages, targets, strict=True):
             if target is None:
@@ -255,7 +261,7 @@ class _Flights:
 
 
 def _verify(digests: list[int], expected: Any) -> None:
-    if not isinstance(expected, list) or len(expected) != len(digests):
+    if not isinstance(expected, tuple) or len(expected) != len(digests):
         raise RemoteProtocolError(f"expected the digests of {len(digests)} messages, got {str(expected)[:80]}")
     damaged = [m for m, (mine, theirs) in enumerate(zip(digests, expected, strict=True)) if mine != theirs]
     if damaged:

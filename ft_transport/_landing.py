@@ -1,224 +1,153 @@
 """Where each byte range lands: in place, fresh, or staged through a bucket and copied.
 
-Strategy: everything is decided before the first payload byte. A range lands directly in the template's memory
-where shape, dtype, strides and device agree; where only strides or device differ it goes through a bucket. What
-the template lacks, or cannot take without harm to a neighbour, lands in fresh memory. Disagreements are
-collected, all of them, and nothing is touched if there is one.
+Strategy: everything is decided before the first payload byte. A range lands directly in the template's memory where
+strides and device agree as well; where only these differ it goes through a bucket. What the template lacks, or
+cannot take without harm to a neighbour, lands in fresh memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 
 from ft_transport._layout import Layout, Piece
-from ft_transport._leaves import KINDS, dtype_name, kind_of, meshes_of
-from ft_transport._manifest import Leaf, Manifest, View, extent, is_dense, memory_order, merge, rebuild, storage_as
-from ft_transport._memory import allocate, copy_bytes, populate
-from ft_transport._tree import Path, flatten, format_path
-from ft_transport.errors import RemoteProtocolError
+from ft_transport._leaves import Meshes, meshes_of
+from ft_transport._manifest import Leaf, Manifest, View, rebuild
+from ft_transport._memory import Block, allocate, copy_blocks, physical_bytes, populate, storage_as
+from ft_transport._template import Slot, Targets, geometry_of
 from ft_transport.report import TransferReport
 
-__all__ = ["Landing", "match_template"]
+__all__ = ["Landing", "mark_changed"]
 
-_Slot = tuple[int, int]  # leaf, position among its views
-
-
-class _Target(NamedTuple):
-    """Where one range lands: flat uint8 memory, or strided elements that are its bytes in order."""
-
-    memory: torch.Tensor
-    in_place: bool
+_Member = tuple[Slot, View]
 
 
 class Landing:
-    """The plan for one receive, and the building of its result.
+    """The plan for one receive, and the building of its result. Making one allocates what is fresh.
 
     Args:
         manifest: What the source described.
         layout: Its messages.
-        template: The leaves to land in by index of the manifest's leaf, from :func:`match_template`.
+        matched: The template's leaf for each manifest leaf that has one.
+        targets: The template's tensors that can take their bytes.
         device: Device of the wire's messages; fresh leaves that were on an accelerator live there too.
         report: Filled with what lands where.
         fresh_on_cpu: Allocate every fresh leaf on the CPU.
 
     Attributes:
-        disagreements: Why the template cannot take this state, one line for each path; nothing may move
-            while there is one.
+        in_place: Whether any byte lands in the template's memory while messages move.
+
+    Raises:
+        MemoryError: There is no room for the fresh leaves.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         layout: Layout,
-        template: dict[int, object],
+        matched: dict[int, object],
+        targets: Targets,
         device: torch.device,
         report: TransferReport,
         *,
         fresh_on_cpu: bool = False,
     ) -> None:
-        self._fresh_on_cpu = fresh_on_cpu
+        self.in_place = False
         self._manifest = manifest
         self._layout = layout
-        self._template = template
+        self._matched = matched
+        self._targets = targets
         self._device = device
-        self._report = report
-        self.disagreements: list[str] = []
-        self._targets: dict[_Slot, torch.Tensor] = {}
-        self._landed: list[_Target] = []
-        self._values: dict[_Slot, torch.Tensor] = {}
-        self._copies: list[tuple[torch.Tensor, _Slot]] = []
-        self._in_place_slots: set[_Slot] = set()
-        for index, leaf in enumerate(manifest.leaves):
-            self._compare(index, leaf)
-
-    # ------------------------------------------------------------------------------------- compare
-
-    def _compare(self, index: int, leaf: Leaf) -> None:
-        """Check one leaf against the template and note the tensors it can land in."""
-        path = format_path(self._manifest.paths[index])
-        if index not in self._template:
-            if leaf.views and self._template:
-                self._report.missing.append(path)
-            return
-        mine = self._template[index]
-        try:
-            kind = kind_of(mine)
-            name = "value" if kind is None else kind.name
-            if name != leaf.kind:
-                self.disagreements.append(f"{path}: expected {_describe(mine)}, source has {_describe_leaf(leaf)}")
-                return
-            if kind is None:
-                return
-            inner = kind.inner(mine)
-        except ValueError as exc:
-            self._report.not_in_place[path] = str(exc)
-            return
-        reason = KINDS[leaf.kind].disagreement(leaf.context, mine) or _shapes_differ(leaf, inner)
-        if reason:
-            self.disagreements.append(f"{path}: {reason}")
-            return
-        for position, tensor in enumerate(inner):
-            if obstacle := _obstacle(tensor, mine):
-                self._report.not_in_place[path] = obstacle
-            elif leaf.views[position].storage >= 0:
-                self._targets[index, position] = tensor
+        self._fresh_on_cpu = fresh_on_cpu
+        self._fresh_storages: dict[int, torch.Tensor] = {}
+        # For each range the memory it lands in, and whether that is fresh.
+        self._blocks: list[tuple[Block, bool]] = []
+        # What each view becomes, which template tensors hold their value in the end, and copies still to be made.
+        self._values: dict[Slot, torch.Tensor] = {}
+        self._settled: set[Slot] = set()
+        self._copies: list[tuple[Slot, Slot]] = []
+        self._plan(report)
 
     # ---------------------------------------------------------------------------------------- plan
 
-    def plan(self) -> None:
-        """Decide where every range lands, and allocate what is fresh.
-
-        Raises:
-            MemoryError: There is no room for the fresh leaves.
-        """
-        self._drop_conflicts()
-        members: dict[tuple[int, int], list[tuple[_Slot, View]]] = {}
+    def _plan(self, report: TransferReport) -> None:
         ranges = self._layout.ranges
+        members: list[list[_Member]] = [[] for _ in ranges]
         for index, leaf in enumerate(self._manifest.leaves):
             for position, view in enumerate(leaf.views):
                 if view.storage >= 0:
-                    home = ranges[self._layout.range_of(view.storage, extent(view)[0])]
-                    members.setdefault((home.storage, home.begin), []).append(((index, position), view))
-        fresh: dict[int, torch.Tensor] = {}
-        for piece in ranges:
-            group = members.get((piece.storage, piece.begin), [])
-            target = self._in_place(piece, group) or self._fresh(piece, group, fresh)
-            self._landed.append(target)
-            if target.in_place:
-                self._report.nbytes_in_place += piece.end - piece.begin
+                    members[self._layout.range_of(view.storage, view.begin)].append(((index, position), view))
+        for piece, group in zip(ranges, members, strict=True):
+            block = self._in_place(piece, group) if self._targets else None
+            fresh = block is None
+            if block is None:
+                block = self._fresh(piece, group)
+                report.nbytes_fresh += piece.end - piece.begin
             else:
-                self._report.nbytes_fresh += piece.end - piece.begin
+                report.nbytes_in_place += piece.end - piece.begin
+            self._blocks.append((block, fresh))
+        self.in_place = report.nbytes_in_place > 0
 
-    def _drop_conflicts(self) -> None:
-        """Give up template tensors that share memory in a way the source's do not."""
-        places: dict[tuple[torch.device, int], list[tuple[int, int, _Slot]]] = {}
-        for slot, tensor in self._targets.items():
-            begin, end = _extent_of(tensor)
-            places.setdefault((tensor.device, _base(tensor)), []).append((begin, end, slot))
-        for found in places.values():
-            if len(found) == 1:
-                continue
-            for begin, end in merge((low, high) for low, high, _ in found):
-                cluster = [slot for low, _, slot in found if begin <= low < end]
-                if len({self._relation(slot) for slot in cluster}) > 1:
-                    for slot in cluster:
-                        del self._targets[slot]
-                        path = format_path(self._manifest.paths[slot[0]])
-                        self._report.not_in_place[path] = "shares memory in the template, but not in the source"
-
-    def _relation(self, slot: _Slot) -> tuple[int, int]:
-        """Which storage of the source the slot is a view of, and how far its place there is from its target's."""
-        view = self._manifest.leaves[slot[0]].views[slot[1]]
-        return view.storage, _extent_of(self._targets[slot])[0] - extent(view)[0]
-
-    def _in_place(self, piece: Piece, group: Sequence[tuple[_Slot, View]]) -> _Target | None:
+    def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""
-        exact: dict[tuple[int, int], list[tuple[_Slot, View]]] = {}
+        exact: dict[tuple[int, int], list[_Member]] = {}
         for slot, view in group:
             tensor = self._targets.get(slot)
             if tensor is not None and tensor.device.type == self._device.type and _same_strides(view, tensor):
-                exact.setdefault((_base(tensor), self._relation(slot)[1]), []).append((slot, view))
+                if len(group) == 1 and view.geometry.dense:
+                    self._settle_in_place(slot)
+                    return Block(tensor)
+                shift = int(tensor.storage_offset()) * view.geometry.itemsize - view.begin
+                exact.setdefault((tensor.untyped_storage()._cdata, shift), []).append((slot, view))
         for (_, shift), matching in exact.items():
             # Bytes in a view's gaps are its neighbours': only views without gaps may take the range as it is.
-            if _cover([extent(v) for _, v in matching if is_dense(v.shape, v.stride)], piece):
-                tensor = self._targets[matching[0][0]]
-                flat = storage_as(tensor.detach(), torch.uint8)
+            if _cover([view for _, view in matching if view.geometry.dense], piece):
+                flat = storage_as(self._targets[matching[0][0]], torch.uint8)
                 self._settle(group, {slot for slot, _ in matching}, flat, shift)
-                return _Target(flat[piece.begin + shift : piece.end + shift], True)
+                return Block(flat[piece.begin + shift : piece.end + shift])
         return self._in_place_strided(piece, group)
 
-    def _in_place_strided(self, piece: Piece, group: Sequence[tuple[_Slot, View]]) -> _Target | None:
+    def _in_place_strided(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """A template tensor whose strides or device differ, to be written through a bucket."""
         if not all(slot in self._targets for slot, _ in group):
             return None
         for slot, view in group:
-            if extent(view) == (piece.begin, piece.end) and is_dense(view.shape, view.stride):
-                tensor = self._targets[slot].detach()
-                dims = memory_order(view.shape, view.stride)
-                assert dims is not None
-                memory = tensor.as_strided(
-                    [tensor.shape[dim] for dim in dims],
-                    [tensor.stride(dim) for dim in dims],
-                    tensor.storage_offset(),
-                )
-                self._values[slot] = self._targets[slot]
-                self._in_place_slots.add(slot)
-                for other, _ in group:
-                    if other != slot:
-                        self._copies.append((self._targets[other], slot))
-                        self._in_place_slots.add(other)
-                return _Target(memory, True)
+            if (view.begin, view.end) == (piece.begin, piece.end) and view.geometry.dense:
+                tensor, order = self._targets[slot], view.geometry.order
+                assert order is not None
+                self._settle_in_place(slot)
+                self._copies += [(other, slot) for other, _ in group if other != slot]
+                shape, stride = [tensor.shape[dim] for dim in order], [tensor.stride(dim) for dim in order]
+                return Block(_quiet(tensor).as_strided(shape, stride, tensor.storage_offset()), dense=False)
         return None
 
-    def _fresh(
-        self, piece: Piece, group: Sequence[tuple[_Slot, View]], fresh: dict[int, torch.Tensor]
-    ) -> _Target:
-        storage = self._manifest.storages[piece.storage]
-        if piece.storage not in fresh:
-            on_cpu = self._fresh_on_cpu or storage.device_type == "cpu"
-            fresh[piece.storage] = allocate(storage.nbytes, torch.device("cpu") if on_cpu else self._device)
-        flat = fresh[piece.storage]
-        self._settle(group, set(), flat, 0)
-        return _Target(flat[piece.begin : piece.end], False)
+    def _settle_in_place(self, slot: Slot) -> None:
+        self._values[slot] = self._targets[slot]
+        self._settled.add(slot)
 
-    def _settle(
-        self, group: Sequence[tuple[_Slot, View]], direct: set[_Slot], flat: torch.Tensor, shift: int
-    ) -> None:
+    def _fresh(self, piece: Piece, group: Sequence[_Member]) -> Block:
+        storage = self._manifest.storages[piece.storage]
+        if piece.storage not in self._fresh_storages:
+            on_cpu = self._fresh_on_cpu or storage.device_type == "cpu"
+            if on_cpu and storage.nbytes > physical_bytes():
+                raise MemoryError(f"a storage of {storage.nbytes} bytes is more than this machine has")
+            device = torch.device("cpu") if on_cpu else self._device
+            self._fresh_storages[piece.storage] = allocate(storage.nbytes, device)
+        flat = self._fresh_storages[piece.storage]
+        self._settle(group, set(), flat, 0)
+        whole = piece.begin == 0 and piece.end == storage.nbytes
+        return Block(flat if whole else flat[piece.begin : piece.end])
+
+    def _settle(self, group: Sequence[_Member], direct: set[Slot], flat: torch.Tensor, shift: int) -> None:
         """Note what each view of a range becomes, once the range lies in ``flat`` moved by ``shift`` bytes."""
         for slot, view in group:
-            target = self._targets.get(slot)
             if slot in direct:
-                assert target is not None
-                self._values[slot] = target
-                self._in_place_slots.add(slot)
+                self._settle_in_place(slot)
                 continue
             self._values[slot] = _view_of(flat, view, shift)
-            if target is not None and not (direct and _overlaps(target, flat, view, shift)):
-                self._copies.append((target, slot))
-                self._in_place_slots.add(slot)
+            if slot in self._targets:
+                self._copies.append((slot, slot))
 
     # ---------------------------------------------------------------------------------------- move
 
@@ -227,222 +156,90 @@ class Landing:
         pieces = self._layout.messages[message]
         if len(pieces) > 1:
             return None
-        target, begin, nbytes = self._locate(pieces[0])
-        memory = target.memory
-        if memory.dtype != torch.uint8 or memory.dim() != 1 or not memory.is_contiguous():
+        block, begin, nbytes, fresh = self._locate(pieces[0])
+        if not block.dense or block.memory.device.type != self._device.type:
             return None
-        if memory.device.type != self._device.type:
-            return None
-        part = memory[begin : begin + nbytes]
-        if not target.in_place:
+        part = block.bytes(begin, begin + nbytes)
+        if fresh:
             populate(part)
         return part
 
     def scatter(self, message: int, staged: torch.Tensor) -> None:
         """Copy a staged message to where its pieces belong."""
-        pieces = self._layout.messages[message]
-        sources = staged.split([piece.end - piece.begin for piece in pieces])
-        flat_sources: list[torch.Tensor] = []
-        flat_targets: list[torch.Tensor] = []
-        for piece, source in zip(pieces, sources, strict=True):
-            target, begin, nbytes = self._locate(piece)
-            if target.memory.dtype == torch.uint8 and target.memory.dim() == 1:
-                flat_sources.append(source)
-                flat_targets.append(target.memory[begin : begin + nbytes])
-            else:
-                copy_bytes(target.memory, begin, source, to_flat=False)
-        if flat_sources:
-            torch._foreach_copy_(flat_targets, flat_sources)
+        copy_blocks([self._locate(piece)[:3] for piece in self._layout.messages[message]], staged, gather=False)
 
-    def _locate(self, piece: Piece) -> tuple[_Target, int, int]:
+    def _locate(self, piece: Piece) -> tuple[Block, int, int, bool]:
         index = self._layout.range_of(piece.storage, piece.begin)
-        return self._landed[index], piece.begin - self._layout.ranges[index].begin, piece.end - piece.begin
+        block, fresh = self._blocks[index]
+        return block, piece.begin - self._layout.ranges[index].begin, piece.end - piece.begin, fresh
 
     # ------------------------------------------------------------------------------------- rebuild
-
-    def touches_template(self) -> bool:
-        """Whether any byte lands in the template's memory while the messages move."""
-        return any(target.in_place for target in self._landed)
 
     def rebuild(self) -> object:
         """The received state dict. Call it once, after every message has landed and been verified."""
         for target, slot in self._copies:
-            target.detach().copy_(self._values[slot].detach())
-        for slot in self._in_place_slots:
-            tensor = self._targets[slot]
-            if not tensor.is_inference():
-                # The bytes changed behind autograd's back: a graph that saved them must not use the mix.
-                torch.autograd.graph.increment_version(tensor)
-        meshes = meshes_of(list(self._template.values()))
+            _quiet(self._targets[target]).copy_(_quiet(self._values[slot]))
+            self._settled.add(target)
+        meshes = meshes_of(list(self._matched.values()))
         return self._manifest.build(
-            [self._leaf(index, leaf, meshes) for index, leaf in enumerate(self._manifest.leaves)]
+            [
+                leaf.context if leaf.kind == "value" else self._leaf(index, leaf, meshes)
+                for index, leaf in enumerate(self._manifest.leaves)
+            ]
         )
 
-    def _leaf(self, index: int, leaf: Leaf, meshes: Any) -> object:
+    def _leaf(self, index: int, leaf: Leaf, meshes: Meshes) -> object:
         slots = [(index, position) for position in range(len(leaf.views))]
-        filled = [s for s, view in zip(slots, leaf.views, strict=True) if view.storage >= 0]
-        if index in self._template and leaf.views and all(slot in self._in_place_slots for slot in filled):
-            return self._template[index]
+        if index in self._matched and all(
+            view.storage < 0 or slot in self._settled for slot, view in zip(slots, leaf.views, strict=True)
+        ):
+            return self._matched[index]
         tensors = [
-            self._values[slot] if view.storage >= 0 else self._empty(view)
+            self._values[slot] if view.storage >= 0 else _empty(view)
             for slot, view in zip(slots, leaf.views, strict=True)
         ]
         return rebuild(leaf, tensors, meshes)
 
-    def _empty(self, view: View) -> torch.Tensor:
-        return torch.empty_strided(view.shape, view.stride, dtype=view.dtype)
+    def written(self) -> list[torch.Tensor]:
+        """The template's tensors that hold a new value."""
+        return [self._targets[slot] for slot in self._settled]
 
 
-# -------------------------------------------------------------------------------------------- helpers
+def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
+    """Tell autograd that these tensors changed: a graph that saved them must not use the mix of old and new."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
 
 
-def _cover(extents: Sequence[tuple[int, int]], piece: Piece) -> bool:
-    """Whether the extents, which lie inside the range, leave none of it out."""
+def _quiet(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with a version counter of its own, unlike ``detach()``: see :func:`mark_changed`."""
+    return tensor.data
+
+
+def _cover(views: Sequence[View], piece: Piece) -> bool:
+    """Whether the views, which lie inside the range, leave none of it out."""
     reached = piece.begin
-    for begin, end in sorted(extents):
+    for begin, end in sorted((view.begin, view.end) for view in views):
         if begin > reached:
             return False
         reached = max(reached, end)
     return reached == piece.end
 
 
-def _shapes_differ(leaf: Leaf, inner: Sequence[torch.Tensor]) -> str:
-    if len(inner) != len(leaf.views):
-        return f"expected {len(inner)} local tensors, source has {len(leaf.views)}"
-    for view, tensor in zip(leaf.views, inner, strict=True):
-        if view.dtype != tensor.dtype or view.shape != tuple(tensor.shape):
-            return f"expected {_dtype_shape(tensor)}, source has {_dtype_shape(view)}"
-    return ""
-
-
-def _dtype_shape(tensor: torch.Tensor | View) -> str:
-    return f"{dtype_name(tensor.dtype)} {tuple(tensor.shape)}"
-
-
-def _describe(mine: object) -> str:
-    kind = kind_of(mine)
-    if kind is None:
-        return f"a plain {type(mine).__name__}"
-    return f"{type(mine).__name__} " + ", ".join(_dtype_shape(tensor) for tensor in kind.inner(mine))
-
-
-def _describe_leaf(leaf: Leaf) -> str:
-    if leaf.kind == "value":
-        return f"a plain {type(leaf.context).__name__}"
-    return f"{leaf.kind} " + ", ".join(map(_dtype_shape, leaf.views))
-
-
-def _obstacle(tensor: torch.Tensor, mine: Any) -> str:
-    """Why bytes must not be written into a template tensor, empty if they may."""
-    if isinstance(mine, torch.Tensor) and type(mine) in (torch.Tensor, torch.nn.Parameter):
-        if mine.is_conj() or mine.is_neg():
-            return "the template's tensor is a lazy conjugate or negative"
-    if 0 in tensor.shape:
-        return ""
-    if memory_order(tensor.shape, tensor.stride()) is None or any(
-        size > 1 and step == 0 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-    ):
-        return "the template's tensor overlaps itself"
-    return ""
-
-
 def _same_strides(view: View, tensor: torch.Tensor) -> bool:
-    return all(
-        size == 1 or a == b for size, a, b in zip(view.shape, view.stride, tensor.stride(), strict=True)
+    mine, theirs = view.geometry, geometry_of(tensor)
+    return mine is theirs or all(
+        size == 1 or a == b for size, a, b in zip(mine.shape, mine.stride, theirs.stride, strict=True)
     )
 
 
-def _base(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _extent_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """Byte range in the tensor's own storage."""
-    return extent(View(0, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())))
-
-
 def _view_of(flat: torch.Tensor, view: View, shift: int) -> torch.Tensor:
-    tensor = torch.empty(0, dtype=view.dtype, device=flat.device)
-    offset = view.offset + shift // view.dtype.itemsize
-    return tensor.set_(flat.untyped_storage(), offset, view.shape, view.stride)  # type: ignore[call-overload, no-any-return]
+    shape = view.geometry
+    tensor = torch.empty(0, dtype=shape.dtype, device=flat.device)
+    return tensor.set_(flat.untyped_storage(), view.offset + shift // shape.itemsize, shape.shape, shape.stride)
 
 
-def _overlaps(target: torch.Tensor, flat: torch.Tensor, view: View, shift: int) -> bool:
-    """Whether the target is the very memory that the view is in after landing."""
-    begin, _ = extent(view)
-    return _base(target) == _base(flat) and _extent_of(target)[0] == begin + shift
-
-
-# ------------------------------------------------------------------------------------------- template
-
-
-def match_template(manifest: Manifest, template: object, report: TransferReport) -> dict[int, object]:
-    """Find the callback's tree inside what the source sent: at its root or inside torchft's envelope.
-
-    The Manager wraps what it sends: ``{"user": {key: tree}, "torchft": {…}}``. The callback's tree may be the
-    whole state, all of ``"user"``, or the tree of one key.
-
-    Returns:
-        The template's leaf for each manifest leaf that has one.
-
-    Raises:
-        RemoteProtocolError: The source has tensors and none is where the callback's tree would have it, or
-            there are two places that fit equally well.
-    """
-    index_of = {path: index for index, path in enumerate(manifest.paths)}
-    _, paths, leaves = flatten(template)
-    scored = [
-        (_score(manifest, index_of, prefix, paths, leaves), prefix) for prefix in _prefixes(manifest.paths)
-    ]
-    best, prefix = max(scored, key=lambda entry: entry[0])
-    has_tensors = any(leaf.views for leaf in manifest.leaves)
-    if has_tensors and best == (0, 0):
-        raise RemoteProtocolError(
-            f"the state_dict callback matches nothing in what the source sends: the callback has "
-            f"{_some(paths)}, the source sends {_some(manifest.paths)}",
-            phase="agree",
-        )
-    rivals = [format_path(other) for score, other in scored if score == best]
-    if has_tensors and len(rivals) > 1:
-        raise RemoteProtocolError(
-            f"the state_dict callback fits at {' and '.join(rivals)} alike; return a dict by registered key",
-            phase="agree",
-        )
-    matched = {}
-    for path, leaf in zip(paths, leaves, strict=True):
-        index = index_of.get(prefix + path)
-        if index is None:
-            report.unused.append(format_path(prefix + path))
-        else:
-            matched[index] = leaf
-    return matched
-
-
-def _prefixes(paths: Sequence[Path]) -> Iterator[Path]:
-    yield ()
-    if {path[0] for path in paths if path} >= {"user", "torchft"}:
-        yield ("user",)
-        yield from dict.fromkeys(path[:2] for path in paths if len(path) >= 2 and path[0] == "user")
-
-
-def _score(
-    manifest: Manifest,
-    index_of: dict[Path, int],
-    prefix: Path,
-    paths: Sequence[Path],
-    leaves: Sequence[object],
-) -> tuple[int, int]:
-    """How many tensors of the template have a place under ``prefix``, and how many of these agree in shape."""
-    places = agreeing = 0
-    for path, leaf in zip(paths, leaves, strict=True):
-        index = index_of.get(prefix + path)
-        if index is not None and isinstance(leaf, torch.Tensor):
-            views = manifest.leaves[index].views
-            places += bool(views)
-            agreeing += len(views) == 1 and views[0].shape == tuple(leaf.shape)
-    return places, agreeing
-
-
-def _some(paths: Sequence[Path]) -> str:
-    names = [format_path(path) for path in paths[:3]]
-    return ", ".join(names) + (f", … ({len(paths)} leaves)" if len(paths) > 3 else "") if names else "no leaves"
+def _empty(view: View) -> torch.Tensor:
+    shape = view.geometry
+    return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ft_transport._manifest import Manifest, extent, merge
+from ft_transport._manifest import Manifest, merge
 
 __all__ = ["Layout", "Limits", "Piece", "lay_out"]
 
@@ -91,7 +91,7 @@ def _ranges(manifest: Manifest) -> list[Piece]:
     for leaf in manifest.leaves:
         for view in leaf.views:
             if view.storage >= 0:
-                extents[view.storage].append(extent(view))
+                extents[view.storage].append((view.begin, view.end))
     return [
         Piece(storage, begin, end)
         for storage, found in enumerate(extents)

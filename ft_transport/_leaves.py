@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed._shard.sharded_tensor import Shard as LocalShard
-from torch.distributed._shard.sharded_tensor import ShardedTensor, ShardMetadata
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -49,7 +50,7 @@ class Kind:
         raise NotImplementedError
 
     def context(self, leaf: Any) -> Any:
-        """What else is needed to rebuild it: None, numbers, strings, and lists of these."""
+        """What else is needed to rebuild it: None, numbers, strings, and tuples of these."""
         raise NotImplementedError
 
     def disagreement(self, context: Any, template: Any) -> str:
@@ -62,7 +63,7 @@ class Kind:
 
 
 class PlainTensor(Kind):
-    """``torch.Tensor`` and ``torch.nn.Parameter``, strided. Context: None, or [is parameter, requires grad]."""
+    """``torch.Tensor`` and ``torch.nn.Parameter``, strided. Context: None, or (is parameter, requires grad)."""
 
     name = "tensor"
 
@@ -78,7 +79,7 @@ class PlainTensor(Kind):
 
     def context(self, leaf: torch.Tensor) -> Any:
         is_parameter = isinstance(leaf, torch.nn.Parameter)
-        return [is_parameter, leaf.requires_grad] if is_parameter or leaf.requires_grad else None
+        return (is_parameter, leaf.requires_grad) if is_parameter or leaf.requires_grad else None
 
     def disagreement(self, context: Any, template: Any) -> str:
         return ""
@@ -96,7 +97,7 @@ class PlainTensor(Kind):
 class DTensorKind(Kind):
     """``torch.distributed.tensor.DTensor``: the local tensor travels, the mesh is the receiver's own.
 
-    Context: [mesh, placements, global shape, global stride, requires grad, is parameter].
+    Context: (mesh, placements, global shape, global stride, requires grad, is parameter).
     """
 
     name = "dtensor"
@@ -108,15 +109,14 @@ class DTensorKind(Kind):
         return (local,)
 
     def context(self, leaf: DTensor) -> Any:
-        device_type, shape, ranks, names = mesh_key(leaf.device_mesh)
-        return [
-            [device_type, list(shape), list(ranks), None if names is None else list(names)],
-            [_describe_placement(placement) for placement in leaf.placements],
-            list(leaf.shape),
-            list(leaf.stride()),
+        return (
+            mesh_key(leaf.device_mesh),
+            tuple(_describe_placement(placement) for placement in leaf.placements),
+            tuple(leaf.shape),
+            tuple(leaf.stride()),
             leaf.requires_grad,
             isinstance(leaf, torch.nn.Parameter),
-        ]
+        )
 
     def disagreement(self, context: Any, template: DTensor) -> str:
         mine = self.context(template)
@@ -125,26 +125,26 @@ class DTensorKind(Kind):
 
     def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
         (local,) = tensors
-        (device_type, mesh_shape, ranks, names), placements, shape, stride, requires_grad, is_parameter = context
-        key = (device_type, tuple(mesh_shape), tuple(ranks), None if names is None else tuple(names))
+        key, placements, shape, stride, requires_grad, is_parameter = context
         if key not in meshes:
+            device_type, mesh_shape, ranks, names = key
             meshes[key] = DeviceMesh(
                 device_type,
-                torch.tensor(ranks, dtype=torch.int).reshape(tuple(mesh_shape)),
-                mesh_dim_names=key[3],
+                torch.tensor(ranks, dtype=torch.int).reshape(mesh_shape),
+                mesh_dim_names=names,
                 # Groups would have to be created together with the other ranks of the mesh.
                 _init_backend=False,
             )
         meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
         spec = DTensorSpec(meshes[key], tuple(map(_make_placement, placements)), tensor_meta=meta)
-        leaf = DTensor(local, spec, requires_grad=requires_grad and not is_parameter)  # type: ignore[call-arg]
+        leaf = DTensor(local, spec, requires_grad=requires_grad and not is_parameter)  # type: ignore[no-untyped-call]
         return torch.nn.Parameter(leaf, requires_grad=requires_grad) if is_parameter else leaf
 
 
 def mesh_key(mesh: DeviceMesh) -> MeshKey:
     """What describes a mesh, comparable across processes."""
-    ranks = mesh.mesh
-    return mesh.device_type, tuple(ranks.shape), tuple(ranks.flatten().tolist()), mesh.mesh_dim_names
+    ranks, names = mesh.mesh, mesh.mesh_dim_names
+    return mesh.device_type, tuple(ranks.shape), tuple(ranks.flatten().tolist()), tuple(names) if names else None
 
 
 def meshes_of(leaves: Sequence[object]) -> Meshes:
@@ -152,15 +152,15 @@ def meshes_of(leaves: Sequence[object]) -> Meshes:
     return {mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in leaves if isinstance(leaf, DTensor)}
 
 
-def _describe_placement(placement: Placement) -> list[Any]:
+def _describe_placement(placement: Placement) -> tuple[Any, ...]:
     if isinstance(placement, _StridedShard):
-        return ["strided shard", placement.dim, placement.split_factor]
+        return "strided shard", placement.dim, placement.split_factor
     if isinstance(placement, Shard):
-        return ["shard", placement.dim]
+        return "shard", placement.dim
     if isinstance(placement, Replicate):
-        return ["replicate"]
+        return ("replicate",)
     if isinstance(placement, Partial):
-        return ["partial", placement.reduce_op]
+        return "partial", placement.reduce_op
     raise ValueError(f"a DTensor with placement {placement!r} cannot travel yet")
 
 
@@ -180,8 +180,8 @@ def _make_placement(description: Sequence[Any]) -> Placement:
 class ShardedTensorKind(Kind):
     """``ShardedTensor``: all local shards travel.
 
-    Context: [global size, dtype, requires grad, pin memory, all shards, which of them are local], a shard
-    being [offsets, sizes, placement].
+    Context: (global size, dtype, requires grad, pin memory, all shards, which of them are local), a shard
+    being (offsets, sizes, placement).
     """
 
     name = "sharded"
@@ -192,14 +192,14 @@ class ShardedTensorKind(Kind):
     def context(self, leaf: ShardedTensor) -> Any:
         metadata = leaf.metadata()
         properties = metadata.tensor_properties
-        return [
-            list(metadata.size),
+        return (
+            tuple(metadata.size),
             dtype_name(properties.dtype),
             properties.requires_grad,
             properties.pin_memory,
-            [_describe_shard(shard) for shard in metadata.shards_metadata],
-            [_describe_shard(shard.metadata) for shard in leaf.local_shards()],
-        ]
+            tuple(_describe_shard(shard) for shard in metadata.shards_metadata),
+            tuple(_describe_shard(shard.metadata) for shard in leaf.local_shards()),
+        )
 
     def disagreement(self, context: Any, template: ShardedTensor) -> str:
         mine = self.context(template)
@@ -211,18 +211,22 @@ class ShardedTensorKind(Kind):
     def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
         size, dtype, requires_grad, pin_memory, shards, local = context
         properties = TensorProperties(getattr(torch, dtype), torch.strided, requires_grad, pin_memory=pin_memory)
-        metadata = ShardedTensorMetadata([ShardMetadata(*shard) for shard in shards], torch.Size(size), properties)
+        metadata = ShardedTensorMetadata([_make_shard(*shard) for shard in shards], torch.Size(size), properties)
         rank = torch.distributed.get_rank()
         local_shards = [
             # The bytes live on this rank now, wherever they came from.
-            LocalShard(tensor, ShardMetadata(offsets, sizes, f"rank:{rank}/{tensor.device}"))
+            LocalShard(tensor, _make_shard(offsets, sizes, f"rank:{rank}/{tensor.device}"))
             for tensor, (offsets, sizes, _) in zip(tensors, local, strict=True)
         ]
         return ShardedTensor._init_from_local_shards_and_global_metadata(local_shards, metadata)
 
 
-def _describe_shard(shard: ShardMetadata) -> list[Any]:
-    return [list(shard.shard_offsets), list(shard.shard_sizes), str(shard.placement)]
+def _describe_shard(shard: ShardMetadata) -> tuple[Any, ...]:
+    return tuple(shard.shard_offsets), tuple(shard.shard_sizes), str(shard.placement)
+
+
+def _make_shard(offsets: Sequence[int], sizes: Sequence[int], placement: str) -> ShardMetadata:
+    return ShardMetadata(list(offsets), list(sizes), placement)
 
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (PlainTensor(), DTensorKind(), ShardedTensorKind())}

@@ -1,26 +1,195 @@
-"""Memory to land in and to stage through.
+"""Memory that bytes are taken from, staged in, and land in.
 
 Strategy: fresh memory costs page faults, which are several times slower than the wire. Large allocations are
-therefore asked for in huge pages, and populated piece by piece shortly before the bytes arrive.
+therefore asked for in huge pages, and populated piece by piece shortly before the bytes arrive. Thousands of small
+tensors are copied by address, because a view of each would cost more than its bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import gc
 import math
 import mmap
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["Bucket", "allocate", "aligned", "copy_bytes", "copy_elements", "populate"]
+__all__ = [
+    "Block",
+    "Bucket",
+    "aligned",
+    "allocate",
+    "copy_blocks",
+    "copy_elements",
+    "no_collection",
+    "physical_bytes",
+    "populate",
+    "storage_as",
+]
 
 _HUGE_PAGE = 2 << 20
 _MADV_HUGEPAGE = 14
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; older kernels answer EINVAL, and the pages fault in one by one
 # Below this a page fault or two costs less than the system calls.
 _WORTH_ADVICE = 4 << 20
+
+
+# --------------------------------------------------------------------------------------------- blocks
+
+
+class Block(NamedTuple):
+    """Memory that is the bytes of a range, in order.
+
+    Attributes:
+        memory: Dense: a tensor of any shape without gaps, whose bytes from its lowest address on are the range.
+            Otherwise: a strided tensor whose elements in row-major order are.
+        dense: Which of the two.
+    """
+
+    memory: torch.Tensor
+    dense: bool = True
+
+    def bytes(self, begin: int, end: int) -> torch.Tensor:
+        """Bytes ``begin`` to ``end`` of a dense block as a flat uint8 tensor that shares the memory."""
+        assert self.dense
+        first = int(self.memory.storage_offset()) * self.memory.element_size()
+        return storage_as(self.memory, torch.uint8)[first + begin : first + end]
+
+
+def storage_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The whole storage of ``tensor`` as a flat tensor of ``dtype``; it shares the memory.
+
+    The result has ``storage.nbytes() // dtype.itemsize`` elements, more than the tensor's own where its
+    strides leave gaps.
+
+    Raises:
+        TypeError: ``tensor`` is a subclass, whose storage need not be what it shows.
+    """
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise TypeError(f"expected a plain tensor, got {type(tensor).__qualname__}")
+    storage = tensor.untyped_storage()
+    flat = torch.empty(0, dtype=dtype, device=tensor.device)
+    return flat.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
+
+
+def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *, gather: bool) -> None:
+    """Copy pieces of blocks to or from the bytes of one staged message.
+
+    Args:
+        parts: Block, first byte in it, number of bytes; in the order of the message.
+        staged: The message, flat uint8.
+        gather: Into the message if true, else out of it.
+    """
+    rest = []
+    done = 0
+    address = staged.data_ptr() if staged.device.type == "cpu" else 0
+    for block, begin, nbytes in parts:
+        if address and block.dense and block.memory.device.type == "cpu":
+            theirs, ours = block.memory.data_ptr() + begin, address + done
+            ctypes.memmove(*((ours, theirs) if gather else (theirs, ours)), nbytes)
+        else:
+            rest.append((block, begin, staged[done : done + nbytes]))
+        done += nbytes
+    flats = [(block.bytes(begin, begin + part.numel()), part) for block, begin, part in rest if block.dense]
+    if flats:
+        blocks, ours_ = map(list, zip(*flats, strict=True))
+        torch._foreach_copy_(*((ours_, blocks) if gather else (blocks, ours_)))
+    for block, begin, part in rest:
+        if not block.dense:
+            _copy_strided(block.memory, begin, part, gather)
+
+
+# Bit patterns are moved, not numbers, and copy_ does not know every dtype: any of the same size will do.
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def _copy_strided(strided: torch.Tensor, begin: int, part: torch.Tensor, gather: bool) -> None:
+    carrier = _CARRIERS[strided.dtype.itemsize]
+    flat = part
+    if part.storage_offset() % carrier.itemsize:
+        flat = torch.empty_like(part) if gather else part.clone()
+    copy_elements(strided.view(carrier), begin // carrier.itemsize, flat.view(carrier), to_flat=gather)
+    if gather and flat is not part:
+        part.copy_(flat)
+
+
+def copy_elements(strided: torch.Tensor, begin: int, flat: torch.Tensor, *, to_flat: bool) -> None:
+    """Copy elements of ``strided``, numbered in row-major order from ``begin``, to or from ``flat``.
+
+    Args:
+        strided: Any strides that do not overlap, any device.
+        begin: Number of the first element.
+        flat: 1-D, contiguous, of the same dtype; its length says how many elements.
+        to_flat: Gather into ``flat`` if true, else scatter from it.
+    """
+    if strided.dim() <= 1:
+        part = strided[begin : begin + flat.numel()] if strided.dim() else strided.view(1)
+        _copy(part, flat, to_flat)
+        return
+    row = math.prod(strided.shape[1:])
+    done = 0
+    while done < flat.numel():
+        index, inside = divmod(begin + done, row)
+        left = flat.numel() - done
+        if inside or left < row:
+            count = min(row - inside, left)
+            copy_elements(strided[index], inside, flat[done : done + count], to_flat=to_flat)
+        else:
+            rows = left // row
+            count = rows * row
+            _copy(strided[index : index + rows], flat[done : done + count].view(rows, *strided.shape[1:]), to_flat)
+        done += count
+
+
+def _copy(strided: torch.Tensor, flat: torch.Tensor, to_flat: bool) -> None:
+    if to_flat:
+        flat.copy_(strided)
+    else:
+        strided.copy_(flat)
+
+
+# ---------------------------------------------------------------------------------------- collection
+
+_collection_lock = threading.Lock()
+_collection_holders = 0
+_collection_was_on = False
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Hold back Python's cyclic garbage collector.
+
+    Describing a state makes hundreds of thousands of small objects and no cycle; the collector would walk through all
+    of them, again and again, which takes longer than the describing.
+    """
+    global _collection_holders, _collection_was_on
+    with _collection_lock:
+        if _collection_holders == 0:
+            _collection_was_on = gc.isenabled()
+            gc.disable()
+        _collection_holders += 1
+    try:
+        yield
+    finally:
+        with _collection_lock:
+            _collection_holders -= 1
+            if _collection_holders == 0 and _collection_was_on:
+                gc.enable()
+
+
+# --------------------------------------------------------------------------------------- fresh memory
+
+
+@functools.cache
+def physical_bytes() -> int:
+    """Memory of this machine, which no honest state on it exceeds."""
+    return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
 
 
 @functools.cache
@@ -31,7 +200,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
         return None
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
@@ -51,7 +220,7 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
 
 def populate(flat: torch.Tensor) -> None:
     """Fault the pages of ``flat`` in at once; its content is kept. Nothing happens where that is not possible."""
-    if flat.device.type == "cpu" and flat.numel() >= _WORTH_ADVICE:
+    if flat.device.type == "cpu" and flat.numel() >= mmap.PAGESIZE:
         _advise(flat.data_ptr(), flat.numel(), mmap.PAGESIZE, _MADV_POPULATE_WRITE, inner=False)
 
 
@@ -67,6 +236,9 @@ def _advise(address: int, nbytes: int, page: int, advice: int, *, inner: bool) -
         madvise(begin, end - begin, advice)
 
 
+# -------------------------------------------------------------------------------------------- staging
+
+
 class Bucket:
     """Memory on the wire's device that messages are staged in; grows to what one flight needs, then is reused."""
 
@@ -78,7 +250,7 @@ class Bucket:
         self._used = 0
 
     def reset(self, nbytes: int) -> None:
-        """Give back everything taken, and have room for ``nbytes`` in takes of any number."""
+        """Give back everything taken, and have room for ``nbytes`` in takes of :func:`aligned` sizes."""
         self._used = 0
         if nbytes and (self._flat is None or self._flat.numel() < nbytes):
             self._flat = None  # before the new one is allocated
@@ -96,54 +268,3 @@ class Bucket:
 def aligned(nbytes: int) -> int:
     """``nbytes`` rounded up to 64 bytes, what one take from a bucket uses."""
     return nbytes + -nbytes % 64
-
-
-def copy_elements(strided: torch.Tensor, begin: int, flat: torch.Tensor, *, to_flat: bool) -> None:
-    """Copy elements of ``strided``, numbered in row-major order from ``begin``, to or from ``flat``.
-
-    Args:
-        strided: Any strides that do not overlap, any device.
-        begin: Number of the first element.
-        flat: 1-D, contiguous, of the same dtype; its length says how many elements.
-        to_flat: Gather into ``flat`` if true, else scatter from it.
-    """
-    if strided.dim() <= 1:
-        part = strided.reshape(-1)[begin : begin + flat.numel()] if strided.dim() else strided.reshape(1)
-        _copy(part, flat, to_flat)
-        return
-    row = math.prod(strided.shape[1:])
-    done = 0
-    while done < flat.numel():
-        index, inside = divmod(begin + done, row)
-        left = flat.numel() - done
-        if inside or left < row:
-            count = min(row - inside, left)
-            copy_elements(strided[index], inside, flat[done : done + count], to_flat=to_flat)
-        else:
-            rows = left // row
-            count = rows * row
-            _copy(strided[index : index + rows], flat[done : done + count].view(rows, *strided.shape[1:]), to_flat)
-        done += count
-
-
-# Bit patterns are moved, not numbers, and copy_ does not know every dtype: any of the same size will do.
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-
-
-def copy_bytes(strided: torch.Tensor, begin: int, flat: torch.Tensor, *, to_flat: bool) -> None:
-    """:func:`copy_elements` where ``flat`` is uint8, of any alignment, and ``begin`` counts bytes."""
-    carrier = _CARRIERS[strided.dtype.itemsize]
-    memory = strided if strided.dtype == carrier else strided.view(carrier)
-    aligned_flat = flat
-    if flat.storage_offset() % carrier.itemsize:
-        aligned_flat = torch.empty_like(flat) if to_flat else flat.clone()
-    copy_elements(memory, begin // carrier.itemsize, aligned_flat.view(carrier), to_flat=to_flat)
-    if to_flat and aligned_flat is not flat:
-        flat.copy_(aligned_flat)
-
-
-def _copy(strided: torch.Tensor, flat: torch.Tensor, to_flat: bool) -> None:
-    if to_flat:
-        flat.copy_(strided)
-    else:
-        strided.copy_(flat)

@@ -18,9 +18,9 @@ from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
 from ft_transport._control import FIRST_MESSAGE_TAG, Control, Posted
 from ft_transport._deadline import Deadline
 from ft_transport._digest import digest_message
-from ft_transport._layout import Layout, lay_out
-from ft_transport._manifest import Regions, describe
-from ft_transport._memory import Bucket, aligned, copy_bytes
+from ft_transport._layout import Layout, Piece, lay_out
+from ft_transport._manifest import Blocks, describe
+from ft_transport._memory import Block, Bucket, aligned, copy_blocks, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport.errors import TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
@@ -35,13 +35,13 @@ class Gatherer:
 
     Args:
         layout: The messages.
-        regions: The memory of each byte range.
+        blocks: The memory of each byte range.
         device: Where messages live.
     """
 
-    def __init__(self, layout: Layout, regions: Regions, device: torch.device) -> None:
+    def __init__(self, layout: Layout, blocks: Blocks, device: torch.device) -> None:
         self._layout = layout
-        self._regions = regions
+        self._blocks = blocks
         self._device = device
 
     def staged(self, message: int) -> bool:
@@ -49,9 +49,8 @@ class Gatherer:
         pieces = self._layout.messages[message]
         if len(pieces) > 1:
             return True
-        region = self._region(pieces[0].storage, pieces[0].begin)[0]
-        flat = region.dtype == torch.uint8 and region.dim() == 1 and region.is_contiguous()
-        return not flat or region.device.type != self._device.type
+        block, _, _ = self._part(pieces[0])
+        return not block.dense or block.memory.device.type != self._device.type
 
     def staged_bytes(self, messages: range) -> int:
         """What a bucket must hold for these messages."""
@@ -59,28 +58,22 @@ class Gatherer:
 
     def gather(self, message: int, bucket: Bucket | None) -> torch.Tensor:
         """The bytes of a message: the state's own memory, or a copy in the bucket."""
-        pieces = self._layout.messages[message]
+        parts = [self._part(piece) for piece in self._layout.messages[message]]
         if not self.staged(message):
-            region, begin = self._region(pieces[0].storage, pieces[0].begin)
-            return region[begin : begin + pieces[0].end - pieces[0].begin]
+            block, begin, nbytes = parts[0]
+            return block.bytes(begin, begin + nbytes)
         assert bucket is not None
         staged = bucket.take(self._layout.sizes[message])
-        flat_sources, flat_parts = [], []
-        for piece, part in zip(pieces, staged.split([end - begin for _, begin, end in pieces]), strict=True):
-            region, begin = self._region(piece.storage, piece.begin)
-            if region.dtype == torch.uint8 and region.dim() == 1:
-                whole = begin == 0 and region.numel() == part.numel()
-                flat_sources.append(region if whole else region[begin : begin + part.numel()])
-                flat_parts.append(part)
-            else:
-                copy_bytes(region, begin, part, to_flat=True)
-        if flat_parts:
-            torch._foreach_copy_(flat_parts, flat_sources)
+        copy_blocks(parts, staged, gather=True)
         return staged
 
-    def _region(self, storage: int, begin: int) -> tuple[torch.Tensor, int]:
-        piece = self._layout.ranges[self._layout.range_of(storage, begin)]
-        return self._regions[storage, piece.begin], begin - piece.begin
+    def _part(self, piece: Piece) -> tuple[Block, int, int]:
+        storage, begin, end = piece
+        block = self._blocks.get((storage, begin))
+        if block is not None:
+            return block, 0, end - begin
+        first = self._layout.ranges[self._layout.range_of(storage, begin)].begin
+        return self._blocks[storage, first], begin - first, end - begin
 
 
 class Outbound:
@@ -97,12 +90,13 @@ class Outbound:
     """
 
     def __init__(self, state_dict: object, step: int | None, options: Options, report: TransferReport) -> None:
-        manifest, regions = describe(state_dict)
-        self.layout = lay_out(manifest, options.limits)
         self.options = options
         self.header = Header(step, options.limits, options.digest)
-        self.frame = encode_manifest(manifest, self.header)
-        self.gatherer = Gatherer(self.layout, regions, options.device)
+        with no_collection():
+            manifest, blocks = describe(state_dict)
+            self.layout = lay_out(manifest, options.limits)
+            self.frame = encode_manifest(manifest, self.header)
+        self.gatherer = Gatherer(self.layout, blocks, options.device)
         self._digests: dict[int, int] = {}
         report.num_leaves = len(manifest.leaves)
         report.num_messages = len(self.layout.messages)

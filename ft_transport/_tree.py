@@ -69,7 +69,7 @@ def flatten(tree: object) -> tuple[list[Node], list[Path], list[object]]:
             )
         node, keys, children = opened
         nodes.append(node)
-        pending.extend(reversed([(path + (key,), child) for key, child in zip(keys, children, strict=True)]))
+        pending.extend(reversed([((*path, key), child) for key, child in zip(keys, children, strict=True)]))
     return nodes, paths, leaves
 
 

@@ -27,13 +27,14 @@ from torch.utils import _pytree as pytree
 
 from ft_transport._channel import GroupChannel, Pending
 from ft_transport._codec import MAX_FRAME_BYTES
-from ft_transport._deadline import Deadline
-from ft_transport._landing import Landing, match_template
-from ft_transport._layout import Layout, Limits, lay_out
-from ft_transport._manifest import Leaf, Manifest, Regions, Storage, View, describe, storage_as
-from ft_transport._memory import Bucket, aligned
 from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
+from ft_transport._deadline import Deadline
+from ft_transport._landing import Landing, mark_changed
+from ft_transport._layout import Layout, Limits, lay_out
+from ft_transport._manifest import Blocks, Leaf, Manifest, Storage, View, describe, geometry
+from ft_transport._memory import Bucket, aligned, storage_as
 from ft_transport._source import Gatherer
+from ft_transport._template import compare, geometry_of, match_template
 from ft_transport._transfer import NUM_BUCKETS
 from ft_transport._tree import LEAF, Node, Path
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
@@ -93,12 +94,13 @@ def _cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _prepare_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, _TensorMeta]:
     """The bytes of a tensor's whole storage, and what describes the tensor as a view of them."""
-    view = View(0, tensor.dtype, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()))
+    view = View(0, geometry_of(tensor), int(tensor.storage_offset()))
     return _cast_tensor(tensor, torch.uint8), _tensor_meta(view, tensor.untyped_storage().nbytes(), None)
 
 
 def _tensor_meta(view: View, nbytes: int, storage: int | None) -> _TensorMeta:
-    return _TensorMeta(torch.Size(view.shape), view.dtype, view.offset, view.stride, nbytes, storage)
+    shape = view.geometry
+    return _TensorMeta(torch.Size(shape.shape), shape.dtype, view.offset, shape.stride, nbytes, storage)
 
 
 def _prepare_state_dict(state_dict: object, device: torch.device) -> tuple[_StateDictMeta, list[torch.Tensor]]:
@@ -110,8 +112,8 @@ def _prepare_state_dict(state_dict: object, device: torch.device) -> tuple[_Stat
     Raises:
         LocalProtocolError: A leaf cannot travel; every such path is named.
     """
-    manifest, regions = describe(state_dict)
-    return _to_meta(manifest), list(regions.values())
+    manifest, blocks = describe(state_dict)
+    return _to_meta(manifest), [block.memory for block in blocks.values()]
 
 
 def _to_meta(manifest: Manifest) -> _StateDictMeta:
@@ -139,7 +141,8 @@ def _from_meta(meta: _StateDictMeta) -> Manifest:
         if 0 not in tensor.shape:
             key: object = ("own", id(tensor)) if tensor.storage is None else tensor.storage
             storage, _ = storages.setdefault(key, (len(storages), Storage(tensor.nbytes, "cpu")))
-        return View(storage, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride), tensor.storage_offset)
+        shape = geometry(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride))
+        return View(storage, shape, tensor.storage_offset)
 
     leaves = []
     for leaf in meta.non_tensor_leaves:
@@ -225,14 +228,14 @@ class PGTransport:
     def _send(self, report: TransferReport, state_dict: object) -> None:
         deadline = Deadline(self._timeout)
         with report.phase("describe"):
-            manifest, regions = describe(state_dict)
+            manifest, blocks = describe(state_dict)
             layout = lay_out(manifest, Limits())
             data = _pickle(manifest)
         _note(report, manifest, layout)
         channels = [GroupChannel(self._pg, peer.rank, self._device) for peer in report.peers]
         with report.phase("move"):
             try:
-                failed = _post_and_wait(channels, data, layout, regions, self._device, deadline, report)
+                failed = _post_and_wait(channels, data, layout, blocks, self._device, deadline, report)
             except BaseException:
                 for channel in channels:
                     channel.abort()
@@ -283,18 +286,19 @@ class PGTransport:
         with report.phase("agree"):
             manifest = _from_meta(self._recv_meta(channel, deadline))
             layout = lay_out(manifest, Limits())
-            template = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
-            landing = Landing(manifest, layout, template, self._device, report, fresh_on_cpu=True)
-            if landing.disagreements:
-                raise RemoteProtocolError("; ".join(landing.disagreements), phase="agree")
-            landing.plan()
+            matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
+            targets, disagreements = compare(manifest, matched, report)
+            if disagreements:
+                raise RemoteProtocolError("; ".join(disagreements), phase="agree")
+            landing = Landing(manifest, layout, matched, targets, self._device, report, fresh_on_cpu=True)
             _note(report, manifest, layout)
         with report.phase("move"):
-            report.torn = landing.touches_template()
+            report.torn = landing.in_place
             _land_all(channel, layout, landing, self._device, deadline)
             report.peers[0].nbytes = layout.nbytes
         with report.phase("rebuild"):
             result = landing.rebuild()
+            mark_changed(landing.written())
         report.torn = False
         report.peers[0].outcome = "complete"
         return result
@@ -337,13 +341,13 @@ def _post_and_wait(
     channels: Sequence[GroupChannel],
     data: bytes,
     layout: Layout,
-    regions: Regions,
+    blocks: Blocks,
     device: torch.device,
     deadline: Deadline,
     report: TransferReport,
 ) -> list[TransferError]:
     """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
-    gatherer = Gatherer(layout, regions, device)
+    gatherer = Gatherer(layout, blocks, device)
     buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
     sends: list[list[Pending]] = [[] for _ in channels]
     failed: dict[int, TransferError] = {}

@@ -21,6 +21,7 @@ from torchft.process_group import ProcessGroup, ProcessGroupBaby
 from ft_transport._channel import GroupChannel
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
+from ft_transport._landing import mark_changed
 from ft_transport._source import Outbound, serve, tell_failure
 from ft_transport._transfer import Options, for_each
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
@@ -33,7 +34,7 @@ logger = logging.getLogger("ft_transport")
 T = TypeVar("T")
 
 
-class PGTransport(CheckpointTransport[T]):
+class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
     """Moves a healthy replica's state to recovering ones over the process group that the Manager has.
 
     A drop-in for ``torchft.checkpointing.pg_transport.PGTransport``.
@@ -71,6 +72,7 @@ class PGTransport(CheckpointTransport[T]):
         self._options = Options(torch.device(device), verify=verify, strict=strict, progress=progress)
         self._busy = threading.Lock()
         self._last_report: TransferReport | None = None
+        self._changed: list[torch.Tensor] = []
 
     @property
     def last_report(self) -> TransferReport | None:
@@ -82,7 +84,15 @@ class PGTransport(CheckpointTransport[T]):
         return "<n/a>"
 
     def disallow_checkpoint(self) -> None:
-        """Nothing to wait for: :meth:`send_checkpoint` returns when the state is no longer read."""
+        """Tell autograd about the tensors that the newest receive has written to.
+
+        Not earlier: under async quorum the state lands between forward and backward, and backward, whose gradients
+        torchft discards, would raise. A graph that lives on after this call errs if it is used.
+
+        Nothing is waited for: :meth:`send_checkpoint` returns when the state is no longer read.
+        """
+        changed, self._changed = self._changed, []
+        mark_changed(changed)
 
     def shutdown(self, wait: bool = True) -> None:
         """Nothing to stop: no thread outlives a call. The group is the Manager's."""
@@ -164,7 +174,8 @@ class PGTransport(CheckpointTransport[T]):
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             channel = GroupChannel(self._pg, src_rank, self._options.device)
-            return cast(T, receive(channel, step, self._state_dict, self._options, deadline, report))
+            state, self._changed = receive(channel, step, self._state_dict, self._options, deadline, report)
+            return cast(T, state)
 
 
 class _Call:
