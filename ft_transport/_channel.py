@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -109,11 +109,14 @@ class GroupChannel:
         return self._post("recv", tensor, tag)
 
     def _post(self, operation: str, tensor: torch.Tensor, tag: int) -> Pending:
+        error = work = None
         try:
             with self._lock:
                 work = getattr(self._pg, operation)([tensor], self.peer_rank, tag=tag)
         except Exception as exc:
-            raise self._translate(exc, None) from None
+            error = [self._translate(exc, None)]
+        if error is not None:
+            _raise_alone(error)
         pending = Pending(work, tensor)
         self._posted.append(pending)
         self.nbytes_wire += tensor.numel() * tensor.element_size()
@@ -121,14 +124,16 @@ class GroupChannel:
 
     def wait(self, pending: Pending, deadline: Deadline) -> None:
         self._posted.remove(pending)
+        error = None
         try:
             with self._lock:
                 pending.work.wait(deadline.remaining())
         except Exception as exc:
-            # "from None", and the work dropped: an exception that somebody keeps would keep the group.
-            raise self._translate(exc, deadline) from None
+            error = [self._translate(exc, deadline)]
         finally:
             pending.drop()
+        if error is not None:
+            _raise_alone(error)
 
     def _translate(self, exc: Exception, deadline: Deadline | None) -> TransferError:
         text = f"{type(exc).__name__}: {exc}".splitlines()[0]
@@ -159,3 +164,12 @@ class GroupChannel:
         except Exception:
             pass  # it was meant to fail
         self.drop()
+
+
+def _raise_alone(error: list[TransferError]) -> NoReturn:
+    """Raise what is in the list, outside of any ``except``, and leave no reference to it behind.
+
+    A foreign exception as its context has a traceback, that has frames, and these have the Work, which keeps the
+    group: whoever keeps the error would keep them all.
+    """
+    raise error.pop()

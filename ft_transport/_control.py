@@ -41,12 +41,15 @@ class Control:
 
     Attributes:
         peer_gave_up: Whether the peer has said that it will not go on.
+        refused: Whether the destination has said, on either side of the conversation, that it refuses the state.
     """
 
     def __init__(self, channel: Channel, device: torch.device, deadline: Deadline) -> None:
         self.channel = channel
         self.deadline = deadline
         self.peer_gave_up = False
+        self.refused = False
+        self._mid_frame = False
         self._device = device
         # Sends of frames, reclaimed when the peer has answered.
         self._unconfirmed: list[Pending] = []
@@ -54,11 +57,13 @@ class Control:
     def send_frame(self, data: bytes) -> None:
         """Send a frame; :meth:`flush`, or the next frame received, confirms that it has left."""
         body = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+        self._mid_frame = True
         self._unconfirmed += [
             self._send_number(len(data)),
             self.channel.send(body, FRAME_TAG),
             self._send_number(len(data)),
         ]
+        self._mid_frame = False
 
     def send_signal(self, number: int) -> Pending:
         """Send a signal; the caller waits for it once the peer must have it."""
@@ -138,6 +143,7 @@ class Control:
         """Raise what a REFUSE or FAILED frame says; anything else is out of order."""
         reasons = "; ".join(map(str, body)) if isinstance(body, tuple) else str(body)
         if kind is Frame.REFUSE:
+            self.refused = True
             raise RemoteProtocolError(f"the destination refuses this state: {reasons}")
         if kind is Frame.FAILED:
             self.peer_gave_up = True
@@ -147,8 +153,10 @@ class Control:
     def last_words(self, reason: str) -> None:
         """Tell the peer why, if it still listens, and break the channel. Never raises."""
         try:
-            self.send_frame(encode_frame(Frame.FAILED, [reason]))
-            self.flush(Deadline(min(self.deadline.remaining(), _LAST_WORDS)))
+            # Half a frame makes the peer wait for its other half; a message of another length would abort it.
+            if not self._mid_frame:
+                self.send_frame(encode_frame(Frame.FAILED, [reason]))
+                self.flush(Deadline(min(self.deadline.remaining(), _LAST_WORDS)))
         except TransferError:
             pass
         self.channel.abort()

@@ -68,6 +68,7 @@ def receive(
                 _verify(flights.digests, expected)
             _say_done(control)
         with peer.enter("rebuild", "destination"), no_collection():
+            report.torn = report.torn or landing.copies
             result = landing.rebuild()
         report.torn = False
         peer.outcome = "complete"
@@ -105,6 +106,7 @@ def _agree(
         error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
         control.send_frame(encode_frame(Frame.REFUSE, [error.message]))
         control.flush()
+        control.refused = True
         raise error from None
     control.send_frame(encode_frame(Frame.READY, []))
     return header, layout, landing

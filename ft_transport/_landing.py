@@ -200,6 +200,11 @@ class Landing:
         ]
         return rebuild(leaf, tensors, meshes)
 
+    @property
+    def copies(self) -> bool:
+        """Whether :meth:`rebuild` writes to the template."""
+        return bool(self._copies)
+
     def written(self) -> list[torch.Tensor]:
         """The template's tensors that hold a new value."""
         return [self._targets[slot] for slot in self._settled]

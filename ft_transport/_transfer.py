@@ -16,7 +16,7 @@ import torch
 from ft_transport._channel import Channel
 from ft_transport._control import Control
 from ft_transport._layout import Limits
-from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
 from ft_transport.report import PeerReport, Progress, ProgressCallback
 
 __all__ = ["NUM_BUCKETS", "Options", "end_badly", "for_each", "tell_progress"]
@@ -71,7 +71,7 @@ def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
             control.await_closure()
     elif isinstance(exc, PeerFailure):
         peer.outcome = "failed" if control.channel.broken else "dead"
-    elif isinstance(exc, RemoteProtocolError) and peer.phase == "agree":
+    elif control.refused:
         peer.outcome = "refused"
     else:
         peer.outcome = "failed"

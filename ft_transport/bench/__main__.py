@@ -1,0 +1,189 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.status import Status
+
+import ft_transport
+from ft_transport.bench.plan import MODES, Case, Options, Turn
+from ft_transport.bench.results import Row, exit_status
+from ft_transport.bench.run import Site, follow, lead
+from ft_transport.bench.states import STATES
+from ft_transport.bench.subjects import SUBJECTS
+from ft_transport.bench.table import LEGEND, WIDTH, render
+
+DESCRIPTION = """\
+Moves the same states by several transports, turn by turn, and checks every byte.
+
+Without --address all ranks run on this machine. On two machines or more give all of them the same command with
+the --address of the first, where rank 0 serves, and to each its --rank; the options of rank 0 count. Groups and
+the HTTP server use the interface that the host name resolves to (for gloo, GLOO_SOCKET_IFNAME says another)."""
+
+EPILOG = """\
+exit status: 0, or 1 if a state arrived wrong, or 3 if a transport failed.
+Other traffic over the loopback interface is counted with a transport's; in a namespace of its own there is none:
+  unshare --user --map-root-user --net sh -c 'ip link set lo up; exec python -m ft_transport.bench'"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark. Returns the exit status."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.rank > arguments.receivers:
+        parser.error(f"--rank {arguments.rank}: the ranks are 0 to {arguments.receivers}, see --receivers")
+    options = _options(arguments)
+    console = Console(width=max(WIDTH, Console().width), highlight=False)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    try:
+        return _run(arguments, options, console)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+
+
+def _run(arguments: argparse.Namespace, options: Options, console: Console) -> int:
+    host, port, ranks = _place(arguments)
+    site = Site((host, port), ranks, 1 + options.receivers, arguments.output)
+    if 0 not in ranks:
+        console.print(f"rank {ranks[0]}: the results are shown where rank 0 runs")
+        follow(site)
+        return 0
+    with console.status("starting") as status:
+        rows = lead(site, options, _show_turn(status, options), lambda of_case: console.print(render(of_case), ""))
+    console.print(LEGEND, style="dim")
+    _write(arguments.output, rows, options)
+    console.print(f"written: {arguments.output}/bench.json, bench.png")
+    return exit_status(rows)
+
+
+def _place(arguments: argparse.Namespace) -> tuple[str, int, list[int]]:
+    """Host and port of the store, and the ranks that run here."""
+    if arguments.address is None:
+        return "127.0.0.1", 0, list(range(1 + arguments.receivers))
+    host, port = arguments.address
+    return host, port, [arguments.rank]
+
+
+def _show_turn(status: Status, options: Options) -> Callable[[Case, Turn], None]:
+    def show(case: Case, turn: Turn) -> None:
+        counted = f"round {turn.round} of {options.rounds}" if turn.round else "warm-up"
+        status.update(f"{case}, {counted}: {turn.transport}")
+
+    return show
+
+
+def _write(folder: Path, rows: list[Row], options: Options) -> None:
+    # Not at the top: the worker processes import this module too, and have no use for it.
+    from ft_transport.bench.plot import draw
+
+    results = {
+        "environment": environment(),
+        "options": vars(options),
+        "rows": [row.as_dict() for row in rows],
+    }
+    (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(rows, folder / "bench.png", _subtitle(options))
+
+
+def environment() -> dict[str, Any]:
+    """What a reader must know to compare the figures with others."""
+    return {
+        "ft_transport": ft_transport.__version__,
+        "torch": torch.__version__,
+        "torchft": version("torchft"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "command": shlex.join(["python", "-m", "ft_transport.bench", *sys.argv[1:]]),
+    }
+
+
+def _subtitle(options: Options) -> str:
+    about = environment()
+    receivers = "one receiver" if options.receivers == 1 else f"{options.receivers} receivers"
+    shrunk = "" if options.scale == 1 else f", states scaled by {options.scale:g}"
+    return (
+        f"{receivers}, {about['cores']} cores, medians of {options.rounds} rounds{shrunk}; "
+        f"torch {about['torch']}, torchft {about['torchft']}, ft_transport {about['ft_transport']}"
+    )
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    return Options(
+        states=arguments.states,
+        modes=arguments.modes,
+        transports=arguments.transports,
+        rounds=arguments.rounds,
+        receivers=arguments.receivers,
+        scale=arguments.scale,
+        seed=arguments.seed,
+        timeout_seconds=arguments.timeout,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ft_transport.bench",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    for option, names in (("states", STATES), ("modes", MODES), ("transports", SUBJECTS)):
+        add(f"--{option}", type=_some_of(names), default=list(names), help=f"comma-separated, of: {', '.join(names)}")
+    add("--rounds", type=_number(int, 1), default=5, help="rounds that count, after the warm-up (%(default)s)")
+    add("--receivers", type=_number(int, 1), default=1, help="ranks that receive at once (%(default)s)")
+    add("--scale", type=_number(float, 0, 1), default=1.0, help="shrink the states, 0 to 1 (%(default)g)")
+    add("--seed", type=int, default=0, help="seed of the values (%(default)s)")
+    add("--timeout", type=_number(float, 0), default=60.0, help="seconds for one transfer (%(default)g)")
+    add("--output", type=Path, default=Path("bench-output"), help="folder for JSON, picture, logs (%(default)s)")
+    add("--address", type=_address, metavar="HOST:PORT", help="where rank 0 runs; a free port there")
+    add("--rank", type=_number(int, 0), default=0, help="with --address: this machine's rank (%(default)s)")
+    return parser
+
+
+def _some_of(names: Sequence[str] | dict[str, Any]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        chosen = [name.strip() for name in text.split(",")]
+        unknown = [name for name in chosen if name not in names]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are: {', '.join(names)}")
+        return list(dict.fromkeys(chosen))
+
+    return parse
+
+
+def _number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Callable[[str], float]:
+    """A number from ``least`` to ``most``; a float must be more than ``least``."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if value > most or value < least or (kind is float and value == least):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return value
+
+    return parse
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text}")
+    return host, int(port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What is to be run: options, cases and turns. Plain values, no I/O."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+__all__ = ["MODES", "Case", "Job", "Options", "Turn", "turns"]
+
+MODES = ("fresh", "in-place")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for.
+
+    Attributes:
+        states: Names from ``states.STATES``.
+        modes: Names from ``MODES``.
+        transports: Names from ``subjects.SUBJECTS``.
+        rounds: Rounds that count; one more warms up.
+        receivers: Ranks that receive at once.
+        scale: Shrinks the states, 0 to 1.
+        seed: Seed of the states' values.
+        timeout_seconds: Bound of one transfer, as each transport understands it.
+    """
+
+    states: list[str]
+    modes: list[str]
+    transports: list[str]
+    rounds: int
+    receivers: int
+    scale: float
+    seed: int
+    timeout_seconds: float
+
+    @property
+    def cases(self) -> list[Case]:
+        """Every state in every mode, in the order of the command line."""
+        return [Case(state, mode) for state in self.states for mode in self.modes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One state in one mode: what the transports compete on."""
+
+    state: str
+    mode: str
+
+    def __str__(self) -> str:
+        return f"{self.state} {self.mode}"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One transport moving the state once. ``round`` 0 is the warm-up."""
+
+    index: int
+    round: int
+    transport: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank must know to take the turns of one case.
+
+    Attributes:
+        attempt: Counts the jobs of a run. A case is attempted anew, without the culprit, after a transport failed.
+        one_machine: Whether all ranks share a loopback interface, whose counters then tell the bytes on the wire.
+    """
+
+    attempt: int
+    case: Case
+    transports: list[str]
+    rounds: int
+    receivers: int
+    scale: float
+    seed: int
+    timeout_seconds: float
+    one_machine: bool
+
+    @property
+    def world_size(self) -> int:
+        """The source and its receivers."""
+        return 1 + self.receivers
+
+    @property
+    def patience_seconds(self) -> float:
+        """How long a turn may take before its transport counts as hung.
+
+        Twice the time-out, since the call on one side may begin to wait when the other's has ended, and a minute
+        to make and check a state.
+        """
+        return 2 * self.timeout_seconds + 60.0
+
+    @property
+    def turns(self) -> list[Turn]:
+        """What all ranks do, in this order."""
+        return turns(self.transports, self.rounds)
+
+    def to_json(self) -> str:
+        """The job as text, for another machine."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Job:
+        """The inverse of :meth:`to_json`."""
+        fields = json.loads(text)
+        return Job(**{**fields, "case": Case(**fields["case"])})
+
+
+def turns(transports: list[str], rounds: int) -> list[Turn]:
+    """Each transport once in each round, the warm-up and ``rounds`` more, beginning one later each time."""
+    order: list[Turn] = []
+    for number in range(rounds + 1):
+        first = number % len(transports) if transports else 0
+        for transport in transports[first:] + transports[:first]:
+            order.append(Turn(len(order), number, transport))
+    return order

@@ -1,0 +1,175 @@
+"""What was seen, medians and ratios. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal
+
+from ft_transport.bench.plan import Case
+
+__all__ = ["Row", "Sample", "Size", "compare", "exit_status", "summarise"]
+
+Status = Literal["equal", "WRONG", "failed", "unsupported"]
+
+
+@dataclass
+class Sample:
+    """What one rank saw in one turn.
+
+    Attributes:
+        turn: Index of the turn.
+        rank: 0 for the source.
+        seconds: From the barrier to the return of the call.
+        nbytes_memory: Resident memory at the peak beyond that before, None where the system does not tell.
+        nbytes_wire: Bytes over the loopback interface meanwhile, None on a receiver or between two machines.
+        in_place: How many tensors landed at the template's own addresses, and of how many.
+        wrong: Paths where the received state is not the source's, ten at most.
+        error: What the transport raised.
+    """
+
+    turn: int
+    rank: int
+    seconds: float = 0.0
+    nbytes_memory: int | None = None
+    nbytes_wire: int | None = None
+    in_place: tuple[int, int] = (0, 0)
+    wrong: list[str] = field(default_factory=list)
+    error: str = ""
+
+    def to_json(self) -> str:
+        """The sample as text, for the store."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Sample:
+        """The inverse of :meth:`to_json`."""
+        fields = json.loads(text)
+        return Sample(**{**fields, "in_place": tuple(fields["in_place"])})
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a state is. ``nbytes`` counts shared bytes once."""
+
+    nbytes: int = 0
+    num_tensors: int = 0
+    num_storages: int = 0
+
+
+@dataclass
+class Row:
+    """One transport on one case.
+
+    Attributes:
+        status: ``"equal"``: every received state was the source's, bit for bit. ``"WRONG"``: at least one was not.
+            ``"failed"``: the transport raised, hung, or ended its process. ``"unsupported"``: not for this mode.
+        note: Why, where the status is not ``"equal"``.
+        seconds: One value for each counted round: of the slowest receiver.
+        nbytes_wire: Least over the counted rounds, since other traffic can only add to it.
+        nbytes_memory_source: Median over the counted rounds. ``nbytes_memory_receiver`` likewise, of the
+            receiver that took most.
+        in_place_share: Share of the tensors that landed at the template's addresses, the least of all turns.
+        reference: Transport that ``ratio`` is against.
+        ratio: How many times as fast as the reference: the median of the ratios of each round.
+        samples: All that was seen, by round; the first is the warm-up.
+    """
+
+    case: Case
+    transport: str
+    status: Status
+    size: Size = field(default_factory=Size)
+    note: str = ""
+    seconds: list[float] = field(default_factory=list)
+    nbytes_wire: int | None = None
+    nbytes_memory_source: int | None = None
+    nbytes_memory_receiver: int | None = None
+    in_place_share: float | None = None
+    reference: str = ""
+    ratio: float | None = None
+    samples: list[list[Sample]] = field(default_factory=list)
+
+    @property
+    def median_seconds(self) -> float:
+        """Median over the counted rounds."""
+        return median(self.seconds)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Distinct bytes of the state by the median, in GB/s (10^9 bytes)."""
+        return self.size.nbytes / self.median_seconds / 1e9
+
+    def as_dict(self) -> dict[str, Any]:
+        """The row as plain values, for JSON."""
+        fields = dataclasses.asdict(self)
+        spread: dict[str, float] = {}
+        if self.seconds:
+            spread = {
+                "median_seconds": self.median_seconds,
+                "min_seconds": min(self.seconds),
+                "max_seconds": max(self.seconds),
+                "gigabytes_per_second": self.gigabytes_per_second,
+            }
+        return {**fields.pop("case"), **fields.pop("size"), **fields, **spread}
+
+
+def summarise(case: Case, transport: str, size: Size, samples: list[list[Sample]]) -> Row:
+    """The row of a transport that took all its turns.
+
+    Args:
+        samples: By round, the warm-up first, then by rank.
+    """
+    counted = samples[1:]
+    row = Row(case, transport, "equal", size, samples=samples)
+    row.seconds = [max(sample.seconds for sample in turn if sample.rank) for turn in counted]
+    row.nbytes_wire = min(_known(sample.nbytes_wire for turn in counted for sample in turn), default=None)
+    row.nbytes_memory_source = _middle([_most(turn, source=True) for turn in counted])
+    row.nbytes_memory_receiver = _middle([_most(turn, source=False) for turn in counted])
+    received = [sample for turn in samples for sample in turn if sample.rank]
+    if case.mode == "in-place":
+        row.in_place_share = min(_share(*sample.in_place) for sample in received)
+    wrong = [path for sample in received for path in sample.wrong]
+    if wrong:
+        row.status = "WRONG"
+        row.note = f"the received state is not the source's at {', '.join(sorted(set(wrong))[:3])}"
+    return row
+
+
+def compare(rows: Sequence[Row], reference: str, ours: Sequence[str]) -> None:
+    """Set the ratio of every row of a case.
+
+    Against ``reference``, or where it has no result, against the fastest of those that are not ours.
+    """
+    correct = [row for row in rows if row.status == "equal"]
+    peers = sorted((row for row in correct if row.transport not in ours), key=lambda row: row.median_seconds)
+    base = next((row for row in peers if row.transport == reference), peers[0] if peers else None)
+    for row in correct:
+        if base is not None:
+            row.reference = base.transport
+            row.ratio = median(other / own for other, own in zip(base.seconds, row.seconds, strict=True))
+
+
+def exit_status(rows: Sequence[Row]) -> int:
+    """1 if a state arrived wrong, else 3 if a transport failed, else 0."""
+    statuses = {row.status for row in rows}
+    return 1 if "WRONG" in statuses else 3 if "failed" in statuses else 0
+
+
+def _most(turn: list[Sample], source: bool) -> int | None:
+    return max(_known(sample.nbytes_memory for sample in turn if (sample.rank == 0) == source), default=None)
+
+
+def _middle(values: list[int | None]) -> int | None:
+    known = _known(values)
+    return round(median(known)) if known else None
+
+
+def _known(values: Any) -> list[int]:
+    return [value for value in values if value is not None]
+
+
+def _share(landed: int, total: int) -> float:
+    return landed / total if total else 1.0

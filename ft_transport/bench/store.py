@@ -1,0 +1,40 @@
+"""The store through which all ranks and supervisors speak."""
+
+from __future__ import annotations
+
+import time
+
+# torch binds these in C++ and does not list them, so a type checker does not see that they are public.
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+__all__ = ["POLL_SECONDS", "SET", "PrefixStore", "Store", "TCPStore", "barrier", "poll_until"]
+
+# What a key holds that only needs to be there.
+SET = "set"
+
+# Between two looks, in seconds: rare enough to cost the ranks nothing.
+POLL_SECONDS = 0.1
+
+
+def barrier(store: Store, name: str, world_size: int) -> None:
+    """Wait until all ranks have come here. All leave within a message from the store, well under a millisecond.
+
+    Raises:
+        RuntimeError: The store's own time-out passed.
+    """
+    if store.add(f"{name}/count", 1) == world_size:
+        store.set(f"{name}/full", SET)
+    store.wait([f"{name}/full"])
+
+
+def poll_until(store: Store, keys: list[str], seconds: float) -> None:
+    """Wait for keys without going deaf to Ctrl-C, as a wait inside the store would.
+
+    Raises:
+        TimeoutError: After ``seconds``.
+    """
+    limit = time.monotonic() + seconds
+    while keys and not store.check(keys):
+        if time.monotonic() > limit:
+            raise TimeoutError(f"no {', '.join(keys)} after {seconds:g} s: does the bench run on every machine?")
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,170 @@
+"""The transports behind one interface, each with a group of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint._pg_transport import PGTransport as TorchPGTransport
+from torchft.checkpointing.http_transport import HTTPTransport
+from torchft.checkpointing.pg_transport import PGTransport as TorchftPGTransport
+from torchft.checkpointing.transport import CheckpointTransport
+from torchft.process_group import ProcessGroupGloo
+
+import ft_transport
+import ft_transport.distributed
+from ft_transport.bench.states import STEP
+from ft_transport.bench.store import Store
+
+__all__ = ["OURS", "REFERENCE", "SUBJECTS", "Connection", "Subject", "SubjectKind"]
+
+CPU = torch.device("cpu")
+
+Template = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How the ranks of one run meet.
+
+    Attributes:
+        store: Store for this subject alone.
+        address: The same store as torchft's groups want it: ``host:port/prefix``.
+        template: Gives the tensors to receive into, None to receive into new ones.
+    """
+
+    store: Store
+    address: str
+    rank: int
+    world_size: int
+    timeout: timedelta
+    template: Template | None
+
+
+class Subject(Protocol):
+    """One rank's end of a transport."""
+
+    def metadata(self) -> str:
+        """What a receiver needs to know beforehand; torchft's quorum would carry it."""
+
+    def send(self, dst_ranks: list[int], state: object) -> None:
+        """Serve ``state`` to all ``dst_ranks``."""
+
+    def receive(self, metadata: str) -> object:
+        """The state from rank 0."""
+
+    def finish(self) -> None:
+        """Called on the source after each transfer, as the Manager does."""
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
+class TorchftSubject:
+    """A ``CheckpointTransport`` of torchft's interface, and the group that it uses, if any."""
+
+    def __init__(
+        self, transport: CheckpointTransport[Any], timeout: timedelta, group: ProcessGroupGloo | None = None
+    ) -> None:
+        self._transport = transport
+        self._timeout = timeout
+        self._group = group
+
+    def metadata(self) -> str:
+        return str(self._transport.metadata())
+
+    def send(self, dst_ranks: list[int], state: object) -> None:
+        self._transport.send_checkpoint(dst_ranks, STEP, state, self._timeout)
+
+    def receive(self, metadata: str) -> object:
+        return self._transport.recv_checkpoint(0, metadata, STEP, self._timeout)
+
+    def finish(self) -> None:
+        self._transport.disallow_checkpoint()
+
+    def close(self) -> None:
+        self._transport.shutdown(wait=True)
+        if self._group is not None:
+            self._group.shutdown()
+
+
+class DistributedSubject:
+    """A transport with the interface of torch's ``_pg_transport``."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+
+    def metadata(self) -> str:
+        return ""
+
+    def send(self, dst_ranks: list[int], state: object) -> None:
+        self._transport.send_checkpoint(dst_ranks, state)
+
+    def receive(self, metadata: str) -> object:
+        return self._transport.recv_checkpoint(0)
+
+    def finish(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class SubjectKind:
+    """How to make a subject, and whether it can receive into a template."""
+
+    make: Callable[[Connection], Subject]
+    in_place: bool = True
+
+
+def _over_torchft(transport: Callable[..., CheckpointTransport[Any]]) -> SubjectKind:
+    def make(connection: Connection) -> Subject:
+        group = ProcessGroupGloo(timeout=connection.timeout)
+        group.configure(connection.address, str(connection.rank), connection.rank, connection.world_size)
+        made = transport(group, connection.timeout, CPU, state_dict=connection.template)
+        return TorchftSubject(made, connection.timeout, group)
+
+    return SubjectKind(make)
+
+
+def _over_distributed(transport: Callable[..., Any]) -> SubjectKind:
+    def make(connection: Connection) -> Subject:
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "gloo",
+                store=connection.store,
+                rank=connection.rank,
+                world_size=connection.world_size,
+                timeout=connection.timeout,
+            )
+        group = dist.new_group(backend="gloo", timeout=connection.timeout)
+        return DistributedSubject(transport(group, connection.timeout, CPU, state_dict=connection.template))
+
+    return SubjectKind(make)
+
+
+def _over_http(num_chunks: int) -> SubjectKind:
+    def make(connection: Connection) -> Subject:
+        return TorchftSubject(HTTPTransport(connection.timeout, num_chunks), connection.timeout)
+
+    return SubjectKind(make, in_place=False)
+
+
+SUBJECTS: dict[str, SubjectKind] = {
+    "ft_transport": _over_torchft(ft_transport.PGTransport),
+    "ft_transport.distributed": _over_distributed(ft_transport.distributed.PGTransport),
+    "torchft PGTransport": _over_torchft(TorchftPGTransport),
+    "torch _pg_transport": _over_distributed(TorchPGTransport),
+    "torchft HTTP": _over_http(num_chunks=0),
+    "torchft HTTP x8": _over_http(num_chunks=8),
+}
+
+OURS = ("ft_transport", "ft_transport.distributed")
+
+# What the ratios are against.
+REFERENCE = "torchft PGTransport"

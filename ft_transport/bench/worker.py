@@ -1,0 +1,166 @@
+"""One rank: takes the turns of one case and tells what it saw through the store.
+
+Nothing here decides what to do about a failure: the rank says so and leaves, and ``run.py`` does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
+from ft_transport.bench.measure import MemoryPeak, free_memory, loopback_nbytes
+from ft_transport.bench.plan import Job, Turn
+from ft_transport.bench.results import Sample, Size
+from ft_transport.bench.states import STEP, State, build, fill_constant, fill_random
+from ft_transport.bench.store import PrefixStore, Store, TCPStore, barrier
+from ft_transport.bench.subjects import SUBJECTS, Connection, Subject
+
+__all__ = ["run_rank"]
+
+
+def run_rank(job: Job, rank: int, address: tuple[str, int], log: str) -> None:
+    """Take all turns of ``job`` as ``rank``: what a worker process does.
+
+    Args:
+        address: Host and port of the store.
+        log: File that takes what this process would print.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent has it too, and ends this process.
+    _leave_with_parent()
+    _print_to(log)
+    host, port = address
+    patience = timedelta(seconds=job.patience_seconds)
+    store = PrefixStore(str(job.attempt), TCPStore(host, port, is_master=False, timeout=patience))
+    worker = _Worker(job, rank, store, f"{host}:{port}/{job.attempt}")
+    for turn in job.turns:
+        sample = worker.take(turn)
+        store.set(f"sample/{turn.index}/{rank}", sample.to_json())
+        if sample.error:
+            # Not by way of the interpreter's end: the threads of a broken group may never join.
+            os._exit(1)
+    worker.close()
+
+
+class _Worker:
+    def __init__(self, job: Job, rank: int, store: Store, address: str) -> None:
+        self._job = job
+        self._rank = rank
+        self._store = store
+        self._address = address
+        self._in_place = job.case.mode == "in-place"
+        self._subjects: dict[str, Subject] = {}
+        self._state = self._build()
+        if rank == 0:
+            self._publish()
+        self._expected: dict[str, str] = json.loads(store.get("fingerprint"))
+
+    def _build(self) -> State:
+        """The source's state; a receiver's template; nothing where it receives afresh."""
+        if self._rank == 0:
+            state = build(self._job.case.state, self._job.scale, STEP)
+            fill_random(state, self._job.seed)
+            return state
+        return build(self._job.case.state, self._job.scale, step=0) if self._in_place else {}
+
+    def _publish(self) -> None:
+        state = self._state
+        size = Size(distinct_nbytes(state), sum(1 for _ in tensors(state)), len(storages(state)))
+        self._store.set("size", json.dumps(dataclasses.asdict(size)))
+        self._store.set("fingerprint", json.dumps(fingerprint(state)))
+
+    def take(self, turn: Turn) -> Sample:
+        """Take one turn. What a transport raises is in the sample."""
+        sample = Sample(turn.index, self._rank)
+        try:
+            subject = self._subject(turn.transport)
+            if self._rank == 0:
+                self._serve(subject, turn, sample)
+            else:
+                self._check(self._receive(subject, turn, sample), sample)
+        except Exception as exc:
+            sample.error = f"{type(exc).__name__}: {exc}"
+        return sample
+
+    def close(self) -> None:
+        for subject in self._subjects.values():
+            subject.close()
+
+    def _subject(self, transport: str) -> Subject:
+        """The rank's end of a transport, made when its first turn comes, so that a failure counts as its own."""
+        if transport not in self._subjects:
+            prefix = transport.replace(" ", "-")
+            connection = Connection(
+                store=PrefixStore(prefix, self._store),
+                address=f"{self._address}/{prefix}",
+                rank=self._rank,
+                world_size=self._job.world_size,
+                timeout=timedelta(seconds=self._job.timeout_seconds),
+                template=(lambda: self._state) if self._in_place else None,
+            )
+            self._subjects[transport] = SUBJECTS[transport].make(connection)
+        return self._subjects[transport]
+
+    def _serve(self, subject: Subject, turn: Turn, sample: Sample) -> None:
+        self._store.set(f"metadata/{turn.index}", subject.metadata())
+        receivers = list(range(1, self._job.world_size))
+        free_memory()
+        wire = loopback_nbytes() if self._job.one_machine else None
+        with self._measured(turn, sample):
+            subject.send(receivers, self._state)
+        after = loopback_nbytes()
+        if wire is not None and after is not None:
+            sample.nbytes_wire = after - wire
+        subject.finish()
+
+    def _receive(self, subject: Subject, turn: Turn, sample: Sample) -> object:
+        metadata = self._store.get(f"metadata/{turn.index}").decode()
+        if self._in_place:
+            fill_constant(self._state)
+        free_memory()
+        with self._measured(turn, sample):
+            return subject.receive(metadata)
+
+    @contextmanager
+    def _measured(self, turn: Turn, sample: Sample) -> Iterator[None]:
+        """Begin together with the other ranks; measure what is inside; leave when all are done."""
+        memory = MemoryPeak()
+        barrier(self._store, f"begin/{turn.index}", self._job.world_size)
+        start = time.perf_counter()
+        yield
+        sample.seconds = time.perf_counter() - start
+        sample.nbytes_memory = memory.extra_nbytes()
+        barrier(self._store, f"end/{turn.index}", self._job.world_size)
+
+    def _check(self, received: object, sample: Sample) -> None:
+        sample.wrong = differences(self._expected, fingerprint(received))[:10]
+        if self._in_place:
+            sample.in_place = landed_in_place(self._state, received)
+
+
+def _print_to(log: str) -> None:
+    """Send this process's output, also that of C++ code, to a file."""
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def _leave_with_parent() -> None:
+    """End this process when its parent is gone, even if that was killed and this one hangs in a transfer."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def leave() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=leave, daemon=True).start()
