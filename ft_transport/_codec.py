@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import msgpack
 import torch
 
+from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport._leaves import KINDS, dtype_name
 from ft_transport._manifest import ALIGNMENT, Geometry, Leaf, Manifest, Storage, View, geometry, merge
@@ -56,11 +57,13 @@ class Header(NamedTuple):
         step: Step of the state, None where the API has none.
         limits: How the source cuts messages.
         digest: Algorithm of the messages' digests, empty for none.
+        sample: Which block of large messages the digests read, -1 for all (see ``_digest``).
     """
 
     step: int | None
     limits: Limits
     digest: str
+    sample: int = -1
 
 
 def encode_frame(kind: Frame, body: object) -> bytes:
@@ -124,7 +127,7 @@ _ENCODE: dict[type, Callable[[Any], list[Any]]] = {
     bytearray: lambda v: ["bytearray", bytes(v)],
     complex: lambda v: ["complex", v.real, v.imag],
     slice: lambda v: ["slice", *map(_encode_value, (v.start, v.stop, v.step))],
-    range: lambda v: ["range", v.start, v.stop, v.step],
+    range: lambda v: ["range", *map(_encode_value, (v.start, v.stop, v.step))],
     torch.dtype: lambda v: ["dtype", dtype_name(v)],
     torch.device: lambda v: ["device", str(v)],
     type(...): lambda v: ["ellipsis"],
@@ -140,7 +143,7 @@ _DECODE: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "bytearray": lambda args: bytearray(_expect(bytes, *args)),
     "complex": lambda args: complex(_expect(float, args[0]), _expect(float, args[1])),
     "slice": lambda args: slice(*map(_decode_value, args)),
-    "range": lambda args: range(*(_expect(int, arg) for arg in args)),
+    "range": lambda args: range(*(_expect(int, _decode_value(arg)) for arg in args)),
     "dtype": lambda args: _DTYPES[_expect(str, *args)],
     "device": lambda args: torch.device(_expect(str, *args)),
     "ellipsis": lambda args: ...,
@@ -164,7 +167,7 @@ def _expect(cls: type, value: Any) -> Any:
 def _big_int(text: object) -> int:
     digits = _expect(str, text)
     # Python's own bound on this conversion, which is quadratic in the number of digits.
-    if len(digits) > 4300:
+    if len(digits.removeprefix("-")) > 4300:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
 
@@ -186,7 +189,7 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
     """The MANIFEST frame.
 
     Raises:
-        LocalProtocolError: A plain value or a key cannot be encoded; every such path is named.
+        LocalProtocolError: A plain value or a key cannot be encoded; each is named.
     """
     refused: list[str] = []
     leaves = []
@@ -197,11 +200,17 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
         except Exception as exc:  # pickling runs the classes' own code, which may raise anything
             path, what = format_path(manifest.paths[index]), type(leaf.context).__qualname__
             refused.append(f"{path}: a value of class {what} cannot be encoded: {exc}")
+    nodes = []
+    for node in manifest.nodes:
+        try:
+            nodes.append(_encode_node(node))
+        except Exception as exc:
+            refused.append(f"a key of a {node.kind}, one of {str(list(node.keys))[:80]}, cannot be encoded: {exc}")
     if refused:
         raise LocalProtocolError("; ".join(refused), phase="describe")
     body = [
-        [header.step, list(header.limits), header.digest],
-        [_encode_node(node) for node in manifest.nodes],
+        [header.step, header.limits, header.digest, header.sample],
+        nodes,
         [[dtype_name(shape.dtype), shape.shape, shape.stride] for shape in shapes],
         leaves,
         manifest.storages,
@@ -234,8 +243,8 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         RemoteProtocolError: The body describes no state, names a class that is not allowed, or lies about sizes.
     """
     try:
-        (step, limits, digest), nodes, shapes, leaves, storages = body
-        header = Header(step if step is None else _expect(int, step), _decode_limits(limits), _expect(str, digest))
+        header, nodes, shapes, leaves, storages = body
+        header = _decode_header(*header)
         tree = [_decode_node(node) for node in nodes]
         paths = list(_paths(tree))
         if len(leaves) != len(paths):
@@ -244,6 +253,9 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         decoded = [_decode_leaf(path, leaf, known) for path, leaf in zip(paths, leaves, strict=True)]
         manifest = Manifest(tree, paths, decoded, [_decode_storage(storage) for storage in storages])
         _check_bounds(manifest)
+        if any(node.kind not in _ALWAYS_BUILT for node in tree):
+            # What cannot be built must be found before a byte lands, not after the last one has.
+            manifest.build([leaf.context if leaf.kind == "value" else None for leaf in decoded])
         return manifest, header
     except RemoteProtocolError:
         raise
@@ -251,9 +263,22 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         raise RemoteProtocolError(f"damaged manifest: {type(exc).__name__}: {exc}", phase="agree") from exc
 
 
+# Nodes that can be built whatever their children are.
+_ALWAYS_BUILT = frozenset({"leaf", "dict", "list", "tuple", "OrderedDict"})
+
+
+def _decode_header(step: Any, limits: Any, digest: Any, sample: Any) -> Header:
+    if step is not None:
+        _expect(int, step)
+    if not -1 <= _expect(int, sample) < NUM_SAMPLES:
+        raise ValueError(f"sample {sample} of {NUM_SAMPLES}")
+    return Header(step, _decode_limits(limits), _expect(str, digest), sample)
+
+
 def _decode_limits(data: Any) -> Limits:
-    limits = Limits(*(_expect(int, value) for value in data))
-    if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or limits.pack_below < 0:
+    limits = Limits._make(_expect(int, value) for value in data)
+    # What is packed is never cut, so a bucket is no larger than a message only if no packed range is.
+    if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or not 0 <= limits.pack_below <= limits.message_bytes:
         raise ValueError(f"limits out of range: {limits}")
     if limits.pack_from < 1 or limits.window < 1:
         raise ValueError(f"limits out of range: {limits}")
@@ -333,7 +358,9 @@ def _decode_leaf(path: Path, data: Any, shapes: list[Geometry]) -> Leaf:
         kind, views, context, _ = data
         if kind not in KINDS:
             raise ValueError(f"unknown kind of leaf {kind!r}")
-        return Leaf(kind, tuple([_decode_view(view, shapes) for view in views]), context)
+        decoded = tuple([_decode_view(view, shapes) for view in views])
+        KINDS[kind].check([view.geometry.dtype for view in decoded], context)
+        return Leaf(kind, decoded, context)
     except Exception as exc:
         raise RemoteProtocolError(f"{format_path(path)}: {exc}", phase="agree") from exc
 
@@ -355,8 +382,9 @@ def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
         if _expect(int, number) < 0:
             raise ValueError(f"shape {shape}, stride {stride}")
     # Even a view without elements is made by torch, whose sizes are 64 bits.
-    if math.prod(max(size, 1) for size in shape) * 16 > sys.maxsize:
-        raise ValueError(f"shape out of range: {shape}")
+    reach = sum(max(size, 1) * step for size, step in zip(shape, stride, strict=True))
+    if max(math.prod(max(size, 1) for size in shape), reach) * 16 > sys.maxsize:
+        raise ValueError(f"out of range: shape {shape}, stride {stride}")
     return geometry(_DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride))
 
 

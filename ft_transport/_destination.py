@@ -250,7 +250,9 @@ class _Flights:
             self._control.channel.wait(self._answers.popleft(), self._control.deadline)
 
     def _digest(self, arrival: _Arrival) -> int:
-        return digest_message(arrival.data, self._header.digest) if self._header.digest else 0
+        if not self._header.digest:
+            return 0
+        return digest_message(arrival.data, self._header.digest, self._header.sample)
 
     def _tell(self, arrivals: list[_Arrival]) -> None:
         (peer,) = self._report.peers

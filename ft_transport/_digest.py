@@ -1,6 +1,9 @@
 """How bytes are fingerprinted, to find what a broken network, memory or a changing source did to them.
 
-Not a defence against an attacker, who could send matching digests.
+A digest reads every byte once more, on both sides, and where there is no idle core for that it costs a fifth of the
+throughput. So large messages may be *sampled*: one block in sixteen is read, another one in each transfer.
+That finds a source whose state changed, bytes in the wrong place, and damage of any extent, but not a single flipped
+bit. Not a defence against an attacker, who could send matching digests.
 """
 
 from __future__ import annotations
@@ -10,11 +13,16 @@ import ctypes
 import torch
 import xxhash
 
-__all__ = ["ALGORITHMS", "digest_bytes", "digest_message"]
+__all__ = ["ALGORITHMS", "NUM_SAMPLES", "digest_bytes", "digest_message"]
 
 # "xxh3": XXH3 with 64 bits, of memory that the CPU can read. "sum": the bytes as int64, summed modulo 2^64,
 # on the device where they are; it misses bytes that changed places.
 ALGORITHMS = ("xxh3", "sum")
+
+# Of every 256 KiB of a sampled message one block of 16 KiB is read; messages below 1 MiB are read whole.
+NUM_SAMPLES = 16
+_BLOCK = 16 << 10
+_SAMPLED_FROM = 1 << 20
 
 
 def digest_bytes(data: bytes | memoryview) -> int:
@@ -22,15 +30,29 @@ def digest_bytes(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def digest_message(message: torch.Tensor, algorithm: str) -> int:
-    """Fingerprint of a flat, contiguous uint8 tensor, as an unsigned integer of 64 bits."""
-    nbytes = message.numel()
-    if algorithm == "xxh3":
-        if message.device.type != "cpu":
-            message = message.cpu()
-        # Releases the GIL while it reads, and needs no NumPy to reach the memory.
-        return xxhash.xxh3_64_intdigest((ctypes.c_char * nbytes).from_address(message.data_ptr()))
-    whole = nbytes - nbytes % 8
+def digest_message(message: torch.Tensor, algorithm: str, sample: int = -1) -> int:
+    """Fingerprint of a flat, contiguous uint8 tensor, as an unsigned integer of 64 bits.
+
+    Args:
+        message: The bytes.
+        algorithm: One of :data:`ALGORITHMS`.
+        sample: With "xxh3", which block of each :data:`NUM_SAMPLES` is read if the message is large; -1 for all.
+    """
+    if algorithm == "sum":
+        return _sum(message)
+    local = message.cpu()
+    # Needs no NumPy to reach the memory, and xxhash releases the GIL while it reads.
+    memory = memoryview((ctypes.c_char * local.numel()).from_address(local.data_ptr())).cast("B")
+    if sample < 0 or local.numel() < _SAMPLED_FROM:
+        return digest_bytes(memory)
+    digest = xxhash.xxh3_64()
+    for begin in range(sample * _BLOCK, local.numel(), NUM_SAMPLES * _BLOCK):
+        digest.update(memory[begin : begin + _BLOCK])
+    return digest.intdigest()
+
+
+def _sum(message: torch.Tensor) -> int:
+    whole = message.numel() - message.numel() % 8
     total = int(message[:whole].clone().view(torch.int64).sum()) if whole else 0
     tail = int.from_bytes(bytes(message[whole:].tolist()), "little")
     return (total + tail) % (1 << 64)

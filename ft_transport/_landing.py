@@ -15,7 +15,7 @@ from ft_transport._layout import Layout, Piece
 from ft_transport._leaves import Meshes, meshes_of
 from ft_transport._manifest import Leaf, Manifest, View, rebuild
 from ft_transport._memory import Block, allocate, copy_blocks, physical_bytes, populate, storage_as
-from ft_transport._template import Slot, Targets, geometry_of
+from ft_transport._template import Slot, Targets, same_strides
 from ft_transport.report import TransferReport
 
 __all__ = ["Landing", "mark_changed"]
@@ -94,7 +94,7 @@ class Landing:
         exact: dict[tuple[int, int], list[_Member]] = {}
         for slot, view in group:
             tensor = self._targets.get(slot)
-            if tensor is not None and tensor.device.type == self._device.type and _same_strides(view, tensor):
+            if tensor is not None and tensor.device.type == self._device.type and same_strides(view, tensor):
                 if len(group) == 1 and view.geometry.dense:
                     self._settle_in_place(slot)
                     return Block(tensor)
@@ -110,7 +110,8 @@ class Landing:
 
     def _in_place_strided(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """A template tensor whose strides or device differ, to be written through a bucket."""
-        if not all(slot in self._targets for slot, _ in group):
+        # Views that are not all the same could not be copied from one target to the other.
+        if not all(slot in self._targets and view == group[0][1] for slot, view in group):
             return None
         for slot, view in group:
             if (view.begin, view.end) == (piece.begin, piece.end) and view.geometry.dense:
@@ -230,13 +231,6 @@ def _cover(views: Sequence[View], piece: Piece) -> bool:
             return False
         reached = max(reached, end)
     return reached == piece.end
-
-
-def _same_strides(view: View, tensor: torch.Tensor) -> bool:
-    mine, theirs = view.geometry, geometry_of(tensor)
-    return mine is theirs or all(
-        size == 1 or a == b for size, a, b in zip(mine.shape, mine.stride, theirs.stride, strict=True)
-    )
 
 
 def _view_of(flat: torch.Tensor, view: View, shift: int) -> torch.Tensor:

@@ -22,17 +22,18 @@ class Limits(NamedTuple):
     """Sizes in bytes that both sides must agree on; the source chooses and the manifest carries them.
 
     Attributes:
-        message_bytes: Upper bound of a message, and of a flight. Gloo is fastest from 16 to 64 MiB.
+        message_bytes: Upper bound of a message, and of a flight. Gloo is fastest from 16 to 64 MiB, and a thread that
+            posts or waits competes with Gloo's own for the pair's lock, so fewer and larger costs less.
         pack_below: Ranges smaller than this are packed into buckets: a message costs gloo about 60 us on
             each side, in which memory is copied at some 4 GB/s.
         pack_from: Number of small ranges from which packing starts; fewer travel one by one.
         window: Flights that are under way at once: enough that neither side ever waits for the other's Python.
     """
 
-    message_bytes: int = 32 << 20
+    message_bytes: int = 64 << 20
     pack_below: int = 256 << 10
     pack_from: int = 16
-    window: int = 4
+    window: int = 8
 
 
 class Piece(NamedTuple):

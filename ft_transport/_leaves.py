@@ -7,7 +7,8 @@ value. To teach the package a new leaf, write one :class:`Kind` and add it to ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,18 @@ class Kind:
         """What else is needed to rebuild it: None, numbers, strings, and tuples of these."""
         raise NotImplementedError
 
+    def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
+        """Check what a peer sent, before a byte lands: :meth:`rebuild` must not fail on it later.
+
+        Args:
+            dtypes: Of the inner tensors.
+            context: What claims to be a context of this kind.
+
+        Raises:
+            TypeError, ValueError: It is none.
+        """
+        raise NotImplementedError
+
     def disagreement(self, context: Any, template: Any) -> str:
         """Why ``template`` cannot take such a leaf, beyond shape and dtype; empty if it can."""
         raise NotImplementedError
@@ -80,6 +93,12 @@ class PlainTensor(Kind):
     def context(self, leaf: torch.Tensor) -> Any:
         is_parameter = isinstance(leaf, torch.nn.Parameter)
         return (is_parameter, leaf.requires_grad) if is_parameter or leaf.requires_grad else None
+
+    def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
+        (dtype,) = dtypes
+        if context is not None:
+            _, requires_grad = map(_a(bool), context)
+            _check_grad(dtype, requires_grad)
 
     def disagreement(self, context: Any, template: Any) -> str:
         return ""
@@ -117,6 +136,21 @@ class DTensorKind(Kind):
             leaf.requires_grad,
             isinstance(leaf, torch.nn.Parameter),
         )
+
+    def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
+        (dtype,) = dtypes
+        (device_type, mesh_shape, ranks, names), placements, shape, stride, requires_grad, is_parameter = context
+        _a(bool)(is_parameter)
+        _check_grad(dtype, _a(bool)(requires_grad))
+        torch.device(_a(str)(device_type))
+        if math.prod(_sizes(mesh_shape)) != len(_sizes(ranks)) or len(set(ranks)) != len(ranks) or not ranks:
+            raise ValueError(f"a mesh of shape {mesh_shape} with ranks {ranks}")
+        if names is not None and len([_a(str)(name) for name in names]) != len(mesh_shape):
+            raise ValueError(f"a mesh of shape {mesh_shape} with names {names}")
+        if len([_make_placement(placement) for placement in placements]) != len(mesh_shape):
+            raise ValueError(f"a mesh of shape {mesh_shape} with placements {placements}")
+        if len(_sizes(shape)) != len(_sizes(stride)):
+            raise ValueError(f"a global shape {shape} with strides {stride}")
 
     def disagreement(self, context: Any, template: DTensor) -> str:
         mine = self.context(template)
@@ -165,16 +199,41 @@ def _describe_placement(placement: Placement) -> tuple[Any, ...]:
 
 
 def _make_placement(description: Sequence[Any]) -> Placement:
-    kind, *args = description
-    if kind == "strided shard":
-        return _StridedShard(args[0], split_factor=args[1])
-    if kind == "shard":
-        return Shard(args[0])
-    if kind == "partial":
-        return Partial(args[0])
-    if kind == "replicate":
-        return Replicate()
-    raise ValueError(f"unknown placement {kind!r}")
+    match description:
+        case ("strided shard", int(dim), int(split_factor)):
+            return _StridedShard(dim, split_factor=split_factor)
+        case ("shard", int(dim)):
+            return Shard(dim)
+        case ("partial", str(reduce_op)):
+            return Partial(reduce_op)
+        case ("replicate",):
+            return Replicate()
+    raise ValueError(f"unknown placement {description!r}")
+
+
+# --------------------------------------------------------------------------------------------- checks
+
+
+def _a(cls: type) -> Callable[[Any], Any]:
+    """A check that a value is of exactly this type; gives the value."""
+
+    def check(value: Any) -> Any:
+        if type(value) is not cls:
+            raise TypeError(f"expected {cls.__name__}, got {value!r}")
+        return value
+
+    return check
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    if type(values) is not tuple or any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
+        raise ValueError(f"expected sizes, got {values!r}")
+    return values
+
+
+def _check_grad(dtype: torch.dtype, requires_grad: bool) -> None:
+    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
+        raise ValueError(f"a tensor of {dtype} requires grad")
 
 
 class ShardedTensorKind(Kind):
@@ -200,6 +259,19 @@ class ShardedTensorKind(Kind):
             tuple(_describe_shard(shard) for shard in metadata.shards_metadata),
             tuple(_describe_shard(shard.metadata) for shard in leaf.local_shards()),
         )
+
+    def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
+        size, dtype, requires_grad, pin_memory, shards, local = context
+        _a(bool)(pin_memory)
+        if any(dtype_name(found) != dtype for found in dtypes) or not isinstance(getattr(torch, dtype), torch.dtype):
+            raise ValueError(f"a ShardedTensor of {dtype} with shards of {dtypes}")
+        _check_grad(getattr(torch, dtype), _a(bool)(requires_grad))
+        if len(local) != len(dtypes) or not shards:
+            raise ValueError(f"a ShardedTensor of {len(shards)} shards, {len(local)} of them local, with {len(dtypes)}")
+        for offsets, sizes, placement in (*shards, *local):
+            if not len(_sizes(offsets)) == len(_sizes(sizes)) == len(_sizes(size)):
+                raise ValueError(f"a shard at {offsets} of {sizes} in {size}")
+            _make_shard(offsets, sizes, _a(str)(placement))
 
     def disagreement(self, context: Any, template: ShardedTensor) -> str:
         mine = self.context(template)

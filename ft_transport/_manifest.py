@@ -24,7 +24,19 @@ from ft_transport._memory import Block
 from ft_transport._tree import Node, Path, flatten, format_path, unflatten
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Blocks", "Geometry", "Leaf", "Manifest", "Storage", "View", "describe", "geometry", "merge", "rebuild"]
+__all__ = [
+    "Blocks",
+    "Geometry",
+    "Leaf",
+    "Manifest",
+    "Storage",
+    "View",
+    "describe",
+    "disjoint",
+    "geometry",
+    "merge",
+    "rebuild",
+]
 
 # Storages start their byte ranges at multiples of this, so that every dtype is aligned and a vector load is.
 ALIGNMENT = 64
@@ -43,13 +55,24 @@ class Geometry:
         order: Dimensions that hold distinct elements, outermost in memory first (without those of size one and
             expanded ones); None if elements overlap in another way.
         dense: Whether every element has a place of its own and there are no gaps between them.
+        distinct_bytes: Bytes of the elements, expanded ones counted once.
         closes_gaps: Whether there are gaps that can be left out.
         expanded: Whether elements are repeated by a stride of zero.
     """
 
     __slots__ = (
-        "closes_gaps", "dense", "dtype", "expanded", "itemsize", "numel", "order", "shape", "span", "stride"
-    )  # fmt: skip
+        "closes_gaps",
+        "dense",
+        "distinct_bytes",
+        "dtype",
+        "expanded",
+        "itemsize",
+        "numel",
+        "order",
+        "shape",
+        "span",
+        "stride",
+    )
 
     def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
         self.dtype, self.shape, self.stride = dtype, shape, stride
@@ -60,8 +83,9 @@ class Geometry:
         self.expanded = any(step == 0 for step, _ in steps)
         self.order = _memory_order(shape, stride)
         self.dense = self.order is not None and not self.expanded and self.span == self.numel * self.itemsize
-        distinct = math.prod(shape[dim] for dim in self.order or ())
-        self.closes_gaps = self.order is not None and self.numel > 0 and distinct * self.itemsize < self.span
+        # Meaningless where elements overlap in another way than by a stride of zero.
+        self.distinct_bytes = math.prod(shape[dim] for dim in self.order or ()) * self.itemsize if self.numel else 0
+        self.closes_gaps = self.order is not None and self.distinct_bytes < self.span
 
     def __repr__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
@@ -163,6 +187,25 @@ def merge(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return ranges
 
 
+def disjoint(views: Sequence[View]) -> bool:
+    """Whether no two of these views of one storage, whose extents may overlap, have an element in common."""
+    itemsize = views[0].geometry.itemsize
+    if len(views) == 1:
+        return True
+    if any(view.geometry.itemsize != itemsize or view.geometry.order is None for view in views):
+        return False
+    first = min(view.offset for view in views)
+    taken = torch.zeros(max(view.end for view in views) // itemsize - first, dtype=torch.uint8)
+    for view in views:
+        order = view.geometry.order or ()
+        shape = [view.geometry.shape[dim] for dim in order]
+        places = taken.as_strided(shape, [view.geometry.stride[dim] for dim in order], view.offset - first)
+        if places.any():
+            return False
+        places.fill_(1)
+    return True
+
+
 # ------------------------------------------------------------------------------------------- describe
 
 
@@ -228,8 +271,12 @@ def _separate(group: list[_Slot]) -> list[list[_Slot]]:
     alone: list[list[_Slot]] = []
     for begin, end in merge((slot.view.begin, slot.view.end) for slot in group):
         members = [slot for slot in group if begin <= slot.view.begin < end]
-        if all(slot.view == members[0].view for slot in members) and members[0].view.geometry.closes_gaps:
-            alone.append(members)
+        same: dict[View, list[_Slot]] = {}
+        for slot in members:
+            same.setdefault(slot.view, []).append(slot)
+        distinct = sum(view.geometry.distinct_bytes for view in same)
+        if all(view.geometry.closes_gaps for view in same) and distinct < end - begin and disjoint(list(same)):
+            alone.extend(same.values())
         else:
             rest.extend(members)
     return [rest, *alone] if rest else alone

@@ -91,7 +91,7 @@ class Outbound:
 
     def __init__(self, state_dict: object, step: int | None, options: Options, report: TransferReport) -> None:
         self.options = options
-        self.header = Header(step, options.limits, options.digest)
+        self.header = Header(step, options.limits, options.digest, options.sample)
         with no_collection():
             manifest, blocks = describe(state_dict)
             self.layout = lay_out(manifest, options.limits)
@@ -106,7 +106,7 @@ class Outbound:
     def note_digest(self, message: int, data: torch.Tensor) -> None:
         """Fingerprint a message, once for all destinations."""
         if self.header.digest and message not in self._digests:
-            self._digests[message] = digest_message(data, self.header.digest)
+            self._digests[message] = digest_message(data, self.header.digest, self.header.sample)
 
     def digests(self) -> list[int]:
         """Fingerprints of all messages, in order; empty where nothing is verified."""

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from ft_transport._leaves import KINDS, kind_of
-from ft_transport._manifest import Geometry, Leaf, Manifest, geometry, merge
+from ft_transport._manifest import Geometry, Leaf, Manifest, View, disjoint, geometry, merge
 from ft_transport._tree import Path, flatten, format_path
 from ft_transport.errors import RemoteProtocolError
 from ft_transport.report import TransferReport
 
-__all__ = ["Slot", "Targets", "compare", "geometry_of", "match_template"]
+__all__ = ["Slot", "Targets", "compare", "geometry_of", "match_template", "same_strides"]
 
 # Index of a leaf, and position of one of its views.
 Slot = tuple[int, int]
@@ -180,6 +180,14 @@ def _obstacle(tensor: torch.Tensor, mine: Any) -> str:
     return ""
 
 
+def same_strides(view: View, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of the view's shape has its elements in the same places."""
+    mine, theirs = view.geometry, geometry_of(tensor)
+    return mine is theirs or all(
+        size == 1 or a == b for size, a, b in zip(mine.shape, mine.stride, theirs.stride, strict=True)
+    )
+
+
 # ----------------------------------------------------------------------------------------- conflicts
 
 
@@ -195,10 +203,33 @@ def _drop_conflicts(manifest: Manifest, targets: Targets, report: TransferReport
             continue
         for low, high in merge((begin, end) for begin, end, _ in found):
             cluster = [(begin, slot) for begin, _, slot in found if low <= begin < high]
-            views = [(begin, manifest.leaves[index].views[position]) for begin, (index, position) in cluster]
-            # Which storage at the source, and how far the place there is from the one here.
-            if len({(view.storage, begin - view.begin) for begin, view in views}) > 1:
+            if len(cluster) > 1 and not _harmless(manifest, targets, cluster):
                 for _, slot in cluster:
                     del targets[slot]
                     path = format_path(manifest.paths[slot[0]])
                     report.not_in_place[path] = "shares memory in the template in a way that it does not at the source"
+
+
+def _shared_alike(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> bool:
+    """Whether targets that overlap do so, element by element, as their views at the source do."""
+    views = [manifest.leaves[index].views[position] for _, (index, position) in cluster]
+    # Which storage at the source, and how far the place there is from the one here.
+    if len({(view.storage, begin - view.begin) for (begin, _), view in zip(cluster, views, strict=True)}) > 1:
+        return False
+    tensors = [targets[slot] for _, slot in cluster]
+    if all(same_strides(view, tensor) for view, tensor in zip(views, tensors, strict=True)):
+        return True
+    # One and the same tensor several times, on both sides.
+    return len(set(views)) == 1 and len({(begin, geometry_of(targets[slot])) for begin, slot in cluster}) == 1
+
+
+def _harmless(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> bool:
+    """Whether targets whose extents overlap can all be written to."""
+    if _shared_alike(manifest, targets, cluster):
+        return True
+    # Columns of one matrix: what is not the same tensor has no element in common.
+    same: dict[View, list[tuple[int, Slot]]] = {}
+    for begin, slot in cluster:
+        tensor = targets[slot]
+        same.setdefault(View(0, geometry_of(tensor), int(tensor.storage_offset())), []).append((begin, slot))
+    return all(_shared_alike(manifest, targets, group) for group in same.values()) and disjoint(list(same))

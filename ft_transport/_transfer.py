@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ import torch
 
 from ft_transport._channel import Channel
 from ft_transport._control import Control
+from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
 from ft_transport.report import PeerReport, Progress, ProgressCallback
@@ -30,6 +33,9 @@ NUM_BUCKETS = 2
 # post them alike: with no more flights than buckets, neither ever has to wait for a bucket out of turn.
 _ACCELERATOR_LIMITS = Limits(window=NUM_BUCKETS)
 
+# Gloo keeps a core busy on each side. With fewer cores than this the digests would take from it.
+_CORES_TO_SPARE = 4
+
 
 @dataclass(frozen=True)
 class Options:
@@ -37,13 +43,14 @@ class Options:
 
     Attributes:
         device: Where messages live that the channel moves.
-        verify: Whether the source sends digests of its messages.
+        verify: Whether the source sends digests of its messages: True of every byte, False none, None of every byte
+            where there are cores to spare for it, else of a sample of large messages.
         strict: Whether missing and unused template leaves are an error.
         progress: Called after each flight, from the thread that serves the peer.
     """
 
     device: torch.device
-    verify: bool = True
+    verify: bool | None = None
     strict: bool = False
     progress: ProgressCallback | None = None
 
@@ -55,9 +62,15 @@ class Options:
     @property
     def digest(self) -> str:
         """Which digest this side sends when it is the source, empty for none."""
-        if not self.verify:
+        if self.verify is False:
             return ""
         return "xxh3" if self.device.type == "cpu" else "sum"
+
+    @property
+    def sample(self) -> int:
+        """Which block of large messages the digests read, another one for each transfer; -1 for all."""
+        spare = self.digest != "xxh3" or len(os.sched_getaffinity(0)) >= _CORES_TO_SPARE
+        return -1 if self.verify or spare else random.randrange(NUM_SAMPLES)
 
 
 def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
@@ -73,6 +86,8 @@ def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
         peer.outcome = "failed" if control.channel.broken else "dead"
     elif control.refused:
         peer.outcome = "refused"
+    elif peer.phase == "rebuild":
+        peer.outcome = "failed"  # the source has its DONE and listens no more
     else:
         peer.outcome = "failed"
         control.last_words(peer.reason)

@@ -32,7 +32,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._landing import Landing, mark_changed
 from ft_transport._layout import Layout, Limits, lay_out
 from ft_transport._manifest import Blocks, Leaf, Manifest, Storage, View, describe, geometry
-from ft_transport._memory import Bucket, aligned, storage_as
+from ft_transport._memory import Bucket, aligned, no_collection, storage_as
 from ft_transport._source import Gatherer
 from ft_transport._template import compare, geometry_of, match_template
 from ft_transport._transfer import NUM_BUCKETS
@@ -227,7 +227,7 @@ class PGTransport:
 
     def _send(self, report: TransferReport, state_dict: object) -> None:
         deadline = Deadline(self._timeout)
-        with report.phase("describe"):
+        with report.phase("describe"), no_collection():
             manifest, blocks = describe(state_dict)
             layout = lay_out(manifest, Limits())
             data = _pickle(manifest)
@@ -284,7 +284,9 @@ class PGTransport:
     def _recv(self, channel: GroupChannel, report: TransferReport) -> object:
         deadline = Deadline(self._timeout)
         with report.phase("agree"):
-            manifest = _from_meta(self._recv_meta(channel, deadline))
+            data = self._recv_description(channel, deadline)
+        with report.phase("agree"), no_collection():
+            manifest = _from_meta(_unpickle(data))
             layout = lay_out(manifest, Limits())
             matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
             targets, disagreements = compare(manifest, matched, report)
@@ -296,14 +298,15 @@ class PGTransport:
             report.torn = landing.in_place
             _land_all(channel, layout, landing, self._device, deadline)
             report.peers[0].nbytes = layout.nbytes
-        with report.phase("rebuild"):
+        with report.phase("rebuild"), no_collection():
+            report.torn = report.torn or landing.copies
             result = landing.rebuild()
             mark_changed(landing.written())
         report.torn = False
         report.peers[0].outcome = "complete"
         return result
 
-    def _recv_meta(self, channel: GroupChannel, deadline: Deadline) -> _StateDictMeta:
+    def _recv_description(self, channel: GroupChannel, deadline: Deadline) -> bytes:
         length = torch.zeros(1, dtype=torch.int64, device=self._device)
         channel.wait(channel.recv(length, CONTROL_TAG), deadline)
         nbytes = int(length.item())
@@ -312,10 +315,7 @@ class PGTransport:
         data = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         channel.wait(channel.recv(data, FRAME_TAG), deadline)
         local = data.cpu()
-        meta = pickle.loads(ctypes.string_at(local.data_ptr(), nbytes))
-        if not isinstance(meta, _StateDictMeta):
-            raise RemoteProtocolError(f"expected a description of a state, got {type(meta).__name__}")
-        return meta
+        return ctypes.string_at(local.data_ptr(), nbytes)
 
     def _start(self, role: Any, ranks: Sequence[int]) -> TransferReport:
         report = TransferReport(role, f"distributed.{type(self).__name__}", None)
@@ -329,6 +329,13 @@ def _pickle(manifest: Manifest) -> bytes:
         return pickle.dumps(_to_meta(manifest))
     except Exception as exc:  # the classes' own code, which may raise anything
         raise LocalProtocolError(f"a plain value cannot be pickled: {exc}", phase="describe") from exc
+
+
+def _unpickle(data: bytes) -> _StateDictMeta:
+    meta = pickle.loads(data)
+    if not isinstance(meta, _StateDictMeta):
+        raise RemoteProtocolError(f"expected a description of a state, got {type(meta).__name__}")
+    return meta
 
 
 def _note(report: TransferReport, manifest: Manifest, layout: Layout) -> None:

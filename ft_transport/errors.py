@@ -70,7 +70,9 @@ class TransferError(Exception):
 
 
 def _rebuild(cls: type[TransferError], fields: dict[str, Any]) -> TransferError:
-    error = cls.__new__(cls, fields["message"])
+    error = cls.__new__(cls)
+    # OSError, a base of TransferTimeout, does not take them from __new__.
+    error.args = (fields["message"],)
     error.__dict__.update(fields)
     return error
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 from pathlib import Path
 
-__all__ = ["MemoryPeak", "free_memory", "loopback_nbytes"]
+import torch
+
+__all__ = ["MemoryPeak", "free_memory", "loopback_nbytes", "touch_free_memory"]
 
 
 def free_memory() -> None:
@@ -19,6 +22,20 @@ def free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def touch_free_memory(nbytes: int) -> None:
+    """See to it that the system has ``nbytes`` of free memory at hand, in huge pages where it has them.
+
+    Under a hypervisor, free memory may have gone back to the host, which takes seconds for each GB to return it. How
+    much is gone depends on how long ago the previous turn was and on the size of its pages, not on the transport
+    whose turn it is. The pages that a transfer then gets are new to it all the same: the kernel clears them.
+    """
+    if nbytes == 0:
+        return
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        torch.frombuffer(memory, dtype=torch.uint8).fill_(1)
 
 
 class MemoryPeak:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -157,6 +158,7 @@ def _over_http(num_chunks: int) -> SubjectKind:
 
 SUBJECTS: dict[str, SubjectKind] = {
     "ft_transport": _over_torchft(ft_transport.PGTransport),
+    "ft_transport verify=True": _over_torchft(partial(ft_transport.PGTransport, verify=True)),
     "ft_transport.distributed": _over_distributed(ft_transport.distributed.PGTransport),
     "torchft PGTransport": _over_torchft(TorchftPGTransport),
     "torch _pg_transport": _over_distributed(TorchPGTransport),
@@ -164,7 +166,7 @@ SUBJECTS: dict[str, SubjectKind] = {
     "torchft HTTP x8": _over_http(num_chunks=8),
 }
 
-OURS = ("ft_transport", "ft_transport.distributed")
+OURS = ("ft_transport", "ft_transport verify=True", "ft_transport.distributed")
 
 # What the ratios are against.
 REFERENCE = "torchft PGTransport"

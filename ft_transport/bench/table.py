@@ -95,7 +95,7 @@ def describe_rate(gigabytes_per_second: float) -> str:
     """Three digits and a decimal unit: ``4.41 GB/s``, ``12.3 MB/s``."""
     value, unit = gigabytes_per_second, "GB/s"
     for smaller in ("MB/s", "kB/s"):
-        if value >= 0.1:
+        if value >= 1:
             break
         value, unit = value * 1000, smaller
     return f"{_three_digits(value)} {unit}"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
-from ft_transport.bench.measure import MemoryPeak, free_memory, loopback_nbytes
+from ft_transport.bench.measure import MemoryPeak, free_memory, loopback_nbytes, touch_free_memory
 from ft_transport.bench.plan import Job, Turn
 from ft_transport.bench.results import Sample, Size
 from ft_transport.bench.states import STEP, State, build, fill_constant, fill_random
@@ -61,6 +61,7 @@ class _Worker:
         self._state = self._build()
         if rank == 0:
             self._publish()
+        self._size = Size(**json.loads(store.get("size")))
         self._expected: dict[str, str] = json.loads(store.get("fingerprint"))
 
     def _build(self) -> State:
@@ -126,6 +127,8 @@ class _Worker:
         if self._in_place:
             fill_constant(self._state)
         free_memory()
+        if not self._in_place:
+            touch_free_memory(self._size.nbytes * 5 // 4)  # The state and some buffers.
         with self._measured(turn, sample):
             return subject.receive(metadata)
 

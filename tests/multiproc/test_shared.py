@@ -1,0 +1,42 @@
+"""The tests that others have written for such a transport, unmodified."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import unittest
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+from torchft.checkpointing.transport_test import make_state_dict, run_multi_recovery_test
+from torchft.process_group import ProcessGroupGloo
+
+from ft_transport import PGTransport
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFORMANCE = ROOT.parent / "shared" / "conformance" / "seed_suite.py"
+CPU = torch.device("cpu")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in place"])
+def test_torchft_recovery_test(in_place: bool) -> None:
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+    def init_transport(rank: int, world_size: int) -> PGTransport[dict[str, object]]:
+        pg = ProcessGroupGloo(timeout=timedelta(seconds=10))
+        pg.configure(f"localhost:{store.port}/test", "0", rank, world_size)
+        template = (lambda: make_state_dict(CPU)) if in_place else None
+        return PGTransport(pg, timedelta(seconds=10), CPU, state_dict=template)
+
+    run_multi_recovery_test(unittest.TestCase(), init_transport, device=CPU)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not CONFORMANCE.exists(), reason="the conformance suite is not here")
+def test_conformance() -> None:
+    result = subprocess.run([sys.executable, str(CONFORMANCE)], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert result.returncode == 0, result.stdout + result.stderr

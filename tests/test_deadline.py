@@ -1,0 +1,58 @@
+"""How much time is left, with the clock in the test's hand."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+
+from ft_transport._deadline import MIN_WAIT, Deadline
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    return clock
+
+
+def test_it_runs_down(clock: Clock) -> None:
+    deadline = Deadline(timedelta(seconds=10))
+    assert deadline.remaining() == timedelta(seconds=10)
+    assert not deadline.expired()
+    clock.now += 4
+    assert deadline.remaining() == timedelta(seconds=6)
+    assert deadline.elapsed() == pytest.approx(4)
+    clock.now += 6
+    assert deadline.expired()
+    assert deadline.timeout == timedelta(seconds=10)
+
+
+def test_a_wait_is_never_zero_or_negative(clock: Clock) -> None:
+    """To gloo that would mean the group's own time-out."""
+    deadline = Deadline(timedelta(seconds=1))
+    for step in (0.9995, 0.0005, 100.0):
+        clock.now += step
+        assert deadline.remaining() == MIN_WAIT == timedelta(milliseconds=1)
+
+
+@pytest.mark.parametrize("timeout", [timedelta(0), timedelta(seconds=-5)])
+def test_no_time_at_all(clock: Clock, timeout: timedelta) -> None:
+    deadline = Deadline(timeout)
+    assert deadline.expired()
+    assert deadline.remaining() == MIN_WAIT
+
+
+def test_the_clock_of_the_wall_does_not_matter(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadline = Deadline(timedelta(seconds=1))
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert deadline.remaining() == timedelta(seconds=1)

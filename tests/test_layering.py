@@ -1,0 +1,190 @@
+"""Who imports whom. Imports only run downwards; this table is the shape of the package."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ft_transport
+
+PACKAGE = Path(ft_transport.__file__).parent
+FILES = sorted(PACKAGE.glob("*.py"))
+BENCH = sorted((PACKAGE / "bench").glob("*.py"))
+
+_DATA = {"_layout", "_leaves", "_manifest", "_memory", "_tree"}
+_SHARED = _DATA | {"_channel", "_control", "_deadline", "errors", "report"}
+
+# What each file may import of ours. Smaller is better; larger is a decision.
+ALLOWED: dict[str, set[str]] = {
+    "_version": set(),
+    "errors": set(),
+    "report": {"errors"},
+    "_deadline": set(),
+    "_digest": set(),
+    "_memory": set(),
+    "_leaves": set(),
+    "_tree": {"errors"},
+    "_manifest": {"_leaves", "_memory", "_tree", "errors"},
+    "_layout": {"_manifest"},
+    "_codec": {"_digest", "_layout", "_leaves", "_manifest", "_tree", "errors"},
+    "_template": {"_leaves", "_manifest", "_tree", "errors", "report"},
+    "_landing": {"_layout", "_leaves", "_manifest", "_memory", "_template", "_tree", "errors", "report"},
+    "_channel": {"_deadline", "errors"},
+    "_control": {"_channel", "_codec", "_deadline", "errors"},
+    "_transfer": {"_channel", "_control", "_digest", "_layout", "errors", "report"},
+    "_source": _SHARED | {"_codec", "_digest", "_transfer"},
+    "_destination": _SHARED | {"_codec", "_digest", "_landing", "_template", "_transfer"},
+    "transport": {"_channel", "_deadline", "_destination", "_landing", "_source", "_transfer", "errors", "report"},
+    "distributed": _SHARED | {"_codec", "_landing", "_source", "_template", "_transfer"},
+    "testing": {"_channel", "_deadline", "errors"},
+    "__init__": {"_version", "errors", "report", "transport"},
+}
+# The benchmark is a user: public names only.
+PUBLIC = {"errors", "report", "transport", "distributed", "testing", "bench"}
+
+
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def imported(file: Path) -> Iterator[str]:
+    """Every module that a file imports, by its full name, wherever in the file."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file.name}: relative imports hide who imports whom"
+            assert node.module is not None
+            yield node.module
+            if node.module in ("ft_transport", "torch", "torch.distributed"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def ours(file: Path) -> set[str]:
+    return {name.split(".")[1] for name in imported(file) if name.startswith("ft_transport.")}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_imports_of_ours(file: Path) -> None:
+    assert file.stem in ALLOWED, f"give {file.name} a line in ALLOWED"
+    assert ours(file) <= ALLOWED[file.stem]
+
+
+def test_the_table_has_no_cycle_and_no_dead_line() -> None:
+    assert {file.stem for file in FILES} == set(ALLOWED)
+    below: dict[str, set[str]] = {}
+    while len(below) < len(ALLOWED):
+        ready = {name for name in ALLOWED if name not in below and ALLOWED[name] <= set(below)}
+        assert ready, f"a cycle among {set(ALLOWED) - set(below)}"
+        below.update({name: ALLOWED[name] for name in ready})
+
+
+@pytest.mark.parametrize("file", BENCH, ids=lambda file: file.stem)
+def test_the_benchmark_uses_public_names_only(file: Path) -> None:
+    names = {name.split(".")[1] for name in imported(file) if name.startswith("ft_transport.")}
+    modules = {name for name in names if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()}
+    assert modules <= PUBLIC
+    assert {name for name in names - modules if name.startswith("_") and name != "__version__"} == set()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_only_transport_imports_torchft(file: Path) -> None:
+    if file.stem != "transport":
+        assert not any(name.split(".")[0] == "torchft" for name in imported(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_only_deadline_reads_the_clock_that_decides(file: Path) -> None:
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Attribute) and node.attr in ("monotonic", "monotonic_ns", "time_ns", "sleep"):
+            assert file.stem == "_deadline"
+        if isinstance(node, ast.Attribute) and node.attr == "time" and isinstance(node.value, ast.Name):
+            assert node.value.id != "time"
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "time", f"{file.name}: from time import … hides who reads the clock"
+
+
+# Names by which a channel goes; everything else with send, recv or wait would be a group or a Work.
+CHANNELS = {"channel", "_channel"}
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ("_channel", "testing")], ids=lambda f: f.stem)
+def test_only_the_channel_talks_to_groups_and_works(file: Path) -> None:
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("send", "recv", "wait"):
+                owner = node.func.value
+                name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+                is_flights = node.func.attr == "send" and isinstance(owner, ast.Call)
+                assert name in CHANNELS or is_flights, f"{file.name}:{node.lineno}: {ast.unparse(node.func)}"
+            assert node.func.attr not in ("isend", "irecv", "get_future", "is_completed")
+        if isinstance(node, ast.Attribute):
+            assert node.attr != "work" or ast.unparse(node.value) == "arrival", f"{file.name}:{node.lineno}"
+            if ast.unparse(node.value) in ("pg", "self._pg"):
+                assert node.attr in ("size", "rank"), f"{file.name}:{node.lineno}: {ast.unparse(node)}"
+    assert not any(name in ("torch.distributed.Work", "torch.distributed.P2POp") for name in imported(file))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_only_distributed_unpickles(file: Path) -> None:
+    if file.stem != "distributed":
+        assert "pickle" not in set(imported(file))
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert arguments.get("weights_only") == "True"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec", "__import__")
+
+
+def run(code: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=PACKAGE.parent, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_package_works_without_torchft() -> None:
+    """Without it, everything but its own transport can be imported, and it is not imported before it is used."""
+    out = run(
+        """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torchft":
+            raise ModuleNotFoundError(f"blocked: {name}", name=name)
+sys.meta_path.insert(0, Blocked())
+import ft_transport, ft_transport.distributed, ft_transport.testing
+print(ft_transport.distributed.PGTransport.__name__, "torchft" in sys.modules)
+try:
+    ft_transport.PGTransport
+except ModuleNotFoundError as exc:
+    print(exc)
+"""
+    )
+    assert out.split("\n")[:2] == ["PGTransport False", "blocked: torchft"]
+
+
+def test_importing_the_package_does_not_import_torchft() -> None:
+    out = run(
+        """
+import sys, ft_transport
+print(any(name.split(".")[0] == "torchft" for name in sys.modules))
+try:
+    ft_transport.no_such_name
+except AttributeError as exc:
+    print(exc)
+"""
+    )
+    assert out.split("\n")[:2] == ["False", "module 'ft_transport' has no attribute 'no_such_name'"]
+
+
+def test_all_public_names_exist() -> None:
+    for name in ft_transport.__all__:
+        assert getattr(ft_transport, name) is not None

@@ -1,0 +1,99 @@
+"""Which bytes travel in which message: everything once, in bounds, the same on both sides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from states import STATES
+
+from ft_transport._codec import Frame, Header, decode_frame, decode_manifest, encode_manifest
+from ft_transport._layout import Layout, Limits, Piece, lay_out
+from ft_transport._manifest import Leaf, Manifest, Storage, View, describe, geometry
+from ft_transport._tree import LEAF
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+
+def flat(*sizes: int) -> Manifest:
+    """A storage of each size, seen whole."""
+    leaves = [Leaf("tensor", (View(i, geometry(torch.uint8, (n,), (1,)), 0),), None) for i, n in enumerate(sizes)]
+    return Manifest([LEAF] * len(sizes), [(i,) for i in range(len(sizes))], leaves, [Storage(n, "cpu") for n in sizes])
+
+
+def check(layout: Layout, limits: Limits) -> None:
+    travelled = sorted(piece for message in layout.messages for piece in message)
+    rebuilt: list[Piece] = []
+    for piece in travelled:
+        assert piece.begin < piece.end
+        if rebuilt and rebuilt[-1].storage == piece.storage and rebuilt[-1].end == piece.begin:
+            same_range = layout.range_of(piece.storage, piece.begin) == layout.range_of(*rebuilt[-1][:2])
+            if same_range:
+                rebuilt[-1] = rebuilt[-1]._replace(end=piece.end)
+                continue
+        rebuilt.append(piece)
+    assert rebuilt == layout.ranges, "every byte travels once"
+    assert layout.sizes == [sum(piece.end - piece.begin for piece in message) for message in layout.messages]
+    assert layout.nbytes == sum(layout.sizes)
+    assert all(0 < size <= max(limits.message_bytes, limits.pack_below) for size in layout.sizes)
+    assert [message for flight in layout.flights for message in flight] == list(range(len(layout.messages)))
+    for flight in layout.flights:
+        assert len(flight) == 1 or sum(layout.sizes[message] for message in flight) <= limits.message_bytes
+
+
+@given(
+    st.lists(st.integers(1, 600), max_size=40),
+    st.integers(64, 300),
+    st.integers(0, 300),
+    st.integers(1, 20),
+)
+def test_every_byte_travels_once_in_bounds(sizes: list[int], message: int, pack: int, pack_from: int) -> None:
+    limits = Limits(message, min(pack, message), pack_from, 2)
+    check(lay_out(flat(*sizes), limits), limits)
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("limits", [Limits(), Limits(64, 0, 1, 1), Limits(256, 100, 4, 2)])
+def test_states(name: str, limits: Limits) -> None:
+    manifest, _ = describe(STATES[name](1))
+    check(lay_out(manifest, limits), limits)
+
+
+@pytest.mark.parametrize("name", sorted(set(STATES) - {"values", "containers"}))
+def test_both_sides_derive_the_same(name: str) -> None:
+    limits = Limits(256, 100, 4, 2)
+    manifest, _ = describe(STATES[name](1))
+    kind, body = decode_frame(encode_manifest(manifest, Header(1, limits, "")))
+    assert kind is Frame.MANIFEST
+    decoded, header = decode_manifest(body)
+    assert lay_out(decoded, header.limits) == lay_out(manifest, limits)
+
+
+def test_a_large_range_is_cut_where_no_element_is() -> None:
+    for size in (1, 2, 4, 8, 16):
+        layout = lay_out(flat(1000 * size), Limits(message_bytes=100 * size, pack_below=0))
+        assert all(piece.begin % 64 == 0 for message in layout.messages for piece in message)
+
+
+def test_few_small_ranges_travel_one_by_one_and_many_are_packed() -> None:
+    limits = Limits(message_bytes=1000, pack_below=100, pack_from=5)
+    assert len(lay_out(flat(10, 20, 30, 40), limits).messages) == 4
+    packed = lay_out(flat(10, 20, 30, 40, 50, 500), limits)
+    assert [len(message) for message in packed.messages] == [1, 5]
+    assert packed.sizes == [500, 150]
+
+
+def test_buckets_are_filled_in_order_up_to_the_bound() -> None:
+    layout = lay_out(flat(*[60] * 10), Limits(message_bytes=200, pack_below=100, pack_from=1))
+    assert layout.sizes == [180, 180, 180, 60]
+
+
+def test_nothing_to_send() -> None:
+    layout = lay_out(flat(), Limits())
+    assert (layout.ranges, layout.messages, layout.flights, layout.nbytes) == ([], [], [], 0)
+
+
+def test_range_of() -> None:
+    layout = Layout([Piece(0, 0, 10), Piece(0, 64, 70), Piece(2, 0, 5)], [], [], [], 0)
+    assert [layout.range_of(0, 0), layout.range_of(0, 9), layout.range_of(0, 64), layout.range_of(2, 4)] == [0, 0, 1, 2]

@@ -1,0 +1,187 @@
+"""Kinds of leaf: taken apart, described, compared, and put together again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import difference, noise, raw_bytes, succeed, transfer
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+from ft_transport._leaves import KINDS, dtype_name, kind_of, mesh_key, meshes_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ShardedTensor.*")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield DeviceMesh("cpu", [0], mesh_dim_names=("replicate",))
+    finally:
+        dist.destroy_process_group()
+
+
+def dtensor(mesh: DeviceMesh, seed: int, placement: Any = None, shape: tuple[int, ...] = (4, 6)) -> DTensor:
+    return DTensor.from_local(noise(shape, seed), mesh, [placement or Shard(0)], run_check=False)
+
+
+def sharded(seed: int) -> ShardedTensor:
+    local = LocalShard.from_tensor_and_offsets(noise((3, 4), seed), [0, 0], 0)
+    return ShardedTensor._init_from_local_shards([local], 3, 4)
+
+
+def over_the_wire(context: Any) -> Any:
+    return msgpack.unpackb(msgpack.packb(context), use_list=False)
+
+
+# ---------------------------------------------------------------------------------------- plain tensors
+
+
+def test_which_kind() -> None:
+    assert kind_of(torch.ones(1)) is KINDS["tensor"]
+    assert kind_of(torch.nn.Parameter(torch.ones(1))) is KINDS["tensor"]
+    assert all(kind_of(value) is None for value in (1, "a", None, [torch.ones(1)], torch.float32))
+    with pytest.raises(ValueError, match="a tensor of class Sub cannot travel yet"):
+        kind_of(torch.ones(1).as_subclass(type("Sub", (torch.Tensor,), {})))
+    assert set(KINDS) == {"tensor", "dtensor", "sharded"}
+
+
+def test_dtype_name() -> None:
+    assert dtype_name(torch.float8_e4m3fn) == "float8_e4m3fn"
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        noise(3, 1),
+        noise(3, 1).requires_grad_(),
+        torch.nn.Parameter(noise(3, 1)),
+        torch.nn.Parameter(noise(3, 1), requires_grad=False),
+        torch.nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False),
+    ],
+)
+def test_plain_tensors_come_back_as_they_were(leaf: torch.Tensor) -> None:
+    kind = KINDS["tensor"]
+    (inner,) = kind.inner(leaf)
+    assert inner is leaf
+    again = kind.rebuild([inner.detach().clone()], over_the_wire(kind.context(leaf)), {})
+    assert difference(again, leaf) == ""
+    assert again.is_leaf
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: torch.eye(2).to_sparse(), "layout torch.sparse_coo"),
+        (lambda: torch.eye(2).to_sparse_csr(), "layout torch.sparse_csr"),
+        (lambda: torch.empty(2, device="meta"), "meta tensor"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_what_cannot_travel_yet_says_so(make: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        KINDS["tensor"].inner(make())
+
+
+def test_lazy_conjugates_and_negatives_are_made_real() -> None:
+    z = torch.randn(3, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    for lazy in (z.conj(), z.conj().imag):
+        (inner,) = KINDS["tensor"].inner(lazy)
+        assert not inner.is_conj()
+        assert not inner.is_neg()
+        assert torch.equal(inner, lazy)
+
+
+# --------------------------------------------------------------------------------------------- DTensor
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate(), Partial(), Partial("max")])
+@pytest.mark.parametrize("wrap", [False, True], ids=["tensor", "parameter"])
+def test_dtensors_come_back_on_the_receivers_mesh(mesh: DeviceMesh, placement: Any, wrap: bool) -> None:
+    leaf: Any = dtensor(mesh, 1, placement)
+    if wrap:
+        leaf = torch.nn.Parameter(leaf)
+    kind = kind_of(leaf)
+    assert kind is KINDS["dtensor"]
+    (local,) = kind.inner(leaf)
+    again = kind.rebuild([local.clone()], over_the_wire(kind.context(leaf)), meshes_of([leaf]))
+    assert type(again) is type(leaf) or isinstance(again, torch.nn.Parameter) == wrap
+    assert again.placements == leaf.placements
+    assert again.shape == leaf.shape
+    assert again.stride() == leaf.stride()
+    assert again.device_mesh is mesh
+    assert again.requires_grad == leaf.requires_grad
+    assert raw_bytes(again._local_tensor) == raw_bytes(local)
+
+
+def test_a_mesh_that_the_receiver_lacks_is_made_without_groups(mesh: DeviceMesh) -> None:
+    leaf = dtensor(mesh, 1)
+    kind = KINDS["dtensor"]
+    again = kind.rebuild([leaf._local_tensor], over_the_wire(kind.context(leaf)), {})
+    assert mesh_key(again.device_mesh) == mesh_key(mesh)
+    assert again.device_mesh is not mesh
+
+
+def test_dtensors_that_disagree_say_how(mesh: DeviceMesh) -> None:
+    kind, mine = KINDS["dtensor"], dtensor(mesh, 1)
+    assert kind.disagreement(over_the_wire(kind.context(dtensor(mesh, 2))), mine) == ""
+    for other in (dtensor(mesh, 2, Replicate()), dtensor(mesh, 2, shape=(5, 6)), dtensor(mesh, 2, Shard(1))):
+        reason = kind.disagreement(over_the_wire(kind.context(other)), mine)
+        assert reason.startswith("expected DTensor of global shape")
+        assert "source has" in reason
+
+
+def test_dtensors_through_a_transfer(mesh: DeviceMesh) -> None:
+    def make(seed: int) -> dict[str, Any]:
+        return {"d": dtensor(mesh, seed), "p": torch.nn.Parameter(dtensor(mesh, seed + 1, Replicate()))}
+
+    state, template = make(1), make(5)
+    for receiver in (None, lambda: template):
+        ends = succeed(state, receiver)
+        result = ends.destination.result
+        for name, leaf in state.items():
+            assert isinstance(result[name], DTensor)
+            assert result[name].placements == leaf.placements
+            assert raw_bytes(result[name]._local_tensor) == raw_bytes(leaf._local_tensor)
+    assert all(result[name] is template[name] for name in state)
+    assert ends.destination.report.in_place_share == 1.0
+
+
+def test_a_dtensor_and_a_tensor_disagree(mesh: DeviceMesh) -> None:
+    ends = transfer({"a": dtensor(mesh, 1)}, lambda: {"a": noise((4, 6), 2)})
+    assert "a: expected Tensor float32 (4, 6), source has dtensor float32 (4, 6)" in ends.source.text
+    ends = transfer({"a": noise((4, 6), 1)}, lambda: {"a": dtensor(mesh, 2)})
+    assert "a: expected DTensor float32 (4, 6), source has tensor float32 (4, 6)" in ends.source.text
+
+
+# --------------------------------------------------------------------------------------- ShardedTensor
+
+
+def test_sharded_tensors_come_back(mesh: DeviceMesh) -> None:
+    leaf, kind = sharded(1), KINDS["sharded"]
+    assert kind_of(leaf) is kind
+    (local,) = kind.inner(leaf)
+    again = kind.rebuild([local.clone()], over_the_wire(kind.context(leaf)), {})
+    assert isinstance(again, ShardedTensor)
+    assert again.size() == leaf.size()
+    assert raw_bytes(again.local_shards()[0].tensor) == raw_bytes(local)
+    assert over_the_wire(kind.context(again)) == over_the_wire(kind.context(leaf))
+
+
+def test_sharded_tensors_through_a_transfer(mesh: DeviceMesh) -> None:
+    state, template = {"s": sharded(1)}, {"s": sharded(2)}
+    expected = raw_bytes(state["s"].local_shards()[0].tensor)
+    assert raw_bytes(succeed(state).destination.result["s"].local_shards()[0].tensor) == expected
+    ends = succeed(state, lambda: {**template, "other": noise(1, 1)})
+    assert ends.destination.result["s"] is template["s"]
+    assert raw_bytes(template["s"].local_shards()[0].tensor) == expected
+    assert ends.destination.report.in_place_share == 1.0

@@ -1,0 +1,193 @@
+"""Blocks, buckets, copies of any strides, and fresh memory."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+from helpers import CPU, noise, raw_bytes
+from states import DTYPES
+
+from ft_transport._memory import (
+    Block,
+    Bucket,
+    aligned,
+    allocate,
+    copy_blocks,
+    copy_elements,
+    no_collection,
+    physical_bytes,
+    populate,
+    storage_as,
+)
+
+STRIDED = {
+    "contiguous": lambda: noise((3, 4, 5), 1),
+    "permuted": lambda: noise((3, 4, 5), 1).permute(2, 0, 1),
+    "gaps": lambda: noise((6, 8, 10), 1)[::2, 1:5, ::2],
+    "one dimension": lambda: noise(30, 1)[::3],
+    "no dimension": lambda: noise(5, 1)[3],
+    "size one": lambda: noise((4, 1, 3), 1).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_elements_from_any_place_there_and_back(name: str) -> None:
+    strided = STRIDED[name]()
+    flat = strided.reshape(-1).clone()
+    for begin in range(flat.numel()):
+        for count in {0, 1, 2, 7, 19, flat.numel() - begin}:
+            if begin + count > flat.numel() or (count == 0 and strided.dim() == 0):
+                continue
+            got = torch.zeros(count)
+            copy_elements(strided, begin, got, to_flat=True)
+            assert raw_bytes(got) == raw_bytes(flat[begin : begin + count])
+            target = torch.zeros_like(strided).as_strided(strided.shape, torch.zeros(strided.shape).stride())
+            copy_elements(target, begin, flat[begin : begin + count], to_flat=False)
+            expected = torch.zeros_like(flat)
+            expected[begin : begin + count] = flat[begin : begin + count]
+            assert raw_bytes(target.reshape(-1)) == raw_bytes(expected)
+
+
+def test_scattering_leaves_the_gaps_alone() -> None:
+    base = noise(40, 1)
+    before = raw_bytes(base[1::2])
+    copy_elements(base[::2], 3, noise(10, 2), to_flat=False)
+    assert raw_bytes(base[1::2]) == before
+    assert raw_bytes(base[::2][3:13]) == raw_bytes(noise(10, 2))
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1, 8, 16])
+def test_blocks_of_every_dtype_at_every_alignment(name: str, offset: int) -> None:
+    dtype = DTYPES[name]
+    dense, gaps = noise(8, 1, dtype), noise((4, 4), 2, dtype)[:, :2]
+    blocks = [Block(dense), Block(gaps, dense=False)]
+    nbytes = 8 * dtype.itemsize
+    parts = [(block, 0, nbytes) for block in blocks]
+    staged = torch.zeros(2 * nbytes + offset, dtype=torch.uint8)[offset:]
+    copy_blocks(parts, staged, gather=True)
+    assert raw_bytes(staged) == raw_bytes(dense) + raw_bytes(gaps)
+    other = [noise(8, 3, dtype), noise((4, 4), 4, dtype)[:, :2]]
+    copy_blocks([(Block(other[0]), 0, nbytes), (Block(other[1], dense=False), 0, nbytes)], staged, gather=False)
+    assert [raw_bytes(tensor) for tensor in other] == [raw_bytes(dense), raw_bytes(gaps)]
+
+
+def test_parts_of_blocks() -> None:
+    dense, gaps = noise((4, 8), 1).t(), noise((8, 8), 2)[:, ::2]
+    staged = torch.zeros(40, dtype=torch.uint8)
+    copy_blocks([(Block(dense), 5, 8), (Block(gaps, dense=False), 12, 32)], staged, gather=True)
+    assert raw_bytes(staged) == raw_bytes(dense.t())[5:13] + raw_bytes(gaps)[12:44]
+
+
+def test_the_bytes_of_a_dense_block_share_its_memory() -> None:
+    base = noise(20, 1)
+    part = Block(base[4:10].view(2, 3).t()).bytes(4, 12)
+    part.zero_()
+    assert raw_bytes(base[5:7]) == bytes(8)
+    assert bytes(4) not in (raw_bytes(base[4]), raw_bytes(base[7]))
+
+
+def test_a_storage_as_another_dtype() -> None:
+    base = noise(9, 1)
+    whole = storage_as(base[3:5], torch.uint8)
+    assert raw_bytes(whole) == raw_bytes(base)
+    assert whole.data_ptr() == base.data_ptr()
+    assert storage_as(base, torch.int64).numel() == 4
+    assert storage_as(torch.nn.Parameter(base), torch.uint8).numel() == 36
+    with pytest.raises(TypeError, match="plain tensor"):
+        storage_as(torch.ones(2).as_subclass(type("Sub", (torch.Tensor,), {})), torch.uint8)
+
+
+def test_allocate() -> None:
+    assert allocate(0, CPU).numel() == 0
+    assert allocate(5, CPU).dtype == torch.uint8
+    with pytest.raises(MemoryError, match=f"no room for {1 << 60} bytes"):
+        allocate(1 << 60, CPU)
+    assert physical_bytes() > 1 << 20
+
+
+def test_populate_keeps_the_content_and_the_neighbours() -> None:
+    flat = allocate(6 << 20, CPU)
+    flat.fill_(7)
+    populate(flat[5000 : 5 << 20])
+    populate(flat[:0])
+    populate(flat[1:2])
+    assert bool((flat == 7).all())
+
+
+@pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 64), (63, 64), (64, 64), (65, 128)])
+def test_aligned(nbytes: int, expected: int) -> None:
+    assert aligned(nbytes) == expected
+
+
+def test_takes_from_a_bucket_are_apart_and_aligned() -> None:
+    bucket = Bucket(CPU)
+    bucket.reset(aligned(10) + aligned(64) + aligned(1))
+    takes = [bucket.take(nbytes) for nbytes in (10, 64, 1)]
+    first = takes[0].data_ptr()
+    assert [take.data_ptr() - first for take in takes] == [0, 64, 128]
+    assert [take.numel() for take in takes] == [10, 64, 1]
+
+
+def test_a_bucket_is_reused_and_grows() -> None:
+    bucket = Bucket(CPU)
+    bucket.reset(128)
+    first = bucket.take(64).data_ptr()
+    bucket.reset(64)
+    assert bucket.take(64).data_ptr() == first
+    bucket.reset(1024)
+    assert bucket.take(1024).numel() == 1024
+    bucket.reset(0)
+
+
+def test_a_bucket_gives_no_more_than_asked_for() -> None:
+    bucket = Bucket(CPU)
+    with pytest.raises(AssertionError):
+        bucket.take(1)
+    bucket.reset(64)
+    bucket.take(64)
+    with pytest.raises(AssertionError):
+        bucket.take(1)
+
+
+def test_the_collector_is_as_it_was_afterwards() -> None:
+    assert gc.isenabled()
+    with no_collection():
+        assert not gc.isenabled()
+        with no_collection():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="inside"), no_collection():
+        raise ValueError("inside")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with no_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_the_collector_is_held_back_until_the_last_thread_is_done() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with no_collection():
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    inside.wait(10)
+    with no_collection():
+        pass
+    assert not gc.isenabled()
+    leave.set()
+    thread.join(10)
+    assert gc.isenabled()

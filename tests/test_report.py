@@ -1,0 +1,89 @@
+"""What a report sums up, and how it reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ft_transport.report import PHASES, PeerReport, TransferReport
+
+
+def served() -> TransferReport:
+    report = TransferReport("source", "PGTransport", 5, nbytes_total=2_000_000, num_messages=3)
+    report.peers = [
+        PeerReport(1, "complete", "verify", 2_000_000, 2_000_100, {"agree": 0.1, "move": 0.5}),
+        PeerReport(2, "dead", "move", 500_000, 500_050, {"agree": 0.2, "move": 0.3}, "the channel broke: reset"),
+    ]
+    return report
+
+
+def test_finish_sums_bytes_and_takes_the_slowest_peer() -> None:
+    report = served()
+    report.seconds = {"describe": 0.05, "move": 1.0}
+    report.finish(0.8, None)
+    assert report.nbytes_wire == 2_500_150
+    assert report.seconds == pytest.approx({"describe": 0.05, "agree": 0.2, "move": 1.5})
+    assert report.total_seconds == 0.8
+    assert report.error == ""
+    assert report.gigabytes_per_second == pytest.approx(0.0025)
+
+
+def test_complete_only_if_every_peer_is() -> None:
+    report = served()
+    assert not report.complete
+    report.peers.pop()
+    assert report.complete
+    report.finish(1.0, ValueError("x"))
+    assert report.error == "ValueError: x"
+    assert not report.complete
+
+
+def test_the_summary_is_one_line_with_what_one_wants_to_know() -> None:
+    report = served()
+    report.finish(0.8, None)
+    summary = report.summary()
+    assert "\n" not in summary
+    for part in ("PGTransport step 5 to rank 1 complete", "2 dead (move: the channel broke: reset)", "2.0 MB",
+                 "3 messages", "agree 0.200", "move 0.500"):  # fmt: skip
+        assert part in summary
+
+
+def test_the_summary_of_a_destination_says_what_landed_in_place() -> None:
+    report = TransferReport("destination", "PGTransport", None, [PeerReport(0)], nbytes_total=4_000_000)
+    report.nbytes_in_place, report.nbytes_fresh = 3_000_000, 1_000_000
+    assert report.in_place_share == 0.75
+    assert "PGTransport from rank 0 pending" in report.summary()
+    assert "75% in place, 1.0 MB fresh" in report.summary()
+
+
+def test_nothing_is_divided_by_zero() -> None:
+    report = TransferReport("destination", "x", 1)
+    assert report.gigabytes_per_second == 0.0
+    assert report.in_place_share == 0.0
+    report.finish(0.0, None)
+    assert report.summary()
+
+
+def test_as_dict_is_json() -> None:
+    report = served()
+    report.finish(0.8, None)
+    values = json.loads(json.dumps(report.as_dict()))
+    assert values["peers"][1]["outcome"] == "dead"
+    assert values["complete"] is False
+    assert values["nbytes_wire"] == 2_500_150
+
+
+def test_phases_add_up_even_when_they_raise() -> None:
+    report = TransferReport("source", "x", 1, [PeerReport(1)])
+    with report.phase("describe"):
+        pass
+    with pytest.raises(ValueError, match="inside"), report.peers[0].enter("move", "source"):
+        raise ValueError("inside")
+    first = report.peers[0].seconds["move"]
+    with report.peers[0].enter("move", "source"):
+        pass
+    assert report.seconds["describe"] >= 0
+    assert report.peers[0].seconds["move"] >= first
+    assert report.peers[0].phase == "move"
+    assert {"describe", "agree", "move", "verify", "rebuild"} == set(PHASES)
