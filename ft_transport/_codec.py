@@ -280,7 +280,7 @@ def _decode_limits(data: Any) -> Limits:
     # What is packed is never cut, so a bucket is no larger than a message only if no packed range is.
     if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or not 0 <= limits.pack_below <= limits.message_bytes:
         raise ValueError(f"limits out of range: {limits}")
-    if limits.pack_from < 1 or limits.window < 1:
+    if limits.flight_bytes < limits.message_bytes or limits.pack_from < 1 or limits.window < 1:
         raise ValueError(f"limits out of range: {limits}")
     return limits
 

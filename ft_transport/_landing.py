@@ -155,7 +155,8 @@ class Landing:
     def direct(self, message: int) -> torch.Tensor | None:
         """The memory that a message can be received into as it is, None if it must be staged."""
         pieces = self._layout.messages[message]
-        if len(pieces) > 1:
+        # Small ones are staged for the reason that the source has, see ``_source.Gatherer``.
+        if len(pieces) > 1 or self._layout.sizes[message] < self._layout.stage_below:
             return None
         block, begin, nbytes, fresh = self._locate(pieces[0])
         if not block.dense or block.memory.device.type != self._device.type:

@@ -22,15 +22,17 @@ class Limits(NamedTuple):
     """Sizes in bytes that both sides must agree on; the source chooses and the manifest carries them.
 
     Attributes:
-        message_bytes: Upper bound of a message, and of a flight. Gloo is fastest from 16 to 64 MiB, and a thread that
-            posts or waits competes with Gloo's own for the pair's lock, so fewer and larger costs less.
+        message_bytes: Upper bound of a message. Over loopback Gloo is fastest with 2 to 8 MiB.
+        flight_bytes: Upper bound of a flight and of a bucket. A thread that posts or waits competes with Gloo's own for
+            the pair's lock, so fewer and larger flights cost less.
         pack_below: Ranges smaller than this are packed into buckets: a message costs gloo about 60 us on
             each side, in which memory is copied at some 4 GB/s.
         pack_from: Number of small ranges from which packing starts; fewer travel one by one.
         window: Flights that are under way at once: enough that neither side ever waits for the other's Python.
     """
 
-    message_bytes: int = 64 << 20
+    message_bytes: int = 4 << 20
+    flight_bytes: int = 64 << 20
     pack_below: int = 256 << 10
     pack_from: int = 16
     window: int = 8
@@ -54,6 +56,7 @@ class Layout:
         sizes: Bytes of each message.
         flights: Consecutive messages that are under way together.
         nbytes: Payload bytes of all messages.
+        stage_below: Messages smaller than this are staged on both sides, packed or not.
     """
 
     ranges: list[Piece]
@@ -61,6 +64,7 @@ class Layout:
     sizes: list[int]
     flights: list[range]
     nbytes: int
+    stage_below: int
 
     def range_of(self, storage: int, begin: int) -> int:
         """Index of the range that holds byte ``begin`` of ``storage``."""
@@ -84,7 +88,7 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
                 begin = end
     messages.extend(_buckets(small if packed else [], limits.message_bytes))
     sizes = [sum(piece.end - piece.begin for piece in message) for message in messages]
-    return Layout(ranges, messages, sizes, _flights(sizes, limits.message_bytes), sum(sizes))
+    return Layout(ranges, messages, sizes, _flights(sizes, limits.flight_bytes), sum(sizes), limits.pack_below)
 
 
 def _ranges(manifest: Manifest) -> list[Piece]:

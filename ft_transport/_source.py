@@ -45,9 +45,12 @@ class Gatherer:
         self._device = device
 
     def staged(self, message: int) -> bool:
-        """Whether a message must be gathered into a bucket."""
+        """Whether a message must be gathered into a bucket.
+
+        Small ones always are: under async quorum forward goes on meanwhile, and changes small buffers (BatchNorm).
+        """
         pieces = self._layout.messages[message]
-        if len(pieces) > 1:
+        if len(pieces) > 1 or self._layout.sizes[message] < self._layout.stage_below:
             return True
         block, _, _ = self._part(pieces[0])
         return not block.dense or block.memory.device.type != self._device.type

@@ -47,8 +47,8 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         state_dict: Gives the template, whose tensors receive the state in place. Pass the function that the
             Manager gets as ``state_dict``, or one that returns a dict of them by registered key.
         verify: Compare digests of the messages that this side sends as the source: True of every byte, False none.
-            None: of every byte where this process has at least four cores, else of every byte of messages below 1 MiB
-            and of one block in sixteen of larger ones, because there the digests would take time from the transfer.
+            None: of every byte where this process has at least four cores, else of every byte of messages below 2 MiB
+            and of one block in 32 of larger ones, because there the digests would take time from the transfer.
         strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
         progress: Called while bytes move, from the thread that moves them.
 

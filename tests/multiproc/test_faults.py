@@ -553,9 +553,10 @@ def test_two_frozen_destinations(stage: Stage) -> None:
     assert outcomes[3].sound
     assert isinstance(source.error, TransferTimeout)
     assert source.seconds <= DEADLINE + LATE
-    print(source.report["peers"])
-    for rank, outcome in ((1, "timed out"), (2, "timed out"), (3, "complete")):
-        assert source.peer(rank)["outcome"] == outcome
+    assert source.peer(3)["outcome"] == "complete"
+    for rank in (1, 2):
+        # Whichever wait expires first closes the pairs of the other.
+        assert source.peer(rank)["outcome"] in ("timed out", "failed")
     for rank in (1, 2):
         stage.ranks[rank].resume()
         assert isinstance(stage.ranks[rank].result().error, TransferError)
