@@ -14,7 +14,7 @@ import torch
 from ft_transport._layout import Layout, Piece
 from ft_transport._leaves import Meshes, meshes_of
 from ft_transport._manifest import Leaf, Manifest, View, rebuild
-from ft_transport._memory import Block, allocate, copy_blocks, physical_bytes, populate, storage_as
+from ft_transport._memory import Arena, Block, allocate, copy_blocks, physical_bytes, storage_as
 from ft_transport._template import Slot, Targets, same_strides
 from ft_transport.report import TransferReport
 
@@ -60,9 +60,10 @@ class Landing:
         self._targets = targets
         self._device = device
         self._fresh_on_cpu = fresh_on_cpu
+        self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
-        # For each range the memory it lands in, and whether that is fresh.
-        self._blocks: list[tuple[Block, bool]] = []
+        # For each range the memory it lands in.
+        self._blocks: list[Block] = []
         # What each view becomes, which template tensors hold their value in the end, and copies still to be made.
         self._values: dict[Slot, torch.Tensor] = {}
         self._settled: set[Slot] = set()
@@ -80,13 +81,12 @@ class Landing:
                     members[self._layout.range_of(view.storage, view.begin)].append(((index, position), view))
         for piece, group in zip(ranges, members, strict=True):
             block = self._in_place(piece, group) if self._targets else None
-            fresh = block is None
             if block is None:
                 block = self._fresh(piece, group)
                 report.nbytes_fresh += piece.end - piece.begin
             else:
                 report.nbytes_in_place += piece.end - piece.begin
-            self._blocks.append((block, fresh))
+            self._blocks.append(block)
         self.in_place = report.nbytes_in_place > 0
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
@@ -133,8 +133,9 @@ class Landing:
             on_cpu = self._fresh_on_cpu or storage.device_type == "cpu"
             if on_cpu and storage.nbytes > physical_bytes():
                 raise MemoryError(f"a storage of {storage.nbytes} bytes is more than this machine has")
-            device = torch.device("cpu") if on_cpu else self._device
-            self._fresh_storages[piece.storage] = allocate(storage.nbytes, device)
+            self._fresh_storages[piece.storage] = (
+                self._arena.allocate(storage.nbytes) if on_cpu else allocate(storage.nbytes, self._device)
+            )
         flat = self._fresh_storages[piece.storage]
         self._settle(group, set(), flat, 0)
         whole = piece.begin == 0 and piece.end == storage.nbytes
@@ -158,22 +159,18 @@ class Landing:
         # Small ones are staged for the reason that the source has, see ``_source.Gatherer``.
         if len(pieces) > 1 or self._layout.sizes[message] < self._layout.stage_below:
             return None
-        block, begin, nbytes, fresh = self._locate(pieces[0])
+        block, begin, nbytes = self._locate(pieces[0])
         if not block.dense or block.memory.device.type != self._device.type:
             return None
-        part = block.bytes(begin, begin + nbytes)
-        if fresh:
-            populate(part)
-        return part
+        return block.bytes(begin, begin + nbytes)
 
     def scatter(self, message: int, staged: torch.Tensor) -> None:
         """Copy a staged message to where its pieces belong."""
-        copy_blocks([self._locate(piece)[:3] for piece in self._layout.messages[message]], staged, gather=False)
+        copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=False)
 
-    def _locate(self, piece: Piece) -> tuple[Block, int, int, bool]:
+    def _locate(self, piece: Piece) -> tuple[Block, int, int]:
         index = self._layout.range_of(piece.storage, piece.begin)
-        block, fresh = self._blocks[index]
-        return block, piece.begin - self._layout.ranges[index].begin, piece.end - piece.begin, fresh
+        return self._blocks[index], piece.begin - self._layout.ranges[index].begin, piece.end - piece.begin
 
     # ------------------------------------------------------------------------------------- rebuild
 

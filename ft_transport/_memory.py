@@ -1,8 +1,7 @@
 """Memory that bytes are taken from, staged in, and land in.
 
-Strategy: fresh memory costs page faults, which are several times slower than the wire. Large allocations are
-therefore asked for in huge pages, and populated piece by piece shortly before the bytes arrive. Thousands of small
-tensors are copied by address, because a view of each would cost more than its bytes.
+Strategy: fresh memory costs page faults, which are several times slower than the wire, so it is asked for in huge
+pages. Thousands of small tensors are copied by address, because a view of each would cost more than its bytes.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 __all__ = [
+    "Arena",
     "Block",
     "Bucket",
     "aligned",
@@ -29,15 +29,14 @@ __all__ = [
     "copy_elements",
     "no_collection",
     "physical_bytes",
-    "populate",
     "storage_as",
 ]
 
 _HUGE_PAGE = 2 << 20
-_MADV_HUGEPAGE = 14
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; older kernels answer EINVAL, and the pages fault in one by one
-# Below this a page fault or two costs less than the system calls.
-_WORTH_ADVICE = 4 << 20
+# Fresh memory of this size and more comes from an arena; smaller storages are torch's own.
+_FROM_ARENA = 256 << 10
+# What an arena asks for at once. Its memory is given back when nothing in it is referred to any more.
+_ARENA_BYTES = 64 << 20
 
 
 # --------------------------------------------------------------------------------------------- blocks
@@ -192,17 +191,6 @@ def physical_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
 
 
-@functools.cache
-def _madvise() -> Callable[[int, int, int], int] | None:
-    try:
-        function = ctypes.CDLL(None, use_errno=True).madvise
-    except (OSError, AttributeError, TypeError):
-        return None
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    function.restype = ctypes.c_int
-    return function
-
-
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     """A flat uint8 tensor of ``nbytes`` with undefined content.
 
@@ -210,30 +198,49 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
         MemoryError: The device has no room for it.
     """
     try:
-        flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
     except RuntimeError as exc:
         raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
-    if device.type == "cpu" and nbytes >= _WORTH_ADVICE:
-        _advise(flat.data_ptr(), nbytes, _HUGE_PAGE, _MADV_HUGEPAGE, inner=True)
-    return flat
 
 
-def populate(flat: torch.Tensor) -> None:
-    """Fault the pages of ``flat`` in at once; its content is kept. Nothing happens where that is not possible."""
-    if flat.device.type == "cpu" and flat.numel() >= mmap.PAGESIZE:
-        _advise(flat.data_ptr(), flat.numel(), mmap.PAGESIZE, _MADV_POPULATE_WRITE, inner=False)
+class Arena:
+    """Fresh memory on the CPU, in huge pages where the system has them.
 
+    A page fault costs as much for 2 MiB as for 4 KiB, but tensors rarely start or end on a huge page. So they are
+    placed one behind the other, each a storage of its own.
+    """
 
-def _advise(address: int, nbytes: int, page: int, advice: int, *, inner: bool) -> None:
-    madvise = _madvise()
-    if madvise is None:
-        return
-    if inner:
-        begin, end = address + -address % page, (address + nbytes) // page * page
-    else:
-        begin, end = address // page * page, address + nbytes + -(address + nbytes) % page
-    if end > begin:
-        madvise(begin, end - begin, advice)
+    def __init__(self) -> None:
+        self._mapping: mmap.mmap | None = None
+        self._used = 0
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A flat uint8 tensor of ``nbytes``, aligned to 64 bytes, with undefined content.
+
+        Raises:
+            MemoryError: There is no room for it.
+        """
+        if nbytes < _FROM_ARENA:
+            return allocate(nbytes, torch.device("cpu"))
+        if self._mapping is None or len(self._mapping) - self._used < nbytes:
+            self._map(nbytes)
+        assert self._mapping is not None
+        taken = torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=self._used)
+        self._used += aligned(nbytes)
+        return taken
+
+    def _map(self, nbytes: int) -> None:
+        nbytes = max(nbytes, _ARENA_BYTES)
+        size = nbytes + -nbytes % _HUGE_PAGE
+        try:
+            # One huge page more, so that the first can be at a multiple of its size.
+            mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError) as exc:
+            raise MemoryError(f"no room for {size} bytes: {exc}") from exc
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+        self._used = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % _HUGE_PAGE
+        self._mapping = mapping
 
 
 # -------------------------------------------------------------------------------------------- staging

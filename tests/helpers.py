@@ -149,7 +149,7 @@ class SmallOptions(Options):
 
     @property
     def limits(self) -> Limits:
-        return Limits(message_bytes=1024, pack_below=256, pack_from=4, window=2)
+        return Limits(message_bytes=1024, flight_bytes=1024, pack_below=256, pack_from=4, window=2)
 
 
 SMALL = SmallOptions(CPU)

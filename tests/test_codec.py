@@ -115,7 +115,7 @@ def test_keys_come_back_as_they_were(key: Any) -> None:
 @pytest.mark.parametrize("step", [None, 0, 1, 1 << 40])
 @pytest.mark.parametrize("digest", ["", "xxh3", "sum"])
 def test_headers_come_back_as_they_were(step: int | None, digest: str) -> None:
-    header = Header(step, Limits(64, 0, 1, 1), digest)
+    header = Header(step, Limits(64, 64, 0, 1, 1), digest)
     assert decode(encode({"a": 1}, header))[1] == header
 
 
@@ -679,7 +679,7 @@ def golden_frame() -> bytes:
         "scalar": torch.tensor(1, dtype=torch.bfloat16),
         7: [None, True, -1, 1 << 64, 0.5, "text", b"bytes", 1j, (1, 2), {3}, slice(1), range(2), torch.int8, ...],
     }
-    return encode(state, Header(11, Limits(1 << 20, 1 << 10, 8, 4), "xxh3"))
+    return encode(state, Header(11, Limits(1 << 20, 4 << 20, 1 << 10, 8, 4), "xxh3"))
 
 
 def test_the_encoder_gives_the_golden_bytes() -> None:
@@ -688,7 +688,7 @@ def test_the_encoder_gives_the_golden_bytes() -> None:
 
 def test_the_decoder_reads_the_golden_bytes() -> None:
     manifest, header = decode(GOLDEN.read_bytes())
-    assert header == Header(11, Limits(1 << 20, 1 << 10, 8, 4), "xxh3")
+    assert header == Header(11, Limits(1 << 20, 4 << 20, 1 << 10, 8, 4), "xxh3")
     assert manifest.paths[:5] == [
         ("model", "weight"), ("model", "tied"), ("model", "_metadata", "version"), ("gaps",), ("empty",)
     ]  # fmt: skip

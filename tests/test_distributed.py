@@ -63,7 +63,7 @@ def test_what_crosses_describes_the_same_layout(name: str) -> None:
     decoded = seed._from_meta(pickle.loads(pickle.dumps(seed._to_meta(manifest))))
     assert decoded.paths == manifest.paths
     assert decoded.nodes == manifest.nodes
-    for limits in (Limits(), Limits(256, 100, 4, 2)):
+    for limits in (Limits(), Limits(256, 256, 100, 4, 2)):
         ours, theirs = lay_out(manifest, limits), lay_out(decoded, limits)
         assert theirs.sizes == ours.sizes
         assert theirs.nbytes == ours.nbytes

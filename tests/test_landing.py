@@ -18,7 +18,7 @@ from ft_transport._memory import Bucket
 from ft_transport._source import Gatherer
 from ft_transport._template import compare, match_template
 
-LIMITS = Limits(message_bytes=256, pack_below=64, pack_from=3, window=2)
+LIMITS = Limits(message_bytes=256, flight_bytes=256, pack_below=64, pack_from=3, window=2)
 
 
 def land(state: object, template: object = None, limits: Limits = LIMITS) -> tuple[Any, TransferReport, Landing]:

@@ -49,12 +49,12 @@ def check(layout: Layout, limits: Limits) -> None:
     st.integers(1, 20),
 )
 def test_every_byte_travels_once_in_bounds(sizes: list[int], message: int, pack: int, pack_from: int) -> None:
-    limits = Limits(message, min(pack, message), pack_from, 2)
+    limits = Limits(message, message, min(pack, message), pack_from, 2)
     check(lay_out(flat(*sizes), limits), limits)
 
 
 @pytest.mark.parametrize("name", STATES)
-@pytest.mark.parametrize("limits", [Limits(), Limits(64, 0, 1, 1), Limits(256, 100, 4, 2)])
+@pytest.mark.parametrize("limits", [Limits(), Limits(64, 64, 0, 1, 1), Limits(256, 256, 100, 4, 2)])
 def test_states(name: str, limits: Limits) -> None:
     manifest, _ = describe(STATES[name](1))
     check(lay_out(manifest, limits), limits)
@@ -62,7 +62,7 @@ def test_states(name: str, limits: Limits) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(STATES) - {"values", "containers"}))
 def test_both_sides_derive_the_same(name: str) -> None:
-    limits = Limits(256, 100, 4, 2)
+    limits = Limits(256, 256, 100, 4, 2)
     manifest, _ = describe(STATES[name](1))
     kind, body = decode_frame(encode_manifest(manifest, Header(1, limits, "")))
     assert kind is Frame.MANIFEST
@@ -72,12 +72,12 @@ def test_both_sides_derive_the_same(name: str) -> None:
 
 def test_a_large_range_is_cut_where_no_element_is() -> None:
     for size in (1, 2, 4, 8, 16):
-        layout = lay_out(flat(1000 * size), Limits(message_bytes=100 * size, pack_below=0))
+        layout = lay_out(flat(1000 * size), Limits(message_bytes=100 * size, flight_bytes=100 * size, pack_below=0))
         assert all(piece.begin % 64 == 0 for message in layout.messages for piece in message)
 
 
 def test_few_small_ranges_travel_one_by_one_and_many_are_packed() -> None:
-    limits = Limits(message_bytes=1000, pack_below=100, pack_from=5)
+    limits = Limits(message_bytes=1000, flight_bytes=1000, pack_below=100, pack_from=5)
     assert len(lay_out(flat(10, 20, 30, 40), limits).messages) == 4
     packed = lay_out(flat(10, 20, 30, 40, 50, 500), limits)
     assert [len(message) for message in packed.messages] == [1, 5]
@@ -85,7 +85,7 @@ def test_few_small_ranges_travel_one_by_one_and_many_are_packed() -> None:
 
 
 def test_buckets_are_filled_in_order_up_to_the_bound() -> None:
-    layout = lay_out(flat(*[60] * 10), Limits(message_bytes=200, pack_below=100, pack_from=1))
+    layout = lay_out(flat(*[60] * 10), Limits(message_bytes=200, flight_bytes=200, pack_below=100, pack_from=1))
     assert layout.sizes == [180, 180, 180, 60]
 
 

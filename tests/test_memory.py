@@ -11,6 +11,7 @@ from helpers import CPU, noise, raw_bytes
 from states import DTYPES
 
 from ft_transport._memory import (
+    Arena,
     Block,
     Bucket,
     aligned,
@@ -19,7 +20,6 @@ from ft_transport._memory import (
     copy_elements,
     no_collection,
     physical_bytes,
-    populate,
     storage_as,
 )
 
@@ -110,13 +110,30 @@ def test_allocate() -> None:
     assert physical_bytes() > 1 << 20
 
 
-def test_populate_keeps_the_content_and_the_neighbours() -> None:
-    flat = allocate(6 << 20, CPU)
-    flat.fill_(7)
-    populate(flat[5000 : 5 << 20])
-    populate(flat[:0])
-    populate(flat[1:2])
-    assert bool((flat == 7).all())
+def test_storages_from_an_arena_are_apart_aligned_and_of_their_own_size() -> None:
+    arena = Arena()
+    sizes = [300_001, 5, 40 << 20, 30 << 20, 256 << 10, 100 << 20]
+    taken = [arena.allocate(nbytes) for nbytes in sizes]
+    assert [tensor.untyped_storage().nbytes() for tensor in taken] == sizes
+    for value, tensor in enumerate(taken):
+        tensor.fill_(value)
+    assert all(bool((tensor == value).all()) for value, tensor in enumerate(taken))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in taken)
+    assert taken[0].data_ptr() % (2 << 20) == 0
+
+
+def test_the_memory_of_an_arena_lives_as_long_as_what_is_in_it() -> None:
+    arena = Arena()
+    first, second = arena.allocate(1 << 20), arena.allocate(1 << 20)
+    first.fill_(3)
+    del arena, second
+    gc.collect()
+    assert bool((first == 3).all())
+
+
+def test_an_arena_without_room() -> None:
+    with pytest.raises(MemoryError, match="no room for"):
+        Arena().allocate(1 << 60)
 
 
 @pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 64), (63, 64), (64, 64), (65, 128)])

@@ -202,7 +202,7 @@ def test_any_limits(pack_from: int, window: int) -> None:
     class Chosen(Options):
         @property
         def limits(self) -> Limits:
-            return Limits(message_bytes=128, pack_below=65, pack_from=pack_from, window=window)
+            return Limits(message_bytes=128, flight_bytes=128, pack_below=65, pack_from=pack_from, window=window)
 
     def make(seed: int) -> State:
         base = noise((30, 7), seed)

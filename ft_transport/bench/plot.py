@@ -18,7 +18,8 @@ __all__ = ["draw"]
 
 # Opaque, so that it reads alike on a light and a dark page.
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#59636e"
-OUR_COLORS, REFERENCE_COLOR, PEER_COLOR, WRONG_COLOR = ("#0f766e", "#2f8f86", "#4fa99f"), "#6b7685", "#b4bcc6", "#c0262d"
+OUR_COLORS = ("#0f766e", "#2f8f86", "#4fa99f")
+REFERENCE_COLOR, PEER_COLOR, WRONG_COLOR = "#6b7685", "#b4bcc6", "#c0262d"
 
 _HEADINGS = {"fresh": "fresh: into newly allocated memory", "in-place": "in place: into the receiver's own tensors"}
 
