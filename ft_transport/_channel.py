@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from datetime import timedelta
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -160,7 +159,7 @@ class GroupChannel:
             with self._lock:
                 # The shortest wait that gloo does not take for "none": when it expires, every pair closes.
                 never = torch.empty(1, dtype=torch.int64, device=self._device)
-                self._pg.recv([never], self.peer_rank, tag=_NEVER).wait(max(MIN_WAIT, timedelta(milliseconds=1)))
+                self._pg.recv([never], self.peer_rank, tag=_NEVER).wait(MIN_WAIT)
         except Exception:
             pass  # it was meant to fail
         self.drop()

@@ -112,8 +112,16 @@ def _prepare_state_dict(state_dict: object, device: torch.device) -> tuple[_Stat
     Raises:
         LocalProtocolError: A leaf cannot travel; every such path is named.
     """
+    meta, blocks = _describe(state_dict)
+    return meta, [block.memory for block in blocks.values()]
+
+
+def _describe(state_dict: object) -> tuple[_StateDictMeta, Blocks]:
+    """What crosses, and the memory of each byte range, by the numbers that :func:`_from_meta` gives to the storages."""
     manifest, blocks = describe(state_dict)
-    return _to_meta(manifest), [block.memory for block in blocks.values()]
+    views = [view for leaf in manifest.leaves for view in leaf.views if view.storage >= 0]
+    number = {storage: index for index, storage in enumerate(dict.fromkeys(view.storage for view in views))}
+    return _to_meta(manifest), {(number[storage], begin): block for (storage, begin), block in blocks.items()}
 
 
 def _to_meta(manifest: Manifest) -> _StateDictMeta:
@@ -133,7 +141,10 @@ def _to_meta(manifest: Manifest) -> _StateDictMeta:
 
 
 def _from_meta(meta: _StateDictMeta) -> Manifest:
-    """The manifest that a description stands for; it may come from upstream's own code."""
+    """The manifest that a description stands for; it may come from upstream's own code.
+
+    Both sides lay out what this gives, so that they number the storages alike.
+    """
     storages: dict[object, tuple[int, Storage]] = {}
 
     def view(tensor: _TensorMeta) -> View:
@@ -228,9 +239,10 @@ class PGTransport:
     def _send(self, report: TransferReport, state_dict: object) -> None:
         deadline = Deadline(self._timeout)
         with report.phase("describe"), no_collection():
-            manifest, blocks = describe(state_dict)
+            meta, blocks = _describe(state_dict)
+            manifest = _from_meta(meta)
             layout = lay_out(manifest, Limits())
-            data = _pickle(manifest)
+            data = _pickle(meta)
         _note(report, manifest, layout)
         channels = [GroupChannel(self._pg, peer.rank, self._device) for peer in report.peers]
         with report.phase("move"):
@@ -324,9 +336,9 @@ class PGTransport:
         return report
 
 
-def _pickle(manifest: Manifest) -> bytes:
+def _pickle(meta: _StateDictMeta) -> bytes:
     try:
-        return pickle.dumps(_to_meta(manifest))
+        return pickle.dumps(meta)
     except Exception as exc:  # the classes' own code, which may raise anything
         raise LocalProtocolError(f"a plain value cannot be pickled: {exc}", phase="describe") from exc
 

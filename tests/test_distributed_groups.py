@@ -63,6 +63,14 @@ def test_fresh_to_two_destinations() -> None:
     assert first["rows"].untyped_storage().data_ptr() == first["large"].untyped_storage().data_ptr()
 
 
+def test_both_sides_number_the_storages_alike() -> None:
+    # The column comes first and is sent without its gaps, the rows share its storage: two storages in the manifest.
+    base = noise((100, 50), 1)
+    sent = {"column": base[:50, :1], "other": noise(7, 2), "rows": base[60:], "more": base[:50, 9:12]}
+    _, received = run([lambda t: t.send_checkpoint([1], sent), receive], 10)
+    assert difference(received, sent) == ""
+
+
 def test_in_place() -> None:
     sent, template = state(1), state(2)
     reports = []
