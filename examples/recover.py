@@ -56,6 +56,7 @@ class Director:
         self._story = story
         self._view = view
         self._gone_on = False
+        self._num_killed = 0
         self._finish_at: int | None = None
         self.events: list[Event] = []
 
@@ -94,13 +95,14 @@ class Director:
             self._gone_on = True
             for row in story.rows:
                 self._cluster.tell(row.replica, "go")
-        if not story.healthy:
+        # Events that happened before a kill may still be queued, and the story does not know of it before they are told.
+        if not story.healthy or len(story.recoveries) < self._num_killed:
             return
-        num_killed = len(story.recoveries)
-        if num_killed < self._options.kills:
-            victim = (self._options.replicas - 1 - num_killed) % self._options.replicas
-            if story.rows[victim].step >= self._kill_step(num_killed):
+        if self._num_killed < self._options.kills:
+            victim = (self._options.replicas - 1 - self._num_killed) % self._options.replicas
+            if story.rows[victim].step >= self._kill_step(self._num_killed):
                 self._cluster.kill(victim)
+                self._num_killed += 1
         elif self._finish_at is None:
             notice = math.ceil(FINISH_NOTICE / max(story.step_seconds(), 1e-3))
             self._finish_at = max(self._options.steps, story.step + notice)
