@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Callable, Hashable
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgpack
 import torch
@@ -86,16 +86,34 @@ def decode_frame(data: bytes) -> tuple[Frame, Any]:
     if version != VERSION:
         raise RemoteProtocolError(f"expected version {VERSION} of the wire, got {version}")
     try:
-        body = msgpack.unpackb(
-            memoryview(data)[_HEADER.size :],
-            raw=False,
-            use_list=False,
-            unicode_errors="surrogatepass",
-            strict_map_key=True,
-        )
-        return Frame(kind), body
+        return Frame(kind), _unpack(memoryview(data)[_HEADER.size :])
     except (ValueError, RecursionError, msgpack.UnpackException) as exc:
-        raise RemoteProtocolError(f"damaged frame: {exc}") from exc
+        raise RemoteProtocolError(f"damaged frame: {exc or type(exc).__name__}") from exc
+
+
+def _unpack(packed: memoryview) -> Any:
+    """The value; in memory of at most some 30 times its bytes, because no array claims more than is there."""
+    # Walks through without making anything. An array is made as large as it claims to be, and arrays nest.
+    unpacker = msgpack.Unpacker(max_buffer_size=len(packed))
+    unpacker.feed(packed)
+    unpacker.skip()
+    return msgpack.unpackb(
+        packed,
+        raw=False,
+        use_list=False,
+        unicode_errors="surrogatepass",
+        object_pairs_hook=_refuse_map,
+        max_ext_len=0,
+        ext_hook=_refuse_extension,
+    )
+
+
+def _refuse_map(pairs: object) -> NoReturn:
+    raise ValueError("a map: frames have none")
+
+
+def _refuse_extension(code: int, data: bytes) -> NoReturn:
+    raise ValueError(f"extension {code}: frames have none")
 
 
 # -------------------------------------------------------------------------------------------- values
