@@ -1,0 +1,292 @@
+"""Attacks on what crosses the wire, by hand and by machine: each is refused, costs little, and runs nothing.
+
+``hostile.receive`` goes all the way of a receive and lets any exception through but a refusal. Where an attack is meant
+to cost time, it is large enough that without its bound the test would not end; where memory, the peak is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import tracemalloc
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+from helpers import Config, Point, noise
+from hostile import receive
+
+from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
+from ft_transport._layout import Limits
+from ft_transport._manifest import describe
+
+HEADER = Header(7, Limits(), "xxh3")
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+
+@pytest.fixture(autouse=True)
+def _allowed() -> Iterator[None]:
+    with torch.serialization.safe_globals([Point, Config]):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- tools
+#
+# The body of a manifest: [header, nodes, shapes, leaves, storages].
+
+
+def honest_frame(state: object, header: Header = HEADER) -> bytes:
+    return encode_manifest(describe(state)[0], header)
+
+
+def body_of(state: object) -> list[Any]:
+    body: list[Any] = msgpack.unpackb(honest_frame(state)[8:], strict_map_key=False, unicode_errors="surrogatepass")
+    return body
+
+
+def frame(body: Any, kind: Frame = Frame.MANIFEST) -> bytes:
+    return encode_frame(kind, body)
+
+
+def packed(data: bytes, kind: Frame = Frame.MANIFEST) -> bytes:
+    """A frame with these bytes for msgpack."""
+    return encode_frame(kind, None)[:8] + data
+
+
+def array32(claimed: int) -> bytes:
+    return b"\xdd" + claimed.to_bytes(4, "big")
+
+
+def tree(nodes: list[Any], num_leaves: int = 1) -> bytes:
+    """A frame of these nodes, with a plain value for each leaf."""
+    body = body_of(1)
+    body[1], body[3] = nodes, [[1]] * num_leaves
+    return frame(body)
+
+
+def node(kind: Any, num_children: Any, keys: Any = (), num_attrs: Any = 0, extra: Any = None) -> list[Any]:
+    return [kind, num_children, list(keys), num_attrs, extra]
+
+
+def value(encoded: Any) -> bytes:
+    """A frame whose state is one plain value, encoded like this."""
+    body = body_of(1)
+    body[3] = [[encoded]]
+    return frame(body)
+
+
+def refused(data: bytes, *matches: str) -> None:
+    reason = receive(data)
+    assert reason
+    for match in matches:
+        assert match in reason
+
+
+def peak_bytes(data: bytes) -> int:
+    """What reading a frame takes at its peak."""
+    tracemalloc.start()
+    try:
+        receive(data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+MIB = 1 << 20
+# Frames whose body is read; that of READY and DONE is not.
+READ = [Frame.MANIFEST, Frame.DIGESTS, Frame.REFUSE, Frame.FAILED]
+
+
+# --------------------------------------------------------------------------------------------- msgpack
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_arrays_that_claim_more_than_is_there(kind: Frame) -> None:
+    for claimed in (1 << 16, 100_000, (1 << 32) - 1):
+        for depth in (1, 2, 900):
+            bomb = packed(array32(claimed) * depth + b"\xc0" * 100_000, kind)
+            refused(bomb)
+            assert peak_bytes(bomb) < 24 * MIB
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"\xdb", b"\xc6", b"\xdf", b"\xc9", b"\xd9", b"\xc4", b"\xc7", b"\xde", b"\xdc"],
+    ids=["str32", "bin32", "map32", "ext32", "str8", "bin8", "ext8", "map16", "array16"],
+)
+def test_lengths_that_claim_more_than_is_there(header: bytes) -> None:
+    for rest in (b"\xff" * 4, b"\xff" * 5, b"\x7f\xff\xff\xff", b"\xff" * 4 + b"a" * 1000):
+        refused(packed(header + rest))
+        refused(packed(b"\x95" + (header + rest) * 5))
+        assert peak_bytes(packed(header + rest)) < MIB
+
+
+def test_arrays_nested_without_end() -> None:
+    for depth in (500, 1024, 5000, 1_000_000):
+        refused(packed(b"\x91" * depth))
+        refused(packed(b"\x91" * depth + b"\xc0"))
+        refused(packed(b"\xdc\x00\x01" * depth + b"\xc0"))
+
+
+@pytest.mark.parametrize("what", [{}, {"a": 1}, {1: {2: 3}}, msgpack.Timestamp(1, 2), msgpack.ExtType(5, b"x")])
+def test_maps_and_extensions_are_in_no_frame(what: Any) -> None:
+    for kind in Frame:
+        refused(frame(what, kind), "damaged frame")
+        refused(frame([what], kind), "damaged frame")
+    refused(value(what), "damaged frame")
+    refused(value(["list", what]), "damaged frame")
+    refused(tree([node("dict", 1, [what]), None]), "damaged frame")
+
+
+def test_small_items_cost_memory_in_proportion() -> None:
+    for item in (b"\xc0", b"\x90", b"\x91\xc0", b"\x80", b"\xa2ab", b"\xcd\x01\x01", b"\xcb" + b"x" * 8, b"\xc4\x02ab"):
+        num_items = 200_000 // len(item)
+        data = array32(num_items) + item * num_items
+        assert peak_bytes(packed(data, Frame.DIGESTS)) < 40 * len(data) + MIB
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff", b"\xc3", b"\xed\xa0", b"\xf8\x88\x80\x80\x80", b"a\xc0\x80", b"\xf4\x90\x80\x80", b"\x80abc"]
+)
+def test_names_that_are_not_unicode(text: bytes) -> None:
+    """As a key, a kind, a device, a digest and a value. Lone surrogates alone are kept, as Python's own strings do."""
+    body = body_of({"keykey": noise(2, 1), "value": "valval"})
+    for name in ("keykey", "dict", "xxh3", "cpu", "float32", "valval"):
+        honest = frame(body)
+        raw = b"%c%s" % (0xA0 + len(name), name.encode())
+        assert raw in honest
+        refused(honest.replace(raw, b"%c%s" % (0xA0 + len(text), text)), "damaged frame")
+
+
+# ------------------------------------------------------------------------------------- every node, every byte
+
+
+def states() -> dict[str, Any]:
+    base = noise(40, 1)
+    return {
+        "tensors": {"w": base[:6].view(2, 3), "tied": base[3:9], "t": noise((3, 2), 2).t(), "empty": base[:0]},
+        "parameters": [torch.nn.Parameter(noise(2, 3)), torch.nn.Parameter(noise(2, 4), requires_grad=False)],
+        "containers": {"p": Point([1, ()], {3: None}), "s": torch.Size([2]), b"b": [[[]]]},
+        "values": [1 << 70, 1j, slice(1), range(3), {1, "a"}, torch.int8, torch.device("cpu"), b"x", "\udcff", Config()],
+    }
+
+
+STATES = states()
+
+EVIL: list[Any] = [
+    None, True, -1, 0, 1, 64, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -(1 << 63), 1.5, float("nan"),
+    "", "x", "leaf", "tensor", "dict", "namedtuple", "object", "float32", "quint4x2", "uint1", "cuda", "builtins:eval",
+    "os:system", "torch:load", "helpers:Point", "__class__", "../../etc/passwd", "\udcff", "%s%n{0}", b"", b"x", b"\x01\x02",
+    b"\x80\x04N.", [], [None], [1], [[]], [0, 0, 0], [1, [0, 0, 0]], ["tensor", [], None, None], ["tuple", ["tuple"]],
+    ["object", b"\x80\x02cos\nsystem\n."], ["int", "9" * 5000], ["range", 0, 1 << 62], ["slice", 1, 2, 3],
+    ["device", "cuda:99"], ["dtype", "quint8"], ["dict", ["list"], 1], ["set", ["list"]],
+    {}, {"a": 1}, msgpack.Timestamp(1), msgpack.ExtType(5, b"x"),
+]  # fmt: skip
+
+
+def places(data: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    yield path
+    if isinstance(data, list):
+        for index, child in enumerate(data):
+            yield from places(child, (*path, index))
+
+
+def parent_of(body: Any, path: tuple[int, ...]) -> Any:
+    for index in path[:-1]:
+        body = body[index]
+    return body
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_node_replaced_by_every_evil(name: str) -> None:
+    honest = body_of(STATES[name])
+    assert receive(frame(honest), STATES[name]) == ""
+    for path in places(honest):
+        for evil in EVIL:
+            body = copy.deepcopy(honest)
+            if path:
+                parent_of(body, path)[path[-1]] = evil
+            else:
+                body = evil
+            receive(frame(body), STATES[name])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_node_left_out_doubled_moved_and_swapped(name: str) -> None:
+    honest = body_of(STATES[name])
+    for path in places(honest):
+        if not path:
+            continue
+        for change in ("delete", "double", "reverse", "wrap", "inner"):
+            body = copy.deepcopy(honest)
+            parent, index = parent_of(body, path), path[-1]
+            found = parent[index]
+            if change == "delete":
+                del parent[index]
+            elif change == "double":
+                parent.insert(index, copy.deepcopy(found))
+            elif change == "reverse":
+                parent.reverse()
+            elif change == "wrap":
+                parent[index] = [found]
+            else:
+                parent[index] = copy.deepcopy(honest[index % 5])
+            receive(frame(body), STATES[name])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_truncation_is_refused(name: str) -> None:
+    data = honest_frame(STATES[name])
+    for length in range(len(data)):
+        refused(data[:length])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_byte_changed(name: str) -> None:
+    data = honest_frame(STATES[name])
+    for place in range(len(data)):
+        for byte in (data[place] ^ 1, data[place] ^ 0x80, 0, 0xFF, 0xC0, 0xDD, 0xC6, (data[place] + 1) % 256):
+            receive(data[:place] + bytes([byte]) + data[place + 1 :], STATES[name])
+
+
+def test_frames_spliced_from_two() -> None:
+    frames = [honest_frame(state) for state in STATES.values()]
+    for one in frames:
+        for other in frames:
+            for begin in range(0, min(len(one), len(other)), 7):
+                for end in (begin, begin + 1, begin + 9):
+                    receive(one[:begin] + other[end:])
+            refused(one + other)
+
+
+# ------------------------------------------------------------------------------------------- other frames
+
+
+@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("depth", [10, 500, 1000])
+def test_other_frames_nested_deep(kind: Frame, depth: int) -> None:
+    body: Any = ()
+    for _ in range(depth):
+        body = (body,)
+    refused(frame(body, kind))
+    refused(frame((body, "why", body), kind), *(["why"] if kind in (Frame.REFUSE, Frame.FAILED) else []))
+
+
+@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("body", [None, 1, "why", b"why", [None], [[]], [1, 2, 3], ["a", 1], ["\udcff"], ["1", "2"]])
+def test_other_frames_of_other_things(kind: Frame, body: Any) -> None:
+    refused(frame(body, kind))
+
+
+def test_digests_must_be_as_many_and_equal() -> None:
+    assert receive(frame([1, 2], Frame.DIGESTS)) == ""
+    for body in ([], [1], [2, 1], [1, 2, 2], [1, None], ["1", "2"], [1 << 63, 2], [[1, 2]], None, "12"):
+        refused(frame(body, Frame.DIGESTS))
+
+
+def test_reasons_take_no_more_memory_than_their_frame() -> None:
+    body = [(1 << 63,) * 1000] * 20
+    for kind in (Frame.REFUSE, Frame.FAILED):
+        assert len(receive(frame(body, kind))) < 100
