@@ -13,7 +13,7 @@ import io
 import math
 import struct
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,7 +24,7 @@ from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport._leaves import KINDS, dtype_name
 from ft_transport._manifest import ALIGNMENT, Geometry, Leaf, Manifest, Storage, View, geometry, merge
-from ft_transport._tree import LEAF, Node, Path, format_path
+from ft_transport._tree import LEAF, MAX_DEPTH, Node, Path, format_path
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["MAX_FRAME_BYTES", "Frame", "Header", "decode_frame", "decode_manifest", "encode_frame", "encode_manifest"]
@@ -37,6 +37,10 @@ _HEADER = struct.Struct("<4sBB2x")
 MAX_FRAME_BYTES = 256 << 20
 # Bounds a message and with it a bucket; above 1 GiB a message gains nothing.
 MAX_MESSAGE_BYTES = 1 << 30
+# Bounds nodes and views: each becomes some objects of a hundred bytes and more. Large states have 100,000.
+MAX_NODES = 4 << 20
+# Bounds the paths of all leaves together, in memory and as text: every leaf below a long key has that key in its path.
+MAX_PATHS_BYTES = 256 << 20
 
 
 class Frame(IntEnum):
@@ -263,6 +267,8 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
     try:
         header, nodes, shapes, leaves, storages = body
         header = _decode_header(*header)
+        if len(nodes) > MAX_NODES:
+            raise ValueError(f"{len(nodes)} nodes, at most {MAX_NODES} are accepted")
         tree = [_decode_node(node) for node in nodes]
         paths = list(_paths(tree))
         if len(leaves) != len(paths):
@@ -342,28 +348,42 @@ def _allowed_classes() -> dict[str, Any]:
     return {f"{cls.__module__}:{cls.__qualname__}": cls for cls in (*allowed, *entries) if isinstance(cls, type)}
 
 
-def _paths(nodes: list[Node]) -> Any:
+def _paths(nodes: list[Node]) -> Iterator[Path]:
     """The path of each leaf of a preorder, which must be exactly one tree."""
-    open_nodes: list[tuple[Path, list[Hashable]]] = [((), [None])]
-    for depth, node in enumerate(nodes):
-        while open_nodes and not open_nodes[-1][1]:
+    # For each open node its path, what that counts towards MAX_PATHS_BYTES, and the keys still to come.
+    open_nodes: list[tuple[Path, int, list[Hashable]]] = [((), 0, [None])]
+    claimed, paths_bytes = 1, 0
+    for index, node in enumerate(nodes):
+        while open_nodes and not open_nodes[-1][2]:
             open_nodes.pop()
         if not open_nodes:
             raise ValueError("nodes after the end of the tree")
-        path, keys = open_nodes[-1]
+        path, path_bytes, keys = open_nodes[-1]
         key = keys.pop()
-        path = path if depth == 0 else (*path, key)
+        if index:
+            path, path_bytes = (*path, key), path_bytes + 8 + len(key if type(key) is str else str(key))
         if node.kind == "leaf":
+            paths_bytes += path_bytes
+            if paths_bytes > MAX_PATHS_BYTES:
+                raise ValueError(f"paths of more than {MAX_PATHS_BYTES} bytes")
             yield path
             continue
-        if node.num_children > len(nodes):
-            raise ValueError(f"a node of {node.num_children} children among {len(nodes)} nodes")
-        names = node.keys or getattr(node.extra, "_fields", None) or range(node.num_children)
-        if len(names) != node.num_children:
-            raise ValueError(f"{node.kind} of {len(names)} fields has {node.num_children} children")
-        open_nodes.append((path, list(reversed(names))))
-    if any(keys for _, keys in open_nodes):
+        # Before the children's keys are listed, and before a path grows: both cost nothing to claim.
+        claimed += node.num_children
+        if claimed > len(nodes):
+            raise ValueError(f"the tree ends early: {len(nodes)} nodes of {claimed}")
+        if len(path) >= MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        open_nodes.append((path, path_bytes, list(reversed(_names(node)))))
+    if any(keys for _, _, keys in open_nodes):
         raise ValueError("the tree ends early")
+
+
+def _names(node: Node) -> Sequence[Hashable]:
+    names: Sequence[Hashable] = node.keys or getattr(node.extra, "_fields", None) or range(node.num_children)
+    if len(names) != node.num_children:
+        raise ValueError(f"{node.kind} of {len(names)} fields has {node.num_children} children")
+    return names
 
 
 def _decode_leaf(path: Path, data: Any, shapes: list[Geometry]) -> Leaf:
