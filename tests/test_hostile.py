@@ -17,6 +17,7 @@ import torch
 from helpers import Config, Point, noise
 from hostile import receive
 
+from ft_transport import _codec
 from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
 from ft_transport._layout import Limits
 from ft_transport._manifest import describe
@@ -290,3 +291,61 @@ def test_reasons_take_no_more_memory_than_their_frame() -> None:
     body = [(1 << 63,) * 1000] * 20
     for kind in (Frame.REFUSE, Frame.FAILED):
         assert len(receive(frame(body, kind))) < 100
+
+
+# --------------------------------------------------------------------------------------------- the tree
+
+LIST = node("list", 1)
+
+
+@pytest.mark.parametrize("depth", [1001, 5000, 100_000])
+def test_trees_nested_too_deep(depth: int) -> None:
+    data = tree([LIST] * depth + [None])
+    refused(data, "nested deeper than 1000 levels")
+    assert peak_bytes(data) < 40 * len(data) + 16 * MIB
+
+
+def test_nodes_that_claim_more_children_than_there_are() -> None:
+    for num_children in (3000, 1 << 20, 1 << 62):
+        for num_nodes in (1, 2, 3000):
+            data = tree([node("list", num_children)] * num_nodes + [None])
+            refused(data, "the tree ends early")
+            assert peak_bytes(data) < 8 * MIB
+
+
+def test_many_leaves_far_down_or_below_long_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_codec, "MAX_PATHS_BYTES", MIB)
+    deep = [*[LIST] * 900, node("list", 1000), *[None] * 1000]
+    long = [node("dict", 1, ["k" * 10_000]), node("list", 1000), *[None] * 1000]
+    deep_keys = [node("dict", 1, [["tuple", "k" * 10_000]]), node("list", 1000), *[None] * 1000]
+    for nodes in (deep, long, deep_keys):
+        refused(tree(nodes, 1000), "paths of more than")
+    assert receive(tree(deep[900:], 1000)) == ""
+
+
+def test_more_nodes_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_codec, "MAX_NODES", 100)
+    assert receive(tree([node("list", 99)] + [None] * 99, 99)) == ""
+    refused(tree([node("list", 100)] + [None] * 100, 100), "nodes, at most")
+
+
+def test_a_million_leaves_in_ten_bytes() -> None:
+    for num_children in (1_000_000, (1 << 32) - 1):
+        body = b"\x95\xc0" + b"\x91\x95\xa4list" + msgpack.packb(num_children) + b"\x90\x00\xc0"
+        refused(packed(body + b"\x90\x90\x90"))
+        refused(tree([node("list", num_children)]))
+    refused(packed(b"\xdd\x00\x0f\x42\x40" + b"\x00" * 5))
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("dict", 2, ["a", "a"]), None, None],
+        [node("dict", 2, [1, True]), None, None],
+        [node("dict", 2, [1, 1.0]), None, None],
+        [node("dict", 2, [["tuple", 1], ["tuple", True]]), None, None],
+        [node("OrderedDict", 2, ["a", "a"], 1), None, None],
+    ],
+)
+def test_duplicate_keys(nodes: list[Any]) -> None:
+    refused(tree(nodes, 2), "distinct keys")
