@@ -23,7 +23,7 @@ import torch
 from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport._leaves import KINDS, dtype_name
-from ft_transport._manifest import ALIGNMENT, Geometry, Leaf, Manifest, Storage, View, geometry, merge
+from ft_transport._manifest import ALIGNMENT, Geometry, Leaf, Manifest, Storage, View, merge
 from ft_transport._tree import LEAF, MAX_DEPTH, Node, Path, format_path
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
@@ -39,6 +39,8 @@ MAX_FRAME_BYTES = 256 << 20
 MAX_MESSAGE_BYTES = 1 << 30
 # Bounds nodes and views: each becomes some objects of a hundred bytes and more. Large states have 100,000.
 MAX_NODES = 4 << 20
+# What torch's own operations accept. The product of many sizes would take time by the square of their number.
+MAX_DIMS = 64
 # Bounds the paths of all leaves together, in memory and as text: every leaf below a long key has that key in its path.
 MAX_PATHS_BYTES = 256 << 20
 
@@ -416,6 +418,8 @@ def _decode_view(data: Any, shapes: list[Geometry]) -> View:
 
 
 def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"{len(shape)} dimensions, at most {MAX_DIMS} are accepted")
     for number in (*shape, *stride):
         if _expect(int, number) < 0:
             raise ValueError(f"shape {shape}, stride {stride}")
@@ -423,7 +427,8 @@ def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
     reach = sum(max(size, 1) * step for size, step in zip(shape, stride, strict=True))
     if max(math.prod(max(size, 1) for size in shape), reach) * 16 > sys.maxsize:
         raise ValueError(f"out of range: shape {shape}, stride {stride}")
-    return geometry(_DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride))
+    # Not by way of the cache: what a peer sends would stay in it, and equal shapes are one here already.
+    return Geometry(_DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride))
 
 
 def _decode_storage(data: Any) -> Storage:

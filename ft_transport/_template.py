@@ -183,7 +183,7 @@ def _obstacle(tensor: torch.Tensor, mine: Any) -> str:
 def same_strides(view: View, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the view's shape has its elements in the same places."""
     mine, theirs = view.geometry, geometry_of(tensor)
-    return mine is theirs or all(
+    return mine.stride == theirs.stride or all(
         size == 1 or a == b for size, a, b in zip(mine.shape, mine.stride, theirs.stride, strict=True)
     )
 
