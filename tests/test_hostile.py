@@ -17,7 +17,7 @@ import torch
 from helpers import Config, Point, noise
 from hostile import receive
 
-from ft_transport import _codec
+from ft_transport import _codec, _manifest
 from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
 from ft_transport._layout import Limits
 from ft_transport._manifest import describe
@@ -349,3 +349,28 @@ def test_a_million_leaves_in_ten_bytes() -> None:
 )
 def test_duplicate_keys(nodes: list[Any]) -> None:
     refused(tree(nodes, 2), "distinct keys")
+
+
+# --------------------------------------------------------------------------------------------- the bytes
+
+
+def with_view(shape: list[Any], stride: list[Any], nbytes: int, dtype: str = "uint8", **limits: int) -> bytes:
+    """A frame of one tensor in one storage."""
+    body = body_of(noise(2, 1))
+    body[0][1] = list(Limits()._replace(**limits))
+    body[2], body[3], body[4] = [[dtype, shape, stride]], [[0, 0, 0]], [[nbytes, "cpu"]]
+    return frame(body)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 1 << 62, (1 << 63) - 1])
+@pytest.mark.parametrize("num_dims", [65, 1000, 300_000])
+def test_shapes_of_too_many_dimensions(size: int, num_dims: int) -> None:
+    data = with_view([size] * num_dims, [0] * num_dims, 1)
+    refused(data, "dimensions, at most 64")
+    refused(with_view([1 << 40] * 4, [0] * num_dims, 1))
+
+
+def test_shapes_from_the_wire_do_not_stay() -> None:
+    before = _manifest.geometry.cache_info().currsize
+    assert receive(with_view([3, 7, 11, 13], [1001, 143, 13, 1], 3003)) == ""
+    assert _manifest.geometry.cache_info().currsize == before
