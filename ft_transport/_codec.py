@@ -37,6 +37,12 @@ _HEADER = struct.Struct("<4sBB2x")
 MAX_FRAME_BYTES = 256 << 20
 # Bounds a message and with it a bucket; above 1 GiB a message gains nothing.
 MAX_MESSAGE_BYTES = 1 << 30
+# Bounds a flight, of which a side that stages it holds two.
+MAX_FLIGHT_BYTES = 1 << 30
+# Bounds the operations that are posted at once.
+MAX_WINDOW = 1 << 10
+# Bounds the messages that large ranges are cut into, some 250 bytes each: enough for 4 TiB with our limits.
+MAX_CUTS = 1 << 20
 # Bounds nodes and views: each becomes some objects of a hundred bytes and more. Large states have 100,000.
 MAX_NODES = 4 << 20
 # What torch's own operations accept. The product of many sizes would take time by the square of their number.
@@ -278,7 +284,7 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         known = [_decode_shape(*shape) for shape in shapes]
         decoded = [_decode_leaf(path, leaf, known) for path, leaf in zip(paths, leaves, strict=True)]
         manifest = Manifest(tree, paths, decoded, [_decode_storage(storage) for storage in storages])
-        _check_bounds(manifest)
+        _check_bounds(manifest, header.limits)
         if any(node.kind not in _ALWAYS_BUILT for node in tree):
             # What cannot be built must be found before a byte lands, not after the last one has.
             manifest.build([leaf.context if leaf.kind == "value" else None for leaf in decoded])
@@ -306,7 +312,9 @@ def _decode_limits(data: Any) -> Limits:
     # What is packed is never cut, so a bucket is no larger than a message only if no packed range is.
     if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or not 0 <= limits.pack_below <= limits.message_bytes:
         raise ValueError(f"limits out of range: {limits}")
-    if limits.flight_bytes < limits.message_bytes or limits.pack_from < 1 or limits.window < 1:
+    if not limits.message_bytes <= limits.flight_bytes <= MAX_FLIGHT_BYTES or limits.pack_from < 1:
+        raise ValueError(f"limits out of range: {limits}")
+    if not 1 <= limits.window <= MAX_WINDOW:
         raise ValueError(f"limits out of range: {limits}")
     return limits
 
@@ -438,8 +446,10 @@ def _decode_storage(data: Any) -> Storage:
     return Storage(nbytes, _expect(str, device_type))
 
 
-def _check_bounds(manifest: Manifest) -> None:
-    """Every view lies in its storage, and every storage is no larger than what its views refer to."""
+def _check_bounds(manifest: Manifest, limits: Limits) -> None:
+    """Every view lies in its storage, every storage is no larger than its views, and the messages are not too many."""
+    num_cuts = num_views = 0
+    step = limits.message_bytes - limits.message_bytes % 64
     extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
     for path, leaf in zip(manifest.paths, manifest.leaves, strict=True):
         for view in leaf.views:
@@ -450,7 +460,14 @@ def _check_bounds(manifest: Manifest) -> None:
                 if end > manifest.storages[view.storage].nbytes:
                     raise ValueError(f"{format_path(path)}: bytes {begin} to {end} are outside of its storage")
                 extents[view.storage].append((begin, end))
+        num_views += len(leaf.views)
+    if num_views > MAX_NODES:
+        raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
     for storage, found in zip(manifest.storages, extents, strict=True):
-        referenced = sum(end - begin + 2 * ALIGNMENT for begin, end in merge(found))
-        if storage.nbytes > referenced:
+        ranges = merge(found)
+        referenced = sum(end - begin + 2 * ALIGNMENT for begin, end in ranges)
+        if storage.nbytes > referenced or not ranges:
             raise ValueError(f"a storage of {storage.nbytes} bytes, of which {referenced} are referred to")
+        num_cuts += sum((end - begin) // step for begin, end in ranges)
+        if num_cuts > MAX_CUTS:
+            raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")

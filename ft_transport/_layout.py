@@ -75,18 +75,18 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     """Derive from a manifest what travels in which message."""
     ranges = _ranges(manifest)
     small = [piece for piece in ranges if piece.end - piece.begin < limits.pack_below]
-    packed = set(small) if len(small) >= limits.pack_from else set()
+    pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
     step = limits.message_bytes - limits.message_bytes % 64
     messages: list[tuple[Piece, ...]] = []
     for piece in ranges:
-        if piece not in packed:
+        if piece.end - piece.begin >= pack_below:
             begin = piece.begin
             while begin < piece.end:
                 end = min(begin - begin % 64 + step, piece.end)
                 messages.append((Piece(piece.storage, begin, end),))
                 begin = end
-    messages.extend(_buckets(small if packed else [], limits.message_bytes))
+    messages.extend(_buckets(small if pack_below else [], limits.message_bytes))
     sizes = [sum(piece.end - piece.begin for piece in message) for message in messages]
     return Layout(ranges, messages, sizes, _flights(sizes, limits.flight_bytes), sum(sizes), limits.pack_below)
 
