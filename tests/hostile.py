@@ -40,13 +40,12 @@ def receive(data: bytes, template: object = None) -> str:
 def _refusal(read: Any, *args: Any) -> str:
     try:
         read(*args)
-    except PeerFailure as exc:
-        assert "the peer gave up" in exc.message
-        return str(exc)
-    except RemoteProtocolError as exc:
-        assert len(str(exc)) <= MAX_FRAME_BYTES // 8, "a refusal that is too long to be sent"
-        return str(exc)
-    return ""
+    except (PeerFailure, RemoteProtocolError) as exc:
+        reason = str(exc)
+    else:
+        return ""
+    assert 0 < len(reason) <= MAX_FRAME_BYTES // 8, "a refusal that is too long to be sent"
+    return reason
 
 
 def _read(expected: Frame, data: bytes, template: object) -> None:

@@ -170,7 +170,8 @@ def states() -> dict[str, Any]:
         "tensors": {"w": base[:6].view(2, 3), "tied": base[3:9], "t": noise((3, 2), 2).t(), "empty": base[:0]},
         "parameters": [torch.nn.Parameter(noise(2, 3)), torch.nn.Parameter(noise(2, 4), requires_grad=False)],
         "containers": {"p": Point([1, ()], {3: None}), "s": torch.Size([2]), b"b": [[[]]]},
-        "values": [1 << 70, 1j, slice(1), range(3), {1, "a"}, torch.int8, torch.device("cpu"), b"x", "\udcff", Config()],
+        "values": [1 << 70, 1j, slice(1), range(3), {1, "a"}, torch.int8, torch.device("cpu"), b"x", "\udcff"],
+        "objects": [Config(), torch.Generator().get_state()],
     }
 
 
@@ -179,8 +180,9 @@ STATES = states()
 EVIL: list[Any] = [
     None, True, -1, 0, 1, 64, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -(1 << 63), 1.5, float("nan"),
     "", "x", "leaf", "tensor", "dict", "namedtuple", "object", "float32", "quint4x2", "uint1", "cuda", "builtins:eval",
-    "os:system", "torch:load", "helpers:Point", "__class__", "../../etc/passwd", "\udcff", "%s%n{0}", b"", b"x", b"\x01\x02",
-    b"\x80\x04N.", [], [None], [1], [[]], [0, 0, 0], [1, [0, 0, 0]], ["tensor", [], None, None], ["tuple", ["tuple"]],
+    "os:system", "torch:load", "helpers:Point", "__class__", "../../etc/passwd", "\udcff", "%s%n{0}", b"", b"x",
+    b"\x01\x02", b"\x80\x04N.",
+    [], [None], [1], [[]], [0, 0, 0], [1, [0, 0, 0]], ["tensor", [], None, None], ["tuple", ["tuple"]],
     ["object", b"\x80\x02cos\nsystem\n."], ["int", "9" * 5000], ["range", 0, 1 << 62], ["slice", 1, 2, 3],
     ["device", "cuda:99"], ["dtype", "quint8"], ["dict", ["list"], 1], ["set", ["list"]],
     {}, {"a": 1}, msgpack.Timestamp(1), msgpack.ExtType(5, b"x"),
@@ -374,3 +376,102 @@ def test_shapes_from_the_wire_do_not_stay() -> None:
     before = _manifest.geometry.cache_info().currsize
     assert receive(with_view([3, 7, 11, 13], [1001, 143, 13, 1], 3003)) == ""
     assert _manifest.geometry.cache_info().currsize == before
+
+
+def test_honest_bytes_are_accepted() -> None:
+    smallest = {"message_bytes": 64, "flight_bytes": 64, "pack_below": 0}
+    for limits in ({}, smallest, {"pack_below": 4 << 20, "pack_from": 1}):
+        assert receive(with_view([1000], [1], 1000, **limits)) == ""
+        assert receive(with_view([10, 10], [100, 1], 910, "int8", **limits)) == ""
+    assert receive(with_view([1 << 40], [1], 1 << 40)) == ""
+
+
+@pytest.mark.parametrize("message_bytes", [64, 65, 127, 4 << 20])
+def test_billions_of_messages_out_of_a_few_bytes(message_bytes: int) -> None:
+    limits = {"message_bytes": message_bytes, "pack_below": 64}
+    for nbytes in (1 << 45, 1 << 50, 1 << 58):
+        data = with_view([nbytes], [1], nbytes, **limits)
+        refused(data, "messages of")
+        assert peak_bytes(data) < MIB
+        refused(with_view([1 << 20, nbytes >> 20], [nbytes >> 20, 1], nbytes, **limits), "messages of")
+        refused(with_view([1 << 10], [nbytes >> 10], (1023 * nbytes >> 10) + 1, **limits), "messages of")
+
+
+def test_billions_of_messages_out_of_many_storages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_codec, "MAX_CUTS", 1000)
+    body = body_of([noise(2, i) for i in range(100)])
+    body[0][1] = [64, 64, 0, 1, 1]
+    body[2] = [["uint8", [640], [1]]]
+    body[4] = [[640, "cpu"]] * 100
+    assert receive(frame(body)) == ""
+    body[2][0][1], body[4] = [640 + 64], [[640 + 64, "cpu"]] * 100
+    refused(frame(body), "messages of")
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"flight_bytes": (1 << 30) + 1},
+        {"flight_bytes": 1 << 62},
+        {"window": 1025},
+        {"window": 1 << 62},
+        {"message_bytes": 1 << 62, "flight_bytes": 1 << 62},
+        {"pack_below": 1 << 62},
+        {"pack_from": 0},
+        {"window": -1},
+    ],
+)
+def test_limits_without_bound(limits: dict[str, int]) -> None:
+    refused(with_view([8], [1], 8, **limits), "limits out of range")
+
+
+def test_more_tensors_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_codec, "MAX_NODES", 3)
+    body = body_of([noise(2, 1), noise(2, 2)])
+    assert receive(frame(body)) == ""
+    shard = [[0], [2], "rank:0/cpu"]
+    body[3][0] = ["sharded", [body[3][0]] * 3, [[6], "float32", False, False, [shard], [shard] * 3], None]
+    refused(frame(body), "tensors, at most 3")
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 16, 1 << 40, (1 << 63) - 1])
+def test_a_storage_that_nothing_refers_to(nbytes: int) -> None:
+    body = body_of(noise(2, 1))
+    body[4].append([nbytes, "cpu"])
+    refused(frame(body), "of which 0 are referred to")
+
+
+def test_many_tensors_of_one_storage() -> None:
+    """Overlapping in every way there is: they travel once, and the plan is made in no more than sorting takes."""
+    body = body_of([0] * 30_000)
+    body[2] = [["uint8", [length], [1]] for length in range(1, 3001)]
+    body[3] = [[0, index % 3000, index // 10] for index in range(30_000)]
+    body[4] = [[6000, "cpu"]]
+    receive(frame(body))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "stride", "nbytes"),
+    [
+        ("quint4x2", [8], [1], 4),
+        ("quint2x4", [8], [1], 2),
+        ("bits1x8", [8], [1], 1),
+        ("uint1", [8], [1], 1),
+        ("uint1", [8], [1], 0),
+        ("int4", [1 << 62], [1], 1),
+        ("float4_e2m1fn_x2", [8], [1], 4),
+        ("complex128", [1 << 59], [1], 1 << 62),
+        ("complex128", [1 << 58], [1], 1 << 62),
+    ],
+)
+def test_dtypes_of_odd_sizes(dtype: str, shape: list[int], stride: list[int], nbytes: int) -> None:
+    """They take no less than they say."""
+    if hasattr(torch, dtype):
+        refused(with_view(shape, stride, nbytes, dtype))
+
+
+@pytest.mark.parametrize("dtype", sorted(set(_codec._DTYPES)))
+def test_every_dtype_is_landed_or_refused(dtype: str) -> None:
+    nbytes = 3 * _codec._DTYPES[dtype].itemsize
+    receive(with_view([3], [1], nbytes, dtype))
+    receive(with_view([3], [1], nbytes, dtype), noise(3, 1))
