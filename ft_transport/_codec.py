@@ -47,6 +47,9 @@ MAX_CUTS = 1 << 20
 MAX_NODES = 4 << 20
 # What torch's own operations accept. The product of many sizes would take time by the square of their number.
 MAX_DIMS = 64
+# Bounds the keys of one container whose hashes are not salted as those of text are: a peer can choose numbers, and
+# tuples of them, that a dict needs N² steps to tell apart, which takes seconds with this many. 0, 1, 2, … may be more.
+MAX_UNSALTED_KEYS = 1 << 16
 # Bounds the paths of all leaves together, in memory and as text: every leaf below a long key has that key in its path.
 MAX_PATHS_BYTES = 256 << 20
 
@@ -167,9 +170,9 @@ _DECODE: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "int": lambda args: _big_int(*args),
     "tuple": lambda args: tuple(map(_decode_value, args)),
     "list": lambda args: list(map(_decode_value, args)),
-    "frozenset": lambda args: frozenset(map(_decode_value, args)),
-    "set": lambda args: set(map(_decode_value, args)),
-    "dict": lambda args: dict(zip(*[map(_decode_value, args)] * 2, strict=True)),
+    "frozenset": lambda args: frozenset(_hashable(tuple(map(_decode_value, args)))),
+    "set": lambda args: set(_hashable(tuple(map(_decode_value, args)))),
+    "dict": lambda args: _decode_dict(args),
     "bytearray": lambda args: bytearray(_expect(bytes, *args)),
     "complex": lambda args: complex(_expect(float, args[0]), _expect(float, args[1])),
     "slice": lambda args: slice(*map(_decode_value, args)),
@@ -192,6 +195,23 @@ def _expect(cls: type, value: Any) -> Any:
     if type(value) is not cls:
         raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
     return value
+
+
+def _decode_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
+    keys = _hashable(tuple(map(_decode_value, args[::2])))
+    return dict(zip(keys, map(_decode_value, args[1::2]), strict=True))
+
+
+def _hashable(keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The keys, if a set or dict of them can be made in reasonable time."""
+    cost = 0
+    for key in keys:
+        cls = type(key)
+        if cls is not str and cls is not bytes:
+            cost += 1 if cls is float or (cls is int and -(1 << 63) <= key < 1 << 64) else 4
+    if cost > MAX_UNSALTED_KEYS and keys != tuple(range(len(keys))):
+        raise ValueError(f"{len(keys)} keys, at most {MAX_UNSALTED_KEYS} that are numbers are accepted")
+    return keys
 
 
 def _big_int(text: object) -> int:
@@ -323,7 +343,7 @@ def _decode_node(data: Any) -> Node:
     if data is None:
         return LEAF
     kind, num_children, keys, num_attrs, extra = data
-    decoded: tuple[Hashable, ...] = tuple(map(_decode_value, keys))
+    decoded: tuple[Hashable, ...] = _hashable(tuple(map(_decode_value, keys)))
     if not 0 <= _expect(int, num_attrs) <= _expect(int, num_children):
         raise ValueError(f"{num_attrs} attributes among {num_children} children")
     mapping = kind in ("dict", "OrderedDict", "defaultdict")
