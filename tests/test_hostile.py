@@ -17,10 +17,11 @@ import torch
 from helpers import Config, Point, noise
 from hostile import receive
 
-from ft_transport import _codec, _manifest
+from ft_transport import TransferReport, _codec, _manifest
 from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
 from ft_transport._layout import Limits
-from ft_transport._manifest import describe
+from ft_transport._manifest import Leaf, Manifest, describe
+from ft_transport._template import match_template
 
 HEADER = Header(7, Limits(), "xxh3")
 
@@ -475,3 +476,86 @@ def test_every_dtype_is_landed_or_refused(dtype: str) -> None:
     nbytes = 3 * _codec._DTYPES[dtype].itemsize
     receive(with_view([3], [1], nbytes, dtype))
     receive(with_view([3], [1], nbytes, dtype), noise(3, 1))
+
+
+# ---------------------------------------------------------------------------------------------- keys
+#
+# Hashes of numbers are the numbers, those of tuples are made from them without a secret.
+
+
+def ints_of_one_hash(count: int) -> list[Any]:
+    modulus = (1 << 61) - 1
+    return [["int", str(modulus * ((1 << 20) + index))] for index in range(count)]
+
+
+def pairs_of_one_hash(count: int) -> list[Any]:
+    """Different pairs of integers of 64 bits whose tuples have the same hash."""
+    one, two, mask = 11400714785074694791, 14029467366897019727, (1 << 64) - 1
+    back_one, back_two = pow(one, -1, 1 << 64), pow(two, -1, 1 << 64)
+    before = 123456789 * back_one & mask
+    before = (before >> 31 | before << 33) & mask
+    found: list[Any] = []
+    first = 0
+    while len(found) < count:
+        first += 1
+        state = 2870177450012600261 + first * two & mask
+        state = (state << 31 | state >> 33) * one & mask
+        second = (before - state) * back_two & mask
+        if second < 1 << 60:
+            found.append(["tuple", first, second])
+    return found
+
+
+def test_the_keys_collide() -> None:
+    assert len({hash(int(number)) for _, number in ints_of_one_hash(100)}) == 1
+    assert len({hash((one, two)) for _, one, two in pairs_of_one_hash(100)}) == 1
+
+
+@pytest.mark.parametrize("make", [ints_of_one_hash, pairs_of_one_hash])
+def test_keys_that_a_dict_cannot_tell_apart(make: Any) -> None:
+    keys = make((1 << 14) + 1)
+    nodes = [node("dict", len(keys), keys), *[None] * len(keys)]
+    refused(tree(nodes, len(keys)), "keys, at most")
+    refused(value(["set", *keys]), "keys, at most")
+    refused(value(["list", ["frozenset", *keys]]), "keys, at most")
+    refused(value(["dict", *(item for key in keys for item in (key, 1))]), "keys, at most")
+    refused(tree([node("dict", 1, [["frozenset", *keys]]), None]), "keys, at most")
+
+
+def test_many_numbers_as_keys() -> None:
+    for keys in (range(70_000), [f"key {index}" for index in range(70_000)], range(5, 50_000)):
+        assert receive(tree([node("dict", len(keys), keys), *[None] * len(keys)], len(keys))) == ""
+    for keys in (range(1, 70_000), [*range(65_537), 70_000]):
+        refused(tree([node("dict", len(keys), keys), *[None] * len(keys)], len(keys)), "keys, at most")
+    refused(value(["set", *(index + 0.5 for index in range(65_537))]), "keys, at most")
+
+
+class Key:
+    """A key that a dict cannot tell from others by its hash; counts how often it had to compare."""
+
+    num_compared = 0
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        Key.num_compared += 1
+        return self is other
+
+
+def test_paths_that_a_dict_cannot_tell_apart() -> None:
+    """The caps above hold for one container; a path goes through many. The template's paths are what is looked up."""
+    paths: list[Any] = [("other", Key(), 1) for _ in range(500)] + [(Key(), 1) for _ in range(500)] + [("w",)]
+    manifest = Manifest([], paths, [Leaf("value", (), 1)] * len(paths), [])
+    Key.num_compared = 0
+    matched = match_template(manifest, {"w": 5}, TransferReport("destination", "test", 1))
+    assert matched == {1000: 5}
+    assert Key.num_compared < 10 * len(paths)
+
+
+def test_very_many_places_for_the_template() -> None:
+    """Each registered key of torchft's envelope is a place where the template may belong: not a hundred thousand."""
+    template = {f"layer {index}": index for index in range(1000)}
+    keys = [f"key {index}" for index in range(100_000)]
+    nodes = [node("dict", 2, ["user", "torchft"]), node("dict", len(keys), keys), *[None] * len(keys), None]
+    assert receive(tree(nodes, len(keys) + 1), template) == ""
