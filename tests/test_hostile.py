@@ -545,7 +545,7 @@ class Key:
 
 def test_paths_that_a_dict_cannot_tell_apart() -> None:
     """The caps above hold for one container; a path goes through many. The template's paths are what is looked up."""
-    paths: list[Any] = [("other", Key(), 1) for _ in range(500)] + [(Key(), 1) for _ in range(500)] + [("w",)]
+    paths: list[Any] = [("other", Key(), 1) for _ in range(500)] + [("other", 1, Key()) for _ in range(500)] + [("w",)]
     manifest = Manifest([], paths, [Leaf("value", (), 1)] * len(paths), [])
     Key.num_compared = 0
     matched = match_template(manifest, {"w": 5}, TransferReport("destination", "test", 1))
