@@ -50,6 +50,8 @@ MAX_DIMS = 64
 # Bounds the keys of one container whose hashes are not salted as those of text are: a peer can choose numbers, and
 # tuples of them, that a dict needs N² steps to tell apart, which takes seconds with this many. 0, 1, 2, … may be more.
 MAX_UNSALTED_KEYS = 1 << 16
+# Bounds what is said, sent back and logged about a manifest that is refused, in characters: it quotes what was sent.
+MAX_TEXT = 4_000
 # Bounds the paths of all leaves together, in memory and as text: every leaf below a long key has that key in its path.
 MAX_PATHS_BYTES = 256 << 20
 
@@ -309,10 +311,10 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
             # What cannot be built must be found before a byte lands, not after the last one has.
             manifest.build([leaf.context if leaf.kind == "value" else None for leaf in decoded])
         return manifest, header
-    except RemoteProtocolError:
-        raise
     except Exception as exc:
-        raise RemoteProtocolError(f"damaged manifest: {type(exc).__name__}: {exc}", phase="agree") from exc
+        damage = f"damaged manifest: {type(exc).__name__}: {exc}"
+        text = exc.message if isinstance(exc, RemoteProtocolError) else damage
+        raise RemoteProtocolError(text[:MAX_TEXT], phase="agree") from exc
 
 
 # Nodes that can be built whatever their children are.
