@@ -13,6 +13,7 @@ import io
 import math
 import struct
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple, NoReturn
@@ -353,11 +354,18 @@ def _decode_node(data: Any) -> Node:
         raise ValueError(f"{kind} of {num_children} children has {len(set(decoded))} distinct keys")
     if num_attrs and kind not in ("OrderedDict", "defaultdict"):
         raise ValueError(f"{kind} has no attributes")
-    if any(not isinstance(key, str) or key.startswith("__") for key in decoded[num_children - num_attrs :]):
+    if not all(map(_is_free_name, decoded[num_children - num_attrs :])):
         raise ValueError("name of an attribute out of range")
     if extra is not None:
         extra = _decode_extra(kind, extra)
     return Node(_expect(str, kind), num_children, decoded, num_attrs, extra)
+
+
+def _is_free_name(name: object) -> bool:
+    """Whether an attribute of this name hides nothing that a mapping has."""
+    if not isinstance(name, str) or name.startswith("__"):
+        return False
+    return not (hasattr(OrderedDict, name) or hasattr(defaultdict, name))
 
 
 def _decode_extra(kind: str, extra: Any) -> Any:
