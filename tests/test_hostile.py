@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import tracemalloc
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -559,3 +560,39 @@ def test_very_many_places_for_the_template() -> None:
     keys = [f"key {index}" for index in range(100_000)]
     nodes = [node("dict", 2, ["user", "torchft"]), node("dict", len(keys), keys), *[None] * len(keys), None]
     assert receive(tree(nodes, len(keys) + 1), template) == ""
+
+
+# ------------------------------------------------------------------------------------------ what is said
+
+
+def test_what_is_refused_is_not_quoted_at_length() -> None:
+    long = "x" * 200_000
+    bodies = [body_of({"a": noise(2, 1)}) for _ in range(7)]
+    bodies[0][0][2] = [long]
+    bodies[1][1][0] = [long, 1, [], 0, None]
+    bodies[2][2][0][0] = long
+    bodies[3][3][0] = [long, [], None, None]
+    bodies[4][4][0] = [long, "cpu"]
+    bodies[5][1][0] = node("namedtuple", 1, [], 0, f"{long}:{long}")
+    bodies[6][1][0], bodies[6][3] = node("dict", 1, [long]), [[["object", b""]]]
+    for body in bodies:
+        assert 0 < len(receive(frame(body))) < 5000
+
+
+def test_a_template_that_matches_nothing_is_told_so_in_short() -> None:
+    long = [f"{index} " + "x" * 100_000 for index in range(3)]
+    state = {"user": {key: noise(2, 1) for key in long}, "torchft": {}}
+    assert 0 < len(receive(honest_frame(state), {"w": noise(2, 1)})) < 5000
+
+
+# --------------------------------------------------------------------------------------------- classes
+
+MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict, "defaultdict": defaultdict}
+
+
+@pytest.mark.parametrize("kind", MAPPINGS)
+@pytest.mark.parametrize("name", ["keys", "items", "get", "pop", "update", "default_factory", "copy", "__class__", ""])
+def test_attributes_that_would_hide_what_a_mapping_has(kind: str, name: str) -> None:
+    if name or kind != "OrderedDict":
+        refused(tree([node(kind, 1, [name], 1), None]))
+        refused(tree([node(kind, 2, ["a", name], 1, None), None, None], 2))
