@@ -10,20 +10,30 @@ from __future__ import annotations
 import math
 import struct
 import sys
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgpack
 from torch.utils import _pytree as pytree
 
 from ft_transport._digest import NUM_SAMPLES
-from ft_transport._geometry import Geometry, geometry, merge
+from ft_transport._geometry import Geometry, merge
 from ft_transport._layout import Limits
 from ft_transport._leaves import VALUE, Part, check_parts
 from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View
-from ft_transport._tree import LEAF, Node, check_tree, format_path, paths_of
-from ft_transport._values import allowed_class, class_name, decode_value, dtype_name, dtype_of, encode_value, expect
+from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
+from ft_transport._values import (
+    allowed_class,
+    check_keys,
+    class_name,
+    decode_value,
+    dtype_name,
+    dtype_of,
+    encode_value,
+    expect,
+)
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["MAX_FRAME_BYTES", "Frame", "Header", "decode_frame", "decode_manifest", "encode_frame", "encode_manifest"]
@@ -36,6 +46,18 @@ _HEADER = struct.Struct("<4sBB2x")
 MAX_FRAME_BYTES = 256 << 20
 # Bounds a message and with it a bucket; above 1 GiB a message gains nothing.
 MAX_MESSAGE_BYTES = 1 << 30
+# Bounds a flight, of which a side that stages it holds two.
+MAX_FLIGHT_BYTES = 1 << 30
+# Bounds the operations that are posted at once.
+MAX_WINDOW = 1 << 10
+# Bounds the messages that large ranges are cut into, some 250 bytes each: enough for 4 TiB with our limits.
+MAX_CUTS = 1 << 20
+# Bounds nodes and views: each becomes some objects of a hundred bytes and more. Large states have 100,000.
+MAX_NODES = 4 << 20
+# What torch's own operations accept. The product of many sizes would take time by the square of their number.
+MAX_DIMS = 64
+# Bounds what is said, sent back and logged about a manifest that is refused, in characters: it quotes what was sent.
+MAX_TEXT = 4_000
 
 
 class Frame(IntEnum):
@@ -85,16 +107,34 @@ def decode_frame(data: bytes) -> tuple[Frame, Any]:
     if version != VERSION:
         raise RemoteProtocolError(f"expected version {VERSION} of the wire, got {version}")
     try:
-        body = msgpack.unpackb(
-            memoryview(data)[_HEADER.size :],
-            raw=False,
-            use_list=False,
-            unicode_errors="surrogatepass",
-            strict_map_key=True,
-        )
-        return Frame(kind), body
+        return Frame(kind), _unpack(memoryview(data)[_HEADER.size :])
     except (ValueError, RecursionError, msgpack.UnpackException) as exc:
-        raise RemoteProtocolError(f"damaged frame: {exc}") from exc
+        raise RemoteProtocolError(f"damaged frame: {exc or type(exc).__name__}") from exc
+
+
+def _unpack(packed: memoryview) -> Any:
+    """The value; in memory of at most some 30 times its bytes, because no array claims more than is there."""
+    # Walks through without making anything. An array is made as large as it claims to be, and arrays nest.
+    unpacker = msgpack.Unpacker(max_buffer_size=len(packed))
+    unpacker.feed(packed)
+    unpacker.skip()
+    return msgpack.unpackb(
+        packed,
+        raw=False,
+        use_list=False,
+        unicode_errors="surrogatepass",
+        object_pairs_hook=_refuse_map,
+        max_ext_len=0,
+        ext_hook=_refuse_extension,
+    )
+
+
+def _refuse_map(pairs: object) -> NoReturn:
+    raise ValueError("a map: frames have none")
+
+
+def _refuse_extension(code: int, data: bytes) -> NoReturn:
+    raise ValueError(f"extension {code}: frames have none")
 
 
 # ------------------------------------------------------------------------------------------- encode
@@ -191,6 +231,8 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
     try:
         header, nodes, shapes, leaves, storages, shared = body
         header = _decode_header(*header)
+        if len(nodes) > MAX_NODES:
+            raise ValueError(f"{len(nodes)} nodes, at most {MAX_NODES} are accepted")
         tree, refused = _decode_nodes(nodes)
         num_leaves = check_tree(tree)
         if refused:
@@ -201,15 +243,15 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         manifest = Manifest(tree, [], [_decode_storage(*storage) for storage in storages])
         _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
         manifest.shared = _decode_shared(shared, tree)
-        _check_storages(manifest)
+        _check_storages(manifest, header.limits)
         if any(node.kind not in _ALWAYS_BUILT for node in tree):
             # What cannot be built must be found before a byte lands, not after the last one has.
             manifest.build([leaf.context if leaf.kind == VALUE else None for leaf in manifest.leaves])
         return manifest, header
-    except RemoteProtocolError:
-        raise
     except Exception as exc:
-        raise RemoteProtocolError(f"damaged manifest: {type(exc).__name__}: {exc}", phase="agree") from exc
+        damage = f"damaged manifest: {type(exc).__name__}: {exc}"
+        text = exc.message if isinstance(exc, RemoteProtocolError) else damage
+        raise RemoteProtocolError(text[:MAX_TEXT], phase="agree") from exc
 
 
 # Nodes that can be built whatever their children are, or whose class may look at them.
@@ -229,7 +271,9 @@ def _decode_limits(data: Any) -> Limits:
     # What is packed is never cut, so a bucket is no larger than a message only if no packed range is.
     if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or not 0 <= limits.pack_below <= limits.message_bytes:
         raise ValueError(f"limits out of range: {limits}")
-    if limits.flight_bytes < limits.message_bytes or limits.pack_from < 1 or limits.window < 1:
+    if not limits.message_bytes <= limits.flight_bytes <= MAX_FLIGHT_BYTES or limits.pack_from < 1:
+        raise ValueError(f"limits out of range: {limits}")
+    if not 1 <= limits.window <= MAX_WINDOW:
         raise ValueError(f"limits out of range: {limits}")
     return limits
 
@@ -253,6 +297,7 @@ def _decode_nodes(data: Any) -> tuple[list[Node], tuple[int, str] | None]:
 
 def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra: Any) -> Node:
     decoded: tuple[Hashable, ...] = tuple([key if type(key) is str else decode_value(key) for key in keys])
+    check_keys(decoded)
     if not 0 <= expect(int, num_attrs) <= expect(int, num_children):
         raise ValueError(f"{num_attrs} attributes among {num_children} children")
     if len(decoded) != (num_children if kind in _KEYED else 0) or len(set(decoded)) != len(decoded):
@@ -260,15 +305,24 @@ def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra:
     if num_attrs and kind not in ("OrderedDict", "defaultdict"):
         raise ValueError(f"{kind} has no attributes")
     named = decoded if kind == "dataclass" else decoded[num_children - num_attrs :]
-    if any(not isinstance(name, str) or name.startswith("__") for name in named):
+    if not all(map(_is_free_name, named)):
         raise ValueError("name of an attribute out of range")
-    node = Node(expect(str, kind), num_children, decoded, num_attrs, _decode_extra(kind, extra))
+    if kind not in CONTAINERS:
+        raise ValueError(f"unknown kind of node {kind!r}")
+    node = Node(kind, num_children, decoded, num_attrs, _decode_extra(kind, extra))
     if kind == "namedtuple" and len(node.extra._fields) != num_children:
         raise ValueError(f"{extra} of {len(node.extra._fields)} fields has {num_children} children")
     return node
 
 
 _KEYED = frozenset({"dict", "OrderedDict", "defaultdict", "dataclass"})
+
+
+def _is_free_name(name: object) -> bool:
+    """Whether an attribute of this name hides nothing that a mapping has."""
+    if not isinstance(name, str) or name.startswith("__"):
+        return False
+    return not (hasattr(OrderedDict, name) or hasattr(defaultdict, name))
 
 
 def _decode_extra(kind: str, extra: Any) -> Any:
@@ -376,6 +430,10 @@ def _decode_view(data: Any, shapes: list[Geometry], storages: list[Storage]) -> 
 
 
 def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
+    if dtype in _QUANTIZED:
+        raise ValueError(f"{dtype} is no dtype of plain bytes")
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"{len(shape)} dimensions, at most {MAX_DIMS} are accepted")
     for number in (*shape, *stride):
         if expect(int, number) < 0:
             raise ValueError(f"shape {shape}, stride {stride}")
@@ -383,7 +441,12 @@ def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
     reach = sum(max(size, 1) * step for size, step in zip(shape, stride, strict=True))
     if max(math.prod(max(size, 1) for size in shape), reach) * 16 > sys.maxsize:
         raise ValueError(f"out of range: shape {shape}, stride {stride}")
-    return geometry(dtype_of(dtype), shape, stride)
+    # Not by way of the cache: what a peer sends would stay in it, and equal shapes are one here already.
+    return Geometry(dtype_of(dtype), shape, stride)
+
+
+# Their bytes travel as those of other dtypes.
+_QUANTIZED = frozenset({"qint8", "quint8", "qint32", "quint4x2", "quint2x4"})
 
 
 def _decode_storage(nbytes: Any, device_type: Any) -> Storage:
@@ -392,16 +455,24 @@ def _decode_storage(nbytes: Any, device_type: Any) -> Storage:
     return Storage(nbytes, device_type)
 
 
-def _check_storages(manifest: Manifest) -> None:
-    """Every storage is no larger than what its views refer to."""
+def _check_storages(manifest: Manifest, limits: Limits) -> None:
+    """Every storage is no larger than what its views refer to, and the messages are not too many."""
+    num_cuts = num_views = 0
+    step = limits.message_bytes - limits.message_bytes % 64
     extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
     for leaf in manifest.leaves:
         for storage, shape, offset in leaf.views:
             if storage >= 0:
                 begin = offset * shape.itemsize
                 extents[storage].append((begin, begin + shape.span))
+        num_views += len(leaf.views)
+    if num_views > MAX_NODES:
+        raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
     for (nbytes, _), found in zip(manifest.storages, extents, strict=True):
         ranges = merge(found) if len(found) > 1 else found
         referenced = sum([end - begin + 2 * ALIGNMENT for begin, end in ranges])
-        if nbytes > referenced:
+        if nbytes > referenced or not ranges:
             raise ValueError(f"a storage of {nbytes} bytes, of which {referenced} are referred to")
+        num_cuts += sum([(end - begin) // step for begin, end in ranges])
+        if num_cuts > MAX_CUTS:
+            raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")

@@ -6,6 +6,7 @@ collected, all of them. A template leaf that cannot be written without harm is l
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,10 @@ Slot = tuple[int, int]
 Targets = dict[Slot, torch.Tensor]
 
 
+# Bounds the registered keys of torchft's envelope that are tried as the place of the callback's tree.
+MAX_KEYS = 100
+
+
 # --------------------------------------------------------------------------------------------- match
 
 
@@ -46,8 +51,8 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
     nodes, leaves, _ = flatten(template)
     if _fits_as_a_whole(manifest.nodes, nodes):
         return dict(enumerate(leaves))
-    index_of = {path: index for index, path in enumerate(manifest.paths)}
     paths = paths_of(nodes)
+    index_of = _places(manifest.paths, set(paths))
     scored = [(_score(manifest, index_of, prefix, paths, leaves), prefix) for prefix in _prefixes(manifest.paths)]
     best, prefix = max(scored, key=lambda entry: entry[0])
     if any(leaf.views for leaf in manifest.leaves):
@@ -56,7 +61,7 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
                 f"the state_dict callback matches nothing in what the source sends: the callback has "
                 f"{_some(paths)}, the source sends {_some(manifest.paths)}"
             )
-        rivals = [format_path(other) for score, other in scored if score == best]
+        rivals = [format_path(other)[:200] for score, other in scored if score == best]
         if len(rivals) > 1:
             raise RemoteProtocolError(
                 f"the state_dict callback fits at {' and '.join(rivals)} alike; return a dict by registered key"
@@ -82,11 +87,24 @@ def _fits_as_a_whole(nodes: list[Node], template: list[Node]) -> bool:
         return False
 
 
+def _places(paths: Sequence[Path], wanted: set[Path]) -> dict[Path, int]:
+    """The index of each of the source's paths that the template may have.
+
+    Not of all: a source can choose paths that a dict needs very long to tell apart.
+    """
+    return {
+        path: index
+        for index, path in enumerate(paths)
+        if path in wanted or (path[:1] == ("user",) and (path[1:] in wanted or path[2:] in wanted))
+    }
+
+
 def _prefixes(paths: Sequence[Path]) -> Iterator[Path]:
     yield ()
     if {path[0] for path in paths if path} >= {"user", "torchft"}:
         yield ("user",)
-        yield from dict.fromkeys(path[:2] for path in paths if len(path) >= 2 and path[0] == "user")
+        keys = dict.fromkeys(path[:2] for path in paths if len(path) >= 2 and path[0] == "user")
+        yield from itertools.islice(keys, MAX_KEYS)
 
 
 def _score(
@@ -108,7 +126,7 @@ def _score(
 
 
 def _some(paths: Sequence[Path]) -> str:
-    names = [format_path(path) for path in paths[:3]]
+    names = [format_path(path)[:200] for path in paths[:3]]
     return ", ".join(names) + (f", … ({len(paths)} leaves)" if len(paths) > 3 else "") if names else "no leaves"
 
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from ft_transport.errors import LocalProtocolError
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
-__all__ = ["LEAF", "MAX_DEPTH", "Flat", "Node", "Path", "check_tree", "flatten", "format_path", "paths_of", "unflatten"]
+__all__ = ["CONTAINERS", "LEAF", "Flat", "Node", "Path", "check_tree", "flatten", "format_path"]
+__all__ += ["paths_of", "unflatten"]
 
 Path = tuple[Hashable, ...]
 
@@ -27,6 +28,10 @@ Path = tuple[Hashable, ...]
 MAX_DEPTH = 1_000
 # Bounds a state whose containers are shared in so many places that flattening it would not end.
 MAX_NODES = 1 << 24
+
+
+# Bounds the paths of all leaves together, in memory and as text.
+MAX_PATHS_BYTES = 256 << 20
 
 
 class Node(NamedTuple):
@@ -279,6 +284,10 @@ _BUILD: dict[str, Callable[[Node, list[object]], object]] = {
 }
 
 
+# Kinds of node that are no leaf.
+CONTAINERS = frozenset(_BUILD)
+
+
 # --------------------------------------------------------------------------------------------- paths
 
 
@@ -292,7 +301,7 @@ def check_tree(nodes: Sequence[Node]) -> int:
         ValueError: They are not.
     """
     open_nodes = [1]
-    num_leaves = 0
+    num_leaves, claimed = 0, 1
     for node in nodes:
         while open_nodes and not open_nodes[-1]:
             open_nodes.pop()
@@ -302,17 +311,26 @@ def check_tree(nodes: Sequence[Node]) -> int:
         if node is LEAF:
             num_leaves += 1
         elif node.num_children:
+            # Before the children are listed: they cost nothing to claim.
+            claimed += node.num_children
+            if claimed > len(nodes):
+                raise ValueError(f"the tree ends early: {len(nodes)} nodes of {claimed}")
             open_nodes.append(node.num_children)
-            if len(open_nodes) > MAX_DEPTH + 2:
-                raise ValueError(f"a tree of more than {MAX_DEPTH} levels")
+            if len(open_nodes) > MAX_DEPTH + 1:
+                raise ValueError(f"a tree nested deeper than {MAX_DEPTH} levels")
     if any(open_nodes):
         raise ValueError("the tree ends early")
     return num_leaves
 
 
 def paths_of(nodes: Sequence[Node], *, of_containers: bool = False) -> list[Path]:
-    """The path of each leaf, or of each container, of a tree that is known to be one."""
+    """The path of each leaf, or of each container, of a tree that is known to be one.
+
+    Raises:
+        RemoteProtocolError: They would take more memory than any real state's do.
+    """
     paths: list[Path] = []
+    claimed = 0
     stack: list[tuple[Path, Iterator[Hashable]]] = []
     for depth, node in enumerate(nodes):
         path: Path = ()
@@ -323,6 +341,10 @@ def paths_of(nodes: Sequence[Node], *, of_containers: bool = False) -> list[Path
         is_leaf = node is LEAF or node.kind == "leaf"
         if is_leaf != of_containers:
             paths.append(path)
+            # Every leaf below a long key has that key in its path.
+            claimed += sum([8 + len(key if type(key) is str else _text(key)) for key in path])
+            if claimed > MAX_PATHS_BYTES:
+                raise RemoteProtocolError(f"paths of more than {MAX_PATHS_BYTES} bytes")
         if node.num_children:
             stack.append((path, iter(_names(node))))
     return paths
@@ -340,4 +362,11 @@ def _names(node: Node) -> Iterable[Hashable]:
 
 def format_path(path: Path) -> str:
     """``model.layers.3.weight``, or ``<root>`` for a state that is one leaf."""
-    return ".".join(map(str, path)) if path else "<root>"
+    return ".".join(map(_text, path)) if path else "<root>"
+
+
+def _text(key: Hashable) -> str:
+    try:
+        return str(key)
+    except ValueError:  # an integer with more digits than Python likes to write
+        return f"<{type(key).__name__}>"

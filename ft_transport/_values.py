@@ -32,6 +32,7 @@ __all__ = [
     "FindClass",
     "Load",
     "allowed_class",
+    "check_keys",
     "check_pickle",
     "class_name",
     "decode_value",
@@ -274,7 +275,28 @@ def _decode_slice(args: Any, find: FindClass) -> slice:
 
 def _decode_dict(args: Any, find: FindClass) -> dict[Any, Any]:
     items = list(_all(args, find))
-    return dict(zip(items[::2], items[1::2], strict=True))
+    return dict(zip(check_keys(tuple(items[::2])), items[1::2], strict=True))
+
+
+# Bounds the keys of one container whose hashes are not salted as those of text are: a peer can choose numbers, and
+# tuples of them, that a dict needs N² steps to tell apart, which takes seconds with this many. 0, 1, 2, … may be more.
+MAX_UNSALTED_KEYS = 1 << 16
+
+
+def check_keys(keys: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The keys, if a set or dict of them can be made in reasonable time.
+
+    Raises:
+        ValueError: It may not be.
+    """
+    cost = 0
+    for key in keys:
+        cls = type(key)
+        if cls is not str and cls is not bytes:
+            cost += 1 if cls is float or (cls is int and -(1 << 63) <= key < 1 << 64) else 4
+    if cost > MAX_UNSALTED_KEYS and keys != tuple(range(len(keys))):
+        raise ValueError(f"{len(keys)} keys, at most {MAX_UNSALTED_KEYS} that are numbers are accepted")
+    return keys
 
 
 def _decode_enum(args: Any, find: FindClass) -> Any:
@@ -304,8 +326,8 @@ _DECODE: dict[str, Callable[[Any, FindClass], Any]] = {
     "int": lambda args, find: int.from_bytes(expect(bytes, *args), "little", signed=True),
     "()": lambda args, find: tuple(_all(args, find)),
     "[]": lambda args, find: list(_all(args, find)),
-    "set": lambda args, find: set(_all(args, find)),
-    "frozenset": lambda args, find: frozenset(_all(args, find)),
+    "set": lambda args, find: set(check_keys(tuple(_all(args, find)))),
+    "frozenset": lambda args, find: frozenset(check_keys(tuple(_all(args, find)))),
     "{}": _decode_dict,
     "bytearray": lambda args, find: bytearray(expect(bytes, *args)),
     "complex": lambda args, find: complex(*(expect(float, arg) for arg in args)),
