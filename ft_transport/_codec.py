@@ -11,7 +11,7 @@ import math
 import struct
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from enum import IntEnum
 from typing import Any, NamedTuple, NoReturn
 
@@ -216,7 +216,7 @@ def _encode_node(node: Node) -> Any:
 
 
 # Nodes whose ``extra`` is a class, if any.
-_CLASSES = frozenset({"namedtuple", "dataclass", "defaultdict"})
+_CLASSES = frozenset({"namedtuple", "dataclass", "defaultdict", "subdict", "sublist"})
 
 
 # ------------------------------------------------------------------------------------------- decode
@@ -302,7 +302,7 @@ def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra:
         raise ValueError(f"{num_attrs} attributes among {num_children} children")
     if len(decoded) != (num_children if kind in _KEYED else 0) or len(set(decoded)) != len(decoded):
         raise ValueError(f"{kind} of {num_children} children has {len(set(decoded))} distinct keys")
-    if num_attrs and kind not in ("OrderedDict", "defaultdict"):
+    if num_attrs and kind not in _WITH_ATTRS:
         raise ValueError(f"{kind} has no attributes")
     named = decoded if kind == "dataclass" else decoded[num_children - num_attrs :]
     if not all(map(_is_free_name, named)):
@@ -315,7 +315,8 @@ def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra:
     return node
 
 
-_KEYED = frozenset({"dict", "OrderedDict", "defaultdict", "dataclass"})
+_KEYED = frozenset({"dict", "OrderedDict", "defaultdict", "dataclass", "subdict", "sublist"})
+_WITH_ATTRS = frozenset({"OrderedDict", "defaultdict", "subdict", "sublist"})
 
 
 def _is_free_name(name: object) -> bool:
@@ -341,12 +342,17 @@ def _decode_extra(kind: str, extra: Any) -> Any:
         cls = allowed_class(expect(str, extra))
     except ValueError as exc:
         raise _NotAllowed(f"a {kind}: {exc}") from exc
-    if kind != "defaultdict" and not (isinstance(cls, type) and hasattr(cls, _MARKS[kind])):
+    if kind != "defaultdict" and not (isinstance(cls, type) and _IS_A[kind](cls)):
         raise TypeError(f"{extra} is no {kind}")
     return cls
 
 
-_MARKS = {"namedtuple": "_fields", "dataclass": "__dataclass_fields__"}
+_IS_A: dict[str, Callable[[type], bool]] = {
+    "namedtuple": lambda cls: hasattr(cls, "_fields"),
+    "dataclass": lambda cls: hasattr(cls, "__dataclass_fields__"),
+    "subdict": lambda cls: issubclass(cls, dict),
+    "sublist": lambda cls: issubclass(cls, list),
+}
 
 
 def _registered_class(name: str) -> type:

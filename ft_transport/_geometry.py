@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["Geometry", "geometry", "geometry_of", "merge"]
+__all__ = ["Geometry", "geometry", "geometry_of", "index_of", "merge"]
 
 
 class Geometry:
@@ -69,11 +69,11 @@ def geometry(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]
 def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
     dims = [dim for dim, size in enumerate(shape) if size > 1 and stride[dim] != 0]
     dims.sort(key=lambda dim: stride[dim], reverse=True)
-    inner = 1
+    inner = 1  # elements from the first to behind the last of the dimensions so far
     for dim in reversed(dims):
         if stride[dim] < inner:
             return None
-        inner = stride[dim] * shape[dim]
+        inner += (shape[dim] - 1) * stride[dim]
     return tuple(dims)
 
 
@@ -91,3 +91,27 @@ def merge(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             ranges.append((begin, end))
     return ranges
+
+
+def index_of(views: Iterable[tuple[Geometry, int]], begin: int, end: int) -> tuple[torch.Tensor, int] | None:
+    """Which elements of a byte range some views refer to.
+
+    Args:
+        views: Geometry and first byte of each view; all lie in the range.
+        begin: First byte of the range.
+        end: Behind its last byte.
+
+    Returns:
+        Where they are, 1-D int64 in increasing order, in units of so many bytes; None if that is the whole range.
+    """
+    found = list(dict.fromkeys(views))
+    unit = min(shape.itemsize for shape, _ in found)
+    taken = torch.zeros((end - begin) // unit, dtype=torch.bool)
+    for shape, first in found:
+        dims = [dim for dim, size in enumerate(shape.shape) if size > 1 and shape.stride[dim]]
+        per_element = shape.itemsize // unit
+        sizes = [shape.shape[dim] for dim in dims] + [per_element]
+        steps = [shape.stride[dim] * per_element for dim in dims] + [1]
+        taken.as_strided(sizes, steps, (first - begin) // unit).fill_(True)
+    index = taken.nonzero().flatten()
+    return None if index.numel() == taken.numel() else (index, unit)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 try:
@@ -76,9 +75,7 @@ class PythonTensor(Kind):
 
     def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         cls = type(leaf)
-        if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or isinstance(
-            leaf, UninitializedTensorMixin
-        ):
+        if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise ValueError(f"a tensor of class {cls.__qualname__} cannot travel")
         name = None if cls in (torch.Tensor, torch.nn.Parameter) else class_name(cls)
         inner: list[Any] = []
@@ -122,6 +119,23 @@ class PythonTensor(Kind):
             else:
                 torch._utils._set_obj_state(mine, state)  # type: ignore[no-untyped-call]
         return mine
+
+
+class UninitializedTensor(Kind):
+    """A parameter or buffer of a lazy module that has no shape yet. Context: (is parameter, requires grad)."""
+
+    name = "uninitialized"
+    types = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
+
+    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        return [], (type(leaf) is torch.nn.UninitializedParameter, leaf.requires_grad)
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        _bools(*context)
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        is_parameter, requires_grad = context
+        return (torch.nn.UninitializedParameter if is_parameter else torch.nn.UninitializedBuffer)(requires_grad)
 
 
 class LazyTensor(Kind):
@@ -417,47 +431,59 @@ def _wrapper_class(name: str, here: Surroundings) -> Any:
 
 
 class NumpyArray(Kind):
-    """``numpy.ndarray``: its bytes travel. Context: (dtype, shape, order), or with the elements for one of objects."""
+    """``numpy.ndarray``: its bytes travel, with the bytes of an element as one more dimension.
+
+    Context: (dtype, shape), or (None, shape, elements) for one of objects.
+    """
 
     name = "numpy"
     types = () if numpy is None else (numpy.ndarray,)
 
+    def obstacle(self, leaf: Any) -> str:
+        if leaf.dtype.hasobject or not leaf.flags.writeable or any(step < 0 for step in leaf.strides):
+            return "the template's array is read-only, reversed, or one of objects"
+        return ""
+
     def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
-        order = "F" if leaf.flags.f_contiguous and not leaf.flags.c_contiguous else "C"
+        shape = tuple(leaf.shape)
         if leaf.dtype.hasobject:
             if leaf.dtype != object:
                 raise ValueError(f"a NumPy array of {leaf.dtype} cannot travel")
-            return [], (None, tuple(leaf.shape), order, tuple(leaf.ravel(order)))
-        flat = numpy.require(leaf, requirements=["F" if order == "F" else "C", "W"]).ravel(order)
-        data = torch.from_numpy(flat.view(numpy.uint8)) if flat.size else torch.empty(0, dtype=torch.uint8)
-        return [data], (numpy_descr(leaf.dtype), tuple(leaf.shape), order)
+            return [], (None, shape, tuple(leaf.ravel()))
+        if not leaf.flags.writeable or any(step < 0 for step in leaf.strides):
+            leaf = leaf.copy(order="K")
+        nbytes = leaf.dtype.itemsize
+        data = leaf[..., None].view(numpy.uint8) if leaf.size and nbytes else numpy.empty((*shape, nbytes), numpy.uint8)
+        return [torch.from_numpy(data)], (numpy_descr(leaf.dtype), shape)
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
-        descr, shape, order, *elements = context
-        count = math.prod(sizes(shape))
-        if order not in ("C", "F"):
-            raise ValueError(f"order {order!r}")
+        descr, shape, *elements = context
         if descr is None:
-            if len(elements[0]) != count or inner:
+            if len(elements[0]) != math.prod(sizes(shape)) or inner:
                 raise ValueError(f"{len(elements[0])} elements for {shape}")
             return
-        (flat,) = inner
-        wanted = (count * numpy_dtype(descr).itemsize,)
-        if flat is None or flat.dtype is not torch.uint8 or (flat.shape != wanted or flat.stride != (1,)):
-            raise ValueError(f"{descr} {shape} in {flat}")
+        (data,) = inner
+        wanted = (*sizes(shape), numpy_dtype(descr).itemsize)
+        # The bytes of an element must lie together.
+        if data is None or data.dtype is not torch.uint8 or data.shape != wanted:
+            raise ValueError(f"an array of {descr} {shape} in {data}")
+        if elements or (data.numel and wanted[-1] > 1 and data.stride[-1] != 1):
+            raise ValueError(f"an array of {descr} {shape} with strides {data.stride}")
 
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected array {mine[0]} {mine[1]}, source has {context[:2]}"
 
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
-        descr, shape, order, *elements = context
+        descr, shape, *elements = context
         if descr is None:
             flat = numpy.empty(len(elements[0]), dtype=object)
             for index, element in enumerate(elements[0]):
                 flat[index] = element
-        else:
-            flat = inner[0].numpy().view(numpy_dtype(descr)) if inner[0].numel() else numpy.empty(0, numpy_dtype(descr))
-        return flat.reshape(shape, order=order)
+            return flat.reshape(shape)
+        dtype = numpy_dtype(descr)
+        if not inner[0].numel():
+            return numpy.empty(shape, dtype)
+        return inner[0].cpu().numpy().view(dtype)[..., 0]
 
 
 class GeneratorKind(Kind):
@@ -532,6 +558,7 @@ for _kind in (
     ObjectKind(),
     GeneratorKind(),
     NumpyArray(),
+    UninitializedTensor(),
     PythonTensor(),
     LazyTensor(),
     QuantizedTensor(),

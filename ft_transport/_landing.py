@@ -8,14 +8,26 @@ cannot take without harm to a neighbour, lands in fresh memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
 from ft_transport._kinds_distributed import meshes_of
-from ft_transport._layout import Layout, Piece
-from ft_transport._leaves import KINDS, Surroundings, put_together, refresh
-from ft_transport._manifest import Leaf, Manifest, View
-from ft_transport._memory import CPU, FROM_ARENA, Arena, Block, allocate, copy_blocks, physical_bytes, storage_as
+from ft_transport._layout import Gaps, Layout, Piece
+from ft_transport._leaves import KINDS, Maker, Surroundings, plain, put_together, refresh
+from ft_transport._manifest import Leaf, Manifest, View, covered
+from ft_transport._memory import (
+    CPU,
+    FROM_ARENA,
+    Arena,
+    Block,
+    allocate,
+    copy_blocks,
+    indexed,
+    physical_bytes,
+    storage_as,
+)
 from ft_transport._template import Slot, Targets, same_strides
 from ft_transport.report import TransferReport
 
@@ -87,10 +99,14 @@ class Landing:
                     which = view.storage if simple else self._layout.range_of(view.storage, view.begin)
                     members[which].append(((index, position), view))
         in_place = 0
-        for piece, group in zip(ranges, members, strict=True):
-            block = self._in_place(piece, group) if self._targets else None
+        for which, (piece, group) in enumerate(zip(ranges, members, strict=True)):
+            gaps = self._layout.gaps.get(which)
+            if gaps is not None:
+                block = self._in_place_with_gaps(piece, gaps, group)
+            else:
+                block = self._in_place(piece, group) if self._targets else None
             if block is None:
-                block = self._fresh(piece, group)
+                block = self._fresh(piece, group, gaps)
             else:
                 in_place += piece.end - piece.begin
             self._blocks.append(block)
@@ -112,12 +128,28 @@ class Landing:
                 shift = int(tensor.storage_offset()) * view.geometry.itemsize - view.begin
                 exact.setdefault((tensor.untyped_storage()._cdata, shift), []).append((slot, view))
         for (_, shift), matching in exact.items():
-            # Bytes in a view's gaps are its neighbours': only views without gaps may take the range as it is.
-            if _cover([view for _, view in matching if view.geometry.dense], piece):
+            # Bytes in a view's gaps are its neighbours': a range is taken as it is where each byte is of some view.
+            if len(matching) == len(group) or covered([view for _, view in matching], piece.begin, piece.end):
                 flat = storage_as(self._targets[matching[0][0]], torch.uint8)
                 self._settle(group, {slot for slot, _ in matching}, flat, shift)
                 return Block(flat[piece.begin + shift : piece.end + shift])
         return self._in_place_strided(piece, group)
+
+    def _in_place_with_gaps(self, piece: Piece, gaps: Gaps, group: Sequence[_Member]) -> Block | None:
+        """The template's memory for a range with gaps, where all its views lie as they do at the source."""
+        places = set()
+        for slot, view in group:
+            tensor = self._targets.get(slot)
+            if tensor is None or not self._is_here(tensor) or not same_strides(view, tensor):
+                return None
+            shift = int(tensor.storage_offset()) * view.geometry.itemsize - view.begin
+            places.add((tensor.untyped_storage()._cdata, shift))
+        if len(places) != 1 or (piece.begin + shift) % gaps.unit:
+            return None
+        for slot, _ in group:
+            self._settle_in_place(slot)
+        assert tensor is not None
+        return indexed(tensor.detach(), piece.begin + shift, gaps.end + shift, gaps.places, gaps.unit)
 
     def _is_here(self, tensor: torch.Tensor) -> bool:
         """Whether messages can be received into it."""
@@ -142,7 +174,7 @@ class Landing:
         self._values[slot] = self._targets[slot]
         self._settled.add(slot)
 
-    def _fresh(self, piece: Piece, group: Sequence[_Member]) -> Block:
+    def _fresh(self, piece: Piece, group: Sequence[_Member], gaps: Gaps | None) -> Block:
         nbytes, device_type = self._manifest.storages[piece.storage]
         on_cpu = self._fresh_on_cpu or device_type == "cpu"
         whole = piece.begin == 0 and piece.end == nbytes
@@ -160,6 +192,8 @@ class Landing:
             flat = self._arena.allocate(nbytes) if on_cpu else allocate(nbytes, self._device)
             self._fresh_storages[piece.storage] = flat
         self._settle(group, set(), flat, 0)
+        if gaps is not None:
+            return indexed(flat, piece.begin, gaps.end, gaps.places, gaps.unit)
         return Block(flat if whole else flat[piece.begin : piece.end])
 
     def _settle(self, group: Sequence[_Member], direct: set[Slot], flat: torch.Tensor, shift: int) -> None:
@@ -203,41 +237,39 @@ class Landing:
         manifest, matched = self._manifest, self._matched
         here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
         built: list[object] = []
-        # Inner tensors of one view are one tensor: jagged tensors of the same offsets fit together.
-        inner: dict[View, torch.Tensor] = {}
         settled = self._settled
+        objects = _Objects() if any(leaf.parts for leaf in manifest.leaves) else None
         for index, leaf in enumerate(manifest.leaves):
             if leaf.kind == "value":
                 built.append(leaf.context)
             elif leaf.kind == "tensor" and (index, 0) in settled:
                 built.append(matched[index])
             elif index in matched and self._adopts(index, leaf):
-                tensors = self._tensors(index, leaf, None)
-                built.append(refresh(leaf.part, tensors, matched[index], here) if leaf.parts else matched[index])
+                built.append(refresh(leaf.part, self._makers(index, leaf, None), matched[index], here))
             elif index in manifest.same:
                 built.append(built[manifest.same[index]])
-            elif leaf.parts:
-                built.append(put_together(leaf.part, self._tensors(index, leaf, inner), here))
+            elif leaf.kind == "tensor" and objects is not None:
+                view, context = leaf.views[0], leaf.context
+                built.append(objects.outer(view, context, self._values.get((index, 0))))
             else:
-                built.append(put_together(leaf.part, self._tensors(index, leaf, None), here))
+                built.append(put_together(leaf.part, self._makers(index, leaf, objects), here))
         return manifest.build(built)
 
     def _adopts(self, index: int, leaf: Leaf) -> bool:
         """Whether the template's leaf holds the new bytes. Tensors among its attributes do not count."""
-        if leaf.kind in _NEW_EACH_TIME or (leaf.kind in KINDS and KINDS[leaf.kind].not_in_place):
+        if leaf.kind in _NEW_EACH_TIME or (leaf.kind in KINDS and KINDS[leaf.kind].obstacle(self._matched[index])):
             return False
         views = leaf.views[:1] if leaf.kind == "python tensor" else leaf.views
         return all(view.storage < 0 or (index, i) in self._settled for i, view in enumerate(views))
 
-    def _tensors(self, index: int, leaf: Leaf, known: dict[View, torch.Tensor] | None) -> Iterator[torch.Tensor]:
+    def _makers(self, index: int, leaf: Leaf, objects: _Objects | None) -> Iterator[Maker]:
         for position, view in enumerate(leaf.views):
             slot = index, position
-            if view.storage < 0:
-                yield _empty(view)
-            elif known is None or slot in self._settled:
-                yield self._values[slot]
+            tensor = self._values.get(slot)
+            if objects is None or slot in self._settled:
+                yield partial(plain, _empty(view) if tensor is None else tensor)
             else:
-                yield known.setdefault(view, self._values[slot])
+                yield partial(objects.inner, view, tensor)
 
     @property
     def copies(self) -> bool:
@@ -247,6 +279,33 @@ class Landing:
     def written(self) -> list[torch.Tensor]:
         """The template's tensors that hold a new value."""
         return [self._targets[slot] for slot in self._settled]
+
+
+class _Objects:
+    """Which tensor objects have been made, by view and context: a tensor inside of a leaf may be a leaf itself.
+
+    Two leaves of one view are two objects, unless the manifest says otherwise; inside of leaves they are one, as
+    the offsets of jagged tensors that fit together are.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[View, Any], torch.Tensor] = {}
+        self._leaves: set[tuple[View, Any]] = set()
+
+    def inner(self, view: View, tensor: torch.Tensor | None, context: Any) -> torch.Tensor:
+        """A tensor inside of a leaf."""
+        key = view, context
+        if key not in self._made:
+            self._made[key] = plain(_empty(view) if tensor is None else tensor, context)
+        return self._made[key]
+
+    def outer(self, view: View, context: Any, tensor: torch.Tensor | None) -> torch.Tensor:
+        """A tensor that is a leaf."""
+        key = view, context
+        if key in self._leaves or view.storage < 0:
+            return plain(_empty(view) if tensor is None else tensor, context)
+        self._leaves.add(key)
+        return self.inner(view, tensor, context)
 
 
 # Kinds whose leaves have content beside their tensors, which the template's own does not get.
@@ -263,16 +322,6 @@ def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
 def _quiet(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a version counter of its own, unlike ``detach()``: see :func:`mark_changed`."""
     return tensor.data
-
-
-def _cover(views: Sequence[View], piece: Piece) -> bool:
-    """Whether the views, which lie inside the range, leave none of it out."""
-    reached = piece.begin
-    for begin, end in sorted((view.begin, view.end) for view in views):
-        if begin > reached:
-            return False
-        reached = max(reached, end)
-    return reached == piece.end
 
 
 def _view_of(flat: torch.Tensor, view: View, shift: int) -> torch.Tensor:

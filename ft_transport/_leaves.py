@@ -22,12 +22,14 @@ __all__ = [
     "PLAIN",
     "VALUE",
     "Kind",
+    "Maker",
     "Part",
     "Surroundings",
     "check_grad",
     "check_parts",
     "is_plain",
     "kind_of",
+    "plain",
     "put_together",
     "refresh",
     "register_kind",
@@ -67,6 +69,10 @@ class Kind:
     def claims(self, leaf: torch.Tensor) -> bool:
         """Whether a tensor whose class no kind has is of this kind."""
         return False
+
+    def obstacle(self, leaf: Any) -> str:
+        """Why bytes must not be written into this leaf of the template; empty if they may be."""
+        return self.not_in_place
 
     def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
         """The inner tensors, in a fixed order, and the context: plain values and tuples of them.
@@ -245,17 +251,22 @@ def check_grad(dtype: torch.dtype, requires_grad: object) -> None:
         raise ValueError(f"a tensor of {dtype} requires grad")
 
 
-def put_together(part: Part, tensors: Iterator[torch.Tensor], here: Surroundings) -> Any:
-    """A new leaf from its plain tensors, in the order of :func:`take_apart`."""
+def put_together(part: Part, makers: Iterator[Maker], here: Surroundings) -> Any:
+    """A new leaf from what makes its plain tensors, in the order of :func:`take_apart`."""
     if part.kind == "tensor":
-        return _plain(next(tensors), part.context)
+        return next(makers)(part.context)
     if part.kind == VALUE:
         return part.context
-    inner = [put_together(below, tensors, here) for below in part.parts]
+    inner = [put_together(below, makers, here) for below in part.parts]
     return KINDS[part.kind].put_together(inner, part.context, here)
 
 
-def _plain(tensor: torch.Tensor, context: Any) -> torch.Tensor:
+# Gives a plain tensor with the context that it is asked for.
+Maker = Callable[[Any], torch.Tensor]
+
+
+def plain(tensor: torch.Tensor, context: Any) -> torch.Tensor:
+    """A plain tensor that holds the memory of ``tensor``, with the context of a part."""
     if context is None:
         return tensor
     is_parameter, requires_grad = context
@@ -264,9 +275,9 @@ def _plain(tensor: torch.Tensor, context: Any) -> torch.Tensor:
     return tensor.requires_grad_(requires_grad)
 
 
-def refresh(part: Part, tensors: Iterator[torch.Tensor], mine: Any, here: Surroundings) -> Any:
+def refresh(part: Part, makers: Iterator[Maker], mine: Any, here: Surroundings) -> Any:
     """The template's leaf, whose plain tensors hold the new bytes already, or a new one that owns them."""
     if part.kind == "tensor" or take_apart(mine)[0] == part:
         return mine
-    inner = [put_together(below, tensors, here) for below in part.parts]
+    inner = [put_together(below, makers, here) for below in part.parts]
     return KINDS[part.kind].refresh(mine, inner, part.context, here)

@@ -18,14 +18,25 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport import _kinds, _kinds_distributed
-from ft_transport._geometry import Geometry, geometry, merge
+from ft_transport._geometry import Geometry, geometry, index_of
 from ft_transport._leaves import PLAIN, VALUE, Part, take_apart
-from ft_transport._memory import Block
+from ft_transport._memory import Block, indexed
 from ft_transport._tree import Node, Path, flatten, format_path, paths_of, unflatten
 from ft_transport._values import ATOMIC
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["ALIGNMENT", "Blocks", "Leaf", "Manifest", "Storage", "View", "describe", "disjoint"]
+__all__ = [
+    "ALIGNMENT",
+    "Blocks",
+    "Leaf",
+    "Manifest",
+    "Storage",
+    "View",
+    "covered",
+    "describe",
+    "disjoint",
+    "range_index",
+]
 
 # Whoever describes a state needs every kind of leaf that the package brings.
 _ = _kinds, _kinds_distributed
@@ -189,8 +200,7 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
                 groups.setdefault(key, []).append((index, position, tensor, view))
         leaves.append(Leaf("tensor", (views[0],)) if part is PLAIN else Leaf(part.kind, tuple(views), *part[1:]))
     for group in groups.values():
-        for members in _separate(group) if len(group) > 1 else [group]:
-            _place(members, manifest, blocks)
+        _place(group, manifest, blocks)
     for index, first in manifest.same.items():
         leaves[index] = leaves[first]
     return manifest, blocks
@@ -230,21 +240,17 @@ def _place_alone(
     return View(storage, shape, begin // shape.itemsize)
 
 
-def _separate(group: list[_Slot]) -> list[list[_Slot]]:
-    """Split one storage's views: what can be sent without its gaps goes by itself, the rest together."""
-    rest: list[_Slot] = []
-    alone: list[list[_Slot]] = []
-    for begin, end in merge((view.begin, view.end) for _, _, _, view in group):
-        members = [slot for slot in group if begin <= slot[3].begin < end]
-        same: dict[View, list[_Slot]] = {}
-        for slot in members:
-            same.setdefault(slot[3], []).append(slot)
-        distinct = sum(view.geometry.distinct_bytes for view in same)
-        if all(view.geometry.closes_gaps for view in same) and distinct < end - begin and disjoint(list(same)):
-            alone.extend(same.values())
+def _clusters(group: list[_Slot]) -> list[tuple[int, int, list[_Slot]]]:
+    """The byte ranges that the views of one storage refer to, in order, each with the views in it."""
+    clusters: list[tuple[int, int, list[_Slot]]] = []
+    for begin, end, slot in sorted([(slot[3].begin, slot[3].end, slot) for slot in group], key=lambda found: found[:2]):
+        if clusters and begin < clusters[-1][1]:
+            first, reached, members = clusters[-1]
+            members.append(slot)
+            clusters[-1] = first, max(reached, end), members
         else:
-            rest.extend(members)
-    return [rest, *alone] if rest else alone
+            clusters.append((begin, end, [slot]))
+    return clusters
 
 
 def _set_view(manifest: Manifest, slot: _Slot, view: View) -> None:
@@ -264,17 +270,16 @@ def _place(group: list[_Slot], manifest: Manifest, blocks: Blocks) -> None:
         for slot in group:
             _set_view(manifest, slot, view)
     else:
-        nbytes = 0
-        for begin, end in merge((view.begin, view.end) for _, _, _, view in group):
-            # Less than a cache line of gap is kept, so that a whole storage keeps its offsets.
-            new_begin = begin if begin - nbytes < ALIGNMENT else nbytes + -nbytes % ALIGNMENT + begin % ALIGNMENT
-            members = [slot for slot in group if begin <= slot[3].begin < end]
+        nbytes = last_end = 0
+        for begin, end, members in _clusters(group):
+            # Gaps are closed by multiples of 64 bytes, so that a whole storage keeps its offsets and all stay aligned.
+            new_begin = nbytes + (begin - last_end) % ALIGNMENT
             blocks[storage, new_begin] = _block(members, begin, end)
             for slot in members:
                 view = slot[3]
                 shift = (new_begin - begin) // view.geometry.itemsize
                 _set_view(manifest, slot, View(storage, view.geometry, view.offset + shift))
-            nbytes = new_begin + end - begin
+            nbytes, last_end = new_begin + end - begin, end
     manifest.storages.append(Storage(nbytes, tensor.device.type))
 
 
@@ -283,8 +288,28 @@ def _block(members: list[_Slot], begin: int, end: int) -> Block:
         if view.geometry.dense and view.begin == begin and view.end == end:
             return Block(tensor)
     tensor = members[0][2]
+    found = range_index([view for _, _, _, view in members], begin, end)
+    if found is not None:
+        return indexed(tensor.detach(), begin, end, *found)
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return Block(flat.set_(tensor.untyped_storage(), begin, (end - begin,), (1,)))
+
+
+def range_index(views: Sequence[View], begin: int, end: int) -> tuple[torch.Tensor, int] | None:
+    """Which elements of a range its views refer to, None where that is all of it; see ``_geometry.index_of``."""
+    if covered(views, begin, end):
+        return None
+    return index_of([(view.geometry, view.begin) for view in views], begin, end)
+
+
+def covered(views: Sequence[View], begin: int, end: int) -> bool:
+    """Whether those of the views that have no gaps leave none of the range out."""
+    reached = begin
+    for first, last in sorted((view.begin, view.end) for view in views if view.geometry.dense):
+        if first > reached:
+            return False
+        reached = max(reached, last)
+    return reached == end
 
 
 def _without_gaps(tensor: torch.Tensor, view: View, storage: int) -> tuple[View, Block]:

@@ -176,6 +176,11 @@ class _Comparison:
         except ValueError as exc:
             self._keep_away(index, str(exc))
             return ""
+        if part.kind in KINDS and part.kind == leaf.kind and (obstacle := KINDS[part.kind].obstacle(mine)):
+            reason = KINDS[part.kind].disagreement(leaf.context, part.context)
+            if not reason:
+                self._keep_away(index, obstacle)
+            return reason
         return self._part(index, leaf.part, 0, part, 0, tensors)
 
     def _part(
@@ -205,7 +210,9 @@ class _Comparison:
         if len(part.parts) != len(mine.parts):
             return f"expected {len(mine.parts)} local tensors, source has {len(part.parts)}"
         for below, my_below in zip(part.parts, mine.parts, strict=True):
-            if reason := self._part(index, below, view, my_below, first, tensors):
+            if below.kind == "numpy":  # whether it can be written to is known of whole leaves alone
+                self._keep_away(index, "an array inside of a leaf")
+            elif reason := self._part(index, below, view, my_below, first, tensors):
                 return reason
             view, first = view + below.num_views, first + my_below.num_views
         return ""

@@ -132,6 +132,9 @@ def _opener(cls: type) -> _Opener | None:
     if cls in pytree.SUPPORTED_NODES:
         flatten_fn = pytree.SUPPORTED_NODES[cls].flatten_fn
         return lambda value: _open_registered(cls, *flatten_fn(value))
+    for base, kind in _SUBCLASSED.items():
+        if issubclass(cls, base) and _pickles_plainly(cls, base):
+            return _open_subclass(cls, kind)
     if dataclasses.is_dataclass(cls) and _is_plain_object(cls):
         return _open_dataclass
     return None
@@ -149,6 +152,33 @@ def _open_mapping(kind: str) -> _Opener:
 
 def _open_sequence(kind: str) -> _Opener:
     return lambda value: (Node(kind, len(value)), tuple(value))
+
+
+# The user's own classes of containers.
+_SUBCLASSED: dict[type, str] = {dict: "subdict", list: "sublist"}
+
+
+def _open_subclass(cls: type, kind: str) -> _Opener:
+    is_mapping = kind == "subdict"
+
+    def opened(value: Any) -> _Opened:
+        attrs = getattr(value, "__dict__", None) or {}
+        keys = (*(dict.keys(value) if is_mapping else range(len(value))), *attrs)
+        children = (*(dict.values(value) if is_mapping else list.__iter__(value)), *attrs.values())
+        return Node(kind, len(keys), keys, len(attrs), cls), children
+
+    return opened
+
+
+def _pickles_plainly(cls: type, base: type) -> bool:
+    """Whether pickle would keep the items and attributes of its instances and nothing else."""
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    return object in cls.__mro__ and not any(_PICKLE_HOOKS & vars(each).keys() for each in between)
+
+
+_PICKLE_HOOKS = frozenset(
+    {"__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__setstate__", "__slots__"}
+)
 
 
 _OPENERS: dict[type, _Opener] = {
@@ -265,6 +295,17 @@ def _build_dataclass(node: Node, children: list[object]) -> object:
     return value
 
 
+def _build_subclass(node: Node, children: list[object]) -> object:
+    split = node.num_children - node.num_attrs
+    value = node.extra.__new__(node.extra)
+    if node.kind == "subdict":
+        dict.update(value, zip(node.keys[:split], children[:split], strict=True))
+    else:
+        list.extend(value, children[:split])
+    vars(value).update(zip(map(str, node.keys[split:]), children[split:], strict=True))
+    return value
+
+
 def _build_registered(node: Node, children: list[object]) -> object:
     cls, context = node.extra
     return pytree.SUPPORTED_NODES[cls].unflatten_fn(children, context)
@@ -280,6 +321,8 @@ _BUILD: dict[str, Callable[[Node, list[object]], object]] = {
     "deque": lambda node, children: deque(children, node.extra),
     "namedtuple": lambda node, children: node.extra._make(children),
     "dataclass": _build_dataclass,
+    "subdict": _build_subclass,
+    "sublist": _build_subclass,
     "pytree": _build_registered,
 }
 

@@ -131,7 +131,9 @@ def imported_class(name: str) -> Any:
 def is_native(value: object) -> bool:
     """Whether a value has a tag or needs none, whatever it contains."""
     cls = type(value)
-    return cls in ATOMIC or cls in _ENCODE or isinstance(value, enum.Enum) or _is_numpy_scalar(value)
+    if cls in ATOMIC or cls in _ENCODE or isinstance(value, (enum.Enum, type)):
+        return True
+    return _is_numpy_scalar(value) or _is_numpy(value, "dtype")
 
 
 def encode_value(value: object) -> Any:
@@ -154,6 +156,10 @@ def encode_value(value: object) -> Any:
         return ["enum", class_name(cls), value._name_, encode_value(value._value_)]
     if _is_numpy_scalar(value):
         return _encode_numpy_scalar(value)
+    if isinstance(value, type):
+        return ["class", class_name(value)]
+    if _is_numpy(value, "dtype"):
+        return ["numpy dtype", encode_value(numpy_descr(value))]
     inner: list[object] = []
     data, values = pickle_object(value, inner, lambda found: isinstance(found, torch.Tensor))
     if inner:
@@ -244,6 +250,13 @@ def expect(cls: type, value: Any) -> Any:
     """The value, which must be of exactly this class: True is no size."""
     if type(value) is not cls:
         raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
+    return value
+
+
+def expect_class(value: Any) -> Any:
+    """The value, which must be a class."""
+    if not isinstance(value, type):
+        raise TypeError(f"expected a class, got {type(value).__name__}")
     return value
 
 
@@ -349,7 +362,9 @@ _DECODE: dict[str, Callable[[Any, FindClass], Any]] = {
     "uuid": lambda args, find: uuid.UUID(bytes=expect(bytes, *args)),
     "path": lambda args, find: _PATHS[expect(str, args[0])](expect(str, args[1])),
     "enum": _decode_enum,
+    "class": lambda args, find: expect_class(find(expect(str, *args))),
     "numpy": lambda args, find: _decode_numpy_scalar(*args),
+    "numpy dtype": lambda args, find: numpy_dtype(decode_value(*args)),
     "object": _decode_object,
 }
 
@@ -358,8 +373,12 @@ _DECODE: dict[str, Callable[[Any, FindClass], Any]] = {
 
 
 def _is_numpy_scalar(value: object) -> bool:
+    return _is_numpy(value, "generic") and type(value).__module__ == "numpy"
+
+
+def _is_numpy(value: object, cls: str) -> bool:
     numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.generic) and type(value).__module__ == "numpy"
+    return numpy is not None and isinstance(value, getattr(numpy, cls))
 
 
 def _encode_numpy_scalar(value: Any) -> list[Any]:

@@ -196,7 +196,7 @@ def test_planning_touches_nothing() -> None:
 
 def test_copies_are_announced() -> None:
     base, mine = noise(20, 1), noise(20, 2)
-    _, _, landing = land([base[::2], base[1::2]], [mine[::2], mine[1::2]])
+    _, _, landing = land([base[::2], base[1::2]], [mine[:10], mine[10:]])
     assert landing.copies
     assert not landing.in_place
     _, _, landing = land([noise(5, 1)], [noise(5, 2)])

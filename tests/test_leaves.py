@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from ft_transport._leaves import (
     Surroundings,
     check_parts,
     kind_of,
+    plain,
     put_together,
     register_kind,
     take_apart,
@@ -64,7 +66,8 @@ def there_and_back(leaf: Any, here: Surroundings | None = None) -> Any:
     again = Part(part.kind, over_the_wire(part.context), _over_the_wire(part.parts))
     assert again == part
     check_parts(again, iter([geometry_of(tensor) for tensor in tensors]))
-    return put_together(again, iter([tensor.detach().clone() for tensor in tensors]), here or Surroundings())
+    makers = [functools.partial(plain, tensor.detach().clone()) for tensor in tensors]
+    return put_together(again, iter(makers), here or Surroundings())
 
 
 def _over_the_wire(parts: tuple[Part, ...]) -> tuple[Part, ...]:

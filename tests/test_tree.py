@@ -99,9 +99,19 @@ class SubList(list[int]):
     pass
 
 
-@pytest.mark.parametrize("value", [SubDict(a=1), SubList([1]), Counter("a"), {1, 2}, "text", b"bytes", range(3), None])
+@pytest.mark.parametrize("value", [Counter("a"), {1, 2}, "text", b"bytes", range(3), None])
 def test_what_is_no_plain_container_is_a_leaf(value: object) -> None:
     assert flatten(value) == ([LEAF], [value], {})
+
+
+@pytest.mark.parametrize("value", [SubDict(a=1), SubList([1, 2]), SubDict(), SubList()])
+def test_containers_of_a_class_of_the_users(value: Any) -> None:
+    value.note = "kept"
+    nodes, leaves, _ = flatten(value)
+    again: Any = unflatten(nodes, leaves)
+    assert type(again) is type(value)
+    assert again == value
+    assert again.note == "kept"
 
 
 def test_a_tree_that_contains_itself() -> None:
