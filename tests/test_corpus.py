@@ -131,7 +131,7 @@ def check_landing(case: Case, template: object, before: Memory, outcome: Outcome
             continue
         total.append(leaf)
         mine = before.leaves.get(name)
-        if mine is None or case.either and name in report.not_in_place:
+        if mine is None or (case.either and name in report.not_in_place):
             continue
         if name in case.fresh or never_lands(mine):
             assert leaf is not mine, f"{name} must not be written to"
@@ -145,9 +145,14 @@ def check_landing(case: Case, template: object, before: Memory, outcome: Outcome
     check_share(report.in_place_share, distinct_nbytes(landed), distinct_nbytes(total), outcome.result)
 
 
+def is_object(value: object) -> bool:
+    inside = opened(value)
+    return inside is not None and inside.is_object
+
+
 def check_share(share: float, landed: int, total: int, state: object) -> None:
     """The report's share agrees, where all bytes are those of tensors among the leaves."""
-    if any(isinstance(value, np.ndarray) or (o := opened(value)) and o.is_object for value in reachable(state)):
+    if any(isinstance(value, np.ndarray) or is_object(value) for value in reachable(state)):
         assert 0.0 <= share <= 1.0
     else:
         assert share == pytest.approx(landed / total if total else 0.0, abs=0.005)

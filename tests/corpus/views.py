@@ -122,7 +122,11 @@ def large(seed: int) -> Any:
 
 @CASES.case()
 def large_and_strided(seed: int) -> Any:
-    return {"t": noise((300, 400), seed).t(), "cut": noise((90, 100), seed + 1)[:, 3:91], "wide": noise(9_000, seed)[::3]}
+    return {
+        "t": noise((300, 400), seed).t(),
+        "cut": noise((90, 100), seed + 1)[:, 3:91],
+        "wide": noise(9_000, seed)[::3],
+    }
 
 
 @CASES.case(either=True)
@@ -204,4 +208,7 @@ def views_of_parameters(seed: int) -> Any:
 
 @CASES.case()
 def many_dimensions(seed: int) -> Any:
-    return {"t": noise((2,) * 12, seed, torch.uint8), "permuted": noise((1, 2) * 4, seed).permute(7, 1, 0, 2, 3, 4, 6, 5)}
+    return {
+        "t": noise((2,) * 12, seed, torch.uint8),
+        "permuted": noise((1, 2) * 4, seed).permute(7, 1, 0, 2, 3, 4, 6, 5),
+    }

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,10 +18,12 @@ from torchft.process_group import ProcessGroupGloo
 import ft_transport
 import ft_transport.distributed
 
-__all__ = ["TRANSPORTS", "Outcome", "Wire", "wires"]
+__all__ = ["PROMPT", "TRANSPORTS", "Outcome", "Wire", "wires"]
 
 # Only a transfer that hangs takes as long.
 TIMEOUT = timedelta(seconds=15)
+# Seconds in which a side must have learned that the other one does not go on.
+PROMPT = 1.0
 CPU = torch.device("cpu")
 STEP = 7
 
@@ -68,10 +70,14 @@ class Wire:
         start = time.monotonic()
         received = self._helper.submit(_guarded, lambda: self._recv(destination))
         _, source_error, _ = _guarded(lambda: self._send(source, state))
+        reports = (destination.last_report, source.last_report)
+        if source_error is not None and not wait([received], PROMPT).done:
+            # It has not learned of the source's error; without a peer it need not wait for its own deadline.
+            self.close()
+            source = None
         result, error, end = received.result()
         if error is not None or source_error is not None:
             self.close()
-        reports = (destination.last_report, source.last_report)
         return Outcome(result, error, reports[0], source_error, reports[1], end - start)
 
     def close(self) -> None:
@@ -101,8 +107,13 @@ def _guarded(call: Callable[[], Any]) -> tuple[Any, BaseException | None, float]
     try:
         return call(), None, time.monotonic()
     except Exception as exc:
-        # The frames would keep the group's operations alive.
-        return None, exc.with_traceback(None), time.monotonic()
+        end = time.monotonic()
+        found: BaseException | None = exc
+        while found is not None:
+            # The frames would keep the group's operations alive.
+            found.__traceback__ = None
+            found = found.__cause__ or found.__context__
+        return None, exc, end
 
 
 class Torchft(Wire):
