@@ -62,9 +62,7 @@ class Wire:
     def transfer(self, state: object, template: Template = None, **options: Any) -> Outcome:
         """Send a state from rank 0 to rank 1. Options go to the destination's transport."""
         if not self._groups:
-            prefix = f"{self.name} {next(self._number)}"
-            other = self._helper.submit(self._connect, prefix, 1)
-            self._groups = [self._connect(prefix, 0), other.result()]
+            self._groups = self._connect()
         source = self._make(self._groups[0], None)
         destination = self._make(self._groups[1], template, **options)
         start = time.monotonic()
@@ -86,7 +84,12 @@ class Wire:
         for group in groups:
             self._disconnect(group)
 
-    def _connect(self, prefix: str, rank: int) -> Any:
+    def _both(self, connect: Callable[[int], Any]) -> list[Any]:
+        """What ``connect`` gives for each rank, called for both at once."""
+        other = self._helper.submit(connect, 1)
+        return [connect(0), other.result()]
+
+    def _connect(self) -> list[Any]:
         raise NotImplementedError
 
     def _disconnect(self, group: Any) -> None:
@@ -121,10 +124,15 @@ class Torchft(Wire):
 
     name = "PGTransport"
 
-    def _connect(self, prefix: str, rank: int) -> Any:
-        group = ProcessGroupGloo(timeout=TIMEOUT)
-        group.configure(f"localhost:{self._store.port}/{prefix}", f"replica {rank}", rank, 2)
-        return group
+    def _connect(self) -> list[Any]:
+        address = f"localhost:{self._store.port}/{next(self._number)}"
+
+        def connect(rank: int) -> Any:
+            group = ProcessGroupGloo(timeout=TIMEOUT)
+            group.configure(address, f"replica {rank}", rank, 2)
+            return group
+
+        return self._both(connect)
 
     def _disconnect(self, group: Any) -> None:
         group.shutdown()
@@ -144,8 +152,9 @@ class Plain(Wire):
 
     name = "distributed"
 
-    def _connect(self, prefix: str, rank: int) -> Any:
-        return dist.ProcessGroupGloo(dist.PrefixStore(prefix, self._store), rank, 2, TIMEOUT)
+    def _connect(self) -> list[Any]:
+        store = dist.HashStore()
+        return self._both(lambda rank: dist.ProcessGroupGloo(store, rank, 2, TIMEOUT))
 
     def _disconnect(self, group: Any) -> None:
         pass  # its pairs close with the last reference
