@@ -141,7 +141,8 @@ class Control:
 
     def _fail(self, kind: Frame, body: Any) -> None:
         """Raise what a REFUSE or FAILED frame says; anything else is out of order."""
-        reasons = "; ".join(map(str, body)) if isinstance(body, tuple) else str(body)
+        # Text alone: the text of anything else may be longer than its bytes, or nested too deep to be made.
+        reasons = "; ".join(reason for reason in body if isinstance(reason, str)) if isinstance(body, tuple) else ""
         if kind is Frame.REFUSE:
             self.refused = True
             raise RemoteProtocolError(f"the destination refuses this state: {reasons}")

@@ -266,7 +266,8 @@ class _Flights:
 
 def _verify(digests: list[int], expected: Any) -> None:
     if not isinstance(expected, tuple) or len(expected) != len(digests):
-        raise RemoteProtocolError(f"expected the digests of {len(digests)} messages, got {str(expected)[:80]}")
+        got = f"{len(expected)} of them" if isinstance(expected, tuple) else type(expected).__name__
+        raise RemoteProtocolError(f"expected the digests of {len(digests)} messages, got {got}")
     damaged = [m for m, (mine, theirs) in enumerate(zip(digests, expected, strict=True)) if mine != theirs]
     if damaged:
         raise RemoteProtocolError(

@@ -7,14 +7,15 @@ cannot take without harm to a neighbour, lands in fresh memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from ft_transport._kinds_distributed import meshes_of
 from ft_transport._layout import Layout, Piece
-from ft_transport._leaves import Meshes, meshes_of
-from ft_transport._manifest import Leaf, Manifest, View, rebuild
-from ft_transport._memory import Arena, Block, allocate, copy_blocks, physical_bytes, storage_as
+from ft_transport._leaves import KINDS, Surroundings, put_together, refresh
+from ft_transport._manifest import Leaf, Manifest, View
+from ft_transport._memory import CPU, FROM_ARENA, Arena, Block, allocate, copy_blocks, physical_bytes, storage_as
 from ft_transport._template import Slot, Targets, same_strides
 from ft_transport.report import TransferReport
 
@@ -34,6 +35,7 @@ class Landing:
         device: Device of the wire's messages; fresh leaves that were on an accelerator live there too.
         report: Filled with what lands where.
         fresh_on_cpu: Allocate every fresh leaf on the CPU.
+        surroundings: What the receiver has, but for the meshes, which come from the template.
 
     Attributes:
         in_place: Whether any byte lands in the template's memory while messages move.
@@ -52,6 +54,7 @@ class Landing:
         report: TransferReport,
         *,
         fresh_on_cpu: bool = False,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.in_place = False
         self._manifest = manifest
@@ -59,7 +62,9 @@ class Landing:
         self._matched = matched
         self._targets = targets
         self._device = device
+        self._on_cpu = device.type == "cpu"
         self._fresh_on_cpu = fresh_on_cpu
+        self._surroundings = surroundings or Surroundings()
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
         # For each range the memory it lands in.
@@ -74,27 +79,33 @@ class Landing:
 
     def _plan(self, report: TransferReport) -> None:
         ranges = self._layout.ranges
+        simple = len(ranges) == len(self._manifest.storages)  # nearly every storage is one range
         members: list[list[_Member]] = [[] for _ in ranges]
         for index, leaf in enumerate(self._manifest.leaves):
             for position, view in enumerate(leaf.views):
                 if view.storage >= 0:
-                    members[self._layout.range_of(view.storage, view.begin)].append(((index, position), view))
+                    which = view.storage if simple else self._layout.range_of(view.storage, view.begin)
+                    members[which].append(((index, position), view))
+        in_place = 0
         for piece, group in zip(ranges, members, strict=True):
             block = self._in_place(piece, group) if self._targets else None
             if block is None:
                 block = self._fresh(piece, group)
-                report.nbytes_fresh += piece.end - piece.begin
             else:
-                report.nbytes_in_place += piece.end - piece.begin
+                in_place += piece.end - piece.begin
             self._blocks.append(block)
-        self.in_place = report.nbytes_in_place > 0
+        report.nbytes_in_place += in_place
+        report.nbytes_fresh += self._layout.nbytes - in_place
+        self.in_place = in_place > 0
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""
+        if len(group) == 1 and group[0][0] not in self._targets:
+            return None
         exact: dict[tuple[int, int], list[_Member]] = {}
         for slot, view in group:
             tensor = self._targets.get(slot)
-            if tensor is not None and tensor.device.type == self._device.type and same_strides(view, tensor):
+            if tensor is not None and self._is_here(tensor) and same_strides(view, tensor):
                 if len(group) == 1 and view.geometry.dense:
                     self._settle_in_place(slot)
                     return Block(tensor)
@@ -107,6 +118,10 @@ class Landing:
                 self._settle(group, {slot for slot, _ in matching}, flat, shift)
                 return Block(flat[piece.begin + shift : piece.end + shift])
         return self._in_place_strided(piece, group)
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        """Whether messages can be received into it."""
+        return tensor.is_cpu if self._on_cpu else tensor.device.type == self._device.type
 
     def _in_place_strided(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """A template tensor whose strides or device differ, to be written through a bucket."""
@@ -128,17 +143,23 @@ class Landing:
         self._settled.add(slot)
 
     def _fresh(self, piece: Piece, group: Sequence[_Member]) -> Block:
-        storage = self._manifest.storages[piece.storage]
-        if piece.storage not in self._fresh_storages:
-            on_cpu = self._fresh_on_cpu or storage.device_type == "cpu"
-            if on_cpu and storage.nbytes > physical_bytes():
-                raise MemoryError(f"a storage of {storage.nbytes} bytes is more than this machine has")
-            self._fresh_storages[piece.storage] = (
-                self._arena.allocate(storage.nbytes) if on_cpu else allocate(storage.nbytes, self._device)
-            )
-        flat = self._fresh_storages[piece.storage]
+        nbytes, device_type = self._manifest.storages[piece.storage]
+        on_cpu = self._fresh_on_cpu or device_type == "cpu"
+        whole = piece.begin == 0 and piece.end == nbytes
+        if whole and len(group) == 1 and nbytes < FROM_ARENA and group[0][1].geometry.dense:
+            # A tensor of its own: the quickest way for many small ones.
+            (slot, view) = group[0]
+            self._values[slot] = tensor = _empty(view, CPU if on_cpu else self._device)
+            if slot in self._targets:
+                self._copies.append((slot, slot))
+            return Block(tensor)
+        flat = self._fresh_storages.get(piece.storage)
+        if flat is None:
+            if on_cpu and nbytes > physical_bytes():
+                raise MemoryError(f"a storage of {nbytes} bytes is more than this machine has")
+            flat = self._arena.allocate(nbytes) if on_cpu else allocate(nbytes, self._device)
+            self._fresh_storages[piece.storage] = flat
         self._settle(group, set(), flat, 0)
-        whole = piece.begin == 0 and piece.end == storage.nbytes
         return Block(flat if whole else flat[piece.begin : piece.end])
 
     def _settle(self, group: Sequence[_Member], direct: set[Slot], flat: torch.Tensor, shift: int) -> None:
@@ -179,25 +200,44 @@ class Landing:
         for target, slot in self._copies:
             _quiet(self._targets[target]).copy_(_quiet(self._values[slot]))
             self._settled.add(target)
-        meshes = meshes_of(list(self._matched.values()))
-        return self._manifest.build(
-            [
-                leaf.context if leaf.kind == "value" else self._leaf(index, leaf, meshes)
-                for index, leaf in enumerate(self._manifest.leaves)
-            ]
-        )
+        manifest, matched = self._manifest, self._matched
+        here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
+        built: list[object] = []
+        # Inner tensors of one view are one tensor: jagged tensors of the same offsets fit together.
+        inner: dict[View, torch.Tensor] = {}
+        settled = self._settled
+        for index, leaf in enumerate(manifest.leaves):
+            if leaf.kind == "value":
+                built.append(leaf.context)
+            elif leaf.kind == "tensor" and (index, 0) in settled:
+                built.append(matched[index])
+            elif index in matched and self._adopts(index, leaf):
+                tensors = self._tensors(index, leaf, None)
+                built.append(refresh(leaf.part, tensors, matched[index], here) if leaf.parts else matched[index])
+            elif index in manifest.same:
+                built.append(built[manifest.same[index]])
+            elif leaf.parts:
+                built.append(put_together(leaf.part, self._tensors(index, leaf, inner), here))
+            else:
+                built.append(put_together(leaf.part, self._tensors(index, leaf, None), here))
+        return manifest.build(built)
 
-    def _leaf(self, index: int, leaf: Leaf, meshes: Meshes) -> object:
-        slots = [(index, position) for position in range(len(leaf.views))]
-        if index in self._matched and all(
-            view.storage < 0 or slot in self._settled for slot, view in zip(slots, leaf.views, strict=True)
-        ):
-            return self._matched[index]
-        tensors = [
-            self._values[slot] if view.storage >= 0 else _empty(view)
-            for slot, view in zip(slots, leaf.views, strict=True)
-        ]
-        return rebuild(leaf, tensors, meshes)
+    def _adopts(self, index: int, leaf: Leaf) -> bool:
+        """Whether the template's leaf holds the new bytes. Tensors among its attributes do not count."""
+        if leaf.kind in _NEW_EACH_TIME or (leaf.kind in KINDS and KINDS[leaf.kind].not_in_place):
+            return False
+        views = leaf.views[:1] if leaf.kind == "python tensor" else leaf.views
+        return all(view.storage < 0 or (index, i) in self._settled for i, view in enumerate(views))
+
+    def _tensors(self, index: int, leaf: Leaf, known: dict[View, torch.Tensor] | None) -> Iterator[torch.Tensor]:
+        for position, view in enumerate(leaf.views):
+            slot = index, position
+            if view.storage < 0:
+                yield _empty(view)
+            elif known is None or slot in self._settled:
+                yield self._values[slot]
+            else:
+                yield known.setdefault(view, self._values[slot])
 
     @property
     def copies(self) -> bool:
@@ -207,6 +247,10 @@ class Landing:
     def written(self) -> list[torch.Tensor]:
         """The template's tensors that hold a new value."""
         return [self._targets[slot] for slot in self._settled]
+
+
+# Kinds whose leaves have content beside their tensors, which the template's own does not get.
+_NEW_EACH_TIME = frozenset({"object"})
 
 
 def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
@@ -237,6 +281,6 @@ def _view_of(flat: torch.Tensor, view: View, shift: int) -> torch.Tensor:
     return tensor.set_(flat.untyped_storage(), view.offset + shift // shape.itemsize, shape.shape, shape.stride)
 
 
-def _empty(view: View) -> torch.Tensor:
+def _empty(view: View, device: torch.device = CPU) -> torch.Tensor:
     shape = view.geometry
-    return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype)
+    return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype, device=device)

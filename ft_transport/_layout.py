@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ft_transport._manifest import Manifest, merge
+from ft_transport._geometry import merge
+from ft_transport._manifest import Manifest
 
 __all__ = ["Layout", "Limits", "Piece", "lay_out"]
 
@@ -75,28 +76,29 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     """Derive from a manifest what travels in which message."""
     ranges = _ranges(manifest)
     small = [piece for piece in ranges if piece.end - piece.begin < limits.pack_below]
-    packed = set(small) if len(small) >= limits.pack_from else set()
+    pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
     step = limits.message_bytes - limits.message_bytes % 64
     messages: list[tuple[Piece, ...]] = []
     for piece in ranges:
-        if piece not in packed:
-            begin = piece.begin
-            while begin < piece.end:
-                end = min(begin - begin % 64 + step, piece.end)
-                messages.append((Piece(piece.storage, begin, end),))
+        storage, begin, last = piece
+        if last - begin >= pack_below:
+            while begin < last:
+                end = min(begin - begin % 64 + step, last)
+                messages.append((Piece(storage, begin, end),))
                 begin = end
-    messages.extend(_buckets(small if packed else [], limits.message_bytes))
-    sizes = [sum(piece.end - piece.begin for piece in message) for message in messages]
+    messages.extend(_buckets(small if pack_below else [], limits.message_bytes))
+    sizes = [sum([end - begin for _, begin, end in message]) for message in messages]
     return Layout(ranges, messages, sizes, _flights(sizes, limits.flight_bytes), sum(sizes), limits.pack_below)
 
 
 def _ranges(manifest: Manifest) -> list[Piece]:
     extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
     for leaf in manifest.leaves:
-        for view in leaf.views:
-            if view.storage >= 0:
-                extents[view.storage].append((view.begin, view.end))
+        for storage, shape, offset in leaf.views:
+            if storage >= 0:
+                begin = offset * shape.itemsize
+                extents[storage].append((begin, begin + shape.span))
     return [
         Piece(storage, begin, end)
         for storage, found in enumerate(extents)

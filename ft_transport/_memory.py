@@ -13,16 +13,21 @@ import gc
 import math
 import mmap
 import os
+import re
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 __all__ = [
+    "CPU",
+    "FROM_ARENA",
     "Arena",
     "Block",
     "Bucket",
+    "ReadOnlyMemory",
     "aligned",
     "allocate",
     "copy_blocks",
@@ -32,9 +37,11 @@ __all__ = [
     "storage_as",
 ]
 
+CPU = torch.device("cpu")
+
 _HUGE_PAGE = 2 << 20
 # Fresh memory of this size and more comes from an arena; smaller storages are torch's own.
-_FROM_ARENA = 256 << 10
+FROM_ARENA = 256 << 10
 # What an arena asks for at once. Its memory is given back when nothing in it is referred to any more.
 _ARENA_BYTES = 64 << 20
 
@@ -220,7 +227,7 @@ class Arena:
         Raises:
             MemoryError: There is no room for it.
         """
-        if nbytes < _FROM_ARENA:
+        if nbytes < FROM_ARENA:
             return allocate(nbytes, torch.device("cpu"))
         if self._mapping is None or len(self._mapping) - self._used < nbytes:
             self._map(nbytes)
@@ -241,6 +248,43 @@ class Arena:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self._used = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % _HUGE_PAGE
         self._mapping = mapping
+
+
+# ---------------------------------------------------------------------------------- read-only memory
+
+
+class ReadOnlyMemory:
+    """Which addresses of this process cannot be written to: a write there would kill it.
+
+    Looked up once, at the first question, where the system tells (Linux); elsewhere nothing counts as read-only.
+    """
+
+    def __init__(self) -> None:
+        self._begins: list[int] | None = None
+        self._ends: list[int] = []
+
+    def holds(self, address: int) -> bool:
+        """Whether the address lies in read-only memory."""
+        if self._begins is None:
+            self._look()
+        assert self._begins is not None
+        index = bisect_right(self._begins, address) - 1
+        return index >= 0 and address < self._ends[index]
+
+    def _look(self) -> None:
+        self._begins, self._ends = [], []
+        try:
+            with open("/proc/self/maps", "rb") as maps:
+                found = _READ_ONLY.findall(maps.read())
+        except OSError:
+            return
+        for begin, end in found:
+            self._begins.append(int(begin, 16))
+            self._ends.append(int(end, 16))
+
+
+# Begin and end of a mapping without the permission to write, in the order of addresses.
+_READ_ONLY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
 
 
 # -------------------------------------------------------------------------------------------- staging

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from states import STATES
 
 from ft_transport._codec import Frame, Header, decode_frame, decode_manifest, encode_manifest
+from ft_transport._geometry import geometry
 from ft_transport._layout import Layout, Limits, Piece, lay_out
-from ft_transport._manifest import Leaf, Manifest, Storage, View, describe, geometry
+from ft_transport._manifest import Leaf, Manifest, Storage, View, describe
 from ft_transport._tree import LEAF
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 def flat(*sizes: int) -> Manifest:
     """A storage of each size, seen whole."""
-    leaves = [Leaf("tensor", (View(i, geometry(torch.uint8, (n,), (1,)), 0),), None) for i, n in enumerate(sizes)]
-    return Manifest([LEAF] * len(sizes), [(i,) for i in range(len(sizes))], leaves, [Storage(n, "cpu") for n in sizes])
+    leaves = [Leaf("tensor", (View(i, geometry(torch.uint8, (n,), (1,)), 0),)) for i, n in enumerate(sizes)]
+    return Manifest([LEAF] * len(sizes), leaves, [Storage(n, "cpu") for n in sizes])
 
 
 def check(layout: Layout, limits: Limits) -> None:

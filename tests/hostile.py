@@ -1,0 +1,85 @@
+"""What a receiver does with bytes from a peer it does not trust, up to the result: shared by the tests and the fuzzer.
+
+:func:`receive` goes the way of a receive (frame, manifest, layout, template, landing, rebuild) without a channel.
+The one kind of exception that may come of any bytes is :class:`RemoteProtocolError`, which it turns into its text.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from ft_transport import PeerFailure, RemoteProtocolError, TransferReport
+from ft_transport._codec import MAX_FRAME_BYTES, Frame, decode_manifest
+from ft_transport._control import Control
+from ft_transport._deadline import Deadline
+from ft_transport._destination import _check_header, _verify
+from ft_transport._landing import Landing
+from ft_transport._layout import Layout, lay_out
+from ft_transport._manifest import Manifest
+from ft_transport._template import compare, match_template
+from ft_transport.testing import memory_channels
+
+CPU = torch.device("cpu")
+# Landing is tried for states up to this size: it takes the memory that an accepted manifest asks for.
+MAX_LANDED_BYTES = 1 << 20
+
+
+def receive(data: bytes, template: object = None) -> str:
+    """Read a frame as every reader of frames does. Gives what was refused, empty if something was accepted.
+
+    Raises:
+        Exception: Of any other kind than a refusal: a hole.
+    """
+    refusals = [_refusal(_read, kind, data, template) for kind in (Frame.MANIFEST, Frame.DIGESTS, Frame.DONE)]
+    return refusals[0] if all(refusals) else ""
+
+
+def _refusal(read: Any, *args: Any) -> str:
+    try:
+        read(*args)
+    except (PeerFailure, RemoteProtocolError) as exc:
+        reason = str(exc)
+    else:
+        return ""
+    assert 0 < len(reason) <= MAX_FRAME_BYTES // 8, "a refusal that is too long to be sent"
+    return reason
+
+
+def _read(expected: Frame, data: bytes, template: object) -> None:
+    channel, _ = memory_channels()
+    body = Control(channel, CPU, Deadline(timedelta(seconds=1))).check(expected, data)
+    if expected is Frame.DIGESTS:
+        _verify([1, 2], body)
+    if expected is Frame.MANIFEST:
+        land(body, template)
+
+
+def land(body: Any, template: object = None) -> Manifest:
+    """From the body of a manifest to the rebuilt state, with whatever bytes the memory holds."""
+    manifest, header = decode_manifest(body)
+    _check_header(header, header.step)
+    layout = lay_out(manifest, header.limits)
+    check_layout(manifest, layout, header.limits.message_bytes, header.limits.flight_bytes)
+    report = TransferReport("destination", "test", header.step)
+    matched = match_template(manifest, template, report) if template is not None else {}
+    targets, disagreements = compare(manifest, matched, report)
+    if disagreements:
+        raise RemoteProtocolError("; ".join(disagreements))
+    if layout.nbytes <= MAX_LANDED_BYTES:
+        Landing(manifest, layout, matched, targets, CPU, report).rebuild()
+    return manifest
+
+
+def check_layout(manifest: Manifest, layout: Layout, message_bytes: int, flight_bytes: int) -> None:
+    """What is accepted lies inside its own storages, in messages of the promised size."""
+    for leaf in manifest.leaves:
+        for view in leaf.views:
+            assert view.storage < len(manifest.storages)
+            if view.storage >= 0:
+                assert 0 <= view.begin < view.end <= manifest.storages[view.storage].nbytes
+    assert sum(layout.sizes) == layout.nbytes <= sum(storage.nbytes for storage in manifest.storages)
+    assert all(0 < size <= message_bytes for size in layout.sizes)
+    assert all(sum(layout.sizes[m] for m in flight) <= flight_bytes for flight in layout.flights)

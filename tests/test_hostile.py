@@ -1,0 +1,602 @@
+"""Attacks on what crosses the wire, by hand and by machine: each is refused, costs little, and runs nothing.
+
+``hostile.receive`` goes all the way of a receive and lets any exception through but a refusal. Where an attack is meant
+to cost time, it is large enough that without its bound the test would not end; where memory, the peak is measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import tracemalloc
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import msgpack
+import pytest
+import torch
+from helpers import Config, Point, noise
+from hostile import receive
+
+from ft_transport import TransferReport, _codec, _geometry, _tree, _values
+from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
+from ft_transport._layout import Limits
+from ft_transport._manifest import Leaf, Manifest, describe
+from ft_transport._template import match_template
+from ft_transport._tree import LEAF
+
+HEADER = Header(7, Limits(), "xxh3")
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+
+@pytest.fixture(autouse=True)
+def _allowed() -> Iterator[None]:
+    with torch.serialization.safe_globals([Point, Config]):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------- tools
+#
+# The body of a manifest: [header, nodes, shapes, leaves, storages].
+
+
+def honest_frame(state: object, header: Header = HEADER) -> bytes:
+    return encode_manifest(describe(state)[0], header)
+
+
+def body_of(state: object) -> list[Any]:
+    body: list[Any] = msgpack.unpackb(honest_frame(state)[8:], strict_map_key=False, unicode_errors="surrogatepass")
+    return body
+
+
+def frame(body: Any, kind: Frame = Frame.MANIFEST) -> bytes:
+    return encode_frame(kind, body)
+
+
+def packed(data: bytes, kind: Frame = Frame.MANIFEST) -> bytes:
+    """A frame with these bytes for msgpack."""
+    return encode_frame(kind, None)[:8] + data
+
+
+def array32(claimed: int) -> bytes:
+    return b"\xdd" + claimed.to_bytes(4, "big")
+
+
+def tree(nodes: list[Any], num_leaves: int = 1) -> bytes:
+    """A frame of these nodes, with a plain value for each leaf."""
+    body = body_of(1)
+    body[1], body[3] = nodes, [[1]] * num_leaves
+    return frame(body)
+
+
+def node(kind: Any, num_children: Any, keys: Any = (), num_attrs: Any = 0, extra: Any = None) -> list[Any]:
+    return [kind, num_children, list(keys), num_attrs, extra]
+
+
+def value(encoded: Any) -> bytes:
+    """A frame whose state is one plain value, encoded like this."""
+    body = body_of(1)
+    body[3] = [[encoded]]
+    return frame(body)
+
+
+def refused(data: bytes, *matches: str) -> None:
+    reason = receive(data)
+    assert reason
+    for match in matches:
+        assert match in reason
+
+
+def peak_bytes(data: bytes) -> int:
+    """What reading a frame takes at its peak."""
+    tracemalloc.start()
+    try:
+        receive(data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+MIB = 1 << 20
+# Frames whose body is read; that of READY and DONE is not.
+READ = [Frame.MANIFEST, Frame.DIGESTS, Frame.REFUSE, Frame.FAILED]
+
+
+# --------------------------------------------------------------------------------------------- msgpack
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_arrays_that_claim_more_than_is_there(kind: Frame) -> None:
+    for claimed in (1 << 16, 100_000, (1 << 32) - 1):
+        for depth in (1, 2, 900):
+            bomb = packed(array32(claimed) * depth + b"\xc0" * 100_000, kind)
+            refused(bomb)
+            assert peak_bytes(bomb) < 24 * MIB
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"\xdb", b"\xc6", b"\xdf", b"\xc9", b"\xd9", b"\xc4", b"\xc7", b"\xde", b"\xdc"],
+    ids=["str32", "bin32", "map32", "ext32", "str8", "bin8", "ext8", "map16", "array16"],
+)
+def test_lengths_that_claim_more_than_is_there(header: bytes) -> None:
+    for rest in (b"\xff" * 4, b"\xff" * 5, b"\x7f\xff\xff\xff", b"\xff" * 4 + b"a" * 1000):
+        refused(packed(header + rest))
+        refused(packed(b"\x95" + (header + rest) * 5))
+        assert peak_bytes(packed(header + rest)) < MIB
+
+
+def test_arrays_nested_without_end() -> None:
+    for depth in (500, 1024, 5000, 1_000_000):
+        refused(packed(b"\x91" * depth))
+        refused(packed(b"\x91" * depth + b"\xc0"))
+        refused(packed(b"\xdc\x00\x01" * depth + b"\xc0"))
+
+
+@pytest.mark.parametrize("what", [{}, {"a": 1}, {1: {2: 3}}, msgpack.Timestamp(1, 2), msgpack.ExtType(5, b"x")])
+def test_maps_and_extensions_are_in_no_frame(what: Any) -> None:
+    for kind in Frame:
+        refused(frame(what, kind), "damaged frame")
+        refused(frame([what], kind), "damaged frame")
+    refused(value(what), "damaged frame")
+    refused(value(["[]", what]), "damaged frame")
+    refused(tree([node("dict", 1, [what]), None]), "damaged frame")
+
+
+def test_small_items_cost_memory_in_proportion() -> None:
+    for item in (b"\xc0", b"\x90", b"\x91\xc0", b"\x80", b"\xa2ab", b"\xcd\x01\x01", b"\xcb" + b"x" * 8, b"\xc4\x02ab"):
+        num_items = 200_000 // len(item)
+        data = array32(num_items) + item * num_items
+        assert peak_bytes(packed(data, Frame.DIGESTS)) < 40 * len(data) + MIB
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff", b"\xc3", b"\xed\xa0", b"\xf8\x88\x80\x80\x80", b"a\xc0\x80", b"\xf4\x90\x80\x80", b"\x80abc"]
+)
+def test_names_that_are_not_unicode(text: bytes) -> None:
+    """As a key, a kind, a device, a digest and a value. Lone surrogates alone are kept, as Python's own strings do."""
+    body = body_of({"keykey": noise(2, 1), "value": "valval"})
+    for name in ("keykey", "dict", "xxh3", "cpu", "float32", "valval"):
+        honest = frame(body)
+        raw = b"%c%s" % (0xA0 + len(name), name.encode())
+        assert raw in honest
+        refused(honest.replace(raw, b"%c%s" % (0xA0 + len(text), text)), "damaged frame")
+
+
+# ------------------------------------------------------------------------------------- every node, every byte
+
+
+def states() -> dict[str, Any]:
+    base = noise(40, 1)
+    return {
+        "tensors": {"w": base[:6].view(2, 3), "tied": base[3:9], "t": noise((3, 2), 2).t(), "empty": base[:0]},
+        "parameters": [torch.nn.Parameter(noise(2, 3)), torch.nn.Parameter(noise(2, 4), requires_grad=False)],
+        "containers": {"p": Point([1, ()], {3: None}), "s": torch.Size([2]), b"b": [[[]]]},
+        "values": [1 << 70, 1j, slice(1), range(3), {1, "a"}, torch.int8, torch.device("cpu"), b"x", "\udcff"],
+        "objects": [Config(), torch.Generator().get_state()],
+    }
+
+
+STATES = states()
+
+EVIL: list[Any] = [
+    None, True, -1, 0, 1, 64, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -(1 << 63), 1.5, float("nan"),
+    "", "x", "leaf", "tensor", "dict", "namedtuple", "object", "float32", "quint4x2", "uint1", "cuda", "builtins:eval",
+    "os:system", "torch:load", "helpers:Point", "__class__", "../../etc/passwd", "\udcff", "%s%n{0}", b"", b"x",
+    b"\x01\x02", b"\x80\x04N.",
+    [], [None], [1], [[]], [0, 0, 0], [1, [0, 0, 0]], ["tensor", [], None, None], ["()", ["()"]],
+    ["object", b"\x80\x02cos\nsystem\n."], ["int", b"9" * 5000], ["range", 0, 1 << 62], ["slice", 1, 2, 3],
+    ["device", "cuda:99"], ["dtype", "quint8"], ["{}", ["[]"], 1], ["set", ["[]"]],
+    {}, {"a": 1}, msgpack.Timestamp(1), msgpack.ExtType(5, b"x"),
+]  # fmt: skip
+
+
+def places(data: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
+    yield path
+    if isinstance(data, list):
+        for index, child in enumerate(data):
+            yield from places(child, (*path, index))
+
+
+def parent_of(body: Any, path: tuple[int, ...]) -> Any:
+    for index in path[:-1]:
+        body = body[index]
+    return body
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_node_replaced_by_every_evil(name: str) -> None:
+    honest = body_of(STATES[name])
+    assert receive(frame(honest), STATES[name]) == ""
+    for path in places(honest):
+        for evil in EVIL:
+            body = copy.deepcopy(honest)
+            if path:
+                parent_of(body, path)[path[-1]] = evil
+            else:
+                body = evil
+            receive(frame(body), STATES[name])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_node_left_out_doubled_moved_and_swapped(name: str) -> None:
+    honest = body_of(STATES[name])
+    for path in places(honest):
+        if not path:
+            continue
+        for change in ("delete", "double", "reverse", "wrap", "inner"):
+            body = copy.deepcopy(honest)
+            parent, index = parent_of(body, path), path[-1]
+            found = parent[index]
+            if change == "delete":
+                del parent[index]
+            elif change == "double":
+                parent.insert(index, copy.deepcopy(found))
+            elif change == "reverse":
+                parent.reverse()
+            elif change == "wrap":
+                parent[index] = [found]
+            else:
+                parent[index] = copy.deepcopy(honest[index % 5])
+            receive(frame(body), STATES[name])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_truncation_is_refused(name: str) -> None:
+    data = honest_frame(STATES[name])
+    for length in range(len(data)):
+        refused(data[:length])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_byte_changed(name: str) -> None:
+    data = honest_frame(STATES[name])
+    for place in range(len(data)):
+        for byte in (data[place] ^ 1, data[place] ^ 0x80, 0, 0xFF, 0xC0, 0xDD, 0xC6, (data[place] + 1) % 256):
+            receive(data[:place] + bytes([byte]) + data[place + 1 :], STATES[name])
+
+
+def test_frames_spliced_from_two() -> None:
+    frames = [honest_frame(state) for state in STATES.values()]
+    for one in frames:
+        for other in frames:
+            for begin in range(0, min(len(one), len(other)), 7):
+                for end in (begin, begin + 1, begin + 9):
+                    receive(one[:begin] + other[end:])
+            refused(one + other)
+
+
+# ------------------------------------------------------------------------------------------- other frames
+
+
+@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("depth", [10, 500, 1000])
+def test_other_frames_nested_deep(kind: Frame, depth: int) -> None:
+    body: Any = ()
+    for _ in range(depth):
+        body = (body,)
+    refused(frame(body, kind))
+    refused(frame((body, "why", body), kind), *(["why"] if kind in (Frame.REFUSE, Frame.FAILED) else []))
+
+
+@pytest.mark.parametrize("kind", READ)
+@pytest.mark.parametrize("body", [None, 1, "why", b"why", [None], [[]], [1, 2, 3], ["a", 1], ["\udcff"], ["1", "2"]])
+def test_other_frames_of_other_things(kind: Frame, body: Any) -> None:
+    refused(frame(body, kind))
+
+
+def test_digests_must_be_as_many_and_equal() -> None:
+    assert receive(frame([1, 2], Frame.DIGESTS)) == ""
+    for body in ([], [1], [2, 1], [1, 2, 2], [1, None], ["1", "2"], [1 << 63, 2], [[1, 2]], None, "12"):
+        refused(frame(body, Frame.DIGESTS))
+
+
+def test_reasons_take_no_more_memory_than_their_frame() -> None:
+    body = [(1 << 63,) * 1000] * 20
+    for kind in (Frame.REFUSE, Frame.FAILED):
+        assert len(receive(frame(body, kind))) < 100
+
+
+# --------------------------------------------------------------------------------------------- the tree
+
+LIST = node("list", 1)
+
+
+@pytest.mark.parametrize("depth", [1001, 5000, 100_000])
+def test_trees_nested_too_deep(depth: int) -> None:
+    data = tree([LIST] * depth + [None])
+    refused(data, "nested deeper than 1000 levels")
+    assert peak_bytes(data) < 40 * len(data) + 16 * MIB
+
+
+def test_nodes_that_claim_more_children_than_there_are() -> None:
+    for num_children in (3000, 1 << 20, 1 << 62):
+        for num_nodes in (1, 2, 3000):
+            data = tree([node("list", num_children)] * num_nodes + [None])
+            refused(data, "the tree ends early")
+            assert peak_bytes(data) < 8 * MIB
+
+
+def test_many_leaves_far_down_or_below_long_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tree, "MAX_PATHS_BYTES", MIB)
+    deep = [*[LIST] * 900, node("list", 1000), *[None] * 1000]
+    long = [node("dict", 1, ["k" * 10_000]), node("list", 1000), *[None] * 1000]
+    deep_keys = [node("dict", 1, [["()", "k" * 10_000]]), node("list", 1000), *[None] * 1000]
+    for nodes in (deep, long, deep_keys):
+        data = tree(nodes, 1000)
+        reason = receive(data, {"a": 1})  # paths are made where a template is looked for
+        assert "paths of more than" in reason
+    assert receive(tree(deep[900:], 1000), {"a": 1}) == ""
+
+
+def test_more_nodes_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_codec, "MAX_NODES", 100)
+    assert receive(tree([node("list", 99)] + [None] * 99, 99)) == ""
+    refused(tree([node("list", 100)] + [None] * 100, 100), "nodes, at most")
+
+
+def test_a_million_leaves_in_ten_bytes() -> None:
+    for num_children in (1_000_000, (1 << 32) - 1):
+        body = b"\x95\xc0" + b"\x91\x95\xa4list" + msgpack.packb(num_children) + b"\x90\x00\xc0"
+        refused(packed(body + b"\x90\x90\x90"))
+        refused(tree([node("list", num_children)]))
+    refused(packed(b"\xdd\x00\x0f\x42\x40" + b"\x00" * 5))
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [node("dict", 2, ["a", "a"]), None, None],
+        [node("dict", 2, [1, True]), None, None],
+        [node("dict", 2, [1, 1.0]), None, None],
+        [node("dict", 2, [["()", 1], ["()", True]]), None, None],
+        [node("OrderedDict", 2, ["a", "a"], 1), None, None],
+    ],
+)
+def test_duplicate_keys(nodes: list[Any]) -> None:
+    refused(tree(nodes, 2), "distinct keys")
+
+
+# --------------------------------------------------------------------------------------------- the bytes
+
+
+def with_view(shape: list[Any], stride: list[Any], nbytes: int, dtype: str = "uint8", **limits: int) -> bytes:
+    """A frame of one tensor in one storage."""
+    body = body_of(noise(2, 1))
+    body[0][1] = list(Limits()._replace(**limits))
+    body[2], body[3], body[4] = [[dtype, shape, stride]], [[0, 0, 0]], [[nbytes, "cpu"]]
+    return frame(body)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 1 << 62, (1 << 63) - 1])
+@pytest.mark.parametrize("num_dims", [65, 1000, 300_000])
+def test_shapes_of_too_many_dimensions(size: int, num_dims: int) -> None:
+    data = with_view([size] * num_dims, [0] * num_dims, 1)
+    refused(data, "dimensions, at most 64")
+    refused(with_view([1 << 40] * 4, [0] * num_dims, 1))
+
+
+def test_shapes_from_the_wire_do_not_stay() -> None:
+    before = _geometry.geometry.cache_info().currsize
+    assert receive(with_view([3, 7, 11, 13], [1001, 143, 13, 1], 3003)) == ""
+    assert _geometry.geometry.cache_info().currsize == before
+
+
+def test_honest_bytes_are_accepted() -> None:
+    smallest = {"message_bytes": 64, "flight_bytes": 64, "pack_below": 0}
+    for limits in ({}, smallest, {"pack_below": 4 << 20, "pack_from": 1}):
+        assert receive(with_view([1000], [1], 1000, **limits)) == ""
+        assert receive(with_view([10, 10], [100, 1], 910, "int8", **limits)) == ""
+    assert receive(with_view([1 << 40], [1], 1 << 40)) == ""
+
+
+@pytest.mark.parametrize("message_bytes", [64, 65, 127, 4 << 20])
+def test_billions_of_messages_out_of_a_few_bytes(message_bytes: int) -> None:
+    limits = {"message_bytes": message_bytes, "pack_below": 64}
+    for nbytes in (1 << 45, 1 << 50, 1 << 58):
+        data = with_view([nbytes], [1], nbytes, **limits)
+        refused(data, "messages of")
+        assert peak_bytes(data) < MIB
+        refused(with_view([1 << 20, nbytes >> 20], [nbytes >> 20, 1], nbytes, **limits), "messages of")
+        refused(with_view([1 << 10], [nbytes >> 10], (1023 * nbytes >> 10) + 1, **limits), "messages of")
+
+
+def test_billions_of_messages_out_of_many_storages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_codec, "MAX_CUTS", 1000)
+    body = body_of([noise(2, i) for i in range(100)])
+    body[0][1] = [64, 64, 0, 1, 1]
+    body[2] = [["uint8", [640], [1]]]
+    body[4] = [[640, "cpu"]] * 100
+    assert receive(frame(body)) == ""
+    body[2][0][1], body[4] = [640 + 64], [[640 + 64, "cpu"]] * 100
+    refused(frame(body), "messages of")
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"flight_bytes": (1 << 30) + 1},
+        {"flight_bytes": 1 << 62},
+        {"window": 1025},
+        {"window": 1 << 62},
+        {"message_bytes": 1 << 62, "flight_bytes": 1 << 62},
+        {"pack_below": 1 << 62},
+        {"pack_from": 0},
+        {"window": -1},
+    ],
+)
+def test_limits_without_bound(limits: dict[str, int]) -> None:
+    refused(with_view([8], [1], 8, **limits), "limits out of range")
+
+
+def test_more_tensors_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_codec, "MAX_NODES", 3)
+    body = body_of([noise(2, 1), noise(2, 2)])
+    assert receive(frame(body)) == ""
+    shard = ["()", ["()", 0], ["()", 2], "rank:0/cpu"]
+    context = ["()", ["()", 6], "float32", False, False, ["()", shard], ["()", *[shard] * 3]]
+    body[3][0] = ["sharded", [body[3][0]] * 3, context, [None] * 3]
+    refused(frame(body), "tensors, at most 3")
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 16, 1 << 40, (1 << 63) - 1])
+def test_a_storage_that_nothing_refers_to(nbytes: int) -> None:
+    body = body_of(noise(2, 1))
+    body[4].append([nbytes, "cpu"])
+    refused(frame(body), "of which 0 are referred to")
+
+
+def test_many_tensors_of_one_storage() -> None:
+    """Overlapping in every way there is: they travel once, and the plan is made in no more than sorting takes."""
+    body = body_of([0] * 30_000)
+    body[2] = [["uint8", [length], [1]] for length in range(1, 3001)]
+    body[3] = [[0, index % 3000, index // 10] for index in range(30_000)]
+    body[4] = [[6000, "cpu"]]
+    receive(frame(body))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "stride", "nbytes"),
+    [
+        ("quint4x2", [8], [1], 4),
+        ("quint2x4", [8], [1], 2),
+        ("bits1x8", [8], [1], 1),
+        ("uint1", [8], [1], 1),
+        ("uint1", [8], [1], 0),
+        ("int4", [1 << 62], [1], 1),
+        ("float4_e2m1fn_x2", [8], [1], 4),
+        ("complex128", [1 << 59], [1], 1 << 62),
+        ("complex128", [1 << 58], [1], 1 << 62),
+    ],
+)
+def test_dtypes_of_odd_sizes(dtype: str, shape: list[int], stride: list[int], nbytes: int) -> None:
+    """They take no less than they say."""
+    if hasattr(torch, dtype):
+        refused(with_view(shape, stride, nbytes, dtype))
+
+
+@pytest.mark.parametrize("dtype", sorted(set(_values._DTYPES)))
+def test_every_dtype_is_landed_or_refused(dtype: str) -> None:
+    nbytes = 3 * _values._DTYPES[dtype].itemsize
+    receive(with_view([3], [1], nbytes, dtype))
+    receive(with_view([3], [1], nbytes, dtype), noise(3, 1))
+
+
+# ---------------------------------------------------------------------------------------------- keys
+#
+# Hashes of numbers are the numbers, those of tuples are made from them without a secret.
+
+
+def ints_of_one_hash(count: int) -> list[Any]:
+    modulus = (1 << 61) - 1
+    return [["int", (modulus * ((1 << 20) + index)).to_bytes(16, "little")] for index in range(count)]
+
+
+def pairs_of_one_hash(count: int) -> list[Any]:
+    """Different pairs of integers of 64 bits whose tuples have the same hash."""
+    one, two, mask = 11400714785074694791, 14029467366897019727, (1 << 64) - 1
+    back_one, back_two = pow(one, -1, 1 << 64), pow(two, -1, 1 << 64)
+    before = 123456789 * back_one & mask
+    before = (before >> 31 | before << 33) & mask
+    found: list[Any] = []
+    first = 0
+    while len(found) < count:
+        first += 1
+        state = 2870177450012600261 + first * two & mask
+        state = (state << 31 | state >> 33) * one & mask
+        second = (before - state) * back_two & mask
+        if second < 1 << 60:
+            found.append(["()", first, second])
+    return found
+
+
+def test_the_keys_collide() -> None:
+    assert len({hash(int.from_bytes(number, "little")) for _, number in ints_of_one_hash(100)}) == 1
+    assert len({hash((one, two)) for _, one, two in pairs_of_one_hash(100)}) == 1
+
+
+@pytest.mark.parametrize("make", [ints_of_one_hash, pairs_of_one_hash])
+def test_keys_that_a_dict_cannot_tell_apart(make: Any) -> None:
+    keys = make((1 << 14) + 1)
+    nodes = [node("dict", len(keys), keys), *[None] * len(keys)]
+    refused(tree(nodes, len(keys)), "keys, at most")
+    refused(value(["set", *keys]), "keys, at most")
+    refused(value(["[]", ["frozenset", *keys]]), "keys, at most")
+    refused(value(["{}", *(item for key in keys for item in (key, 1))]), "keys, at most")
+    refused(tree([node("dict", 1, [["frozenset", *keys]]), None]), "keys, at most")
+
+
+def test_many_numbers_as_keys() -> None:
+    for keys in (range(70_000), [f"key {index}" for index in range(70_000)], range(5, 50_000)):
+        assert receive(tree([node("dict", len(keys), keys), *[None] * len(keys)], len(keys))) == ""
+    for keys in (range(1, 70_000), [*range(65_537), 70_000]):
+        refused(tree([node("dict", len(keys), keys), *[None] * len(keys)], len(keys)), "keys, at most")
+    refused(value(["set", *(index + 0.5 for index in range(65_537))]), "keys, at most")
+
+
+class Key:
+    """A key that a dict cannot tell from others by its hash; counts how often it had to compare."""
+
+    num_compared = 0
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        Key.num_compared += 1
+        return self is other
+
+
+def test_paths_that_a_dict_cannot_tell_apart() -> None:
+    """The caps above hold for one container; a path goes through many. The template's paths are what is looked up."""
+    paths: list[Any] = [("other", Key(), 1) for _ in range(500)] + [("other", 1, Key()) for _ in range(500)] + [("w",)]
+    manifest = Manifest([LEAF], [Leaf("value", (), 1)] * len(paths), [], paths=paths)
+    Key.num_compared = 0
+    matched = match_template(manifest, {"w": 5}, TransferReport("destination", "test", 1))
+    assert matched == {1000: 5}
+    assert Key.num_compared < 10 * len(paths)
+
+
+def test_very_many_places_for_the_template() -> None:
+    """Each registered key of torchft's envelope is a place where the template may belong: not a hundred thousand."""
+    template = {f"layer {index}": index for index in range(1000)}
+    keys = [f"key {index}" for index in range(100_000)]
+    nodes = [node("dict", 2, ["user", "torchft"]), node("dict", len(keys), keys), *[None] * len(keys), None]
+    assert receive(tree(nodes, len(keys) + 1), template) == ""
+
+
+# ------------------------------------------------------------------------------------------ what is said
+
+
+def test_what_is_refused_is_not_quoted_at_length() -> None:
+    long = "x" * 200_000
+    bodies = [body_of({"a": noise(2, 1)}) for _ in range(7)]
+    bodies[0][0][2] = [long]
+    bodies[1][1][0] = [long, 1, [], 0, None]
+    bodies[2][2][0][0] = long
+    bodies[3][3][0] = [long, [], None, None]
+    bodies[4][4][0] = [long, "cpu"]
+    bodies[5][1][0] = node("namedtuple", 1, [], 0, f"{long}:{long}")
+    bodies[6][1][0], bodies[6][3] = node("dict", 1, [long]), [[["object", b""]]]
+    for body in bodies:
+        assert 0 < len(receive(frame(body))) < 5000
+
+
+def test_a_template_that_matches_nothing_is_told_so_in_short() -> None:
+    long = [f"{index} " + "x" * 100_000 for index in range(3)]
+    state = {"user": {key: noise(2, 1) for key in long}, "torchft": {}}
+    assert 0 < len(receive(honest_frame(state), {"w": noise(2, 1)})) < 5000
+
+
+# --------------------------------------------------------------------------------------------- classes
+
+MAPPINGS = {"dict": dict, "OrderedDict": OrderedDict, "defaultdict": defaultdict}
+
+
+@pytest.mark.parametrize("kind", MAPPINGS)
+@pytest.mark.parametrize("name", ["keys", "items", "get", "pop", "update", "default_factory", "copy", "__class__", ""])
+def test_attributes_that_would_hide_what_a_mapping_has(kind: str, name: str) -> None:
+    if name or kind != "OrderedDict":
+        refused(tree([node(kind, 1, [name], 1), None]))
+        refused(tree([node(kind, 2, ["a", name], 1, None), None, None], 2))
