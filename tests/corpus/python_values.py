@@ -271,10 +271,27 @@ def builtin_types(seed: int) -> Any:
 # --------------------------------------------------------------------------------------------- numpy
 
 
-_NUMPY_DTYPES = (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
-    "U5 S4 datetime64[ns] timedelta64[s] V6"
-).split()
+_NUMPY_DTYPES = [
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+    "U5",
+    "S4",
+    "datetime64[ns]",
+    "timedelta64[s]",
+    "V6",
+]
 
 
 def _array(shape: Any, seed: int, dtype: str = "float32") -> np.ndarray[Any, Any]:

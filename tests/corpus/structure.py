@@ -269,7 +269,7 @@ def unicode_keys(seed: int) -> Any:
         "\ud800x",
         "\x00",
         "\n",
-        "ａ",
+        "\uff21",
         "é",
         "e\u0301",
         "\u202e",

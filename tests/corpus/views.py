@@ -35,7 +35,7 @@ for _shape in _SHAPES:
         f"shape {_shape}".replace(" ", ""), lambda seed, shape=_shape: {"t": noise(shape, seed)}, varies=0 not in _shape
     )
 
-# What is made of a tensor of 6 × 8 × 4, by name.
+# What is made of a tensor of 6 by 8 by 4, by name.
 _VIEWS: dict[str, Any] = {
     "transposed": lambda t: t.transpose(0, 1),
     "reversed dimensions": lambda t: t.permute(2, 1, 0),
