@@ -1,6 +1,6 @@
 """The corpus: what came back is what was there, bit for bit; in place means in place; nothing travels twice.
 
-Case × fresh / in place × transport, over real Gloo groups between two threads.
+Each case fresh and in place and with each transport, over real Gloo groups between two threads.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from corpus import CASES
 from corpus.case import Case
 from corpus.compare import differences
-from corpus.look import dotted, leaves, opened, parts, storage_of
+from corpus.look import dotted, leaves, opened
 from corpus.measure import allowance, distinct_nbytes, is_tensor, never_lands, reachable
+from corpus.memory import Memory
 from corpus.wire import TRANSPORTS, Outcome, Wire, wires
 
 # What torch and torchao say about themselves when some kinds are made; none of it is about a transfer.
@@ -80,7 +81,7 @@ def test_in_place(case: Case, wire: Wire) -> None:
     expected, outcome = send(wire, case, template, in_place=True)
     assert differences(outcome.result, expected) == []
     check_wire(outcome, expected)
-    check_landing(case, template, before, outcome)
+    check_landing(case, before, outcome)
 
 
 def check_wire(outcome: Outcome, state: object) -> None:
@@ -88,45 +89,14 @@ def check_wire(outcome: Outcome, state: object) -> None:
     assert outcome.source_report.nbytes_wire <= allowance(state)
 
 
-class Memory:
-    """The storages behind a template as they were before, and where each leaf's parts lay."""
-
-    def __init__(self, template: object) -> None:
-        self.leaves = dict(leaves_by_name(template))
-        self.parts = {name: parts(leaf) for name, leaf in self.leaves.items() if is_tensor(leaf)}
-        everything = [part for leaf in reachable(template) if is_tensor(leaf) for part in parts(leaf).values()]
-        self.storages = {part.untyped_storage()._cdata: storage_of(part) for part in everything if part.numel()}
-        self._bytes = {key: memory.copy() for key, memory in self.storages.items()}
-
-    def pointers(self, name: str) -> dict[str, int]:
-        return {what: part.data_ptr() for what, part in self.parts[name].items()}
-
-    def changed_outside(self, landed: list[torch.Tensor]) -> bool:
-        """Whether a byte has changed that is of none of these tensors."""
-        may_change = {key: np.zeros(len(memory), dtype=bool) for key, memory in self.storages.items()}
-        for tensor in landed:
-            if tensor.numel():
-                places = may_change[tensor.untyped_storage()._cdata]
-                size = tensor.element_size()
-                bytewise = torch.from_numpy(places.view(np.uint8))
-                shape, stride = [*tensor.shape, size], [*(step * size for step in tensor.stride()), 1]
-                bytewise.as_strided(shape, stride, tensor.storage_offset() * size).fill_(1)
-        return any(
-            bool(((memory != self._bytes[key]) & ~may_change[key]).any()) for key, memory in self.storages.items()
-        )
-
-
-def leaves_by_name(state: object) -> Iterator[tuple[str, Any]]:
-    return ((dotted(path), leaf) for path, leaf in leaves(state))
-
-
-def check_landing(case: Case, template: object, before: Memory, outcome: Outcome) -> None:
+def check_landing(case: Case, before: Memory, outcome: Outcome) -> None:
     report = outcome.report
     assert report is not None
     assert report.complete
     landed: list[torch.Tensor] = []
     total: list[Any] = []
-    for name, leaf in leaves_by_name(outcome.result):
+    for path, leaf in leaves(outcome.result):
+        name = dotted(path)
         if not is_tensor(leaf):
             continue
         total.append(leaf)
@@ -138,16 +108,20 @@ def check_landing(case: Case, template: object, before: Memory, outcome: Outcome
             assert name in report.not_in_place
             continue
         assert name not in report.not_in_place
-        assert leaf is mine, f"{name} is not the template's"
-        assert {what: part.data_ptr() for what, part in parts(leaf).items()} == before.pointers(name)
+        assert before.is_in_place(name, leaf), f"{name} is not the template's"
         landed.extend(before.parts[name].values())
     assert not before.changed_outside(landed)
     check_share(report.in_place_share, distinct_nbytes(landed), distinct_nbytes(total), outcome.result)
 
 
+def is_object(value: object) -> bool:
+    inside = opened(value)
+    return inside is not None and inside.is_object
+
+
 def check_share(share: float, landed: int, total: int, state: object) -> None:
     """The report's share agrees, where all bytes are those of tensors among the leaves."""
-    if any(isinstance(value, np.ndarray) or ((o := opened(value)) and o.is_object) for value in reachable(state)):
+    if any(isinstance(value, np.ndarray) or is_object(value) for value in reachable(state)):
         assert 0.0 <= share <= 1.0
     else:
         assert share == pytest.approx(landed / total if total else 0.0, abs=0.005)

@@ -63,7 +63,11 @@ def _trainable(dtype: torch.dtype, seed: int) -> Any:
 for _name, _dtype in PLAIN.items():
     CASES.add(_name, functools.partial(_plain, _dtype), torch_keeps=_torch_keeps(_one(_dtype)))
     if _dtype.is_floating_point or _dtype.is_complex:
-        CASES.add(f"trainable {_name}", functools.partial(_trainable, _dtype), torch_keeps=_torch_keeps(_one(_dtype).requires_grad_()))
+        CASES.add(
+            f"trainable {_name}",
+            functools.partial(_trainable, _dtype),
+            torch_keeps=_torch_keeps(_one(_dtype).requires_grad_()),
+        )
 
 
 def _per_tensor(dtype: torch.dtype, seed: int) -> Any:
@@ -124,7 +128,16 @@ def every_byte(seed: int) -> Any:
 
 @CASES.case()
 def extremes_of_integers(seed: int) -> Any:
-    integers = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+    integers = (
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    )
     return [torch.tensor([torch.iinfo(i).min, torch.iinfo(i).max, seed], dtype=i) for i in integers]
 
 

@@ -52,7 +52,9 @@ def coo_not_coalesced(seed: int) -> Any:
 
 @CASES.case()
 def coo_with_dense_dimensions(seed: int) -> Any:
-    return {"sparse": torch.sparse_coo_tensor(torch.tensor([[0, 3, 1]]), noise((3, 4), seed), (5, 4), check_invariants=True)}
+    return {
+        "sparse": torch.sparse_coo_tensor(torch.tensor([[0, 3, 1]]), noise((3, 4), seed), (5, 4), check_invariants=True)
+    }
 
 
 @CASES.case()
@@ -63,13 +65,20 @@ def coo_empty(seed: int) -> Any:
 @CASES.case()
 def coo_of_another_dtype(seed: int) -> Any:
     values = noise(3, seed, torch.complex64)
-    return {"sparse": torch.sparse_coo_tensor(torch.tensor([[0, 3, 1]]), values, (5,), is_coalesced=False, check_invariants=True)}
+    return {
+        "sparse": torch.sparse_coo_tensor(
+            torch.tensor([[0, 3, 1]]), values, (5,), is_coalesced=False, check_invariants=True
+        )
+    }
 
 
 @CASES.case()
 def coo_with_more_entries_than_the_template(seed: int) -> Any:
     count = 3 if seed == 1 else 2
-    return {"sparse": torch.sparse_coo_tensor(torch.arange(count)[None], noise(count, seed), (5,), check_invariants=True), "n": noise(2, seed)}
+    return {
+        "sparse": torch.sparse_coo_tensor(torch.arange(count)[None], noise(count, seed), (5,), check_invariants=True),
+        "n": noise(2, seed),
+    }
 
 
 @CASES.case()

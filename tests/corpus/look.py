@@ -186,5 +186,3 @@ def is_dense(tensor: torch.Tensor) -> bool:
             return False
         step *= size
     return True
-
-

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from corpus.look import addresses, is_dense, opened, parts
 
-__all__ = ["allowance", "distinct_nbytes", "is_tensor", "must_land", "never_lands", "reachable"]
+__all__ = ["allowance", "distinct_nbytes", "is_tensor", "never_lands", "reachable"]
 
 # Frames that do not grow with the state: lengths, answers, digests and signals of a few messages, the wire's header,
 # and for the API without torchft the names of the classes that pickle writes once. Some 700 bytes today.
@@ -119,8 +119,3 @@ def _repeats(tensor: torch.Tensor) -> bool:
         return True
     found = addresses(tensor)
     return len(np.unique(found)) < len(found)
-
-
-def must_land(leaf: Any) -> bool:
-    """Whether a template leaf of this kind must take its bytes, if everything else agrees."""
-    return not never_lands(leaf)

@@ -134,9 +134,17 @@ _VALUES: dict[str, Any] = {
         datetime.datetime(2026, 2, 3, n, tzinfo=datetime.timezone(datetime.timedelta(hours=2, minutes=30), "named")),
         datetime.timezone(datetime.timedelta(hours=-n)),
     ],
-    "zoneinfo": lambda n: [zoneinfo.ZoneInfo("Europe/Berlin"), datetime.datetime(2026, n, 3, tzinfo=zoneinfo.ZoneInfo("UTC"))],
+    "zoneinfo": lambda n: [
+        zoneinfo.ZoneInfo("Europe/Berlin"),
+        datetime.datetime(2026, n, 3, tzinfo=zoneinfo.ZoneInfo("UTC")),
+    ],
     "paths": lambda n: [pathlib.Path(f"/data/{n}"), pathlib.PurePosixPath("a/../b"), pathlib.PureWindowsPath(r"C:\x")],
-    "decimals": lambda n: [decimal.Decimal("0.10"), decimal.Decimal(n), decimal.Decimal("-Infinity"), decimal.Decimal("NaN")],
+    "decimals": lambda n: [
+        decimal.Decimal("0.10"),
+        decimal.Decimal(n),
+        decimal.Decimal("-Infinity"),
+        decimal.Decimal("NaN"),
+    ],
     "fractions": lambda n: [fractions.Fraction(1, 3), fractions.Fraction(-n, 7)],
     "uuid": lambda n: uuid.UUID(int=n),
     "dtypes": lambda n: [torch.float32, torch.bfloat16, torch.float8_e4m3fn, (torch.int8, torch.int16)[n % 2]],
@@ -263,10 +271,27 @@ def builtin_types(seed: int) -> Any:
 # --------------------------------------------------------------------------------------------- numpy
 
 
-_NUMPY_DTYPES = (
-    "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128 "
-    "U5 S4 datetime64[ns] timedelta64[s] V6"
-).split()
+_NUMPY_DTYPES = [
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+    "complex64",
+    "complex128",
+    "U5",
+    "S4",
+    "datetime64[ns]",
+    "timedelta64[s]",
+    "V6",
+]
 
 
 def _array(shape: Any, seed: int, dtype: str = "float32") -> np.ndarray[Any, Any]:
@@ -279,7 +304,11 @@ def _array(shape: Any, seed: int, dtype: str = "float32") -> np.ndarray[Any, Any
 
 
 def _arrays(dtype: str, seed: int) -> Any:
-    return {"array": _array((3, 4), seed, dtype), "scalar": _array((1,), seed, dtype)[0], "empty": np.empty((0, 2), dtype)}
+    return {
+        "array": _array((3, 4), seed, dtype),
+        "scalar": _array((1,), seed, dtype)[0],
+        "empty": np.empty((0, 2), dtype),
+    }
 
 
 for _name in _NUMPY_DTYPES:
@@ -315,7 +344,15 @@ def numpy_of_objects(seed: int) -> Any:
 
 @CASES.case()
 def numpy_scalars(seed: int) -> Any:
-    return [np.float32(0.1), np.int64(seed), np.bool_(True), np.float64("nan"), np.str_("x"), np.bytes_(b"y"), np.uint8(7)]
+    return [
+        np.float32(0.1),
+        np.int64(seed),
+        np.bool_(True),
+        np.float64("nan"),
+        np.str_("x"),
+        np.bytes_(b"y"),
+        np.uint8(7),
+    ]
 
 
 @CASES.case()

@@ -106,7 +106,9 @@ def sparse_adam(seed: int) -> Any:
 def several_groups_of_parameters(seed: int) -> Any:
     model = _mlp(seed)
     weights, biases = ([p for p in model.parameters() if p.dim() == dim] for dim in (2, 1))
-    optimizer = optim.AdamW([{"params": weights, "name": "weights"}, {"params": biases, "weight_decay": 0.0, "lr": 0.5}])
+    optimizer = optim.AdamW(
+        [{"params": weights, "name": "weights"}, {"params": biases, "weight_decay": 0.0, "lr": 0.5}]
+    )
     _train(model, optimizer, noise((5, 6), 3, torch.int8).float())
     return optimizer.state_dict()
 

@@ -162,7 +162,11 @@ def torch_namedtuples(seed: int) -> Any:
 
 @CASES.case()
 def deques(seed: int) -> Any:
-    return {"bounded": deque([noise(2, seed), 1], maxlen=3), "free": deque([noise(1, seed + 1)]), "empty": deque(maxlen=0)}
+    return {
+        "bounded": deque([noise(2, seed), 1], maxlen=3),
+        "free": deque([noise(1, seed + 1)]),
+        "empty": deque(maxlen=0),
+    }
 
 
 @CASES.case(allow=[Moments])
@@ -224,7 +228,7 @@ def torch_size(seed: int) -> Any:
 
 @CASES.case()
 def integer_keys(seed: int) -> Any:
-    return {key: noise(i + 1, seed + i) for i, key in enumerate( (3, 0, -7, 1 << 40, 1 << 70))}
+    return {key: noise(i + 1, seed + i) for i, key in enumerate((3, 0, -7, 1 << 40, 1 << 70))}
 
 
 @CASES.case(allow=[Role])
@@ -249,12 +253,30 @@ def keys_that_look_alike(seed: int) -> Any:
 
 @CASES.case()
 def false_and_zero_as_keys(seed: int) -> Any:
-    return {"bool": {False: noise(1, seed), True: noise(2, seed + 1)}, "int": {0: noise(1, seed + 2), 1: noise(2, seed)}}
+    return {
+        "bool": {False: noise(1, seed), True: noise(2, seed + 1)},
+        "int": {0: noise(1, seed + 2), 1: noise(2, seed)},
+    }
 
 
 @CASES.case()
 def unicode_keys(seed: int) -> Any:
-    keys = ("grüße", "模型.权重", "🌍🔥", "\udcff", "\ud800x", "\x00", "\n", "ａ", "é", "e\u0301", "\u202e", " ", ".", "..")
+    keys = (
+        "grüße",
+        "模型.权重",
+        "🌍🔥",
+        "\udcff",
+        "\ud800x",
+        "\x00",
+        "\n",
+        "\uff21",
+        "é",
+        "e\u0301",
+        "\u202e",
+        " ",
+        ".",
+        "..",
+    )
     return {key: noise(i + 1, seed + i) for i, key in enumerate(keys)}
 
 

@@ -35,7 +35,7 @@ for _shape in _SHAPES:
         f"shape {_shape}".replace(" ", ""), lambda seed, shape=_shape: {"t": noise(shape, seed)}, varies=0 not in _shape
     )
 
-# What is made of a tensor of 6 × 8 × 4, by name.
+# What is made of a tensor of 6 by 8 by 4, by name.
 _VIEWS: dict[str, Any] = {
     "transposed": lambda t: t.transpose(0, 1),
     "reversed dimensions": lambda t: t.permute(2, 1, 0),
@@ -122,7 +122,11 @@ def large(seed: int) -> Any:
 
 @CASES.case()
 def large_and_strided(seed: int) -> Any:
-    return {"t": noise((300, 400), seed).t(), "cut": noise((90, 100), seed + 1)[:, 3:91], "wide": noise(9_000, seed)[::3]}
+    return {
+        "t": noise((300, 400), seed).t(),
+        "cut": noise((90, 100), seed + 1)[:, 3:91],
+        "wide": noise(9_000, seed)[::3],
+    }
 
 
 @CASES.case(either=True)
@@ -204,4 +208,7 @@ def views_of_parameters(seed: int) -> Any:
 
 @CASES.case()
 def many_dimensions(seed: int) -> Any:
-    return {"t": noise((2,) * 12, seed, torch.uint8), "permuted": noise((1, 2) * 4, seed).permute(7, 1, 0, 2, 3, 4, 6, 5)}
+    return {
+        "t": noise((2,) * 12, seed, torch.uint8),
+        "permuted": noise((1, 2) * 4, seed).permute(7, 1, 0, 2, 3, 4, 6, 5),
+    }

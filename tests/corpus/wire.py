@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -18,10 +18,12 @@ from torchft.process_group import ProcessGroupGloo
 import ft_transport
 import ft_transport.distributed
 
-__all__ = ["TRANSPORTS", "Outcome", "Wire", "wires"]
+__all__ = ["PROMPT", "TRANSPORTS", "Outcome", "Wire", "wires"]
 
 # Only a transfer that hangs takes as long.
 TIMEOUT = timedelta(seconds=15)
+# Seconds in which a side must have learned that the other one does not go on.
+PROMPT = 1.0
 CPU = torch.device("cpu")
 STEP = 7
 
@@ -60,18 +62,20 @@ class Wire:
     def transfer(self, state: object, template: Template = None, **options: Any) -> Outcome:
         """Send a state from rank 0 to rank 1. Options go to the destination's transport."""
         if not self._groups:
-            prefix = f"{self.name} {next(self._number)}"
-            other = self._helper.submit(self._connect, prefix, 1)
-            self._groups = [self._connect(prefix, 0), other.result()]
+            self._groups = self._connect()
         source = self._make(self._groups[0], None)
         destination = self._make(self._groups[1], template, **options)
         start = time.monotonic()
         received = self._helper.submit(_guarded, lambda: self._recv(destination))
         _, source_error, _ = _guarded(lambda: self._send(source, state))
+        reports = (destination.last_report, source.last_report)
+        if source_error is not None and not wait([received], PROMPT).done:
+            # It has not learned of the source's error; without a peer it need not wait for its own deadline.
+            self.close()
+            source = None
         result, error, end = received.result()
         if error is not None or source_error is not None:
             self.close()
-        reports = (destination.last_report, source.last_report)
         return Outcome(result, error, reports[0], source_error, reports[1], end - start)
 
     def close(self) -> None:
@@ -80,7 +84,12 @@ class Wire:
         for group in groups:
             self._disconnect(group)
 
-    def _connect(self, prefix: str, rank: int) -> Any:
+    def _both(self, connect: Callable[[int], Any]) -> list[Any]:
+        """What ``connect`` gives for each rank, called for both at once."""
+        other = self._helper.submit(connect, 1)
+        return [connect(0), other.result()]
+
+    def _connect(self) -> list[Any]:
         raise NotImplementedError
 
     def _disconnect(self, group: Any) -> None:
@@ -101,8 +110,13 @@ def _guarded(call: Callable[[], Any]) -> tuple[Any, BaseException | None, float]
     try:
         return call(), None, time.monotonic()
     except Exception as exc:
-        # The frames would keep the group's operations alive.
-        return None, exc.with_traceback(None), time.monotonic()
+        end = time.monotonic()
+        found: BaseException | None = exc
+        while found is not None:
+            # The frames would keep the group's operations alive.
+            found.__traceback__ = None
+            found = found.__cause__ or found.__context__
+        return None, exc, end
 
 
 class Torchft(Wire):
@@ -110,10 +124,15 @@ class Torchft(Wire):
 
     name = "PGTransport"
 
-    def _connect(self, prefix: str, rank: int) -> Any:
-        group = ProcessGroupGloo(timeout=TIMEOUT)
-        group.configure(f"localhost:{self._store.port}/{prefix}", f"replica {rank}", rank, 2)
-        return group
+    def _connect(self) -> list[Any]:
+        address = f"localhost:{self._store.port}/{next(self._number)}"
+
+        def connect(rank: int) -> Any:
+            group = ProcessGroupGloo(timeout=TIMEOUT)
+            group.configure(address, f"replica {rank}", rank, 2)
+            return group
+
+        return self._both(connect)
 
     def _disconnect(self, group: Any) -> None:
         group.shutdown()
@@ -133,8 +152,9 @@ class Plain(Wire):
 
     name = "distributed"
 
-    def _connect(self, prefix: str, rank: int) -> Any:
-        return dist.ProcessGroupGloo(dist.PrefixStore(prefix, self._store), rank, 2, TIMEOUT)
+    def _connect(self) -> list[Any]:
+        store = dist.HashStore()
+        return self._both(lambda rank: dist.ProcessGroupGloo(store, rank, 2, TIMEOUT))
 
     def _disconnect(self, group: Any) -> None:
         pass  # its pairs close with the last reference
