@@ -101,7 +101,7 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[str, 
     "plain for a sparse one": (lambda: torch.eye(3), lambda: torch.eye(3).to_sparse(), ("sparse",)),
     "csr for coo": (lambda: torch.eye(3).to_sparse_csr(), lambda: torch.eye(3).to_sparse(), ("csr", "coo")),
     "shape of a sparse one": (lambda: torch.eye(3).to_sparse(), lambda: torch.eye(4).to_sparse(), ("(3, 3)", "(4, 4)")),
-    "quantized for a plain one": (lambda: _quantized(torch.qint8), lambda: noise(3, 1, torch.int8), ("quantized", "int8")),
+    "quantized for a plain one": (lambda: _quantized(torch.qint8), lambda: noise(3, 1, torch.int8), ("quantized",)),
     "dtype of a quantized one": (
         lambda: _quantized(torch.qint8),
         lambda: _quantized(torch.quint8),
