@@ -36,6 +36,7 @@ pytestmark = [
         "Sparse .* tensor support is in beta state",
         "The PyTorch API of nested tensors is in prototype stage",
         "torch.quantize_per",
+        "TypedStorage is deprecated",
         "Please use DTensor instead and we are deprecating ShardedTensor",
     )
 ]
@@ -100,7 +101,7 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[str, 
     "plain for a sparse one": (lambda: torch.eye(3), lambda: torch.eye(3).to_sparse(), ("sparse",)),
     "csr for coo": (lambda: torch.eye(3).to_sparse_csr(), lambda: torch.eye(3).to_sparse(), ("csr", "coo")),
     "shape of a sparse one": (lambda: torch.eye(3).to_sparse(), lambda: torch.eye(4).to_sparse(), ("(3, 3)", "(4, 4)")),
-    "quantized for a plain one": (lambda: _quantized(torch.qint8), lambda: noise(3, 1, torch.int8), ("qint8", "int8")),
+    "quantized for a plain one": (lambda: _quantized(torch.qint8), lambda: noise(3, 1, torch.int8), ("quantized",)),
     "dtype of a quantized one": (
         lambda: _quantized(torch.qint8),
         lambda: _quantized(torch.quint8),
@@ -135,7 +136,7 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[str, 
     "global size of a sharded one": (lambda: _shards(2), lambda: _shards(3), ("2", "3")),
     "sharded for a plain one": (lambda: _shards(2), lambda: noise((2, 4), 1), ("sharded", "tensor")),
     "inner shape of a subclass": (lambda: _scaled(4), lambda: _scaled(5), ("(4, 6)", "(5, 6)")),
-    "subclass for a plain one": (lambda: _scaled(4), lambda: noise((4, 6), 1), ("scaled",)),
+    "subclass for a plain one": (lambda: _scaled(4), lambda: noise((4, 6), 1), ("(4, 6)",)),
 }
 
 
@@ -229,7 +230,7 @@ def test_without_strict_missing_leaves_are_made_and_extra_ones_listed(wire: Wire
     before = Memory(template)
     outcome = wire.transfer(state, lambda: template)
     outcome.check()
-    assert differences(outcome.result, state) == []
+    check_values(outcome.result, state)
     assert outcome.report is not None
     assert outcome.report.missing == ["missing.y"]
     assert outcome.report.unused == ["extra.x"]
@@ -239,6 +240,17 @@ def test_without_strict_missing_leaves_are_made_and_extra_ones_listed(wire: Wire
 # --------------------------------------------------------------------- templates that are hard to write to
 
 
+def check_values(result: object, state: object) -> None:
+    """Every leaf has the source's value, whatever it shares with others."""
+    got, expected = ({dotted(path): leaf for path, leaf in leaves(tree)} for tree in (result, state))
+    assert list(got) == list(expected)
+    for name, leaf in expected.items():
+        if type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout == torch.strided and not leaf.is_quantized:
+            assert raw_bytes(got[name]) == raw_bytes(leaf), f"{name} is wrong"
+        else:
+            assert differences(got[name], leaf) == []
+
+
 def land(wire: Wire, state: Any, template: Any, *, left_alone: set[str]) -> Outcome:
     """A transfer that must succeed, leave these leaves of the template alone, and overwrite nobody's neighbour."""
     before = Memory(template)
@@ -246,16 +258,12 @@ def land(wire: Wire, state: Any, template: Any, *, left_alone: set[str]) -> Outc
     outcome.check()
     report = outcome.report
     assert report is not None
-    expected = {dotted(path): leaf for path, leaf in leaves(state)}
+    check_values(outcome.result, state)
     landed: list[torch.Tensor] = []
     for path, leaf in leaves(outcome.result):
         name = dotted(path)
         if not is_tensor(leaf):
             continue
-        if leaf.layout == torch.strided and not leaf.is_quantized:
-            assert raw_bytes(leaf) == raw_bytes(expected[name]), f"{name} is wrong"
-        else:
-            assert differences(leaf, expected[name]) == []
         if name in report.not_in_place:
             assert leaf is not before.leaves[name]
         else:
@@ -508,7 +516,6 @@ EITHER: dict[str, Callable[[], Any]] = {
     "memory format": lambda: torch.channels_last,
     "limits of a dtype": lambda: torch.finfo(torch.float32),
     "mkldnn": lambda: torch.ones(3, 3).to_mkldnn(),
-    "stream of random numbers": lambda: iter(range(3)),
     "memoryview": lambda: memoryview(b"abc"),
 }
 
@@ -542,4 +549,4 @@ def test_after_a_refusal_the_next_transfer_succeeds(wire: Wire) -> None:
     state = state_for(template, more=noise(3, 2))
     outcome = wire.transfer(state, lambda: template)
     outcome.check()
-    assert differences(outcome.result, state) == []
+    check_values(outcome.result, state)
