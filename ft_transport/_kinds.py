@@ -98,6 +98,9 @@ class PythonTensor(Kind):
         if data:
             _check_object(data, values, len(inner) - 1)
 
+    def label(self, context: Any) -> str:
+        return context[0] or "tensor"
+
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[0] == mine[0] else f"expected {mine[0] or 'Tensor'}, source has {context[0] or 'Tensor'}"
 
@@ -186,6 +189,9 @@ class MetaTensor(Kind):
         if len(sizes(shape)) != len(sizes(stride)) or math.prod(max(size, 1) for size in shape) > 1 << 56:
             raise ValueError(f"a tensor of {shape} with strides {stride}")
 
+    def label(self, context: Any) -> str:
+        return f"meta {context[0]} {context[1]}"
+
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected meta {mine[0]} {mine[1]}, source has {context[:2]}"
 
@@ -236,6 +242,9 @@ class SparseTensor(Kind):
             raise ValueError(f"a tensor of layout {layout} of {len(inner)} tensors")
         if inner[-1] is not None:
             check_grad(inner[-1].dtype, requires_grad)
+
+    def label(self, context: Any) -> str:
+        return f"{context[0]} {context[1]}"
 
     def disagreement(self, context: Any, mine: Any) -> str:
         if context[:2] == mine[:2]:
@@ -356,6 +365,9 @@ class QuantizedTensor(Kind):
         elif any(channel is not None and channel.shape != (shape[axis],) for channel in channels):
             raise ValueError(f"{shape[axis]} channels, but scales and zero points of {channels}")
 
+    def label(self, context: Any) -> str:
+        return f"quantized {context[0]} {context[1]}"
+
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected {mine[0]} {mine[1]}, source has {context[0]} {context[1]}"
 
@@ -405,6 +417,9 @@ class WrapperSubclass(Kind):
         if shape is not None:
             sizes(shape)
             sizes(stride)
+
+    def label(self, context: Any) -> str:
+        return str(context[0])
 
     def disagreement(self, context: Any, mine: Any) -> str:
         expected, got = (f"{c[0]} {c[3]} of {', '.join(c[1])}" for c in (mine, context))
@@ -469,6 +484,9 @@ class NumpyArray(Kind):
             raise ValueError(f"an array of {descr} {shape} in {data}")
         if elements or (data.numel and wanted[-1] > 1 and data.stride[-1] != 1):
             raise ValueError(f"an array of {descr} {shape} with strides {data.stride}")
+
+    def label(self, context: Any) -> str:
+        return f"array {context[0]} {context[1]}"
 
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected array {mine[0]} {mine[1]}, source has {context[:2]}"

@@ -96,6 +96,10 @@ class Kind:
             Exception: It is none.
         """
 
+    def label(self, context: Any) -> str:
+        """What errors call such a leaf."""
+        return self.name
+
     def disagreement(self, context: Any, mine: Any) -> str:
         """Why a template's leaf with context ``mine`` cannot take one with ``context``, beyond what its inner
         tensors say; empty if it can."""

@@ -246,19 +246,20 @@ def _family(kind: str) -> str:
 def _describe(mine: Part, tensors: Sequence[torch.Tensor]) -> str:
     if _family(mine.kind) == VALUE:
         return f"a plain {type(mine.context).__name__ if mine.kind == VALUE else mine.kind}"
-    return _of(mine.kind, [geometry_of(tensor) for tensor in tensors[: mine.num_views]])
+    return _of(mine, [geometry_of(tensor) for tensor in tensors[: mine.num_views]])
 
 
 def _describe_leaf(part: Part, views: Sequence[View]) -> str:
     if _family(part.kind) == VALUE:
         return f"a plain {type(part.context).__name__ if part.kind == VALUE else part.kind}"
-    return _of(part.kind, [view.geometry for view in views[: part.num_views]])
+    return _of(part, [view.geometry for view in views[: part.num_views]])
 
 
-def _of(kind: str, shapes: Sequence[Geometry]) -> str:
-    if _family(kind) == "tensor":
-        return f"tensor {shapes[0]}"
-    return f"{kind} of {', '.join(map(str, shapes))}" if shapes else kind
+def _of(part: Part, shapes: Sequence[Geometry]) -> str:
+    label = KINDS[part.kind].label(part.context) if part.kind in KINDS else part.kind
+    if _family(part.kind) == "tensor":
+        return f"{label} {shapes[0]}"
+    return f"{label} of {', '.join(map(str, shapes))}" if shapes else label
 
 
 def same_strides(view: View, tensor: torch.Tensor) -> bool:

@@ -41,7 +41,7 @@ from ft_transport._template import compare, match_template
 from ft_transport._transfer import NUM_BUCKETS
 from ft_transport._tree import LEAF, Node, Path
 from ft_transport._values import Load, imported_class
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, TransferReport
 
 __all__ = ["PGTransport"]
@@ -91,6 +91,13 @@ class _StateDictMeta:
     non_tensor_leaves: list[object]
     same: dict[int, int] = field(default_factory=dict)
     shared: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Failure:
+    """What crosses in the place of a description that cannot be made."""
+
+    reason: str
 
 
 # ------------------------------------------------------------------------------------------ describe
@@ -248,13 +255,17 @@ class PGTransport:
 
     def _send(self, report: TransferReport, state_dict: object) -> None:
         deadline = Deadline(self._timeout)
-        with report.phase("describe"), no_collection():
-            meta, blocks = _describe(state_dict)
-            manifest = _from_meta(meta)
-            layout = lay_out(manifest, Limits())
-            data = _pickle(meta)
-        _note(report, manifest, layout)
         channels = [GroupChannel(self._pg, peer.rank, self._device) for peer in report.peers]
+        try:
+            with report.phase("describe"), no_collection():
+                meta, blocks = _describe(state_dict)
+                manifest = _from_meta(meta)
+                layout = lay_out(manifest, Limits())
+                data = _pickle(meta)
+        except Exception as exc:
+            self._tell(channels, exc, deadline)
+            raise
+        _note(report, manifest, layout)
         with report.phase("move"):
             try:
                 failed = _post_and_wait(channels, data, layout, blocks, self._device, deadline, report)
@@ -269,6 +280,19 @@ class PGTransport:
         if failed:
             raise failed[0]
 
+    def _tell(self, channels: list[GroupChannel], exc: Exception, deadline: Deadline) -> None:
+        """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
+        data = pickle.dumps(_Failure(exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"))
+        length, body = _description(data, self._device)
+        for channel in channels:
+            try:
+                for pending in [channel.send(length, CONTROL_TAG), channel.send(body, FRAME_TAG)]:
+                    channel.wait(pending, deadline)
+            except TransferError as error:
+                logger.warning("rank %d could not be told: %s", channel.peer_rank, error)
+            finally:
+                channel.drop()
+
     def recv_checkpoint(self, src_rank: int) -> object:
         """Receive a state dict from ``src_rank``.
 
@@ -279,7 +303,7 @@ class PGTransport:
 
         Raises:
             TransferTimeout: The time-out passed.
-            PeerFailure: The source is gone.
+            PeerFailure: The source is gone, or could not describe its state and said why.
             RemoteProtocolError: The state does not fit the template; every path is listed.
 
         After an error: nothing writes to the template any more; if ``error.torn``, it holds a mix of two states.
@@ -364,6 +388,8 @@ def _pickle(meta: _StateDictMeta) -> bytes:
 
 def _unpickle(data: bytes) -> _StateDictMeta:
     meta = pickle.loads(data)
+    if isinstance(meta, _Failure):
+        raise PeerFailure(f"the peer gave up: {meta.reason}")
     if not isinstance(meta, _StateDictMeta):
         raise RemoteProtocolError(f"expected a description of a state, got {type(meta).__name__}")
     return meta
@@ -392,6 +418,12 @@ def _note(report: TransferReport, manifest: Manifest, layout: Layout) -> None:
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)
     report.nbytes_total = layout.nbytes
+
+
+def _description(data: bytes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two messages: the length of a description, and its bytes."""
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    return length, torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
 
 def _post_and_wait(
@@ -425,8 +457,9 @@ def _post_and_wait(
                 except TransferError as exc:
                     failed[index] = exc
 
-    post(torch.tensor([len(data)], dtype=torch.int64, device=device), CONTROL_TAG)
-    post(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device), FRAME_TAG)
+    length, body = _description(data, device)
+    post(length, CONTROL_TAG)
+    post(body, FRAME_TAG)
     num_staged = 0
     for message in range(len(layout.messages)):
         bucket = buckets[num_staged % NUM_BUCKETS]
