@@ -35,6 +35,7 @@ class DTensorKind(Kind):
     """
 
     name = "dtensor"
+    is_tried = True
     types = (DTensor,)
 
     def claims(self, leaf: torch.Tensor) -> bool:
@@ -59,12 +60,14 @@ class DTensorKind(Kind):
         if inner[0] is not None:
             check_grad(inner[0].dtype, requires_grad)
         torch.device(expect(str, device_type))
+        if not len(mesh_shape) == len(placements) <= 64:
+            raise ValueError(f"a mesh of shape {mesh_shape} with placements {placements}")
         if math.prod(sizes(mesh_shape)) != len(sizes(ranks)) or len(set(ranks)) != len(ranks) or not ranks:
             raise ValueError(f"a mesh of shape {mesh_shape} with ranks {str(ranks)[:80]}")
         if names is not None and len([expect(str, name) for name in names]) != len(mesh_shape):
             raise ValueError(f"a mesh of shape {mesh_shape} with names {names}")
-        if len([_make_placement(placement) for placement in placements]) != len(mesh_shape):
-            raise ValueError(f"a mesh of shape {mesh_shape} with placements {placements}")
+        for placement in placements:
+            _make_placement(placement)
         if len(sizes(shape)) != len(sizes(stride)):
             raise ValueError(f"a global shape {shape} with strides {stride}")
 
@@ -149,6 +152,7 @@ class ShardedTensorKind(Kind):
     """
 
     name = "sharded"
+    is_tried = True
     types = (ShardedTensor,)
 
     def take_apart(self, leaf: ShardedTensor) -> tuple[Sequence[Any], Any]:

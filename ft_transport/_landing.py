@@ -29,6 +29,8 @@ from ft_transport._memory import (
     storage_as,
 )
 from ft_transport._template import Slot, Targets, same_strides
+from ft_transport._tree import format_path
+from ft_transport.errors import RemoteProtocolError
 from ft_transport.report import TransferReport
 
 __all__ = ["Landing", "mark_changed"]
@@ -54,6 +56,7 @@ class Landing:
 
     Raises:
         MemoryError: There is no room for the fresh leaves.
+        RemoteProtocolError: A leaf cannot be rebuilt from what the source described.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Landing:
         self._surroundings = surroundings or Surroundings()
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
+        self._fresh_bytes = 0
         # For each range the memory it lands in.
         self._blocks: list[Block] = []
         # What each view becomes, which template tensors hold their value in the end, and copies still to be made.
@@ -110,9 +114,21 @@ class Landing:
             else:
                 in_place += piece.end - piece.begin
             self._blocks.append(block)
+        self._try_to_rebuild()
         report.nbytes_in_place += in_place
         report.nbytes_fresh += self._layout.nbytes - in_place
         self.in_place = in_place > 0
+
+    def _try_to_rebuild(self) -> None:
+        """Find what cannot be rebuilt before a byte lands."""
+        here = self._surroundings._replace(meshes=meshes_of(list(self._matched.values())))
+        for index, leaf in enumerate(self._manifest.leaves):
+            if leaf.kind in KINDS and KINDS[leaf.kind].is_tried and (index, 0) not in self._targets:
+                try:
+                    put_together(leaf.part, self._makers(index, leaf, None), here)
+                except Exception as exc:
+                    path = format_path(self._manifest.paths[index])
+                    raise RemoteProtocolError(f"{path}: it cannot be rebuilt: {str(exc)[:1000]}") from exc
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""
@@ -176,7 +192,7 @@ class Landing:
 
     def _fresh(self, piece: Piece, group: Sequence[_Member], gaps: Gaps | None) -> Block:
         nbytes, device_type = self._manifest.storages[piece.storage]
-        on_cpu = self._fresh_on_cpu or device_type == "cpu"
+        on_cpu = self._fresh_on_cpu or "cpu" in (device_type, self._device.type)
         whole = piece.begin == 0 and piece.end == nbytes
         if whole and len(group) == 1 and nbytes < FROM_ARENA and group[0][1].geometry.dense:
             # A tensor of its own: the quickest way for many small ones.
@@ -187,8 +203,9 @@ class Landing:
             return Block(tensor)
         flat = self._fresh_storages.get(piece.storage)
         if flat is None:
-            if on_cpu and nbytes > physical_bytes():
-                raise MemoryError(f"a storage of {nbytes} bytes is more than this machine has")
+            self._fresh_bytes += nbytes if on_cpu else 0
+            if self._fresh_bytes > physical_bytes():
+                raise MemoryError(f"{self._fresh_bytes} bytes of fresh storages are more than this machine has")
             flat = self._arena.allocate(nbytes) if on_cpu else allocate(nbytes, self._device)
             self._fresh_storages[piece.storage] = flat
         self._settle(group, set(), flat, 0)

@@ -58,6 +58,8 @@ class Kind:
         name: How the manifest calls it. Part of the wire.
         types: The exact classes of its leaves.
         family: Leaves of one family, of the same shape and dtype, can land in each other; empty: of this kind only.
+        is_tried: Whether :meth:`put_together` finds more wrong with a context than :meth:`check`, whatever bytes the
+            tensors hold. Then it is tried before the first byte lands.
         not_in_place: Why bytes are never written into a leaf that the template has; empty if they may be.
     """
 
@@ -65,6 +67,7 @@ class Kind:
     types: tuple[type, ...] = ()
     family: str = ""
     not_in_place: str = ""
+    is_tried: bool = False
 
     def claims(self, leaf: torch.Tensor) -> bool:
         """Whether a tensor whose class no kind has is of this kind."""

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch import _weights_only_unpickler as weights_only
 
+from ft_transport._pickled import check_cost
+
 __all__ = [
     "ATOMIC",
     "FindClass",
@@ -443,7 +445,7 @@ class _Pickler(pickle.Pickler):
             self._known[id(found)] = number = len(self._inner)
             self._inner.append(found)
             return number
-        if is_native(found):
+        if is_native(found) and not isinstance(found, type):
             self.values.append(found)
             self._known[id(found)] = number = -len(self.values)
             return number
@@ -519,5 +521,6 @@ def check_pickle(data: bytes) -> None:
         names = weights_only.get_globals_in_pkl(io.BytesIO(data))
     except (pickle.UnpicklingError, EOFError, ValueError, struct.error, IndexError, AssertionError) as exc:
         raise ValueError(f"damaged pickle: {type(exc).__name__}: {exc}") from exc
+    check_cost(data)
     for name in sorted(names - _HARMLESS - _user_allowed().keys()):
         raise ValueError(_not_allowed(name))

@@ -700,7 +700,7 @@ def test_the_decoder_reads_the_golden_bytes() -> None:
     assert (weight.geometry.shape, weight.geometry.stride) == ((3, 4), (4, 1))
     assert weight.storage == tied.storage
     assert (weight.offset, tied.offset) == (0, 4)
-    assert gaps.geometry.stride == (3, 1)
+    assert gaps.geometry.stride == (8, 1)
     assert manifest.leaves[0].context == (True, True) or manifest.leaves[0].context == [True, True]
 
 
