@@ -163,8 +163,8 @@ def refused(wire: Wire, state: object, template: object, **options: Any) -> Outc
     assert outcome.seconds < PROMPT
     assert not outcome.error.torn
     assert not before.changed, "the template has changed"
-    after = {dotted(path): leaf for path, leaf in leaves(template)}
-    assert all(after[name] is leaf for name, leaf in before.leaves.items())
+    after = dict(leaves(template))
+    assert all(after[path] is leaf for path, leaf in before.leaves.items())
     assert outcome.report is not None
     assert outcome.source_report is not None
     assert outcome.report.peers[0].nbytes == 0
@@ -265,10 +265,10 @@ def land(wire: Wire, state: Any, template: Any, *, left_alone: set[str]) -> Outc
         if not is_tensor(leaf):
             continue
         if name in report.not_in_place:
-            assert leaf is not before.leaves[name]
+            assert leaf is not before.leaves[path]
         else:
-            assert before.is_in_place(name, leaf), f"{name} is neither in place nor named"
-            landed.extend(before.parts[name].values())
+            assert before.is_in_place(path, leaf), f"{name} is neither in place nor named"
+            landed.extend(before.parts[path].values())
     assert left_alone <= set(report.not_in_place)
     assert not before.changed_outside(landed), "bytes that are no leaf's have changed"
     return outcome

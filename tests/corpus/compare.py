@@ -110,7 +110,8 @@ class _Comparison:
     # ------------------------------------------------------------------------------------- tensors
 
     def _tensor(self, path: Path, got: Any, expected: Any) -> None:
-        if _plain(got) is not None and _plain(got) == _plain(expected):
+        plain = _plain(expected)
+        if plain is not None and plain == _plain(got):
             self._attributes(path, got, expected)
             self._elements(path, got, expected)
             return
@@ -151,7 +152,8 @@ class _Comparison:
     def _elements(self, path: Path, got: torch.Tensor, expected: torch.Tensor) -> None:
         if not _equal_bits(got, expected):
             self._say(path, "bytes differ")
-        if expected.numel() and is_dense(expected):
+        contiguous = got.is_contiguous() and expected.is_contiguous()
+        if not contiguous and expected.numel() and is_dense(expected):
             self._same(path, "strides", _strides(got), _strides(expected))
         lazy = expected.is_conj() or expected.is_neg()
         if expected.numel() and not lazy:
@@ -295,9 +297,9 @@ def _has_identity(value: Any) -> bool:
     return inside is not None and not isinstance(value, tuple)
 
 
-def _key(name: Any) -> tuple[str, Any]:
+def _key(name: Any) -> tuple[type, Any]:
     """A key that equals only one of the same type: True is not 1."""
-    return type(name).__qualname__, _identity_of(name)
+    return (type(name), name) if type(name) in (str, int) else (type(name), _identity_of(name))
 
 
 def _identity_of(value: Any) -> Any:

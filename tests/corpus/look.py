@@ -136,8 +136,8 @@ _BY_LAYOUT: dict[torch.layout, tuple[str, ...]] = {
     torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
     torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
 }
-# Several elements a byte; their tensors are always whole storages.
-_PACKED = {torch.quint4x2, torch.quint2x4}
+# How many elements a byte holds; tensors of these dtypes are always whole storages.
+_PACKED = {torch.quint4x2: 2, torch.quint2x4: 4}
 _BY_CHANNEL = {torch.per_channel_affine, torch.per_channel_affine_float_qparams}
 
 
@@ -149,7 +149,7 @@ def storage_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 def _places(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """For each byte of each element, in row-major order, its place in the storage."""
     if tensor.dtype in _PACKED:
-        return np.arange(tensor.untyped_storage().nbytes(), dtype=np.int64)
+        return np.arange(-(-tensor.numel() // _PACKED[tensor.dtype]), dtype=np.int64)
     itemsize = tensor.dtype.itemsize
     if tensor.is_contiguous():
         begin = tensor.storage_offset() * itemsize
@@ -180,6 +180,8 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 
 def is_dense(tensor: torch.Tensor) -> bool:
     """Whether every element has a place of its own and there are no gaps, in whatever order."""
+    if tensor.is_contiguous():
+        return True
     step = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != step:

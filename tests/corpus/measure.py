@@ -58,7 +58,7 @@ def distinct_nbytes(tensors: list[Any]) -> int:
                 storages.setdefault(part.untyped_storage()._cdata, []).append(part)
     total = 0
     for views in storages.values():
-        if len(views) == 1 and is_dense(views[0]):
+        if len(views) == 1 and is_dense(views[0]) and not views[0].is_quantized:
             total += views[0].numel() * views[0].element_size()
         else:
             total += len(np.unique(np.concatenate(list(map(addresses, views)))))

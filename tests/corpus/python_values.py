@@ -243,7 +243,13 @@ def slots_with_tied_tensors(seed: int) -> Any:
 @CASES.case(allow=[Sampler])
 def one_object_twice(seed: int) -> Any:
     sampler = Sampler(seed, order=[1, 2])
-    return {"a": sampler, "b": [sampler], "order": sampler.order, "tensor": noise(2, seed)}  # type: ignore[attr-defined]
+    return {"a": sampler, "b": [sampler], "tensor": noise(2, seed)}
+
+
+@CASES.case(allow=[Sampler])
+def a_list_inside_and_outside_of_an_object(seed: int) -> Any:
+    order = [1, 2, seed]
+    return {"a": Sampler(seed, order=order), "order": order, "tensor": noise(2, seed)}
 
 
 @CASES.case(allow=[Sampler])
@@ -258,14 +264,14 @@ def functions_and_classes(seed: int) -> Any:
     return {"function": schedule, "class": Sampler, "builtin": math.sqrt, "tensor": noise(2, seed)}
 
 
-@CASES.case(allow=[torch.nn.Linear])
-def class_of_torch(seed: int) -> Any:
-    return {"class": torch.nn.Linear, "tensor": noise(2, seed)}
+@CASES.case(allow=[torch.nn.Linear, torch.Tensor])
+def classes_of_torch(seed: int) -> Any:
+    return {"class": torch.nn.Linear, "other": torch.Tensor, "tensor": noise(2, seed)}
 
 
 @CASES.case(varies=False)
 def builtin_types(seed: int) -> Any:
-    return [int, float, dict, list, torch.Tensor]
+    return [int, float, dict, list]
 
 
 # --------------------------------------------------------------------------------------------- numpy

@@ -305,13 +305,13 @@ def twenty_thousand_leaves(seed: int) -> Any:
 
 
 @CASES.case()
-def ten_thousand_views_of_one(seed: int) -> Any:
-    return list(noise((10_000, 4), seed).unbind(0))
+def two_thousand_views_of_one(seed: int) -> Any:
+    return list(noise((2_000, 4), seed).unbind(0))
 
 
 @CASES.case()
-def ten_thousand_numbers(seed: int) -> Any:
-    return {"numbers": list(range(seed, 10_000 + seed)), "floats": [i / 7 for i in range(5_000)]}
+def five_thousand_numbers(seed: int) -> Any:
+    return {"numbers": list(range(seed, 4_000 + seed)), "floats": [i / 7 for i in range(1_000)]}
 
 
 for _name, _value in {
