@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 import torch
 from corpus.compare import differences
-from corpus.kinds import Scaled, dtensor, mesh, sharded
+from corpus.kinds import Named, Scaled, dtensor, mesh, sharded
 from corpus.look import dotted, leaves, raw_bytes
 from corpus.measure import is_tensor
 from corpus.memory import Memory
-from corpus.python_values import Sampler
-from corpus.structure import Frozen
+from corpus.python_values import Color, Sampler, schedule
+from corpus.structure import Dict, Frozen, Pair
 from corpus.wire import PROMPT, TRANSPORTS, Outcome, Wire, wires
 from helpers import noise
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
 from ft_transport import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
@@ -417,20 +418,88 @@ with tempfile.NamedTemporaryFile() as file:
 """
 
 
+def in_a_process(script: str, *arguments: str) -> Any:
+    """What a script prints last, as JSON: for memory whose touch kills the process."""
+    command = [sys.executable, "-c", script, *arguments]
+    here = Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_read_only_mapping_is_left_alone(transport: str) -> None:
-    # In a process of its own: who writes to such memory is killed.
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", _READ_ONLY, transport], cwd=here, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == {
+    assert in_a_process(_READ_ONLY, transport) == {
         "right": True,
         "plain in place": True,
         "named": ["mapped", "part"],
         "untouched": True,
     }
+
+
+# Tensors that have a shape, and no memory behind it.
+_NO_MEMORY = """
+import json, sys
+import torch
+from corpus.wire import wires
+if sys.argv[2] == "freed":
+    odd = torch.ones(1000)
+    odd.untyped_storage().resize_(0)
+else:
+    odd = torch._to_functional_tensor(torch.ones(3))
+with wires() as lines:
+    outcome = lines[sys.argv[1]].transfer({"ok": torch.ones(3), "odd": odd})
+print(json.dumps([type(outcome.source_error).__name__, "odd: " in str(outcome.source_error)]))
+"""
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("kind", ["freed", "functional"])
+def test_a_tensor_without_memory_is_refused_by_name(transport: str, kind: str) -> None:
+    assert in_a_process(_NO_MEMORY, transport, kind) == ["LocalProtocolError", True]
+
+
+def test_a_parameter_takes_what_the_source_sends_as_a_tensor(wire: Wire) -> None:
+    template = {"weight": torch.nn.Parameter(noise((3, 4), 1)), "tied": None}
+    template["tied"] = template["weight"]
+    values = noise((3, 4), 2)
+    outcome = land(wire, {"weight": values, "tied": values}, template, left_alone=set())
+    assert outcome.report is not None
+    assert outcome.report.in_place_share == 1.0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_graph_that_saved_the_template_errs(lines: dict[str, Wire], transport: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    loss = (weight * weight).sum()
+    lines[transport].transfer({"weight": torch.full((3,), 2.0)}, lambda: {"weight": weight}, settle=True).check()
+    assert weight.tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_new_dtensor_lives_on_the_mesh_of_the_template(wire: Wire) -> None:
+    on = mesh((2,), ("mine",))
+    template = {"a": dtensor(noise((2, 3), 1), on, (Shard(0),), (4, 3))}
+    there = DeviceMesh("cpu", [0, 1], mesh_dim_names=("mine",), _init_backend=False)
+    state = {name: dtensor(noise((2, 3), i), there, (Shard(0),), (4, 3)) for i, name in enumerate("ab")}
+    outcome = wire.transfer(state, lambda: template)
+    outcome.check()
+    assert outcome.result["a"] is template["a"]
+    assert outcome.result["b"].device_mesh is on
+
+
+def test_a_template_on_meta_gets_new_memory(wire: Wire) -> None:
+    template = {"weight": torch.nn.Parameter(torch.empty(3, device="meta")), "plain": noise(2, 1)}
+    state = {"weight": torch.nn.Parameter(noise(3, 2)), "plain": noise(2, 3)}
+    outcome = wire.transfer(state, lambda: template)
+    if outcome.error is None:
+        assert differences(outcome.result, state) == []
+        assert outcome.report is not None
+        assert "weight" in outcome.report.not_in_place
+    else:
+        assert isinstance(outcome.error, RemoteProtocolError)
+        assert "weight: expected" in str(outcome.error)
 
 
 # ------------------------------------------------------------------------------- what cannot be encoded
@@ -539,13 +608,26 @@ def test_what_torch_cannot_save_arrives_or_is_refused_by_name(wire: Wire, kind: 
         assert outcome.source_error.message in str(outcome.error)
 
 
-def test_a_class_that_is_not_allowed_is_refused_by_name(lines: dict[str, Wire]) -> None:
+# A user's class of each sort that a leaf or a container can have.
+NOT_ALLOWED: dict[str, Callable[[], Any]] = {
+    "Sampler": lambda: Sampler(3),
+    "Color": lambda: Color.RED,
+    "Pair": lambda: Pair(1, 2),
+    "Frozen": lambda: Frozen(noise(3, 1)),
+    "Named": lambda: noise(3, 1).as_subclass(Named),
+    "schedule": lambda: schedule,
+    "Dict": lambda: Dict(a=1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ALLOWED)
+def test_a_class_that_is_not_allowed_is_refused_by_name(lines: dict[str, Wire], name: str) -> None:
     template = template_with_neighbours()
-    state = state_for(template, sampler=Sampler(3))
+    state = state_for(template, deep=[NOT_ALLOWED[name]()])
     outcome = refused(lines["PGTransport"], state, template)
     for text in (str(outcome.error), source_text(outcome)):
-        assert "sampler: " in text
-        assert "Sampler" in text
+        assert "deep.0" in text
+        assert name in text
         assert "safe_globals" in text
 
 

@@ -257,7 +257,6 @@ _PROPERTIES: dict[str, Callable[[Any], Any]] = {
     "is nested": lambda t: t.is_nested,
 }
 _KINDS: dict[str, Callable[[Any], Any]] = {
-    "is a leaf of autograd": lambda t: t.is_leaf,
     "coalesced": lambda t: t.is_coalesced() if t.layout == torch.sparse_coo else None,
     "sparse dimensions": lambda t: t.sparse_dim() if t.layout != torch.strided else None,
     "quantization": lambda t: t.qscheme() if t.is_quantized else None,
@@ -273,7 +272,7 @@ def _plain(tensor: Any) -> tuple[Any, ...] | None:
         return None
     if tensor.is_quantized or tensor.is_nested or tensor.is_meta:
         return None
-    return tensor.dtype, tensor.shape, tensor.device, tensor.requires_grad, tensor.is_leaf
+    return tensor.dtype, tensor.shape, tensor.device, tensor.requires_grad
 
 
 def _ask(get: Callable[[Any], Any], tensor: Any) -> Any:

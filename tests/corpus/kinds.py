@@ -21,7 +21,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from corpus.case import Table
 
-__all__ = ["CASES", "Scaled", "dtensor", "mesh", "sharded"]
+__all__ = ["CASES", "Named", "Scaled", "dtensor", "mesh", "sharded"]
 
 CASES = Table("kinds")
 

@@ -12,6 +12,8 @@ import functools
 import math
 import pathlib
 import random
+import re
+import types
 import uuid
 import zoneinfo
 from typing import Any
@@ -266,6 +268,16 @@ def classes_of_torch(seed: int) -> Any:
 @CASES.case(varies=False)
 def builtin_types(seed: int) -> Any:
     return [int, float, dict, list]
+
+
+@CASES.case(allow=[types.SimpleNamespace])
+def namespaces(seed: int) -> Any:
+    return {"namespace": types.SimpleNamespace(lr=0.1, seed=seed, names=["a"]), "tensor": noise(2, seed)}
+
+
+@CASES.case(allow=[re._compile])  # type: ignore[attr-defined]
+def patterns(seed: int) -> Any:
+    return {"pattern": re.compile(f"layer{seed}.*"), "tensor": noise(2, seed)}
 
 
 # --------------------------------------------------------------------------------------------- numpy

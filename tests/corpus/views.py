@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import Any
 
+import numpy as np
 import torch
 from helpers import noise, randomized
 
@@ -194,10 +195,36 @@ def an_attribute_that_is_a_tensor(seed: int) -> Any:
     return {"weight": weight, "scale": scale}
 
 
+@CASES.case(either=True)
+def results_of_a_graph(seed: int) -> Any:
+    leaf = noise(3, seed).nan_to_num().requires_grad_()
+    return {"result": leaf * 2, "detached": (leaf * 3).detach()}
+
+
 @CASES.case()
-def result_of_a_graph(seed: int) -> Any:
-    # A result of autograd comes back as a leaf, but torch.save keeps that it requires grad.
-    return {"detached": (noise(3, seed).requires_grad_() * 1).detach(), "n": seed}
+def parameters_with_gradients_and_hooks(seed: int) -> Any:
+    weight, hooked = (torch.nn.Parameter(noise((2, 3), seed + i).nan_to_num()) for i in range(2))
+    weight.square().sum().backward()
+    hooked.register_hook(lambda grad: None)
+    hooked.register_post_accumulate_grad_hook(lambda parameter: None)
+    return {"weight": weight, "hooked": hooked}
+
+
+@CASES.case(either=True)
+def inference_tensors(seed: int) -> Any:
+    with torch.inference_mode():
+        return {"made": noise((2, 3), seed) * 1, "plain": noise(2, seed)}
+
+
+@CASES.case(either=True)
+def shared_with_numpy(seed: int) -> Any:
+    array = np.frombuffer(bytearray(noise(40, seed).view(torch.uint8).tolist()), dtype=np.float32)
+    return {"all": torch.from_numpy(array), "part": torch.from_numpy(array)[3:9]}
+
+
+@CASES.case()
+def in_shared_memory(seed: int) -> Any:
+    return {"shared": noise((2, 3), seed).share_memory_(), "plain": noise(2, seed)}
 
 
 @CASES.case()

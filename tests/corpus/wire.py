@@ -59,8 +59,11 @@ class Wire:
         self._number = itertools.count()
         self._groups: list[Any] = []
 
-    def transfer(self, state: object, template: Template = None, **options: Any) -> Outcome:
-        """Send a state from rank 0 to rank 1. Options go to the destination's transport."""
+    def transfer(self, state: object, template: Template = None, *, settle: bool = False, **options: Any) -> Outcome:
+        """Send a state from rank 0 to rank 1. Options go to the destination's transport.
+
+        With ``settle``, what follows a receive in a training loop is called as well.
+        """
         if not self._groups:
             self._groups = self._connect()
         source = self._make(self._groups[0], None)
@@ -74,6 +77,8 @@ class Wire:
             self.close()
             source = None
         result, error, end = received.result()
+        if settle:
+            self._settle(destination)
         if error is not None or source_error is not None:
             self.close()
         return Outcome(result, error, reports[0], source_error, reports[1], end - start)
@@ -103,6 +108,9 @@ class Wire:
 
     def _recv(self, transport: Any) -> object:
         raise NotImplementedError
+
+    def _settle(self, transport: Any) -> None:
+        """What a training loop calls after a receive."""
 
 
 def _guarded(call: Callable[[], Any]) -> tuple[Any, BaseException | None, float]:
@@ -145,6 +153,9 @@ class Torchft(Wire):
 
     def _recv(self, transport: Any) -> object:
         return transport.recv_checkpoint(0, "<n/a>", STEP, TIMEOUT)
+
+    def _settle(self, transport: Any) -> None:
+        transport.disallow_checkpoint()
 
 
 class Plain(Wire):
