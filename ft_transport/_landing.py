@@ -254,7 +254,7 @@ class Landing:
         manifest, matched = self._manifest, self._matched
         here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
         built: list[object] = []
-        settled = self._settled
+        settled, values = self._settled, self._values
         objects = self._objects() if any(leaf.parts for leaf in manifest.leaves) else None
         for index, leaf in enumerate(manifest.leaves):
             if leaf.kind == "value":
@@ -265,6 +265,9 @@ class Landing:
                 built.append(refresh(leaf.part, self._makers(index, leaf, None), matched[index], here))
             elif index in manifest.same:
                 built.append(built[manifest.same[index]])
+            elif leaf.kind == "tensor" and objects is None:
+                tensor = values.get((index, 0))
+                built.append(plain(_empty(leaf.views[0]) if tensor is None else tensor, leaf.context))
             elif leaf.kind == "tensor" and objects is not None:
                 view, context = leaf.views[0], leaf.context
                 built.append(objects.outer(view, context, self._values.get((index, 0))))
