@@ -255,7 +255,7 @@ class Landing:
         here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
         built: list[object] = []
         settled = self._settled
-        objects = _Objects() if any(leaf.parts for leaf in manifest.leaves) else None
+        objects = self._objects() if any(leaf.parts for leaf in manifest.leaves) else None
         for index, leaf in enumerate(manifest.leaves):
             if leaf.kind == "value":
                 built.append(leaf.context)
@@ -271,6 +271,15 @@ class Landing:
             else:
                 built.append(put_together(leaf.part, self._makers(index, leaf, objects), here))
         return manifest.build(built)
+
+    def _objects(self) -> _Objects:
+        """Tensors that leaves may hold, beginning with the template's own."""
+        objects = _Objects()
+        for index, position in self._settled:
+            leaf = self._manifest.leaves[index]
+            if leaf.kind == "tensor":
+                objects.know(leaf.views[position], leaf.context, self._targets[index, position])
+        return objects
 
     def _adopts(self, index: int, leaf: Leaf) -> bool:
         """Whether the template's leaf holds the new bytes. Tensors among its attributes do not count."""
@@ -308,6 +317,13 @@ class _Objects:
     def __init__(self) -> None:
         self._made: dict[tuple[View, Any], torch.Tensor] = {}
         self._leaves: set[tuple[View, Any]] = set()
+
+    def know(self, view: View, context: Any, leaf: torch.Tensor) -> None:
+        """A leaf that the template has, if it is what the source's is."""
+        is_parameter, requires_grad = context or (False, False)
+        if isinstance(leaf, torch.nn.Parameter) == is_parameter and leaf.requires_grad == requires_grad:
+            self._made.setdefault((view, context), leaf)
+            self._leaves.add((view, context))
 
     def inner(self, view: View, tensor: torch.Tensor | None, context: Any) -> torch.Tensor:
         """A tensor inside of a leaf."""

@@ -220,8 +220,8 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> list[tuple[
         else:
             try:
                 described.append(take_apart(value))
-            except ValueError as exc:
-                refused[index] = str(exc)
+            except Exception as exc:  # a kind's, or a class's own code when it is pickled, which may raise anything
+                refused[index] = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
     if refused:
         paths = manifest.paths
         text = "; ".join(f"{format_path(paths[index])}: {reason}" for index, reason in refused.items())

@@ -114,11 +114,9 @@ def flatten(tree: object) -> Flat:
 
 
 def _too_deep(nodes: Sequence[Node]) -> str:
-    names: list[Hashable] = []
-    for node in nodes[:8]:
-        names += node.keys[:1] or [0]
+    path = paths_of(nodes, of_containers=True)[-1]
     return (
-        f"{format_path(tuple(names))}…: nested deeper than {MAX_DEPTH} levels, of more than {MAX_NODES} nodes, "
+        f"{format_path(path[:8])}…: nested deeper than {MAX_DEPTH} levels, of more than {MAX_NODES} nodes, "
         "or it contains itself"
     )
 

@@ -39,7 +39,7 @@ from ft_transport._memory import Bucket, aligned, no_collection, storage_as
 from ft_transport._source import Gatherer
 from ft_transport._template import compare, match_template
 from ft_transport._transfer import NUM_BUCKETS
-from ft_transport._tree import LEAF, Node, Path
+from ft_transport._tree import LEAF, Node, Path, format_path
 from ft_transport._values import Load, imported_class
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, TransferReport
@@ -383,7 +383,17 @@ def _pickle(meta: _StateDictMeta) -> bytes:
     try:
         return pickle.dumps(meta)
     except Exception as exc:  # the classes' own code, which may raise anything
-        raise LocalProtocolError(f"a plain value cannot be pickled: {exc}", phase="describe") from exc
+        bad = [path for path, leaf in zip(meta.paths, meta.non_tensor_leaves, strict=True) if not _can_be_pickled(leaf)]
+        paths = ", ".join(map(format_path, bad)) or "a key"
+        raise LocalProtocolError(f"{paths}: a plain value cannot be pickled: {exc}", phase="describe") from exc
+
+
+def _can_be_pickled(value: object) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 def _unpickle(data: bytes) -> _StateDictMeta:

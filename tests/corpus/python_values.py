@@ -249,12 +249,6 @@ def one_object_twice(seed: int) -> Any:
 
 
 @CASES.case(allow=[Sampler])
-def a_list_inside_and_outside_of_an_object(seed: int) -> Any:
-    order = [1, 2, seed]
-    return {"a": Sampler(seed, order=order), "order": order, "tensor": noise(2, seed)}
-
-
-@CASES.case(allow=[Sampler])
 def object_that_knows_itself(seed: int) -> Any:
     sampler = Sampler(seed)
     sampler.me = sampler  # type: ignore[attr-defined]
