@@ -34,6 +34,7 @@ class Landing:
         device: Device of the wire's messages; fresh leaves that were on an accelerator live there too.
         report: Filled with what lands where.
         fresh_on_cpu: Allocate every fresh leaf on the CPU.
+        fresh_device: Where fresh leaves that were on an accelerator live, if not on ``device``.
 
     Attributes:
         in_place: Whether any byte lands in the template's memory while messages move.
@@ -52,6 +53,7 @@ class Landing:
         report: TransferReport,
         *,
         fresh_on_cpu: bool = False,
+        fresh_device: torch.device | None = None,
     ) -> None:
         self.in_place = False
         self._manifest = manifest
@@ -60,6 +62,8 @@ class Landing:
         self._targets = targets
         self._device = device
         self._fresh_on_cpu = fresh_on_cpu
+        self._fresh_device = fresh_device or device
+        self._fresh_ranges: set[int] = set()
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
         # For each range the memory it lands in.
@@ -83,6 +87,7 @@ class Landing:
             block = self._in_place(piece, group) if self._targets else None
             if block is None:
                 block = self._fresh(piece, group)
+                self._fresh_ranges.add(len(self._blocks))
                 report.nbytes_fresh += piece.end - piece.begin
             else:
                 report.nbytes_in_place += piece.end - piece.begin
@@ -134,7 +139,7 @@ class Landing:
             if on_cpu and storage.nbytes > physical_bytes():
                 raise MemoryError(f"a storage of {storage.nbytes} bytes is more than this machine has")
             self._fresh_storages[piece.storage] = (
-                self._arena.allocate(storage.nbytes) if on_cpu else allocate(storage.nbytes, self._device)
+                self._arena.allocate(storage.nbytes) if on_cpu else allocate(storage.nbytes, self._fresh_device)
             )
         flat = self._fresh_storages[piece.storage]
         self._settle(group, set(), flat, 0)
@@ -167,6 +172,15 @@ class Landing:
     def scatter(self, message: int, staged: torch.Tensor) -> None:
         """Copy a staged message to where its pieces belong."""
         copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=False)
+
+    def gather(self, message: int, staged: torch.Tensor) -> None:
+        """Copy a message from where its pieces landed."""
+        copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=True)
+
+    def in_template(self, message: int) -> bool:
+        """Whether all of a message lands in the template's memory."""
+        pieces = self._layout.messages[message]
+        return not any(self._layout.range_of(piece.storage, piece.begin) in self._fresh_ranges for piece in pieces)
 
     def _locate(self, piece: Piece) -> tuple[Block, int, int]:
         index = self._layout.range_of(piece.storage, piece.begin)
