@@ -21,9 +21,11 @@ from ft_transport.errors import (
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 if TYPE_CHECKING:
+    from ft_transport.lane_transport import LaneTransport
     from ft_transport.transport import PGTransport
 
 __all__ = [
+    "LaneTransport",
     "LocalProtocolError",
     "PGTransport",
     "PeerFailure",
@@ -45,4 +47,8 @@ def __getattr__(name: str) -> Any:
         from ft_transport.transport import PGTransport
 
         return PGTransport
+    if name == "LaneTransport":
+        from ft_transport.lane_transport import LaneTransport
+
+        return LaneTransport
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
