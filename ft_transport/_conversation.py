@@ -111,6 +111,7 @@ TABLE: dict[State, dict[tuple[Role, Frame], State]] = {
     },
     State.ROUTING: {
         (_S, Frame.ROUTE): State.MOVING,
+        (_S, Frame.WAIT): State.ROUTING,
         (_S, Frame.FAILED): State.CLOSED,
         (_D, Frame.PROGRESS): State.ROUTING,
         (_D, Frame.FAILED): State.CLOSED,
@@ -120,9 +121,14 @@ TABLE: dict[State, dict[tuple[Role, Frame], State]] = {
         (_D, Frame.REROUTE): State.ROUTING,
         (_D, Frame.DONE): State.DONE,
         (_D, Frame.FAILED): State.CLOSED,
+        (_S, Frame.WAIT): State.MOVING,
         (_S, Frame.FAILED): State.CLOSED,
     },
-    State.DONE: {(_S, Frame.BYE): State.CLOSED, (_S, Frame.FAILED): State.CLOSED},
+    State.DONE: {
+        (_S, Frame.BYE): State.CLOSED,
+        (_S, Frame.WAIT): State.DONE,
+        (_S, Frame.FAILED): State.CLOSED,
+    },
     State.LANE: {
         (_D, Frame.WANT): State.LANE,
         (_D, Frame.REPAIR): State.LANE,

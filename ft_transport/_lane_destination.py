@@ -145,7 +145,8 @@ class Reception:
         (self._peer,) = report.peers
         self._bell = Bell()
         self._talk: Talk | None = None
-        self._lost = ""  # why the source cannot be heard any more
+        self._lost: TransferError | None = None  # why the source cannot be heard any more
+        self._source = self._patience()
         self._beat = Deadline(timedelta(0))
         self._told = 0  # bytes that the progress callback knows of
         self._route: Route | None = None
@@ -289,6 +290,7 @@ class Reception:
         """Fetch everything, from whomever it takes."""
         work, breaks = sink.todo, 0
         try:
+            self._source.moved()
             self._await_route(talk)
             while not work.complete:
                 route, self._route = self._route, None
@@ -296,14 +298,14 @@ class Reception:
                 error = self._fetch(talk, route, sink)
                 if work.complete:
                     break
-                if not route.from_source and not self._lost:
+                if not route.from_source and self._lost is None:
                     work.forgive()
                     talk.say(Frame.REROUTE, self._patience(), body=[route.ident, error.message])
                     self._await_route(talk)
                     continue
                 breaks += 1
                 if self._lost or breaks == _MAX_BREAKS or self._hopeless:
-                    raise error
+                    raise error if route.from_source or self._lost is None else self._lost
                 logger.warning("the lanes are opened again: %s", error)
                 self._route = route
         finally:
@@ -332,12 +334,10 @@ class Reception:
         return fetcher.error or PeerFailure(f"{route.label} has ended its lanes")
 
     def _await_route(self, talk: Talk) -> None:
-        patience = self._patience()
         while self._route is None:
             self._pump(talk)
-            if self._lost:
-                raise PeerFailure(self._lost)
-            patience.check()
+            if self._lost is not None:
+                raise self._lost
 
     def _pump(self, talk: Talk, limit: timedelta = HEARTBEAT) -> None:
         """Wait for news from the lanes or the source, and say that this side is alive.
@@ -348,22 +348,25 @@ class Reception:
         """
         if self._deadline.expired():
             raise TransferTimeout(f"timed out after {self._deadline.timeout.total_seconds():g} s")
-        listening = None if self._lost else talk.connection
+        listening = talk.connection if self._lost is None else None
         readable = self._bell.await_ring(listening, min(limit, self._deadline.remaining()))
         self._tell_progress()
+        if self._lost is not None:
+            return
         try:
             if readable:
                 self._hear(talk)
-            if not self._lost and self._beat.expired():
+            if self._beat.expired():
                 self._beat = Deadline(HEARTBEAT)
                 talk.say(Frame.PROGRESS, self._patience(), self._nbytes_here)
-        except _GaveUp:
+            self._source.check()
+        except (_GaveUp, TransferTimeout):
             raise
-        except (PeerFailure, RemoteProtocolError) as exc:
-            self._lost = exc.message
+        except TransferError as exc:
+            self._lost = exc
 
     def _hear(self, talk: Talk) -> None:
-        header, body = talk.hear(self._patience())
+        header, body = talk.hear(self._source)
         if header.frame is Frame.FAILED:
             raise _GaveUp(f"the source gave up: {'; '.join(body)}")
         if header.frame is Frame.ROUTE:
@@ -390,8 +393,8 @@ class Reception:
     def _say_done(self, talk: Talk) -> None:
         self._tell_progress()
         try:
-            if self._lost:
-                raise PeerFailure(self._lost)
+            if self._lost is not None:
+                raise self._lost
             patience = Patience(self._deadline, _LAST_WORDS)
             talk.say(Frame.DONE, patience, self._nbytes_here)
             while talk.hear(patience)[0].frame is not Frame.BYE:
@@ -413,8 +416,9 @@ class Reception:
             peer.outcome = "dead"
         elif not refused:
             peer.outcome = "failed"
-        if self._talk is not None and not self._lost and not isinstance(exc, _GaveUp):
-            patience = Patience(Deadline(_LAST_WORDS))
+        if self._talk is not None and self._lost is None and not isinstance(exc, _GaveUp):
+            # Who has been silent for so long will hardly answer now.
+            patience = Patience(Deadline(HEARTBEAT if isinstance(exc, Silence) else _LAST_WORDS))
             try:
                 if not refused:
                     self._talk.say(Frame.FAILED, patience, body=[peer.reason])

@@ -219,6 +219,8 @@ class Offer:
             patience.check()
             if header.frame is Frame.PROGRESS or header.frame is Frame.DONE:
                 self._progress(peer, header.number)
+                if talk.conversation.state is State.MOVING:
+                    talk.say(Frame.WAIT, patience)  # the source is alive, too
             elif header.frame is Frame.REFUSE:
                 raise _Refused(f"the destination refuses this state: {'; '.join(body)}")
             elif header.frame is Frame.FAILED:
