@@ -283,6 +283,7 @@ class Conversation:
     def __init__(self, role: Role, attempt: int, step: int) -> None:
         self.state = State.OPEN
         self.asked: deque[int] = deque()
+        self._checked: set[int] = set()
         self.attempt = attempt
         self.step = step
         self._role = role
@@ -319,9 +320,11 @@ class Conversation:
             return False
         if frame in _ASKS:
             self.asked.append(number)
+            if frame is Frame.CHECK:
+                self._checked.add(number)
         elif frame in _ANSWERS:
-            if not self.asked or self.asked[0] != number:
+            if not self.asked or self.asked[0] != number or (frame is Frame.SAME and number not in self._checked):
                 return False
-            self.asked.popleft()
+            self._checked.discard(self.asked.popleft())
         self.state = following
         return True
