@@ -34,6 +34,10 @@ _WINDOW = 3
 _MAX_DAMAGED = 3
 
 
+class _Incurable(RemoteProtocolError):
+    """A message always comes damaged."""
+
+
 class Sink:
     """Where messages land. Its methods are called by the lanes, each for another message.
 
@@ -127,7 +131,7 @@ class Sink:
         times = self.todo.damaged(message)
         logger.warning("message %d came damaged and is fetched again", message)
         if times >= _MAX_DAMAGED:
-            raise RemoteProtocolError(
+            raise _Incurable(
                 f"message {message} of {len(self._layout.sizes)} differs from what the source sent, {times} times: "
                 "damaged on the way, or changed at the source while it was sent"
             )
@@ -220,7 +224,7 @@ class Fetcher:
     @property
     def hopeless(self) -> bool:
         """Whether opening new lanes to the same supplier would not help."""
-        return isinstance(self.error, (Silence, RemoteProtocolError))
+        return isinstance(self.error, (Silence, _Incurable))
 
     def close(self) -> None:
         """End all lanes; when this returns, nothing lands any more. May be called twice."""

@@ -179,7 +179,7 @@ class Offer:
         except Exception as exc:
             peer.reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
             outcome = _outcome(exc, guest.patience)
-            if outcome == "failed":
+            if outcome in ("failed", "timed out"):
                 _say_failed(talk, peer.reason)
         finally:
             self._desk.unregister(guest.ident)

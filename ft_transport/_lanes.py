@@ -99,10 +99,10 @@ class Patience:
             Silence: Nothing has moved for too long.
             PeerFailure: It is cancelled.
         """
-        if self._cancelled:
-            raise PeerFailure(self._cancelled)
         if self.deadline.expired():
             raise TransferTimeout(f"timed out after {self.deadline.timeout.total_seconds():g} s")
+        if self._cancelled:
+            raise PeerFailure(self._cancelled)
         if self._silent is not None and self._silent.expired():
             raise Silence(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")
 
