@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import torch
 
+from ft_transport._layout import Limits
 from ft_transport._transfer import Options
 
 __all__ = ["CPU", "SMALL_BYTES", "LaneOptions"]
@@ -31,9 +32,17 @@ class LaneOptions(Options):
 
     fresh_device: torch.device = CPU
     stall: timedelta = timedelta(seconds=5)
-    lanes: int = 4
+    lanes: int = 2
     chain: bool = True
     skip_unchanged: bool = False
+
+    @property
+    def limits(self) -> Limits:
+        """How this side cuts messages when it is the source.
+
+        Smaller than over a group: in a chain each destination waits for a whole message before it passes it on.
+        """
+        return Limits(message_bytes=2 << 20)
 
     @property
     def sample(self) -> int:

@@ -62,7 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "_work": set(),
     "_supply": {"_conversation", "_lanes", "_memory", "_talk", "errors"},
     "_desk": {"_conversation", "_deadline", "_lanes", "_meeting", "_supply", "_talk", "errors"},
-    "_lane_options": {"_transfer"},
+    "_lane_options": {"_layout", "_transfer"},
     "_relay": {"_desk", "_lane_options", "_landing", "_lanes", "_layout", "_memory", "_supply", "_work"},
     "_fetch": _LANES | {"_landing", "_lane_options", "_layout", "_memory", "_relay", "_work", "errors", "report"},
     "_lane_source": _LANES | {"_desk", "_lane_options", "_memory", "_source", "_supply", "_transfer"} | _REPORT,
