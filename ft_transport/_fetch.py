@@ -6,10 +6,11 @@ answer; a slow lane so takes fewer. What is asked for on a lane that breaks goes
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ft_transport._conversation import Conversation, Frame, Header, Role, encode
 from ft_transport._landing import Landing
@@ -171,13 +172,16 @@ class Fetcher:
         options: How many lanes, and how long they may be silent.
         attempt: As in every header.
         step: As in every header.
+        stream: The accelerator's stream to scatter in, None without one.
 
     Attributes:
         error: Why a lane has ended, the newest; None while all is well.
         fatal: This side's own trouble.
     """
 
-    def __init__(self, sink: Sink, bell: Bell, options: LaneOptions, attempt: int, step: int) -> None:
+    def __init__(
+        self, sink: Sink, bell: Bell, options: LaneOptions, attempt: int, step: int, stream: Any = None
+    ) -> None:
         self.error: TransferError | None = None
         self.fatal: Exception | None = None
         self.nbytes_wire = 0
@@ -186,6 +190,7 @@ class Fetcher:
         self._options = options
         self._attempt = attempt
         self._step = step
+        self._stream = stream
         self._lock = threading.Lock()
         self._lanes: dict[Connection, threading.Thread] = {}
         self._threads: list[threading.Thread] = []
@@ -240,10 +245,11 @@ class Fetcher:
         conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
         conversation.sent(Frame.ATTACH)
         talk = Talk(connection, conversation)
-        bucket = Bucket(CPU)
+        bucket = Bucket(CPU, pinned=True)
         try:
-            while self._ask(talk, bucket, patience):
-                self._hear(talk, bucket, patience)
+            with self._stream or contextlib.nullcontext():
+                while self._ask(talk, bucket, patience):
+                    self._hear(talk, bucket, patience)
         except TransferError as exc:
             if not self._closing:
                 self.error = exc

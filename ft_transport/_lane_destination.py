@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,7 @@ from ft_transport._desk import Desk
 from ft_transport._digest import digest_bytes
 from ft_transport._fetch import Fetcher, Route, Sink
 from ft_transport._landing import Landing
-from ft_transport._lane_options import CPU, LaneOptions
+from ft_transport._lane_options import CPU, LaneOptions, settled_stream
 from ft_transport._lanes import HEARTBEAT, Bell, Contexts, Patience, Silence, dial
 from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
@@ -151,6 +151,7 @@ class Reception:
         self._told = 0  # bytes that the progress callback knows of
         self._route: Route | None = None
         self._relay: Relay | None = None
+        self._stream: Any = None
         self._lane_wire = 0
         self._hopeless = False  # whether the source's lanes would break again
 
@@ -209,6 +210,7 @@ class Reception:
         header, data = self._await_manifest(talk)
         try:
             with _heartbeats(talk, self._patience()), no_collection():
+                self._stream = settled_stream()
                 plan = self._plan(data, state_dict)
                 sink = self._sink(plan, earlier)
         except Exception as exc:
@@ -219,7 +221,13 @@ class Reception:
         metadata, ident = "", b""
         if header.number > 1:
             self._relay = sink.relay = Relay(
-                self._me.desk, plan.layout, plan.landing, sink.todo, self._patience(), verified=sink.verified
+                self._me.desk,
+                plan.layout,
+                plan.landing,
+                sink.todo,
+                self._patience(),
+                verified=sink.verified,
+                stream=self._stream,
             )
             metadata, ident = self._me.metadata, self._relay.ident
         talk.say(Frame.READY, self._patience(), body=[metadata, ident, sink.bitmap()])
@@ -315,7 +323,7 @@ class Reception:
 
     def _fetch(self, talk: Talk, route: Route, sink: Sink) -> TransferError:
         """Fetch from one supplier until everything is here or its lanes have ended; gives why they have."""
-        fetcher = Fetcher(sink, self._bell, self._options, self._attempt, self._step)
+        fetcher = Fetcher(sink, self._bell, self._options, self._attempt, self._step, self._stream)
         try:
             fetcher.open(route, self._me.contexts, self._patience)
             while not sink.todo.complete and fetcher.alive:

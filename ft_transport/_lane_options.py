@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 
 from ft_transport._layout import Limits
 from ft_transport._transfer import Options
 
-__all__ = ["CPU", "SMALL_BYTES", "LaneOptions"]
+__all__ = ["CPU", "SMALL_BYTES", "LaneOptions", "settled_stream"]
 
 CPU = torch.device("cpu")
 
@@ -48,3 +49,14 @@ class LaneOptions(Options):
     def sample(self) -> int:
         """Every byte is read: a damaged message is moved again, so each must be known to be sound or not."""
         return -1
+
+
+def settled_stream() -> Any:
+    """The caller's stream, for other threads to copy in, once the accelerator has done all that it was told to.
+
+    None without an accelerator.
+    """
+    if not torch.accelerator.is_available():
+        return None
+    torch.accelerator.synchronize()
+    return torch.accelerator.current_stream()

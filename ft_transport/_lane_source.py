@@ -11,13 +11,14 @@ import secrets
 import threading
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from ft_transport._conversation import Frame, State
 from ft_transport._deadline import Deadline
 from ft_transport._desk import Desk
-from ft_transport._lane_options import CPU, SMALL_BYTES, LaneOptions
+from ft_transport._lane_options import CPU, SMALL_BYTES, LaneOptions, settled_stream
 from ft_transport._lanes import HEARTBEAT, Patience, Silence
 from ft_transport._meeting import Visit
 from ft_transport._memory import Bucket, aligned
@@ -121,6 +122,7 @@ class Offer:
         self._failure = ""
         self._frame = b""
         self._stock: SourceStock | None = None
+        self._stream: Any = None
 
     def open(self, state_dict: object) -> None:
         """Describe the state and let destinations in, those that wait first.
@@ -130,6 +132,7 @@ class Offer:
         """
         try:
             with self.report.phase("describe"):
+                self._stream = settled_stream()
                 outbound = Outbound(state_dict, self.report.step, self._options, self.report)
                 self._frame = outbound.frame
                 self._stock = SourceStock(outbound)
@@ -203,7 +206,7 @@ class Offer:
             self._hear(guest, until=State.ROUTING)
         with peer.enter("move", "source"):
             assert self._stock is not None, "only once nobody is served any more"
-            guest.supply = Supply(self._stock, Patience(self._deadline))
+            guest.supply = Supply(self._stock, Patience(self._deadline), self._stream)
             self._desk.register(guest.ident, guest.supply)
             while talk.conversation.state is State.ROUTING:
                 self._route(guest)

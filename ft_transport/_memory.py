@@ -191,14 +191,14 @@ def physical_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
 
 
-def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
     """A flat uint8 tensor of ``nbytes`` with undefined content.
 
     Raises:
         MemoryError: The device has no room for it.
     """
     try:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     except RuntimeError as exc:
         raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
 
@@ -247,12 +247,18 @@ class Arena:
 
 
 class Bucket:
-    """Memory on the wire's device that messages are staged in; grows to what one flight needs, then is reused."""
+    """Memory on the wire's device that messages are staged in; grows to what one flight needs, then is reused.
 
-    __slots__ = ("_device", "_flat", "_used")
+    Args:
+        device: Of the wire.
+        pinned: Whether an accelerator, if there is one, shall be able to reach it directly.
+    """
 
-    def __init__(self, device: torch.device) -> None:
+    __slots__ = ("_device", "_flat", "_pinned", "_used")
+
+    def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
         self._device = device
+        self._pinned = pinned and torch.accelerator.is_available()
         self._flat: torch.Tensor | None = None
         self._used = 0
 
@@ -261,7 +267,7 @@ class Bucket:
         self._used = 0
         if nbytes and (self._flat is None or self._flat.numel() < nbytes):
             self._flat = None  # before the new one is allocated
-            self._flat = allocate(nbytes, self._device)
+            self._flat = allocate(nbytes, self._device, pinned=self._pinned)
 
     def take(self, nbytes: int) -> torch.Tensor:
         """The next ``nbytes`` as a flat uint8 tensor, aligned to 64 bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ class Relay:
         landing: Where they land.
         work: Which of them are here.
         verified: Whether messages have digests.
+        stream: The accelerator's stream to gather in, None without one.
         patience: Until when it waits for the others in :meth:`drain`.
 
     Attributes:
@@ -37,7 +39,15 @@ class Relay:
     """
 
     def __init__(
-        self, desk: Desk, layout: Layout, landing: Landing, work: Work, patience: Patience, *, verified: bool
+        self,
+        desk: Desk,
+        layout: Layout,
+        landing: Landing,
+        work: Work,
+        patience: Patience,
+        *,
+        verified: bool,
+        stream: Any = None,
     ) -> None:
         self.ident = secrets.token_bytes(16)
         self.sizes = layout.sizes
@@ -48,7 +58,7 @@ class Relay:
         # Small messages as they came: training goes on once this side has the state, and changes small buffers.
         self._copies: dict[int, torch.Tensor] = {}
         self._room = SMALL_BYTES
-        self._supply = Supply(self, patience)
+        self._supply = Supply(self, patience, stream)
         desk.register(self.ident, self._supply)
 
     def keep(self, message: int, data: torch.Tensor) -> None:

@@ -107,7 +107,7 @@ class Supply:
         conversation.received(header)
         talk = Talk(connection, conversation)
         patience = Patience(self._patience.deadline)
-        bucket = Bucket(torch.device("cpu"))
+        bucket = Bucket(torch.device("cpu"), pinned=True)
         while True:
             asked, claimed = talk.hear(patience)
             self._patience.moved()
