@@ -12,13 +12,15 @@ import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 from ft_transport._conversation import Conversation, Frame, Header, Role, encode
 from ft_transport._landing import Landing
 from ft_transport._lane_options import CPU, LaneOptions
 from ft_transport._lanes import Bell, Connection, Contexts, Patience, Silence, dial
 from ft_transport._layout import Layout
 from ft_transport._meeting import Invitation
-from ft_transport._memory import Bucket, aligned
+from ft_transport._memory import Bucket, aligned, memory_at
 from ft_transport._relay import Relay
 from ft_transport._talk import Talk, fingerprint
 from ft_transport._work import Work
@@ -85,11 +87,11 @@ class Sink:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
         if message not in self._claims or self.todo.was_damaged(message):
             return None
-        here = self._landing.direct(message)
+        here = self._landing.view(message)
         if here is None:
-            bucket.reset(aligned(self._layout.sizes[message]))
-            here = bucket.take(self._layout.sizes[message])
-            self._landing.gather(message, here)
+            staged = self._take(message, bucket)
+            self._landing.gather(message, staged)
+            here = memory_at(staged.data_ptr(), staged.numel())
         self._claimed[message] = digest = fingerprint(here)
         return digest if self._claims[message] in (None, digest) else None
 
@@ -100,26 +102,34 @@ class Sink:
             TransferError: It did not come.
         """
         message, nbytes = header.number, self._layout.sizes[header.number]
-        target = self._landing.direct(message)
-        staged = target is None
-        if target is None:
-            bucket.reset(aligned(nbytes))
-            target = bucket.take(nbytes)
-        elif self._landing.in_template(message):
-            self._report.torn = True
-        digest = talk.hear_message(header, target, verify=self.verified, patience=patience)
+        view, staged = self._landing.view(message), None
+        if view is None:
+            staged = self._take(message, bucket)
+            view = memory_at(staged.data_ptr(), nbytes)
+        else:
+            self._note_torn(message)
+        digest = talk.hear_message(header, view, verify=self.verified, patience=patience)
         if digest is None:
             return False
-        if staged:
-            self._report.torn = self._report.torn or self._landing.in_template(message)
-            self._landing.scatter(message, target)
+        if staged is not None:
+            self._note_torn(message)
+            self._landing.scatter(message, staged)
             if self.relay is not None:
-                self.relay.keep(message, target)
+                self.relay.keep(message, staged)
         with self._lock:
             self._report.peers[0].nbytes += nbytes
-            self._report.nbytes_staged += nbytes if staged else 0
+            self._report.nbytes_staged += nbytes if staged is not None else 0
         self.todo.landed(message, digest)
         return True
+
+    def _take(self, message: int, bucket: Bucket) -> torch.Tensor:
+        bucket.reset(aligned(self._layout.sizes[message]))
+        return bucket.take(self._layout.sizes[message])
+
+    def _note_torn(self, message: int) -> None:
+        """A message is about to be written to where it belongs."""
+        if not self._report.torn and self._landing.in_template(message):
+            self._report.torn = True
 
     def note_damage(self, message: int) -> None:
         """A message came damaged.

@@ -160,6 +160,15 @@ class Landing:
 
     def direct(self, message: int) -> torch.Tensor | None:
         """The memory that a message can be received into as it is, None if it must be staged."""
+        found = self._direct(message)
+        return None if found is None else found[0].bytes(found[1], found[2])
+
+    def view(self, message: int) -> memoryview | None:
+        """As :meth:`direct`, for messages on the CPU: valid as long as this landing is."""
+        found = self._direct(message)
+        return None if found is None else found[0].view(found[1], found[2])
+
+    def _direct(self, message: int) -> tuple[Block, int, int] | None:
         pieces = self._layout.messages[message]
         # Small ones are staged for the reason that the source has, see ``_source.Gatherer``.
         if len(pieces) > 1 or self._layout.sizes[message] < self._layout.stage_below:
@@ -167,7 +176,7 @@ class Landing:
         block, begin, nbytes = self._locate(pieces[0])
         if not block.dense or block.memory.device.type != self._device.type:
             return None
-        return block.bytes(begin, begin + nbytes)
+        return block, begin, begin + nbytes
 
     def scatter(self, message: int, staged: torch.Tensor) -> None:
         """Copy a staged message to where its pieces belong."""

@@ -41,9 +41,9 @@ class LaneOptions(Options):
     def limits(self) -> Limits:
         """How this side cuts messages when it is the source.
 
-        Smaller than over a group: in a chain each destination waits for a whole message before it passes it on.
+        In a chain each destination waits for a whole message before it passes it on, so there they are smaller.
         """
-        return Limits(message_bytes=2 << 20)
+        return Limits(message_bytes=2 << 20 if self.chain else 4 << 20)
 
     @property
     def sample(self) -> int:

@@ -10,10 +10,8 @@ import logging
 import secrets
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
 
 from ft_transport._conversation import Frame, State
 from ft_transport._deadline import Deadline
@@ -45,24 +43,24 @@ class SourceStock:
         self.verified = bool(outbound.header.digest)
         self._gatherer = outbound.gatherer
         self._digests: dict[int, int] = {}
-        self._copies: dict[int, torch.Tensor] = {}
+        self._copies: dict[int, memoryview] = {}
         small, room = [], SMALL_BYTES
         for message, pieces in enumerate(outbound.layout.messages):
             nbytes = aligned(self.sizes[message])
             if (len(pieces) > 1 or self.sizes[message] < outbound.layout.stage_below) and nbytes <= room:
                 room -= nbytes
                 small.append(message)
-        bucket = Bucket(CPU)
-        bucket.reset(SMALL_BYTES - room)
+        self._bucket = Bucket(CPU)
+        self._bucket.reset(SMALL_BYTES - room)
         for message in small:
-            self._copies[message] = self._gatherer.gather(message, bucket)
+            self._copies[message] = self._gatherer.view(message, self._bucket)
 
     def await_message(self, message: int) -> bool:
         return True
 
-    def data(self, message: int, bucket: Bucket) -> torch.Tensor:
+    def view(self, message: int, bucket: Bucket) -> memoryview:
         copied = self._copies.get(message)
-        return self._gatherer.gather(message, bucket) if copied is None else copied
+        return self._gatherer.view(message, bucket) if copied is None else copied
 
     def digest(self, message: int) -> int | None:
         return self._digests.get(message)
@@ -109,7 +107,8 @@ class Offer:
 
     def __init__(self, options: LaneOptions, deadline: Deadline, report: TransferReport, desk: Desk) -> None:
         self.report = report
-        self._options = options
+        # A chain of one is none.
+        self._options = replace(options, chain=options.chain and len(report.peers) > 1)
         self._deadline = deadline
         self._desk = desk
         self._begin = time.perf_counter()

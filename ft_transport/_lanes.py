@@ -72,15 +72,14 @@ class Patience:
 
     def __init__(self, deadline: Deadline, silence: timedelta | None = None, peer: str = "the peer") -> None:
         self.deadline = deadline
-        self._limit = silence
         self._peer = peer
         self._silent = Deadline(silence) if silence is not None else None
+        self._moved = False
         self._cancelled = ""
 
     def moved(self) -> None:
-        """Something has: the silence is over."""
-        if self._limit is not None:
-            self._silent = Deadline(self._limit)
+        """Something has: the silence is over, and begins anew with the next :meth:`check`."""
+        self._moved = True
 
     @property
     def cancelled(self) -> bool:
@@ -103,7 +102,11 @@ class Patience:
             raise TransferTimeout(f"timed out after {self.deadline.timeout.total_seconds():g} s")
         if self._cancelled:
             raise PeerFailure(self._cancelled)
-        if self._silent is not None and self._silent.expired():
+        if self._silent is None:
+            return
+        if self._moved:
+            self._moved, self._silent = False, Deadline(self._silent.timeout)
+        elif self._silent.expired():
             raise Silence(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "allocate",
     "copy_blocks",
     "copy_elements",
+    "memory_at",
     "no_collection",
     "physical_bytes",
     "storage_as",
@@ -59,6 +60,16 @@ class Block(NamedTuple):
         assert self.dense
         first = int(self.memory.storage_offset()) * self.memory.element_size()
         return storage_as(self.memory, torch.uint8)[first + begin : first + end]
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """Bytes ``begin`` to ``end`` of a dense block on the CPU; the caller keeps the block."""
+        assert self.dense
+        return memory_at(self.memory.data_ptr() + begin, end - begin)
+
+
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """Memory of this process, whose owner the caller keeps."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def storage_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ft_transport._landing import Landing
 from ft_transport._lane_options import SMALL_BYTES
 from ft_transport._lanes import HEARTBEAT, Patience
 from ft_transport._layout import Layout
-from ft_transport._memory import Bucket
+from ft_transport._memory import Bucket, memory_at
 from ft_transport._supply import Supply
 from ft_transport._work import Work
 
@@ -70,14 +70,14 @@ class Relay:
     def await_message(self, message: int) -> bool:
         return self._work.await_message(message, HEARTBEAT)
 
-    def data(self, message: int, bucket: Bucket) -> torch.Tensor:
+    def view(self, message: int, bucket: Bucket) -> memoryview:
         here = self._copies.get(message)
-        if here is None:
-            here = self._landing.direct(message)
+        if here is None and (direct := self._landing.view(message)) is not None:
+            return direct
         if here is None:
             here = bucket.take(self.sizes[message])
             self._landing.gather(message, here)
-        return here
+        return memory_at(here.data_ptr(), here.numel())
 
     def digest(self, message: int) -> int | None:
         return self._work.digests.get(message)

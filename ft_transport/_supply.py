@@ -38,7 +38,7 @@ class Stock(Protocol):
         """Wait for a message, no longer than a heartbeat; gives whether it is there."""
         ...
 
-    def data(self, message: int, bucket: Bucket) -> torch.Tensor:
+    def view(self, message: int, bucket: Bucket) -> memoryview:
         """The bytes of a message; in the bucket, which has room for it, where they are not in one place."""
         ...
 
@@ -118,20 +118,20 @@ class Supply:
                 talk.say(Frame.WAIT, patience)
                 patience.check()
             bucket.reset(aligned(self._stock.sizes[message]))
-            data = self._stock.data(message, bucket)
-            if asked.frame is Frame.CHECK and self._digest(message, data) == claimed[0]:
+            view = self._stock.view(message, bucket)
+            if asked.frame is Frame.CHECK and self._digest(message, view) == claimed[0]:
                 talk.say(Frame.SAME, patience, message)
                 continue
             digest = self._stock.digest(message) if self._stock.verified else 0
-            self._stock.note_digest(message, talk.say_message(message, data, digest, patience))
+            self._stock.note_digest(message, talk.say_message(message, view, digest, patience))
             with self._changed:
                 self.nbytes += self._stock.sizes[message]
             self._patience.moved()
 
-    def _digest(self, message: int, data: torch.Tensor) -> int:
+    def _digest(self, message: int, view: memoryview) -> int:
         known = self._stock.digest(message)
         if known is None:
-            known = fingerprint(data)
+            known = fingerprint(view)
             self._stock.note_digest(message, known)
         return known
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
-import torch
 import xxhash
 
 from ft_transport._conversation import (
@@ -22,7 +20,7 @@ from ft_transport._conversation import (
 from ft_transport._lanes import Connection, Patience
 from ft_transport.errors import RemoteProtocolError
 
-__all__ = ["Talk", "fingerprint", "memory_of"]
+__all__ = ["Talk", "fingerprint"]
 
 # A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache.
 _PIECE_BYTES = 1 << 20
@@ -68,13 +66,13 @@ class Talk:
         self.conversation.received(header)
         return header
 
-    def say_message(self, number: int, data: torch.Tensor, digest: int | None, patience: Patience) -> int:
+    def say_message(self, number: int, view: memoryview, digest: int | None, patience: Patience) -> int:
         """Send a message and then its digest, which is taken on the way where it is not known yet; gives the digest.
 
         Raises:
             PeerFailure, TransferTimeout: As ``Connection.write``.
         """
-        conversation, view = self.conversation, memory_of(data)
+        conversation = self.conversation
         conversation.sent(Frame.MESSAGE, number)
         header = Header(Frame.MESSAGE, conversation.attempt, conversation.step, number, len(view))
         parts: list[bytes | memoryview] = [encode_header(header)]
@@ -93,15 +91,14 @@ class Talk:
         self.connection.write([*parts, TRAILER.pack(digest)], patience)
         return digest
 
-    def hear_message(self, header: Header, target: torch.Tensor, *, verify: bool, patience: Patience) -> int | None:
-        """Receive a message, whose header is here already, into ``target``; gives its digest, None if it came damaged.
+    def hear_message(self, header: Header, view: memoryview, *, verify: bool, patience: Patience) -> int | None:
+        """Receive a message, whose header is here already, into ``view``; gives its digest, None if it came damaged.
 
         Raises:
             RemoteProtocolError: It is of another length.
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
-        After an error: ``target`` holds some, all or none of it.
+        After an error: ``view`` holds some, all or none of it.
         """
-        view = memory_of(target)
         if header.nbytes != len(view):
             raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {header.nbytes}")
         hashed = xxhash.xxh3_64()
@@ -114,11 +111,6 @@ class Talk:
         return expected if not verify or hashed.intdigest() == expected else None
 
 
-def memory_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a flat, contiguous uint8 tensor on the CPU; the caller keeps the tensor."""
-    return memoryview((ctypes.c_char * tensor.numel()).from_address(tensor.data_ptr())).cast("B")
-
-
-def fingerprint(tensor: torch.Tensor) -> int:
+def fingerprint(view: memoryview) -> int:
     """The digest that :meth:`Talk.say_message` would send."""
-    return xxhash.xxh3_64_intdigest(memory_of(tensor))
+    return xxhash.xxh3_64_intdigest(view)

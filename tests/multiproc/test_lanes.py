@@ -21,6 +21,7 @@ import torch
 
 from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport._conversation import HEADER_BYTES
+from ft_transport._lane_options import LaneOptions
 from ft_transport._meeting import Invitation, knock
 from ft_transport.errors import TransferTimeout
 from ft_transport.report import TransferReport
@@ -499,13 +500,31 @@ def test_a_lane_that_breaks_is_opened_again(lanes: Lanes, damage: Callable[[byte
 
 
 def test_damage_without_end_is_an_error(lanes: Lanes) -> None:
-    def tamper(number: int, way: str, position: int, data: bytes) -> bytes:
-        return flip(data, position, position) if number > 0 and way == "down" and position > PAYLOAD else data
+    message_bytes = LaneOptions(CPU, chain=False).limits.message_bytes
+    state, template = ({"a": torch.full((4 * message_bytes,), fill, dtype=torch.uint8)} for fill in (1, 2))
 
-    destination = heal(lanes, make_state(), tamper)
+    def tamper(number: int, way: str, position: int, data: bytes) -> bytes:
+        """Flip one bit in each message, all of which are of the same size."""
+        if number == 0 or way == "up":
+            return data
+        whole = HEADER_BYTES + message_bytes + 8
+        first = PAYLOAD + 1000
+        at = first + -(-(position - first) // whole) * whole if position > first else first
+        return flip(data, position, at)
+
+    source = lanes.transport()
+    metadata = lanes.proxy(source.metadata(), tamper).metadata
+    destination = lanes.destination(template, lanes=1).start(metadata)
+    source.send_checkpoint([1], STEP, state, TIMEOUT)
+    destination.join()
+    source.disallow_checkpoint()
     assert isinstance(destination.error, RemoteProtocolError)
     assert "differs from what the source sent, 3 times" in str(destination.error)
     assert destination.error.torn
+    report = source.last_report
+    assert report is not None
+    assert report.peers[0].outcome == "failed"
+    assert "differs from what the source sent" in report.peers[0].reason
 
 
 @pytest.mark.parametrize("seed", range(20))
