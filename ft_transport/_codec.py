@@ -13,6 +13,7 @@ import io
 import math
 import struct
 import sys
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from enum import IntEnum
@@ -25,6 +26,7 @@ from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport._leaves import KINDS, dtype_name
 from ft_transport._manifest import ALIGNMENT, Geometry, Leaf, Manifest, Storage, View, merge
+from ft_transport._pickled import check_pickle
 from ft_transport._tree import LEAF, MAX_DEPTH, Node, Path, format_path
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
@@ -232,6 +234,15 @@ def _pickle(value: object) -> bytes:
 
 
 def _unpickle(data: bytes) -> object:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("a compressed object")
+        if sum(entry.file_size for entry in entries) > len(data):
+            raise ValueError("an object that is larger than its bytes")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                check_pickle(archive.read(entry))
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 

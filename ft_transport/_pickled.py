@@ -1,0 +1,124 @@
+"""What a pickle from a peer would cost, found out before it is unpickled.
+
+An allow-list decides what a pickle may name, not what it costs: forty bytes make a key whose hash takes years (a tuple
+of twice a tuple of twice a tuple …, each fetched from the memo), or one nested so deep that hashing it overruns the
+C stack. So the opcodes are walked through once, with costs on the stack in the place of values.
+
+Not here: what is named (the allow-list), and what an allowed class does when it is built or hashed.
+"""
+
+from __future__ import annotations
+
+import pickletools
+from typing import Any
+
+__all__ = ["MAX_COST", "MAX_DEPTH", "check_pickle"]
+
+# Bounds the values that hashing and building walk through, what comes from the memo counted each time: under a second.
+MAX_COST = 1 << 24
+# Bounds the nesting; Python's own pickler gives up at about 500 levels.
+MAX_DEPTH = 1_000
+# Bounds the keys of one dict or set that are not text, see ``_codec.MAX_UNSALTED_KEYS``.
+MAX_KEYS = 1 << 14
+
+_TEXT = {"str", "bytes", "unicode", "bytes_or_str"}
+_PUT = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_GET = {"GET", "BINGET", "LONG_BINGET"}
+# Change what lies below their arguments; in some of them all arguments, in others every second, are keys.
+_CHANGE = {"APPEND": 0, "APPENDS": 0, "BUILD": 0, "SETITEM": 2, "SETITEMS": 2, "ADDITEMS": 1}
+
+
+class _Cell:
+    """A value on the stack: what walking through it costs, how deep it is, how many keys of it are not text."""
+
+    __slots__ = ("cost", "depth", "is_text", "num_keys")
+
+    def __init__(self, is_text: bool = False) -> None:
+        self.cost = 1
+        self.depth = 0
+        self.num_keys = 0
+        self.is_text = is_text
+
+    def take(self, parts: list[_Cell], keys: list[_Cell]) -> None:
+        self.cost += sum(part.cost for part in parts)
+        self.depth = max(self.depth, *(part.depth + 1 for part in parts), 0)
+        self.num_keys += sum(not key.is_text for key in keys)
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"a pickle nested deeper than {MAX_DEPTH} levels")
+        if self.num_keys > MAX_KEYS:
+            raise ValueError(f"a pickled container with more than {MAX_KEYS} keys that are not text")
+
+
+def check_pickle(data: bytes) -> None:
+    """Check that unpickling ``data`` takes time and stack in proportion to its size.
+
+    Raises:
+        ValueError: It does not, or ``data`` is no pickle.
+    """
+    machine = _Machine()
+    for opcode, arg, _ in pickletools.genops(data):
+        machine.step(opcode, arg)
+        if machine.cost > MAX_COST:
+            raise ValueError(f"a pickle of more than {MAX_COST} values")
+
+
+class _Machine:
+    def __init__(self) -> None:
+        self.cost = 0
+        self._stack: list[_Cell] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, _Cell] = {}
+
+    def step(self, opcode: Any, arg: Any) -> None:
+        name = opcode.name
+        self.cost += 1
+        if name == "MARK":
+            self._marks.append(len(self._stack))
+        elif name in _PUT:
+            self._memo[len(self._memo) if arg is None else arg] = self._top()
+        elif name in _GET:
+            self._push(self._memo[arg])
+        elif name == "DUP":
+            self._push(self._top())
+        elif name == "POP" and self._marks and self._marks[-1] == len(self._stack):
+            self._marks.pop()
+        elif name in _CHANGE:
+            parts = self._pop(opcode.stack_before[1:])
+            step = _CHANGE[name]
+            self._top().take(parts, parts[::step] if step else [])
+            self.cost += sum(part.cost for part in parts)
+        else:
+            self._make(opcode)
+
+    def _make(self, opcode: Any) -> None:
+        """Any other opcode takes some values and puts others, made of them, in their place."""
+        parts = self._pop(opcode.stack_before)
+        self.cost += sum(part.cost for part in parts)
+        for made in opcode.stack_after:
+            cell = _Cell(is_text=made.name in _TEXT)
+            cell.take(parts, parts if opcode.name == "FROZENSET" else parts[::2] if opcode.name == "DICT" else [])
+            self._stack.append(cell)
+
+    def _top(self) -> _Cell:
+        if len(self._stack) <= self._floor():
+            raise ValueError("a pickle that takes more than it has")
+        return self._stack[-1]
+
+    def _push(self, cell: _Cell) -> None:
+        self.cost += cell.cost
+        self._stack.append(cell)
+
+    def _pop(self, before: list[Any]) -> list[_Cell]:
+        if any(kind.name == "mark" for kind in before):
+            begin = self._marks.pop() if self._marks else -1
+        else:
+            begin = len(self._stack) - len(before)
+        if begin < self._floor():
+            raise ValueError("a pickle that takes more than it has")
+        parts = self._stack[begin:]
+        del self._stack[begin:]
+        return parts
+
+    def _floor(self) -> int:
+        """What lies below the last mark is out of reach."""
+        return self._marks[-1] if self._marks else 0
