@@ -7,9 +7,15 @@ to cost time, it is large enough that without its bound the test would not end; 
 from __future__ import annotations
 
 import copy
+import io
+import os
+import pickle
+import tempfile
 import tracemalloc
+import zipfile
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -596,3 +602,151 @@ def test_attributes_that_would_hide_what_a_mapping_has(kind: str, name: str) -> 
     if name or kind != "OrderedDict":
         refused(tree([node(kind, 1, [name], 1), None]))
         refused(tree([node(kind, 2, ["a", name], 1, None), None, None], 2))
+
+
+# --------------------------------------------------------------------------------------------- pickles
+
+# What code from the wire would leave behind, if it ran here or in a shell.
+ran: list[str] = []
+TOUCHED = Path(tempfile.gettempdir()) / f"ft_transport-hostile-{os.getpid()}"
+
+
+def run_code(*args: object) -> str:
+    ran.append("code from the wire")
+    return "ran"
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (run_code, ())
+
+
+class EvilState:
+    """Runs code when its state is set."""
+
+    def __setstate__(self, state: object) -> None:
+        run_code()
+
+
+def archive(data: bytes, method: int = zipfile.ZIP_STORED, **more: bytes) -> bytes:
+    """What ``torch.save`` writes, around any pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as file:
+        for name, content in {"data.pkl": data, "version": b"3\n", "byteorder": b"little", **more}.items():
+            file.writestr(f"archive/{name}", content)
+    return buffer.getvalue()
+
+
+def raw_pickles() -> dict[str, bytes]:
+    module, text = __name__.encode(), b"touch " + bytes(TOUCHED)
+    found = {f"protocol {protocol}": pickle.dumps(Evil(), protocol) for protocol in range(6)}
+    state = EvilState()
+    state.__dict__["x"] = 1
+    found |= {
+        "state": pickle.dumps(state, 2),
+        "inst": b"(i" + module + b"\nrun_code\n.",
+        "obj": b"(c" + module + b"\nrun_code\no.",
+        "newobj": b"\x80\x02c" + module + b"\nEvil\n)\x81.",
+        "newobj_ex": b"\x80\x04c" + module + b"\nrun_code\n)}\x92.",
+        "stack_global": b"\x80\x04\x8c%c%s\x8c\x08run_code\x93)R." % (len(module), module),
+        "dotted": b"\x80\x04\x8c\x05torch\x8c\x1bserialization.os.path.join.x\x93)R.",
+        "ext": b"\x80\x02\x82\x01)R.",
+        "persistent id": b"P0\n.",
+        "binary persistent id": b"\x80\x02\x8c\x01xQ.",
+        "buffers": b"\x80\x05\x97\x98.",
+    }
+    named = [
+        "os system", "posix system", "nt system", "subprocess Popen", "builtins eval", "builtins exec",
+        "builtins compile", "builtins __import__", "builtins getattr", "builtins open", "builtins breakpoint",
+        "torch load", "torch.hub load", "torch.storage _load_from_bytes", "torch.serialization load",
+        "functools partial", "operator attrgetter", "types FunctionType", "types CodeType", "pickle loads",
+        "importlib import_module", "ctypes CDLL", "code interact", "pydoc locate", "torch.jit load",
+        "torch.utils.cpp_extension load_inline", "torch._dynamo optimize", "os path.join", "__main__ run_code",
+        "numpy.testing._private.utils runstring", "ft_transport._codec _unpickle",
+    ]  # fmt: skip
+    for name in named:
+        where, what = (part.encode() for part in name.split())
+        found[name] = b"\x80\x02c%s\n%s\nX%s%s\x85R." % (where, what, len(text).to_bytes(4, "little"), text)
+    return found
+
+
+PICKLES = raw_pickles()
+
+
+@pytest.fixture
+def nothing_runs() -> Iterator[None]:
+    ran.clear()
+    yield
+    assert not TOUCHED.exists()
+    assert ran == []
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_run_nothing(name: str) -> None:
+    for data in (PICKLES[name], archive(PICKLES[name])):
+        refused(value(["object", data]), "<root>: ")
+        refused(value(["list", 1, ["tuple", ["object", data]]]), "<root>: ")
+        refused(tree([node("dict", 1, [["object", data]]), None]))
+
+
+def test_pickles_would_run_otherwise() -> None:
+    ran.clear()
+    for protocol in range(6):
+        pickle.loads(PICKLES[f"protocol {protocol}"])
+    for name in ("state", "inst", "obj", "stack_global"):
+        pickle.loads(PICKLES[name])
+    torch.load(io.BytesIO(archive(PICKLES["protocol 2"])), weights_only=False)
+    assert len(ran) == 11
+    ran.clear()
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("name", STATES)
+def test_pickles_in_every_field(name: str) -> None:
+    honest = body_of(STATES[name])
+    payloads = [PICKLES["protocol 2"], archive(PICKLES["protocol 4"])]
+    for path in places(honest):
+        for payload in (*payloads, *(["object", payload] for payload in payloads)):
+            body = copy.deepcopy(honest)
+            if path:
+                parent_of(body, path)[path[-1]] = payload
+            receive(frame(body if path else payload), STATES[name])
+
+
+def test_objects_that_take_more_than_their_bytes() -> None:
+    text = b"\x80\x02X" + (50 * MIB).to_bytes(4, "little") + b"x" * (50 * MIB) + b"."
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        bomb = value(["object", archive(text, method)])
+        assert len(bomb) < MIB
+        refused(bomb)
+        assert peak_bytes(bomb) < 4 * MIB
+    claimed = b"\x80\x02X\xff\xff\xff\x7fxxx."
+    assert peak_bytes(value(["object", archive(claimed)])) < 4 * MIB
+    refused(value(["object", archive(claimed)]))
+
+
+def laughs(end: bytes) -> bytes:
+    """A tuple of twice a tuple of twice a tuple …, 60 times, and what is done with it."""
+    twice = b"".join(b"h%c" % index * 2 + b"\x86q%c" % (index + 1) for index in range(60))
+    return b"\x80\x02)q\x00" + twice + b"0" + end
+
+
+@pytest.mark.parametrize("end", [b"}h\x3cK\x01s.", b"(h\x3cK\x01d.", b"}(K\x01K\x02h\x3cK\x01u.", b"}h\x3c\x85K\x01s."])
+def test_objects_whose_keys_take_years(end: bytes) -> None:
+    for data in (laughs(end), archive(laughs(end))):
+        refused(value(["object", data]))
+
+
+def test_objects_nested_so_deep_that_the_stack_would_overflow() -> None:
+    deep = b"\x80\x02}" + b")" + b"\x85" * 1_000_000 + b"K\x01s."
+    for data in (deep, archive(deep)):
+        refused(value(["object", data]))
+
+
+def test_objects_with_keys_that_a_dict_cannot_tell_apart() -> None:
+    keys = {int(number): 1 for _, number in ints_of_one_hash(20_000)}
+    for data in (pickle.dumps(keys, 2), archive(pickle.dumps(keys, 2))):
+        refused(value(["object", data]))
