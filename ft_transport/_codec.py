@@ -24,7 +24,7 @@ import torch
 
 from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
-from ft_transport._leaves import KINDS, dtype_name
+from ft_transport._leaves import DTYPES, KINDS, dtype_name
 from ft_transport._manifest import ALIGNMENT, Geometry, Leaf, Manifest, Storage, View, merge
 from ft_transport._pickled import check_pickle
 from ft_transport._tree import LEAF, MAX_DEPTH, Node, Path, format_path
@@ -140,11 +140,6 @@ def _refuse_extension(code: int, data: bytes) -> NoReturn:
 #
 # nil, bool, int of 64 bits, float, str and bytes are themselves; all else is an array [tag, …].
 
-_DTYPES: dict[str, torch.dtype] = {
-    dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)
-}
-
-
 def _encode_value(value: object) -> Any:
     cls = type(value)
     if value is None or cls in (bool, float, str, bytes):
@@ -182,7 +177,7 @@ _DECODE: dict[str, Callable[[tuple[Any, ...]], Any]] = {
     "complex": lambda args: complex(_expect(float, args[0]), _expect(float, args[1])),
     "slice": lambda args: slice(*map(_decode_value, args)),
     "range": lambda args: range(*(_expect(int, _decode_value(arg)) for arg in args)),
-    "dtype": lambda args: _DTYPES[_expect(str, *args)],
+    "dtype": lambda args: DTYPES[_expect(str, *args)],
     "device": lambda args: torch.device(_expect(str, *args)),
     "ellipsis": lambda args: ...,
     "object": lambda args: _unpickle(_expect(bytes, *args)),
@@ -477,7 +472,7 @@ def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
     if max(math.prod(max(size, 1) for size in shape), reach) * 16 > sys.maxsize:
         raise ValueError(f"out of range: shape {shape}, stride {stride}")
     # Not by way of the cache: what a peer sends would stay in it, and equal shapes are one here already.
-    return Geometry(_DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride))
+    return Geometry(DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride))
 
 
 def _decode_storage(data: Any) -> Storage:

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import torch
 
 from ft_transport._layout import Layout, Piece
-from ft_transport._leaves import Meshes, meshes_of
+from ft_transport._leaves import KINDS, Meshes, meshes_of
 from ft_transport._manifest import Leaf, Manifest, View, rebuild
 from ft_transport._memory import Arena, Block, allocate, copy_blocks, physical_bytes, storage_as
 from ft_transport._template import Slot, Targets, same_strides
+from ft_transport._tree import format_path
+from ft_transport.errors import RemoteProtocolError
 from ft_transport.report import TransferReport
 
 __all__ = ["Landing", "mark_changed"]
@@ -40,6 +42,7 @@ class Landing:
 
     Raises:
         MemoryError: There is no room for the fresh leaves.
+        RemoteProtocolError: A leaf cannot be rebuilt from what the source described.
     """
 
     def __init__(
@@ -88,6 +91,19 @@ class Landing:
                 report.nbytes_in_place += piece.end - piece.begin
             self._blocks.append(block)
         self.in_place = report.nbytes_in_place > 0
+        self._try_rebuild()
+
+    def _try_rebuild(self) -> None:
+        """Find what cannot be rebuilt before a byte lands."""
+        meshes = meshes_of(list(self._matched.values()))
+        for index, leaf in enumerate(self._manifest.leaves):
+            if leaf.kind == "value" or not KINDS[leaf.kind].is_tried or (index, 0) in self._targets:
+                continue
+            try:
+                self._leaf(index, leaf, meshes)
+            except Exception as exc:
+                path = format_path(self._manifest.paths[index])
+                raise RemoteProtocolError(f"{path}: it cannot be rebuilt: {str(exc)[:1000]}") from exc
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""

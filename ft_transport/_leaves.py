@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
-__all__ = ["KINDS", "Kind", "Meshes", "dtype_name", "kind_of", "mesh_key", "meshes_of"]
+__all__ = ["DTYPES", "KINDS", "Kind", "Meshes", "dtype_name", "kind_of", "mesh_key", "meshes_of"]
 
 # A mesh by what describes it: device type, shape, ranks, names of the dimensions.
 MeshKey = tuple[str, tuple[int, ...], tuple[int, ...], tuple[str, ...] | None]
@@ -33,14 +33,22 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+DTYPES: dict[str, torch.dtype] = {
+    dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)
+}
+
+
 class Kind:
     """One kind of leaf. Subclasses override everything but ``name``'s type.
 
     Attributes:
         name: How the manifest calls it. Part of the wire.
+        is_tried: Whether :meth:`rebuild` finds more wrong with a context than :meth:`check`, whatever bytes the tensors
+            hold. Then it is tried before the first byte lands.
     """
 
     name: str = ""
+    is_tried: bool = False
 
     def inner(self, leaf: Any) -> tuple[torch.Tensor, ...]:
         """The plain strided tensors whose bytes travel, in a fixed order.
@@ -120,6 +128,7 @@ class DTensorKind(Kind):
     """
 
     name = "dtensor"
+    is_tried = True
 
     def inner(self, leaf: DTensor) -> tuple[torch.Tensor, ...]:
         local = leaf._local_tensor
@@ -143,12 +152,14 @@ class DTensorKind(Kind):
         _a(bool)(is_parameter)
         _check_grad(dtype, _a(bool)(requires_grad))
         torch.device(_a(str)(device_type))
+        if not len(mesh_shape) == len(placements) <= 64:
+            raise ValueError(f"a mesh of shape {mesh_shape} with placements {placements}")
         if math.prod(_sizes(mesh_shape)) != len(_sizes(ranks)) or len(set(ranks)) != len(ranks) or not ranks:
             raise ValueError(f"a mesh of shape {mesh_shape} with ranks {ranks}")
         if names is not None and len([_a(str)(name) for name in names]) != len(mesh_shape):
             raise ValueError(f"a mesh of shape {mesh_shape} with names {names}")
-        if len([_make_placement(placement) for placement in placements]) != len(mesh_shape):
-            raise ValueError(f"a mesh of shape {mesh_shape} with placements {placements}")
+        for placement in placements:
+            _make_placement(placement)
         if len(_sizes(shape)) != len(_sizes(stride)):
             raise ValueError(f"a global shape {shape} with strides {stride}")
 
@@ -244,6 +255,7 @@ class ShardedTensorKind(Kind):
     """
 
     name = "sharded"
+    is_tried = True
 
     def inner(self, leaf: ShardedTensor) -> tuple[torch.Tensor, ...]:
         return tuple(shard.tensor for shard in leaf.local_shards())
@@ -263,9 +275,9 @@ class ShardedTensorKind(Kind):
     def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
         size, dtype, requires_grad, pin_memory, shards, local = context
         _a(bool)(pin_memory)
-        if any(dtype_name(found) != dtype for found in dtypes) or not isinstance(getattr(torch, dtype), torch.dtype):
+        if any(dtype_name(found) != dtype for found in dtypes):
             raise ValueError(f"a ShardedTensor of {dtype} with shards of {dtypes}")
-        _check_grad(getattr(torch, dtype), _a(bool)(requires_grad))
+        _check_grad(DTYPES[dtype], _a(bool)(requires_grad))
         if len(local) != len(dtypes) or not shards:
             raise ValueError(f"a ShardedTensor of {len(shards)} shards, {len(local)} of them local, with {len(dtypes)}")
         for offsets, sizes, placement in (*shards, *local):
@@ -282,7 +294,7 @@ class ShardedTensorKind(Kind):
 
     def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
         size, dtype, requires_grad, pin_memory, shards, local = context
-        properties = TensorProperties(getattr(torch, dtype), torch.strided, requires_grad, pin_memory=pin_memory)
+        properties = TensorProperties(DTYPES[dtype], torch.strided, requires_grad, pin_memory=pin_memory)
         metadata = ShardedTensorMetadata([_make_shard(*shard) for shard in shards], torch.Size(size), properties)
         rank = torch.distributed.get_rank()
         local_shards = [
