@@ -21,18 +21,26 @@ from typing import Any
 import msgpack
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import Config, Point, noise
 from hostile import receive
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ft_transport import TransferReport, _codec, _manifest
 from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
 from ft_transport._layout import Limits
+from ft_transport._leaves import DTYPES
 from ft_transport._manifest import Leaf, Manifest, describe
 from ft_transport._template import match_template
 
 HEADER = Header(7, Limits(), "xxh3")
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:ComplexHalf support is experimental", "ignore:torch.quantize_per_tensor"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -478,9 +486,9 @@ def test_dtypes_of_odd_sizes(dtype: str, shape: list[int], stride: list[int], nb
         refused(with_view(shape, stride, nbytes, dtype))
 
 
-@pytest.mark.parametrize("dtype", sorted(set(_codec._DTYPES)))
+@pytest.mark.parametrize("dtype", sorted(set(DTYPES)))
 def test_every_dtype_is_landed_or_refused(dtype: str) -> None:
-    nbytes = 3 * _codec._DTYPES[dtype].itemsize
+    nbytes = 3 * DTYPES[dtype].itemsize
     receive(with_view([3], [1], nbytes, dtype))
     receive(with_view([3], [1], nbytes, dtype), noise(3, 1))
 
@@ -750,3 +758,73 @@ def test_objects_with_keys_that_a_dict_cannot_tell_apart() -> None:
     keys = {int(number): 1 for _, number in ints_of_one_hash(20_000)}
     for data in (pickle.dumps(keys, 2), archive(pickle.dumps(keys, 2))):
         refused(value(["object", data]))
+
+
+# ----------------------------------------------------------------------------------------- kinds of leaf
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield DeviceMesh("cpu", [0], mesh_dim_names=("rank",))
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed(kind: str, mesh: DeviceMesh) -> dict[str, Any]:
+    if kind == "sharded":
+        local = LocalShard.from_tensor_and_offsets(noise((3, 4), 1), [0, 0], 0)
+        return {"s": ShardedTensor._init_from_local_shards([local], 3, 4)}
+    tensor = DTensor.from_local(noise((4, 6), 1), mesh, [Shard(0)], run_check=False)
+    return {"d": tensor, "p": torch.nn.Parameter(DTensor.from_local(noise(4, 2), mesh, [Replicate()], run_check=False))}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ShardedTensor.*")
+@pytest.mark.parametrize("kind", ["dtensor", "sharded"])
+def test_every_node_of_a_context_replaced_by_every_evil(kind: str, mesh: DeviceMesh) -> None:
+    """What cannot be rebuilt is refused before a byte lands, whether the template has the leaf or not."""
+    state = distributed(kind, mesh)
+    honest = body_of(state)
+    for template in (None, state, {"other": noise(2, 1), **state}):
+        assert receive(frame(honest), template) == ""
+        for path in places(honest):
+            for evil in (*EVIL, "shard", "partial", "rank:7/cpu", "worker/cuda:0", 3, [0, 0], [["shard", 99]]):
+                if path and path[0] in (2, 3):
+                    body = copy.deepcopy(honest)
+                    parent_of(body, path)[path[-1]] = evil
+                    receive(frame(body), template)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ShardedTensor.*")
+@pytest.mark.parametrize("kind", ["dtensor", "sharded"])
+def test_a_context_of_one_kind_in_another(kind: str, mesh: DeviceMesh) -> None:
+    honest = body_of(distributed(kind, mesh))
+    for name in ("tensor", "dtensor", "sharded", "value", "leaf"):
+        if name != kind:
+            body = copy.deepcopy(honest)
+            body[3][0][0] = name
+            refused(frame(body))
+
+
+@pytest.mark.parametrize("num_dims", [65, 200_000])
+def test_meshes_and_shards_of_too_many_dimensions(num_dims: int) -> None:
+    body = body_of(torch.nn.Parameter(noise(2, 1)))
+    views = body[3][0][1]
+    large = [1 << 61] * num_dims
+    mesh = ["cpu", large, [0], None]
+    for kind, context in {
+        "dtensor": [mesh, [["replicate"]] * num_dims, [2], [1], False, False],
+        "sharded": [large, "float32", False, False, [[large, large, "rank:0/cpu"]], [[large, large, "rank:0/cpu"]]],
+    }.items():
+        body[3][0] = [kind, views, context, None]
+        refused(frame(body))
+
+
+@pytest.mark.parametrize("name", ["load", "Tensor", "_dynamo", "onnx", "__name__", "float33", ""])
+def test_the_dtype_of_a_sharded_tensor_is_no_other_name_of_torch(name: str) -> None:
+    body = body_of(torch.nn.Parameter(noise(2, 1)))
+    shard = [[0], [2], "rank:0/cpu"]
+    body[3][0], body[4] = ["sharded", [], [[2], name, False, False, [shard], []], None], []
+    refused(frame(body), repr(name))
