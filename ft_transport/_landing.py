@@ -65,6 +65,7 @@ class Landing:
         self._fresh_on_cpu = fresh_on_cpu
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
+        self._fresh_bytes = 0
         # For each range the memory it lands in.
         self._blocks: list[Block] = []
         # What each view becomes, which template tensors hold their value in the end, and copies still to be made.
@@ -146,9 +147,10 @@ class Landing:
     def _fresh(self, piece: Piece, group: Sequence[_Member]) -> Block:
         storage = self._manifest.storages[piece.storage]
         if piece.storage not in self._fresh_storages:
-            on_cpu = self._fresh_on_cpu or storage.device_type == "cpu"
-            if on_cpu and storage.nbytes > physical_bytes():
-                raise MemoryError(f"a storage of {storage.nbytes} bytes is more than this machine has")
+            on_cpu = self._fresh_on_cpu or "cpu" in (storage.device_type, self._device.type)
+            self._fresh_bytes += storage.nbytes if on_cpu else 0
+            if self._fresh_bytes > physical_bytes():
+                raise MemoryError(f"{self._fresh_bytes} bytes of fresh storages are more than this machine has")
             self._fresh_storages[piece.storage] = (
                 self._arena.allocate(storage.nbytes) if on_cpu else allocate(storage.nbytes, self._device)
             )
