@@ -30,10 +30,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ft_transport import TransferReport, _codec, _manifest
-from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
-from ft_transport._layout import Limits
+from ft_transport._codec import Frame, Header, decode_frame, decode_manifest, encode_frame, encode_manifest
+from ft_transport._landing import Landing
+from ft_transport._layout import Limits, lay_out
 from ft_transport._leaves import DTYPES
 from ft_transport._manifest import Leaf, Manifest, describe
+from ft_transport._memory import physical_bytes
 from ft_transport._template import match_template
 
 HEADER = Header(7, Limits(), "xxh3")
@@ -828,3 +830,17 @@ def test_the_dtype_of_a_sharded_tensor_is_no_other_name_of_torch(name: str) -> N
     shard = [[0], [2], "rank:0/cpu"]
     body[3][0], body[4] = ["sharded", [], [[2], name, False, False, [shard], []], None], []
     refused(frame(body), repr(name))
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "no such device"])
+@pytest.mark.parametrize("num_storages", [1, 100])
+def test_more_than_the_machine_has(device_type: str, num_storages: int) -> None:
+    """No storage is taken that would not fit together with the ones before it, whatever device it claims."""
+    nbytes = physical_bytes() * (2 if num_storages == 1 else 0.6) // 1
+    body = body_of([noise(2, index) for index in range(num_storages)])
+    body[2] = [["uint8", [int(nbytes)], [1]]]
+    body[4] = [[int(nbytes), device_type]] * num_storages
+    manifest, header = decode_manifest(decode_frame(frame(body))[1])
+    report = TransferReport("destination", "test", 1)
+    with pytest.raises(MemoryError, match="more than this machine has"):
+        Landing(manifest, lay_out(manifest, header.limits), {}, {}, torch.device("cpu"), report)
