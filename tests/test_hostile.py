@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from helpers import Config, Point, noise
 from hostile import receive
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed._shard.sharded_tensor import Shard as LocalShard
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -844,3 +846,154 @@ def test_more_than_the_machine_has(device_type: str, num_storages: int) -> None:
     report = TransferReport("destination", "test", 1)
     with pytest.raises(MemoryError, match="more than this machine has"):
         Landing(manifest, lay_out(manifest, header.limits), {}, {}, torch.device("cpu"), report)
+
+
+# ---------------------------------------------------------------------------------------- plain values
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        ["int", "9" * 4301],
+        ["int", "9" * 100_000],
+        ["int", b"5"],
+        ["range", ["int", "1" + "0" * 4000], 5, 0],
+        ["range", 1.0],
+        ["device", "cpu:-1"],
+        ["device", "cuda:99999999999"],
+        ["device", "../cuda"],
+        ["device", "x" * 100_000],
+        ["dtype", "load"],
+        ["dtype", "Tensor"],
+        ["dtype", "__name__"],
+        ["dtype", ["tuple"]],
+        ["tuple", ["__reduce__"]],
+        ["__import__", "os"],
+        ["builtins:eval", "1"],
+        ["complex", "1", "2"],
+        ["slice", 1, 2, 3, 4],
+        ["bytearray", 1 << 40],
+        ["frozenset", ["dict", 1, 2]],
+        ["dict", 1],
+        ["Size", 1],
+    ],
+)
+def test_values_that_cannot_be(encoded: Any) -> None:
+    refused(value(encoded))
+    refused(value(["list", 1, ["tuple", encoded]]))
+    refused(tree([node("dict", 1, [encoded]), None]))
+
+
+def test_values_that_look_large_are_small() -> None:
+    large = ["int", "9" * 4300]
+    for encoded in (["range", 0, 1 << 63], ["slice", 0, 1 << 63, None], ["range", 0, large], large):
+        assert receive(value(encoded)) == ""
+        assert peak_bytes(value(encoded)) < MIB
+    receive(tree([node("dict", 1, [["range", 0, 1 << 63]]), None]))
+
+
+@pytest.mark.parametrize("tag", ["list", "tuple", "set", "frozenset", "dict", "slice"])
+def test_values_nested_deep(tag: str) -> None:
+    nested: Any = 1
+    for depth in range(1, 1000):
+        nested = [tag, nested] if tag != "dict" else [tag, 1, nested]
+        if depth in (30, 100, 300, 500, 999):
+            receive(value(nested))
+            receive(tree([node("dict", 1, [nested]), None]))
+
+
+@pytest.mark.parametrize("kind", ["namedtuple", "defaultdict", "deque", "dict", "list", "Size", "OrderedDict", "leaf"])
+@pytest.mark.parametrize(
+    "name",
+    ["builtins:eval", "builtins:exec", "builtins:getattr", "builtins:type", "builtins:object", "os:system", ":", "a", "",
+     "torch:load", "subprocess:Popen", "torch.nn.modules.module:Module.__call__", "builtins:int.__class__",
+     "os.path:join", "test_hostile:Evil", "torch._utils:_rebuild_tensor_v2", "collections:namedtuple", "\udcff:x"],
+)  # fmt: skip
+def test_classes_that_nobody_allowed(kind: str, name: str) -> None:
+    refused(tree([node(kind, 1, ["a"] if kind in MAPPINGS else [], 0, name), None]))
+    refused(tree([node(kind, 0, [], 0, name)], 0))
+
+
+@pytest.mark.parametrize("name", ["builtins:int", "builtins:dict", "helpers:Config", "builtins:bytes"])
+def test_allowed_classes_where_they_do_not_belong(name: str) -> None:
+    for kind in ("namedtuple", "deque"):
+        refused(tree([node(kind, 1, [], 0, name), None]))
+    refused(tree([node("namedtuple", 2, [], 0, name), None, None], 2))
+
+
+# --------------------------------------------------------------------------------------- by the thousand
+#
+# Hypothesis with the suite's profile: the same examples on every run.
+
+numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.sampled_from([0, 1, 2, 3, 63, 64, 1 << 31, 1 << 61, 1 << 62])
+texts = st.sampled_from(["", "a", "dict", "list", "tensor", "leaf", "cpu", "float32", "int8", "namedtuple", "object"])
+junk = st.recursive(
+    st.none() | st.booleans() | numbers | st.floats() | texts | st.text(max_size=5) | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=6),
+    max_leaves=20,
+)
+
+
+@given(st.binary(max_size=400))
+def test_random_bytes(data: bytes) -> None:
+    receive(data)
+    for kind in Frame:
+        receive(packed(data, kind))
+
+
+@given(st.sampled_from(sorted(STATES)), st.data())
+def test_random_damage(name: str, data: st.DataObject) -> None:
+    damaged = bytearray(honest_frame(STATES[name]))
+    for _ in range(data.draw(st.integers(1, 5))):
+        begin = data.draw(st.integers(0, len(damaged)))
+        end = data.draw(st.integers(begin, min(begin + 8, len(damaged))))
+        damaged[begin:end] = data.draw(st.binary(max_size=8))
+    receive(bytes(damaged), STATES[name])
+
+
+@given(st.lists(junk, max_size=6), st.sampled_from(list(Frame)))
+def test_random_bodies(body: Any, kind: Frame) -> None:
+    receive(frame(body, kind))
+
+
+@given(st.sampled_from(sorted(STATES)), st.data())
+def test_random_replacements(name: str, data: st.DataObject) -> None:
+    body = body_of(STATES[name])
+    for _ in range(data.draw(st.integers(1, 4))):
+        path = data.draw(st.sampled_from(sorted(places(body))[1:] or [(0,)]))
+        parent_of(body, path)[path[-1]] = data.draw(junk)
+        if not body:
+            break
+    receive(frame(body), STATES[name])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(numbers, max_size=4), st.lists(numbers, max_size=4))),
+    st.lists(st.tuples(st.integers(-2, 4), st.integers(-1, 4), numbers | st.integers(0, 40)), min_size=1, max_size=6),
+    st.lists(st.tuples(numbers | st.integers(0, 200), texts), max_size=5),
+    st.lists(st.integers(-1, 200) | numbers, min_size=5, max_size=5),
+)
+def test_random_numbers_in_the_right_shape(shapes: Any, views: Any, storages: Any, limits: Any) -> None:
+    body = body_of([0] * len(views))
+    body[2:] = [shapes, views, storages]
+    receive(frame(body))
+    body[0][1] = limits
+    receive(frame(body), [noise(2, 1)] * len(views))
+
+
+@given(st.data())
+def test_random_small_views_that_mostly_fit(data: st.DataObject) -> None:
+    """Near enough to the truth to be accepted now and then, and landed."""
+    small = st.integers(0, 4)
+    views, shapes = [], []
+    storages = [[data.draw(st.integers(0, 64)), "cpu"] for _ in range(data.draw(st.integers(1, 2)))]
+    for index in range(data.draw(st.integers(1, 4))):
+        num_dims = data.draw(st.integers(0, 3))
+        dims = st.lists(small, min_size=num_dims, max_size=num_dims)
+        shapes.append([data.draw(st.sampled_from(["uint8", "int16", "float32"])), data.draw(dims), data.draw(dims)])
+        views.append([data.draw(st.integers(-1, 1)), index, data.draw(st.integers(0, 8))])
+    body = body_of([0] * len(views))
+    body[0][1] = [64, 64, data.draw(st.integers(0, 64)), data.draw(st.integers(1, 3)), 1]
+    body[2:] = [shapes, views, storages]
+    receive(frame(body))
+    receive(frame(body), [noise(2, 1)] * len(views))
