@@ -6,10 +6,18 @@ The one kind of exception that may come of any bytes is :class:`RemoteProtocolEr
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from helpers import Config, Point, noise
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ft_transport import PeerFailure, RemoteProtocolError, TransferReport
 from ft_transport._codec import MAX_FRAME_BYTES, Frame, decode_manifest
@@ -25,6 +33,50 @@ from ft_transport.testing import memory_channels
 CPU = torch.device("cpu")
 # Landing is tried for states up to this size: it takes the memory that an accepted manifest asks for.
 MAX_LANDED_BYTES = 1 << 20
+
+
+# --------------------------------------------------------------------------------------- honest states
+
+
+def _states() -> dict[str, Any]:
+    base = noise(40, 1)
+    return {
+        "tensors": {"w": base[:6].view(2, 3), "tied": base[3:9], "t": noise((3, 2), 2).t(), "empty": base[:0]},
+        "parameters": [torch.nn.Parameter(noise(2, 3)), torch.nn.Parameter(noise(2, 4), requires_grad=False)],
+        "containers": {"p": Point([1, ()], {3: None}), "s": torch.Size([2]), b"b": [[[]]]},
+        "values": [1 << 70, 1j, slice(1), range(3), {1, "a"}, torch.int8, torch.device("cpu"), b"x", "\udcff"],
+        "objects": [Config(), torch.Generator().get_state()],
+    }
+
+
+# Classes that the states below need.
+ALLOWED = [Config, Point]
+# Small ones with everything in them, to be attacked at every place.
+STATES = _states()
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[DeviceMesh]:
+    """A process group of this process alone, and a mesh of it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield DeviceMesh("cpu", [0], mesh_dim_names=("rank",))
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed(mesh: DeviceMesh) -> dict[str, Any]:
+    """States that need a process group."""
+    local = LocalShard.from_tensor_and_offsets(noise((3, 4), 1), [0, 0], 0)
+    tensor = DTensor.from_local(noise((4, 6), 1), mesh, [Shard(0)], run_check=False)
+    replicated = DTensor.from_local(noise(4, 2), mesh, [Replicate()], run_check=False)
+    return {
+        "dtensor": {"d": tensor, "p": torch.nn.Parameter(replicated)},
+        "sharded": {"s": ShardedTensor._init_from_local_shards([local], 3, 4)},
+    }
+
+
+# ------------------------------------------------------------------------------------------- a receive
 
 
 def receive(data: bytes, template: object = None) -> str:

@@ -21,15 +21,11 @@ from typing import Any
 import msgpack
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import Config, Point, noise
-from hostile import receive
+from hostile import STATES, distributed, process_group, receive
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed._shard.sharded_tensor import Shard as LocalShard
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ft_transport import TransferReport, _codec, _manifest
 from ft_transport._codec import Frame, Header, decode_frame, decode_manifest, encode_frame, encode_manifest
@@ -183,19 +179,6 @@ def test_names_that_are_not_unicode(text: bytes) -> None:
 
 # ------------------------------------------------------------------------------------- every node, every byte
 
-
-def states() -> dict[str, Any]:
-    base = noise(40, 1)
-    return {
-        "tensors": {"w": base[:6].view(2, 3), "tied": base[3:9], "t": noise((3, 2), 2).t(), "empty": base[:0]},
-        "parameters": [torch.nn.Parameter(noise(2, 3)), torch.nn.Parameter(noise(2, 4), requires_grad=False)],
-        "containers": {"p": Point([1, ()], {3: None}), "s": torch.Size([2]), b"b": [[[]]]},
-        "values": [1 << 70, 1j, slice(1), range(3), {1, "a"}, torch.int8, torch.device("cpu"), b"x", "\udcff"],
-        "objects": [Config(), torch.Generator().get_state()],
-    }
-
-
-STATES = states()
 
 EVIL: list[Any] = [
     None, True, -1, 0, 1, 64, 1 << 31, 1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1, -(1 << 63), 1.5, float("nan"),
@@ -769,27 +752,15 @@ def test_objects_with_keys_that_a_dict_cannot_tell_apart() -> None:
 
 @pytest.fixture(scope="module")
 def mesh() -> Iterator[DeviceMesh]:
-    """A mesh of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield DeviceMesh("cpu", [0], mesh_dim_names=("rank",))
-    finally:
-        dist.destroy_process_group()
-
-
-def distributed(kind: str, mesh: DeviceMesh) -> dict[str, Any]:
-    if kind == "sharded":
-        local = LocalShard.from_tensor_and_offsets(noise((3, 4), 1), [0, 0], 0)
-        return {"s": ShardedTensor._init_from_local_shards([local], 3, 4)}
-    tensor = DTensor.from_local(noise((4, 6), 1), mesh, [Shard(0)], run_check=False)
-    return {"d": tensor, "p": torch.nn.Parameter(DTensor.from_local(noise(4, 2), mesh, [Replicate()], run_check=False))}
+    with process_group() as mesh:
+        yield mesh
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ShardedTensor.*")
 @pytest.mark.parametrize("kind", ["dtensor", "sharded"])
 def test_every_node_of_a_context_replaced_by_every_evil(kind: str, mesh: DeviceMesh) -> None:
     """What cannot be rebuilt is refused before a byte lands, whether the template has the leaf or not."""
-    state = distributed(kind, mesh)
+    state = distributed(mesh)[kind]
     honest = body_of(state)
     for template in (None, state, {"other": noise(2, 1), **state}):
         assert receive(frame(honest), template) == ""
@@ -804,7 +775,7 @@ def test_every_node_of_a_context_replaced_by_every_evil(kind: str, mesh: DeviceM
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ShardedTensor.*")
 @pytest.mark.parametrize("kind", ["dtensor", "sharded"])
 def test_a_context_of_one_kind_in_another(kind: str, mesh: DeviceMesh) -> None:
-    honest = body_of(distributed(kind, mesh))
+    honest = body_of(distributed(mesh)[kind])
     for name in ("tensor", "dtensor", "sharded", "value", "leaf"):
         if name != kind:
             body = copy.deepcopy(honest)
@@ -905,8 +876,8 @@ def test_values_nested_deep(tag: str) -> None:
 @pytest.mark.parametrize("kind", ["namedtuple", "defaultdict", "deque", "dict", "list", "Size", "OrderedDict", "leaf"])
 @pytest.mark.parametrize(
     "name",
-    ["builtins:eval", "builtins:exec", "builtins:getattr", "builtins:type", "builtins:object", "os:system", ":", "a", "",
-     "torch:load", "subprocess:Popen", "torch.nn.modules.module:Module.__call__", "builtins:int.__class__",
+    ["builtins:eval", "builtins:exec", "builtins:getattr", "builtins:type", "builtins:object", "os:system", ":", "a",
+     "", "torch:load", "subprocess:Popen", "torch.nn.modules.module:Module.__call__", "builtins:int.__class__",
      "os.path:join", "test_hostile:Evil", "torch._utils:_rebuild_tensor_v2", "collections:namedtuple", "\udcff:x"],
 )  # fmt: skip
 def test_classes_that_nobody_allowed(kind: str, name: str) -> None:
