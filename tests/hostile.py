@@ -44,7 +44,7 @@ def _states() -> dict[str, Any]:
         "tensors": {"w": base[:6].view(2, 3), "tied": base[3:9], "t": noise((3, 2), 2).t(), "empty": base[:0]},
         "parameters": [torch.nn.Parameter(noise(2, 3)), torch.nn.Parameter(noise(2, 4), requires_grad=False)],
         "containers": {"p": Point([1, ()], {3: None}), "s": torch.Size([2]), b"b": [[[]]]},
-        "values": [1 << 70, 1j, slice(1), range(3), {1, "a"}, torch.int8, torch.device("cpu"), b"x", "\udcff"],
+        "values": [1 << 70, 1j, slice(1), range(3), {1, 2}, torch.int8, torch.device("cpu"), b"x", "\udcff"],
         "objects": [Config(), torch.Generator().get_state()],
     }
 
