@@ -51,10 +51,10 @@ NOT_COMPARED = {"objects"}
 
 
 # Those of the oldest torch that is supported; ``every_dtype`` would have more from one torch to the next.
-DTYPES = (
-    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz complex64 complex128 "
-    "int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool"
-).split()
+DTYPES = [
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "complex64", "complex128", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool",
+]  # fmt: skip
 STATES = ["containers", "tied", "overlapping_views", "rows_and_columns", "zero_dim", "empty", "expanded", "parameters"]
 # Their bytes depend on the order of a set, or are a pickle.
 WITHOUT = ("set", "frozenset", "counter", "config")

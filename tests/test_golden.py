@@ -6,7 +6,6 @@ If today's encoder gives other bytes, the wire has changed, which needs a new ve
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import golden
 import pytest
