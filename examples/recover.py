@@ -95,7 +95,7 @@ class Director:
             self._gone_on = True
             for row in story.rows:
                 self._cluster.tell(row.replica, "go")
-        # Events that happened before a kill may still be queued, and the story does not know of it before they are told.
+        # Events from before a kill may still be queued: the story does not know of the kill before they are told.
         if not story.healthy or len(story.recoveries) < self._num_killed:
             return
         if self._num_killed < self._options.kills:

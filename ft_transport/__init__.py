@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ft_transport._geometry import Geometry
+from ft_transport._leaves import Kind, Surroundings, register_kind
 from ft_transport._version import __version__
 from ft_transport.errors import (
     LocalProtocolError,
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from ft_transport.transport import PGTransport
 
 __all__ = [
+    "Geometry",
+    "Kind",
     "LocalProtocolError",
     "PGTransport",
     "PeerFailure",
@@ -31,11 +35,13 @@ __all__ = [
     "Progress",
     "ProtocolError",
     "RemoteProtocolError",
+    "Surroundings",
     "TornStateError",
     "TransferError",
     "TransferReport",
     "TransferTimeout",
     "__version__",
+    "register_kind",
 ]
 
 

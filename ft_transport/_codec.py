@@ -1,33 +1,39 @@
 """How a manifest becomes bytes, and is read back without trust.
 
 Strategy: a frame is a fixed header and one msgpack value made of nil, booleans, integers, floats, strings,
-binary and arrays; nothing in it can name code. Plain values of other types are tagged arrays, each built by a
-line of :data:`_DECODE`. A value of a class that is not listed here is pickled by ``torch.save``, and read by
-``torch.load(weights_only=True)``, whose allow-list (``torch.serialization.add_safe_globals``) decides. Whatever
-is wrong with a frame is a :class:`RemoteProtocolError`.
+binary and arrays; nothing in it can name code but the classes of ``_values``, which the receiver must have allowed.
+Every number is checked before it is used. Whatever is wrong with a frame is a :class:`RemoteProtocolError`.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import struct
 import sys
-import zipfile
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable
 from enum import IntEnum
 from typing import Any, NamedTuple, NoReturn
 
 import msgpack
-import torch
+from torch.utils import _pytree as pytree
 
 from ft_transport._digest import NUM_SAMPLES
+from ft_transport._geometry import Geometry, merge
 from ft_transport._layout import Limits
-from ft_transport._leaves import DTYPES, KINDS, dtype_name
-from ft_transport._manifest import ALIGNMENT, Geometry, Leaf, Manifest, Storage, View, merge
-from ft_transport._pickled import check_pickle
-from ft_transport._tree import LEAF, MAX_DEPTH, Node, Path, format_path
+from ft_transport._leaves import VALUE, Part, check_parts
+from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View
+from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
+from ft_transport._values import (
+    allowed_class,
+    check_keys,
+    class_name,
+    decode_value,
+    dtype_name,
+    dtype_of,
+    encode_value,
+    expect,
+)
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["MAX_FRAME_BYTES", "Frame", "Header", "decode_frame", "decode_manifest", "encode_frame", "encode_manifest"]
@@ -50,13 +56,8 @@ MAX_CUTS = 1 << 20
 MAX_NODES = 4 << 20
 # What torch's own operations accept. The product of many sizes would take time by the square of their number.
 MAX_DIMS = 64
-# Bounds the keys of one container whose hashes are not salted as those of text are: a peer can choose numbers, and
-# tuples of them, that a dict needs N² steps to tell apart, which takes seconds with this many. 0, 1, 2, … may be more.
-MAX_UNSALTED_KEYS = 1 << 16
 # Bounds what is said, sent back and logged about a manifest that is refused, in characters: it quotes what was sent.
 MAX_TEXT = 4_000
-# Bounds the paths of all leaves together, in memory and as text: every leaf below a long key has that key in its path.
-MAX_PATHS_BYTES = 256 << 20
 
 
 class Frame(IntEnum):
@@ -136,112 +137,7 @@ def _refuse_extension(code: int, data: bytes) -> NoReturn:
     raise ValueError(f"extension {code}: frames have none")
 
 
-# -------------------------------------------------------------------------------------------- values
-#
-# nil, bool, int of 64 bits, float, str and bytes are themselves; all else is an array [tag, …].
-
-def _encode_value(value: object) -> Any:
-    cls = type(value)
-    if value is None or cls in (bool, float, str, bytes):
-        return value
-    if cls is int:
-        assert isinstance(value, int)
-        return value if -(1 << 63) <= value < 1 << 64 else ["int", str(value)]
-    encode = _ENCODE.get(cls)
-    return encode(value) if encode is not None else ["object", _pickle(value)]
-
-
-_ENCODE: dict[type, Callable[[Any], list[Any]]] = {
-    tuple: lambda v: ["tuple", *map(_encode_value, v)],
-    list: lambda v: ["list", *map(_encode_value, v)],
-    frozenset: lambda v: ["frozenset", *map(_encode_value, v)],
-    set: lambda v: ["set", *map(_encode_value, v)],
-    dict: lambda v: ["dict", *(_encode_value(item) for pair in v.items() for item in pair)],
-    bytearray: lambda v: ["bytearray", bytes(v)],
-    complex: lambda v: ["complex", v.real, v.imag],
-    slice: lambda v: ["slice", *map(_encode_value, (v.start, v.stop, v.step))],
-    range: lambda v: ["range", *map(_encode_value, (v.start, v.stop, v.step))],
-    torch.dtype: lambda v: ["dtype", dtype_name(v)],
-    torch.device: lambda v: ["device", str(v)],
-    type(...): lambda v: ["ellipsis"],
-}
-
-_DECODE: dict[str, Callable[[tuple[Any, ...]], Any]] = {
-    "int": lambda args: _big_int(*args),
-    "tuple": lambda args: tuple(map(_decode_value, args)),
-    "list": lambda args: list(map(_decode_value, args)),
-    "frozenset": lambda args: frozenset(_hashable(tuple(map(_decode_value, args)))),
-    "set": lambda args: set(_hashable(tuple(map(_decode_value, args)))),
-    "dict": lambda args: _decode_dict(args),
-    "bytearray": lambda args: bytearray(_expect(bytes, *args)),
-    "complex": lambda args: complex(_expect(float, args[0]), _expect(float, args[1])),
-    "slice": lambda args: slice(*map(_decode_value, args)),
-    "range": lambda args: range(*(_expect(int, _decode_value(arg)) for arg in args)),
-    "dtype": lambda args: DTYPES[_expect(str, *args)],
-    "device": lambda args: torch.device(_expect(str, *args)),
-    "ellipsis": lambda args: ...,
-    "object": lambda args: _unpickle(_expect(bytes, *args)),
-}
-
-
-def _decode_value(data: Any) -> Any:
-    if not isinstance(data, tuple):
-        return data
-    return _DECODE[_expect(str, data[0])](data[1:])
-
-
-def _expect(cls: type, value: Any) -> Any:
-    # bool is an int to isinstance, but True is not a size.
-    if type(value) is not cls:
-        raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _decode_dict(args: tuple[Any, ...]) -> dict[Any, Any]:
-    keys = _hashable(tuple(map(_decode_value, args[::2])))
-    return dict(zip(keys, map(_decode_value, args[1::2]), strict=True))
-
-
-def _hashable(keys: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The keys, if a set or dict of them can be made in reasonable time."""
-    cost = 0
-    for key in keys:
-        cls = type(key)
-        if cls is not str and cls is not bytes:
-            cost += 1 if cls is float or (cls is int and -(1 << 63) <= key < 1 << 64) else 4
-    if cost > MAX_UNSALTED_KEYS and keys != tuple(range(len(keys))):
-        raise ValueError(f"{len(keys)} keys, at most {MAX_UNSALTED_KEYS} that are numbers are accepted")
-    return keys
-
-
-def _big_int(text: object) -> int:
-    digits = _expect(str, text)
-    # Python's own bound on this conversion, which is quadratic in the number of digits.
-    if len(digits.removeprefix("-")) > 4300:
-        raise ValueError(f"an integer of {len(digits)} digits")
-    return int(digits)
-
-
-def _pickle(value: object) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
-
-
-def _unpickle(data: bytes) -> object:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = archive.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise ValueError("a compressed object")
-        if sum(entry.file_size for entry in entries) > len(data):
-            raise ValueError("an object that is larger than its bytes")
-        for entry in entries:
-            if entry.filename.endswith(".pkl"):
-                check_pickle(archive.read(entry))
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-# ------------------------------------------------------------------------------------------ manifest
+# ------------------------------------------------------------------------------------------- encode
 
 
 def encode_manifest(manifest: Manifest, header: Header) -> bytes:
@@ -251,20 +147,26 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
         LocalProtocolError: A plain value or a key cannot be encoded; each is named.
     """
     refused: list[str] = []
-    leaves = []
     shapes: dict[Geometry, int] = {}
+    leaves: list[Any] = []
     for index, leaf in enumerate(manifest.leaves):
+        if leaf.kind == "tensor" and leaf.context is None and index not in manifest.same:
+            storage, shape, offset = leaf.views[0]
+            leaves.append((storage, shapes.setdefault(shape, len(shapes)), offset))
+            continue
         try:
-            leaves.append(_encode_leaf(leaf, shapes))
+            leaves.append(manifest.same[index] if index in manifest.same else _encode_leaf(leaf, shapes))
         except Exception as exc:  # pickling runs the classes' own code, which may raise anything
             path, what = format_path(manifest.paths[index]), type(leaf.context).__qualname__
             refused.append(f"{path}: a value of class {what} cannot be encoded: {exc}")
-    nodes = []
+    nodes: list[Any] = []
     for node in manifest.nodes:
         try:
-            nodes.append(_encode_node(node))
+            nodes.append(None if node is LEAF else _encode_node(node))
         except Exception as exc:
-            refused.append(f"a key of a {node.kind}, one of {str(list(node.keys))[:80]}, cannot be encoded: {exc}")
+            path = _path_of_container(manifest.nodes, len(nodes))
+            refused.append(f"{path}: a {_what(node)} cannot be encoded: {exc}")
+            nodes.append(None)
     if refused:
         raise LocalProtocolError("; ".join(refused), phase="describe")
     body = [
@@ -273,26 +175,51 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
         [[dtype_name(shape.dtype), shape.shape, shape.stride] for shape in shapes],
         leaves,
         manifest.storages,
+        list(manifest.shared.items()),
     ]
-    return encode_frame(Frame.MANIFEST, body)
+    try:
+        return encode_frame(Frame.MANIFEST, body)
+    except ValueError as exc:
+        raise LocalProtocolError(f"the description of the state cannot be encoded: {exc}", phase="describe") from exc
+
+
+def _path_of_container(nodes: list[Node], index: int) -> str:
+    which = sum(node is not LEAF for node in nodes[:index])
+    return format_path(paths_of(nodes, of_containers=True)[which])
+
+
+def _what(node: Node) -> str:
+    keys = f" with the keys {str(list(node.keys))[:80]}" if node.keys else ""
+    return node.kind + keys
 
 
 def _encode_leaf(leaf: Leaf, shapes: dict[Geometry, int]) -> Any:
-    if leaf.kind == "value":
-        return [_encode_value(leaf.context)]
+    if leaf.kind == VALUE:
+        return [encode_value(leaf.context)]
     views = [(view.storage, shapes.setdefault(view.geometry, len(shapes)), view.offset) for view in leaf.views]
-    if leaf.kind == "tensor" and leaf.context is None:
-        return views[0]
-    return [leaf.kind, views, leaf.context, None]
+    return [leaf.kind, views, encode_value(leaf.context), [_encode_part(part) for part in leaf.parts]]
+
+
+def _encode_part(part: Part) -> Any:
+    if part.kind == "tensor" and part.context is None:
+        return None
+    return [part.kind, encode_value(part.context), [_encode_part(below) for below in part.parts]]
 
 
 def _encode_node(node: Node) -> Any:
-    if node.kind == "leaf":
-        return None
     extra = node.extra
-    if node.kind == "namedtuple" or (node.kind == "defaultdict" and extra is not None):
-        extra = f"{extra.__module__}:{extra.__qualname__}"
-    return [node.kind, node.num_children, [_encode_value(key) for key in node.keys], node.num_attrs, extra]
+    if node.kind == "pytree":
+        extra = [class_name(extra[0]), encode_value(extra[1])]
+    elif node.kind in _CLASSES and extra is not None:
+        extra = class_name(extra)
+    return [node.kind, node.num_children, [encode_value(key) for key in node.keys], node.num_attrs, extra]
+
+
+# Nodes whose ``extra`` is a class, if any.
+_CLASSES = frozenset({"namedtuple", "dataclass", "defaultdict", "subdict", "sublist"})
+
+
+# ------------------------------------------------------------------------------------------- decode
 
 
 def decode_manifest(body: Any) -> tuple[Manifest, Header]:
@@ -302,21 +229,24 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         RemoteProtocolError: The body describes no state, names a class that is not allowed, or lies about sizes.
     """
     try:
-        header, nodes, shapes, leaves, storages = body
+        header, nodes, shapes, leaves, storages, shared = body
         header = _decode_header(*header)
         if len(nodes) > MAX_NODES:
             raise ValueError(f"{len(nodes)} nodes, at most {MAX_NODES} are accepted")
-        tree = [_decode_node(node) for node in nodes]
-        paths = list(_paths(tree))
-        if len(leaves) != len(paths):
-            raise ValueError(f"expected {len(paths)} leaves, got {len(leaves)}")
-        known = [_decode_shape(*shape) for shape in shapes]
-        decoded = [_decode_leaf(path, leaf, known) for path, leaf in zip(paths, leaves, strict=True)]
-        manifest = Manifest(tree, paths, decoded, [_decode_storage(storage) for storage in storages])
-        _check_bounds(manifest, header.limits)
+        tree, refused = _decode_nodes(nodes)
+        num_leaves = check_tree(tree)
+        if refused:
+            index, reason = refused
+            raise RemoteProtocolError(f"{_path_of_container(tree, index)}: {reason}", phase="agree")
+        if len(leaves) != num_leaves:
+            raise ValueError(f"expected {num_leaves} leaves, got {len(leaves)}")
+        manifest = Manifest(tree, [], [_decode_storage(*storage) for storage in storages])
+        _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
+        manifest.shared = _decode_shared(shared, tree)
+        _check_storages(manifest, header.limits)
         if any(node.kind not in _ALWAYS_BUILT for node in tree):
             # What cannot be built must be found before a byte lands, not after the last one has.
-            manifest.build([leaf.context if leaf.kind == "value" else None for leaf in decoded])
+            manifest.build([leaf.context if leaf.kind == VALUE else None for leaf in manifest.leaves])
         return manifest, header
     except Exception as exc:
         damage = f"damaged manifest: {type(exc).__name__}: {exc}"
@@ -324,20 +254,20 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         raise RemoteProtocolError(text[:MAX_TEXT], phase="agree") from exc
 
 
-# Nodes that can be built whatever their children are.
-_ALWAYS_BUILT = frozenset({"leaf", "dict", "list", "tuple", "OrderedDict"})
+# Nodes that can be built whatever their children are, or whose class may look at them.
+_ALWAYS_BUILT = frozenset({"leaf", "dict", "list", "tuple", "OrderedDict", "pytree"})
 
 
 def _decode_header(step: Any, limits: Any, digest: Any, sample: Any) -> Header:
     if step is not None:
-        _expect(int, step)
-    if not -1 <= _expect(int, sample) < NUM_SAMPLES:
+        expect(int, step)
+    if not -1 <= expect(int, sample) < NUM_SAMPLES:
         raise ValueError(f"sample {sample} of {NUM_SAMPLES}")
-    return Header(step, _decode_limits(limits), _expect(str, digest), sample)
+    return Header(step, _decode_limits(limits), expect(str, digest), sample)
 
 
 def _decode_limits(data: Any) -> Limits:
-    limits = Limits._make(_expect(int, value) for value in data)
+    limits = Limits._make(expect(int, value) for value in data)
     # What is packed is never cut, so a bucket is no larger than a message only if no packed range is.
     if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or not 0 <= limits.pack_below <= limits.message_bytes:
         raise ValueError(f"limits out of range: {limits}")
@@ -348,23 +278,45 @@ def _decode_limits(data: Any) -> Limits:
     return limits
 
 
-def _decode_node(data: Any) -> Node:
-    if data is None:
-        return LEAF
-    kind, num_children, keys, num_attrs, extra = data
-    decoded: tuple[Hashable, ...] = _hashable(tuple(map(_decode_value, keys)))
-    if not 0 <= _expect(int, num_attrs) <= _expect(int, num_children):
+class _NotAllowed(ValueError):
+    """A class of a node that this side does not allow."""
+
+
+def _decode_nodes(data: Any) -> tuple[list[Node], tuple[int, str] | None]:
+    """The nodes, and the index of the first whose class is not allowed, with what to do about it."""
+    nodes: list[Node] = []
+    refused = None
+    for index, node in enumerate(data):
+        try:
+            nodes.append(LEAF if node is None else _decode_node(*node))
+        except _NotAllowed as exc:
+            refused = refused or (index, str(exc))
+            nodes.append(Node("tuple", expect(int, node[1])))
+    return nodes, refused
+
+
+def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra: Any) -> Node:
+    decoded: tuple[Hashable, ...] = tuple([key if type(key) is str else decode_value(key) for key in keys])
+    check_keys(decoded)
+    if not 0 <= expect(int, num_attrs) <= expect(int, num_children):
         raise ValueError(f"{num_attrs} attributes among {num_children} children")
-    mapping = kind in ("dict", "OrderedDict", "defaultdict")
-    if len(decoded) != (num_children if mapping else 0) or len(set(decoded)) != len(decoded):
+    if len(decoded) != (num_children if kind in _KEYED else 0) or len(set(decoded)) != len(decoded):
         raise ValueError(f"{kind} of {num_children} children has {len(set(decoded))} distinct keys")
-    if num_attrs and kind not in ("OrderedDict", "defaultdict"):
+    if num_attrs and kind not in _WITH_ATTRS:
         raise ValueError(f"{kind} has no attributes")
-    if not all(map(_is_free_name, decoded[num_children - num_attrs :])):
+    named = decoded if kind == "dataclass" else decoded[num_children - num_attrs :]
+    if not all(map(_is_free_name, named)):
         raise ValueError("name of an attribute out of range")
-    if extra is not None:
-        extra = _decode_extra(kind, extra)
-    return Node(_expect(str, kind), num_children, decoded, num_attrs, extra)
+    if kind not in CONTAINERS:
+        raise ValueError(f"unknown kind of node {kind!r}")
+    node = Node(kind, num_children, decoded, num_attrs, _decode_extra(kind, extra))
+    if kind == "namedtuple" and len(node.extra._fields) != num_children:
+        raise ValueError(f"{extra} of {len(node.extra._fields)} fields has {num_children} children")
+    return node
+
+
+_KEYED = frozenset({"dict", "OrderedDict", "defaultdict", "dataclass", "subdict", "sublist"})
+_WITH_ATTRS = frozenset({"OrderedDict", "defaultdict", "subdict", "sublist"})
 
 
 def _is_free_name(name: object) -> bool:
@@ -376,134 +328,157 @@ def _is_free_name(name: object) -> bool:
 
 def _decode_extra(kind: str, extra: Any) -> Any:
     if kind == "deque":
-        return _expect(int, extra)
-    cls = _allowed_classes().get(_expect(str, extra))
-    if cls is None:
-        module, _, name = extra.partition(":")
-        raise RemoteProtocolError(
-            f"class {module}.{name} of a {kind} is not allowed; if you trust it, call "
-            f"torch.serialization.add_safe_globals([{name}]) on the receiver",
-            phase="agree",
-        )
+        return extra if extra is None else expect(int, extra)
+    if kind == "pytree":
+        name, context = extra
+        return _registered_class(expect(str, name)), decode_value(context)
+    if kind not in _CLASSES:
+        if extra is not None:
+            raise ValueError(f"{kind} with {extra!r}")
+        return None
+    if extra is None and kind == "defaultdict":
+        return None
+    try:
+        cls = allowed_class(expect(str, extra))
+    except ValueError as exc:
+        raise _NotAllowed(f"a {kind}: {exc}") from exc
+    if kind != "defaultdict" and not (isinstance(cls, type) and _IS_A[kind](cls)):
+        raise TypeError(f"{extra} is no {kind}")
     return cls
 
 
-def _allowed_classes() -> dict[str, Any]:
-    allowed = [int, float, complex, str, bytes, bool, list, dict, set, tuple]
-    entries = [entry[0] if isinstance(entry, tuple) else entry for entry in torch.serialization.get_safe_globals()]
-    return {f"{cls.__module__}:{cls.__qualname__}": cls for cls in (*allowed, *entries) if isinstance(cls, type)}
+_IS_A: dict[str, Callable[[type], bool]] = {
+    "namedtuple": lambda cls: hasattr(cls, "_fields"),
+    "dataclass": lambda cls: hasattr(cls, "__dataclass_fields__"),
+    "subdict": lambda cls: issubclass(cls, dict),
+    "sublist": lambda cls: issubclass(cls, list),
+}
 
 
-def _paths(nodes: list[Node]) -> Iterator[Path]:
-    """The path of each leaf of a preorder, which must be exactly one tree."""
-    # For each open node its path, what that counts towards MAX_PATHS_BYTES, and the keys still to come.
-    open_nodes: list[tuple[Path, int, list[Hashable]]] = [((), 0, [None])]
-    claimed, paths_bytes = 1, 0
-    for index, node in enumerate(nodes):
-        while open_nodes and not open_nodes[-1][2]:
-            open_nodes.pop()
-        if not open_nodes:
-            raise ValueError("nodes after the end of the tree")
-        path, path_bytes, keys = open_nodes[-1]
-        key = keys.pop()
-        if index:
-            path, path_bytes = (*path, key), path_bytes + 8 + len(key if type(key) is str else str(key))
-        if node.kind == "leaf":
-            paths_bytes += path_bytes
-            if paths_bytes > MAX_PATHS_BYTES:
-                raise ValueError(f"paths of more than {MAX_PATHS_BYTES} bytes")
-            yield path
-            continue
-        # Before the children's keys are listed, and before a path grows: both cost nothing to claim.
-        claimed += node.num_children
-        if claimed > len(nodes):
-            raise ValueError(f"the tree ends early: {len(nodes)} nodes of {claimed}")
-        if len(path) >= MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
-        open_nodes.append((path, path_bytes, list(reversed(_names(node)))))
-    if any(keys for _, _, keys in open_nodes):
-        raise ValueError("the tree ends early")
+def _registered_class(name: str) -> type:
+    """A class that this process has registered with torch's pytree, which is leave to build it."""
+    for cls in pytree.SUPPORTED_NODES:
+        if f"{cls.__module__}.{cls.__qualname__}" == name:
+            found: type = cls
+            return found
+    raise _NotAllowed(f"class {name} is not registered with torch.utils._pytree on the receiver")
 
 
-def _names(node: Node) -> Sequence[Hashable]:
-    names: Sequence[Hashable] = node.keys or getattr(node.extra, "_fields", None) or range(node.num_children)
-    if len(names) != node.num_children:
-        raise ValueError(f"{node.kind} of {len(names)} fields has {node.num_children} children")
-    return names
+def _decode_shared(pairs: Any, tree: list[Node]) -> dict[int, int]:
+    shared = {}
+    for later, first in pairs:
+        if not 0 <= expect(int, first) < expect(int, later) < len(tree):
+            raise ValueError(f"node {later} is the same as node {first} of {len(tree)}")
+        if tree[first] != tree[later] or tree[first] is LEAF:
+            raise ValueError(f"node {later} is said to be the same as {first}, which differs")
+        shared[later] = first
+    return shared
 
 
-def _decode_leaf(path: Path, data: Any, shapes: list[Geometry]) -> Leaf:
-    """A leaf is [value], [storage, shape, offset] for a plain tensor, or [kind, views, context, nil]."""
-    try:
-        if len(data) == 3:
-            return Leaf("tensor", (_decode_view(data, shapes),), None)
-        if len(data) == 1:
-            return Leaf("value", (), _decode_value(data[0]))
-        kind, views, context, _ = data
-        if kind not in KINDS:
-            raise ValueError(f"unknown kind of leaf {kind!r}")
-        decoded = tuple([_decode_view(view, shapes) for view in views])
-        KINDS[kind].check([view.geometry.dtype for view in decoded], context)
-        return Leaf(kind, decoded, context)
-    except Exception as exc:
-        raise RemoteProtocolError(f"{format_path(path)}: {exc}", phase="agree") from exc
+def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> None:
+    """Decode the leaves and check that every view lies in its storage.
+
+    A leaf is [value], [storage, shape, offset] for a plain tensor, [kind, views, context, parts] for another one, or
+    the index of an earlier leaf that is the same object.
+    """
+    leaves, storages = manifest.leaves, manifest.storages
+    for index, leaf in enumerate(data):
+        try:
+            if type(leaf) is int:
+                if not 0 <= leaf < index:
+                    raise ValueError(f"the same as leaf {leaf}")
+                manifest.same[index] = manifest.same.get(leaf, leaf)
+                leaves.append(leaves[leaf])
+            elif len(leaf) == 3:
+                leaves.append(Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
+            elif len(leaf) == 1:
+                leaves.append(Leaf(VALUE, (), decode_value(leaf[0])))
+            else:
+                leaves.append(_decode_composite(leaf, shapes, storages))
+        except Exception as exc:
+            reason = exc.message if isinstance(exc, RemoteProtocolError) else f"{type(exc).__name__}: {exc}"
+            if isinstance(exc, ValueError):
+                reason = str(exc)
+            raise RemoteProtocolError(f"{format_path(manifest.paths[index])}: {reason}", phase="agree") from exc
 
 
-def _decode_view(data: Any, shapes: list[Geometry]) -> View:
+def _decode_composite(data: Any, shapes: list[Geometry], storages: list[Storage]) -> Leaf:
+    kind, views, context, parts = data
+    decoded = tuple([_decode_view(view, shapes, storages) for view in views])
+    leaf = Leaf(expect(str, kind), decoded, decode_value(context), tuple([_decode_part(part) for part in parts]))
+    if kind == VALUE or leaf.part.num_views != len(decoded) or (kind == "tensor" and leaf.parts):
+        raise ValueError(f"a leaf of kind {kind} with {len(decoded)} views")
+    check_parts(leaf.part, iter([view.geometry for view in decoded]))
+    return leaf
+
+
+def _decode_part(data: Any) -> Part:
+    if data is None:
+        return Part("tensor")
+    kind, context, parts = data
+    part = Part(expect(str, kind), decode_value(context), tuple([_decode_part(below) for below in parts]))
+    if kind == VALUE or (kind == "tensor" and parts):
+        raise ValueError(f"a part of kind {kind} with {len(parts)} parts")
+    return part
+
+
+def _decode_view(data: Any, shapes: list[Geometry], storages: list[Storage]) -> View:
     storage, number, offset = data
-    if type(storage) is not int or type(number) is not int or type(offset) is not int:
-        raise TypeError(f"a view of {data!r}")
-    if offset < 0 or number < 0:
-        raise ValueError(f"a view of {data!r}")
+    if type(storage) is not int or type(number) is not int or type(offset) is not int or offset < 0 or number < 0:
+        raise ValueError(f"a view of {storage!r}, {number!r}, {offset!r}")
     shape = shapes[number]
-    if (storage < 0) != (shape.numel == 0):
-        raise ValueError(f"{shape} in storage {storage}")
+    if storage < 0 or not shape.numel:
+        if storage >= 0 or shape.numel:
+            raise ValueError(f"{shape} in storage {storage}")
+    elif offset * shape.itemsize + shape.span > storages[storage].nbytes:
+        raise ValueError(f"{shape} at {offset} is outside of its storage of {storages[storage].nbytes} bytes")
     return View(storage, shape, offset)
 
 
 def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
+    if dtype in _QUANTIZED:
+        raise ValueError(f"{dtype} is no dtype of plain bytes")
     if len(shape) > MAX_DIMS:
         raise ValueError(f"{len(shape)} dimensions, at most {MAX_DIMS} are accepted")
     for number in (*shape, *stride):
-        if _expect(int, number) < 0:
+        if expect(int, number) < 0:
             raise ValueError(f"shape {shape}, stride {stride}")
     # Even a view without elements is made by torch, whose sizes are 64 bits.
     reach = sum(max(size, 1) * step for size, step in zip(shape, stride, strict=True))
     if max(math.prod(max(size, 1) for size in shape), reach) * 16 > sys.maxsize:
         raise ValueError(f"out of range: shape {shape}, stride {stride}")
     # Not by way of the cache: what a peer sends would stay in it, and equal shapes are one here already.
-    return Geometry(DTYPES[_expect(str, dtype)], tuple(shape), tuple(stride))
+    return Geometry(dtype_of(dtype), shape, stride)
 
 
-def _decode_storage(data: Any) -> Storage:
-    nbytes, device_type = data
-    if not 0 <= _expect(int, nbytes) <= sys.maxsize:
-        raise ValueError(f"a storage of {nbytes} bytes")
-    return Storage(nbytes, _expect(str, device_type))
+# Their bytes travel as those of other dtypes.
+_QUANTIZED = frozenset({"qint8", "quint8", "qint32", "quint4x2", "quint2x4"})
 
 
-def _check_bounds(manifest: Manifest, limits: Limits) -> None:
-    """Every view lies in its storage, every storage is no larger than its views, and the messages are not too many."""
+def _decode_storage(nbytes: Any, device_type: Any) -> Storage:
+    if type(nbytes) is not int or type(device_type) is not str or not 0 <= nbytes <= sys.maxsize:
+        raise ValueError(f"a storage of {nbytes!r} bytes on {device_type!r}")
+    return Storage(nbytes, device_type)
+
+
+def _check_storages(manifest: Manifest, limits: Limits) -> None:
+    """Every storage is no larger than what its views refer to, and the messages are not too many."""
     num_cuts = num_views = 0
     step = limits.message_bytes - limits.message_bytes % 64
     extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
-    for path, leaf in zip(manifest.paths, manifest.leaves, strict=True):
-        for view in leaf.views:
-            if view.storage >= len(extents):
-                raise ValueError(f"{format_path(path)}: storage {view.storage} of {len(extents)}")
-            if view.storage >= 0:
-                begin, end = view.begin, view.end
-                if end > manifest.storages[view.storage].nbytes:
-                    raise ValueError(f"{format_path(path)}: bytes {begin} to {end} are outside of its storage")
-                extents[view.storage].append((begin, end))
+    for leaf in manifest.leaves:
+        for storage, shape, offset in leaf.views:
+            if storage >= 0:
+                begin = offset * shape.itemsize
+                extents[storage].append((begin, begin + shape.span))
         num_views += len(leaf.views)
     if num_views > MAX_NODES:
         raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
-    for storage, found in zip(manifest.storages, extents, strict=True):
-        ranges = merge(found)
-        referenced = sum(end - begin + 2 * ALIGNMENT for begin, end in ranges)
-        if storage.nbytes > referenced or not ranges:
-            raise ValueError(f"a storage of {storage.nbytes} bytes, of which {referenced} are referred to")
-        num_cuts += sum((end - begin) // step for begin, end in ranges)
+    for (nbytes, _), found in zip(manifest.storages, extents, strict=True):
+        ranges = merge(found) if len(found) > 1 else found
+        referenced = sum([end - begin + 2 * ALIGNMENT for begin, end in ranges])
+        if nbytes > referenced or not ranges:
+            raise ValueError(f"a storage of {nbytes} bytes, of which {referenced} are referred to")
+        num_cuts += sum([(end - begin) // step for begin, end in ranges])
         if num_cuts > MAX_CUTS:
             raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")

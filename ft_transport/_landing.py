@@ -7,14 +7,27 @@ cannot take without harm to a neighbour, lands in fresh memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 
-from ft_transport._layout import Layout, Piece
-from ft_transport._leaves import KINDS, Meshes, meshes_of
-from ft_transport._manifest import Leaf, Manifest, View, rebuild
-from ft_transport._memory import Arena, Block, allocate, copy_blocks, physical_bytes, storage_as
+from ft_transport._kinds_distributed import meshes_of
+from ft_transport._layout import Gaps, Layout, Piece
+from ft_transport._leaves import KINDS, Maker, Surroundings, plain, put_together, refresh
+from ft_transport._manifest import Leaf, Manifest, View, covered
+from ft_transport._memory import (
+    CPU,
+    FROM_ARENA,
+    Arena,
+    Block,
+    allocate,
+    copy_blocks,
+    indexed,
+    physical_bytes,
+    storage_as,
+)
 from ft_transport._template import Slot, Targets, same_strides
 from ft_transport._tree import format_path
 from ft_transport.errors import RemoteProtocolError
@@ -36,6 +49,7 @@ class Landing:
         device: Device of the wire's messages; fresh leaves that were on an accelerator live there too.
         report: Filled with what lands where.
         fresh_on_cpu: Allocate every fresh leaf on the CPU.
+        surroundings: What the receiver has, but for the meshes, which come from the template.
 
     Attributes:
         in_place: Whether any byte lands in the template's memory while messages move.
@@ -55,6 +69,7 @@ class Landing:
         report: TransferReport,
         *,
         fresh_on_cpu: bool = False,
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.in_place = False
         self._manifest = manifest
@@ -62,7 +77,9 @@ class Landing:
         self._matched = matched
         self._targets = targets
         self._device = device
+        self._on_cpu = device.type == "cpu"
         self._fresh_on_cpu = fresh_on_cpu
+        self._surroundings = surroundings or Surroundings()
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
         self._fresh_bytes = 0
@@ -78,52 +95,81 @@ class Landing:
 
     def _plan(self, report: TransferReport) -> None:
         ranges = self._layout.ranges
+        simple = len(ranges) == len(self._manifest.storages)  # nearly every storage is one range
         members: list[list[_Member]] = [[] for _ in ranges]
         for index, leaf in enumerate(self._manifest.leaves):
             for position, view in enumerate(leaf.views):
                 if view.storage >= 0:
-                    members[self._layout.range_of(view.storage, view.begin)].append(((index, position), view))
-        for piece, group in zip(ranges, members, strict=True):
-            block = self._in_place(piece, group) if self._targets else None
-            if block is None:
-                block = self._fresh(piece, group)
-                report.nbytes_fresh += piece.end - piece.begin
+                    which = view.storage if simple else self._layout.range_of(view.storage, view.begin)
+                    members[which].append(((index, position), view))
+        in_place = 0
+        for which, (piece, group) in enumerate(zip(ranges, members, strict=True)):
+            gaps = self._layout.gaps.get(which)
+            if gaps is not None:
+                block = self._in_place_with_gaps(piece, gaps, group)
             else:
-                report.nbytes_in_place += piece.end - piece.begin
+                block = self._in_place(piece, group) if self._targets else None
+            if block is None:
+                block = self._fresh(piece, group, gaps)
+            else:
+                in_place += piece.end - piece.begin
             self._blocks.append(block)
-        self.in_place = report.nbytes_in_place > 0
-        self._try_rebuild()
+        self._try_to_rebuild()
+        report.nbytes_in_place += in_place
+        report.nbytes_fresh += self._layout.nbytes - in_place
+        self.in_place = in_place > 0
 
-    def _try_rebuild(self) -> None:
+    def _try_to_rebuild(self) -> None:
         """Find what cannot be rebuilt before a byte lands."""
-        meshes = meshes_of(list(self._matched.values()))
+        here = self._surroundings._replace(meshes=meshes_of(list(self._matched.values())))
         for index, leaf in enumerate(self._manifest.leaves):
-            if leaf.kind == "value" or not KINDS[leaf.kind].is_tried or (index, 0) in self._targets:
-                continue
-            try:
-                self._leaf(index, leaf, meshes)
-            except Exception as exc:
-                path = format_path(self._manifest.paths[index])
-                raise RemoteProtocolError(f"{path}: it cannot be rebuilt: {str(exc)[:1000]}") from exc
+            if leaf.kind in KINDS and KINDS[leaf.kind].is_tried and (index, 0) not in self._targets:
+                try:
+                    put_together(leaf.part, self._makers(index, leaf, None), here)
+                except Exception as exc:
+                    path = format_path(self._manifest.paths[index])
+                    raise RemoteProtocolError(f"{path}: it cannot be rebuilt: {str(exc)[:1000]}") from exc
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""
+        if len(group) == 1 and group[0][0] not in self._targets:
+            return None
         exact: dict[tuple[int, int], list[_Member]] = {}
         for slot, view in group:
             tensor = self._targets.get(slot)
-            if tensor is not None and tensor.device.type == self._device.type and same_strides(view, tensor):
+            if tensor is not None and self._is_here(tensor) and same_strides(view, tensor):
                 if len(group) == 1 and view.geometry.dense:
                     self._settle_in_place(slot)
                     return Block(tensor)
                 shift = int(tensor.storage_offset()) * view.geometry.itemsize - view.begin
                 exact.setdefault((tensor.untyped_storage()._cdata, shift), []).append((slot, view))
         for (_, shift), matching in exact.items():
-            # Bytes in a view's gaps are its neighbours': only views without gaps may take the range as it is.
-            if _cover([view for _, view in matching if view.geometry.dense], piece):
+            # Bytes in a view's gaps are its neighbours': a range is taken as it is where each byte is of some view.
+            if len(matching) == len(group) or covered([view for _, view in matching], piece.begin, piece.end):
                 flat = storage_as(self._targets[matching[0][0]], torch.uint8)
                 self._settle(group, {slot for slot, _ in matching}, flat, shift)
                 return Block(flat[piece.begin + shift : piece.end + shift])
         return self._in_place_strided(piece, group)
+
+    def _in_place_with_gaps(self, piece: Piece, gaps: Gaps, group: Sequence[_Member]) -> Block | None:
+        """The template's memory for a range with gaps, where all its views lie as they do at the source."""
+        places = set()
+        for slot, view in group:
+            tensor = self._targets.get(slot)
+            if tensor is None or not self._is_here(tensor) or not same_strides(view, tensor):
+                return None
+            shift = int(tensor.storage_offset()) * view.geometry.itemsize - view.begin
+            places.add((tensor.untyped_storage()._cdata, shift))
+        if len(places) != 1 or (piece.begin + shift) % gaps.unit:
+            return None
+        for slot, _ in group:
+            self._settle_in_place(slot)
+        assert tensor is not None
+        return indexed(tensor.detach(), piece.begin + shift, gaps.end + shift, gaps.places, gaps.unit)
+
+    def _is_here(self, tensor: torch.Tensor) -> bool:
+        """Whether messages can be received into it."""
+        return tensor.is_cpu if self._on_cpu else tensor.device.type == self._device.type
 
     def _in_place_strided(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """A template tensor whose strides or device differ, to be written through a bucket."""
@@ -144,19 +190,27 @@ class Landing:
         self._values[slot] = self._targets[slot]
         self._settled.add(slot)
 
-    def _fresh(self, piece: Piece, group: Sequence[_Member]) -> Block:
-        storage = self._manifest.storages[piece.storage]
-        if piece.storage not in self._fresh_storages:
-            on_cpu = self._fresh_on_cpu or "cpu" in (storage.device_type, self._device.type)
-            self._fresh_bytes += storage.nbytes if on_cpu else 0
+    def _fresh(self, piece: Piece, group: Sequence[_Member], gaps: Gaps | None) -> Block:
+        nbytes, device_type = self._manifest.storages[piece.storage]
+        on_cpu = self._fresh_on_cpu or "cpu" in (device_type, self._device.type)
+        whole = piece.begin == 0 and piece.end == nbytes
+        if whole and len(group) == 1 and nbytes < FROM_ARENA and group[0][1].geometry.dense:
+            # A tensor of its own: the quickest way for many small ones.
+            (slot, view) = group[0]
+            self._values[slot] = tensor = _empty(view, CPU if on_cpu else self._device)
+            if slot in self._targets:
+                self._copies.append((slot, slot))
+            return Block(tensor)
+        flat = self._fresh_storages.get(piece.storage)
+        if flat is None:
+            self._fresh_bytes += nbytes if on_cpu else 0
             if self._fresh_bytes > physical_bytes():
                 raise MemoryError(f"{self._fresh_bytes} bytes of fresh storages are more than this machine has")
-            self._fresh_storages[piece.storage] = (
-                self._arena.allocate(storage.nbytes) if on_cpu else allocate(storage.nbytes, self._device)
-            )
-        flat = self._fresh_storages[piece.storage]
+            flat = self._arena.allocate(nbytes) if on_cpu else allocate(nbytes, self._device)
+            self._fresh_storages[piece.storage] = flat
         self._settle(group, set(), flat, 0)
-        whole = piece.begin == 0 and piece.end == storage.nbytes
+        if gaps is not None:
+            return indexed(flat, piece.begin, gaps.end, gaps.places, gaps.unit)
         return Block(flat if whole else flat[piece.begin : piece.end])
 
     def _settle(self, group: Sequence[_Member], direct: set[Slot], flat: torch.Tensor, shift: int) -> None:
@@ -197,25 +251,51 @@ class Landing:
         for target, slot in self._copies:
             _quiet(self._targets[target]).copy_(_quiet(self._values[slot]))
             self._settled.add(target)
-        meshes = meshes_of(list(self._matched.values()))
-        return self._manifest.build(
-            [
-                leaf.context if leaf.kind == "value" else self._leaf(index, leaf, meshes)
-                for index, leaf in enumerate(self._manifest.leaves)
-            ]
-        )
+        manifest, matched = self._manifest, self._matched
+        here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
+        built: list[object] = []
+        settled = self._settled
+        objects = self._objects() if any(leaf.parts for leaf in manifest.leaves) else None
+        for index, leaf in enumerate(manifest.leaves):
+            if leaf.kind == "value":
+                built.append(leaf.context)
+            elif leaf.kind == "tensor" and (index, 0) in settled:
+                built.append(matched[index])
+            elif index in matched and self._adopts(index, leaf):
+                built.append(refresh(leaf.part, self._makers(index, leaf, None), matched[index], here))
+            elif index in manifest.same:
+                built.append(built[manifest.same[index]])
+            elif leaf.kind == "tensor" and objects is not None:
+                view, context = leaf.views[0], leaf.context
+                built.append(objects.outer(view, context, self._values.get((index, 0))))
+            else:
+                built.append(put_together(leaf.part, self._makers(index, leaf, objects), here))
+        return manifest.build(built)
 
-    def _leaf(self, index: int, leaf: Leaf, meshes: Meshes) -> object:
-        slots = [(index, position) for position in range(len(leaf.views))]
-        if index in self._matched and all(
-            view.storage < 0 or slot in self._settled for slot, view in zip(slots, leaf.views, strict=True)
-        ):
-            return self._matched[index]
-        tensors = [
-            self._values[slot] if view.storage >= 0 else _empty(view)
-            for slot, view in zip(slots, leaf.views, strict=True)
-        ]
-        return rebuild(leaf, tensors, meshes)
+    def _objects(self) -> _Objects:
+        """Tensors that leaves may hold, beginning with the template's own."""
+        objects = _Objects()
+        for index, position in self._settled:
+            leaf = self._manifest.leaves[index]
+            if leaf.kind == "tensor":
+                objects.know(leaf.views[position], leaf.context, self._targets[index, position])
+        return objects
+
+    def _adopts(self, index: int, leaf: Leaf) -> bool:
+        """Whether the template's leaf holds the new bytes. Tensors among its attributes do not count."""
+        if leaf.kind in _NEW_EACH_TIME or (leaf.kind in KINDS and KINDS[leaf.kind].obstacle(self._matched[index])):
+            return False
+        views = leaf.views[:1] if leaf.kind == "python tensor" else leaf.views
+        return all(view.storage < 0 or (index, i) in self._settled for i, view in enumerate(views))
+
+    def _makers(self, index: int, leaf: Leaf, objects: _Objects | None) -> Iterator[Maker]:
+        for position, view in enumerate(leaf.views):
+            slot = index, position
+            tensor = self._values.get(slot)
+            if objects is None or slot in self._settled:
+                yield partial(plain, _empty(view) if tensor is None else tensor)
+            else:
+                yield partial(objects.inner, view, tensor)
 
     @property
     def copies(self) -> bool:
@@ -225,6 +305,44 @@ class Landing:
     def written(self) -> list[torch.Tensor]:
         """The template's tensors that hold a new value."""
         return [self._targets[slot] for slot in self._settled]
+
+
+class _Objects:
+    """Which tensor objects have been made, by view and context: a tensor inside of a leaf may be a leaf itself.
+
+    Two leaves of one view are two objects, unless the manifest says otherwise; inside of leaves they are one, as
+    the offsets of jagged tensors that fit together are.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[View, Any], torch.Tensor] = {}
+        self._leaves: set[tuple[View, Any]] = set()
+
+    def know(self, view: View, context: Any, leaf: torch.Tensor) -> None:
+        """A leaf that the template has, if it is what the source's is."""
+        is_parameter, requires_grad = context or (False, False)
+        if isinstance(leaf, torch.nn.Parameter) == is_parameter and leaf.requires_grad == requires_grad:
+            self._made.setdefault((view, context), leaf)
+            self._leaves.add((view, context))
+
+    def inner(self, view: View, tensor: torch.Tensor | None, context: Any) -> torch.Tensor:
+        """A tensor inside of a leaf."""
+        key = view, context
+        if key not in self._made:
+            self._made[key] = plain(_empty(view) if tensor is None else tensor, context)
+        return self._made[key]
+
+    def outer(self, view: View, context: Any, tensor: torch.Tensor | None) -> torch.Tensor:
+        """A tensor that is a leaf."""
+        key = view, context
+        if key in self._leaves or view.storage < 0:
+            return plain(_empty(view) if tensor is None else tensor, context)
+        self._leaves.add(key)
+        return self.inner(view, tensor, context)
+
+
+# Kinds whose leaves have content beside their tensors, which the template's own does not get.
+_NEW_EACH_TIME = frozenset({"object"})
 
 
 def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
@@ -239,22 +357,12 @@ def _quiet(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.data
 
 
-def _cover(views: Sequence[View], piece: Piece) -> bool:
-    """Whether the views, which lie inside the range, leave none of it out."""
-    reached = piece.begin
-    for begin, end in sorted((view.begin, view.end) for view in views):
-        if begin > reached:
-            return False
-        reached = max(reached, end)
-    return reached == piece.end
-
-
 def _view_of(flat: torch.Tensor, view: View, shift: int) -> torch.Tensor:
     shape = view.geometry
     tensor = torch.empty(0, dtype=shape.dtype, device=flat.device)
     return tensor.set_(flat.untyped_storage(), view.offset + shift // shape.itemsize, shape.shape, shape.stride)
 
 
-def _empty(view: View) -> torch.Tensor:
+def _empty(view: View, device: torch.device = CPU) -> torch.Tensor:
     shape = view.geometry
-    return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype)
+    return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype, device=device)

@@ -1,4 +1,4 @@
-"""Which byte ranges travel in which message. Integers only; both sides derive the same from the manifest.
+"""Which byte ranges travel in which message. No bytes here; both sides derive the same from the manifest.
 
 Strategy: a range is the bytes of a storage that overlapping views refer to. A large range travels by itself,
 cut into messages; many small ones are packed into buckets, because a message costs as much as some 256 KiB.
@@ -8,14 +8,17 @@ Messages are grouped into *flights*: what is under way before the receiver is he
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ft_transport._manifest import Manifest, merge
+import torch
 
-__all__ = ["Layout", "Limits", "Piece", "lay_out"]
+from ft_transport._geometry import merge
+from ft_transport._manifest import Manifest, View, range_index
+
+__all__ = ["Gaps", "Layout", "Limits", "Piece", "lay_out"]
 
 
 class Limits(NamedTuple):
@@ -46,6 +49,14 @@ class Piece(NamedTuple):
     end: int
 
 
+class Gaps(NamedTuple):
+    """A range with gaps: its real end in the storage, and the places of its elements of ``unit`` bytes that travel."""
+
+    end: int
+    places: torch.Tensor
+    unit: int
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a state travels.
@@ -57,6 +68,8 @@ class Layout:
         flights: Consecutive messages that are under way together.
         nbytes: Payload bytes of all messages.
         stage_below: Messages smaller than this are staged on both sides, packed or not.
+        gaps: For each range whose views leave gaps that do not travel, by its index: where they are. Such a range
+            counts only the bytes that travel, from its begin on.
     """
 
     ranges: list[Piece]
@@ -65,6 +78,7 @@ class Layout:
     flights: list[range]
     nbytes: int
     stage_below: int
+    gaps: dict[int, Gaps]
 
     def range_of(self, storage: int, begin: int) -> int:
         """Index of the range that holds byte ``begin`` of ``storage``."""
@@ -73,35 +87,52 @@ class Layout:
 
 def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     """Derive from a manifest what travels in which message."""
-    ranges = _ranges(manifest)
+    ranges, gaps = _ranges(manifest)
     small = [piece for piece in ranges if piece.end - piece.begin < limits.pack_below]
     pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
     step = limits.message_bytes - limits.message_bytes % 64
     messages: list[tuple[Piece, ...]] = []
     for piece in ranges:
-        if piece.end - piece.begin >= pack_below:
-            begin = piece.begin
-            while begin < piece.end:
-                end = min(begin - begin % 64 + step, piece.end)
-                messages.append((Piece(piece.storage, begin, end),))
+        storage, begin, last = piece
+        if last - begin >= pack_below:
+            while begin < last:
+                end = min(begin - begin % 64 + step, last)
+                messages.append((Piece(storage, begin, end),))
                 begin = end
     messages.extend(_buckets(small if pack_below else [], limits.message_bytes))
-    sizes = [sum(piece.end - piece.begin for piece in message) for message in messages]
-    return Layout(ranges, messages, sizes, _flights(sizes, limits.flight_bytes), sum(sizes), limits.pack_below)
+    sizes = [sum([end - begin for _, begin, end in message]) for message in messages]
+    flights = _flights(sizes, limits.flight_bytes)
+    return Layout(ranges, messages, sizes, flights, sum(sizes), limits.pack_below, gaps)
 
 
-def _ranges(manifest: Manifest) -> list[Piece]:
-    extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
+def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps]]:
+    views: list[list[View]] = [[] for _ in manifest.storages]
     for leaf in manifest.leaves:
         for view in leaf.views:
             if view.storage >= 0:
-                extents[view.storage].append((view.begin, view.end))
-    return [
-        Piece(storage, begin, end)
-        for storage, found in enumerate(extents)
-        for begin, end in (merge(found) if len(found) > 1 else found)
-    ]
+                views[view.storage].append(view)
+    ranges: list[Piece] = []
+    gaps: dict[int, Gaps] = {}
+    for storage, found in enumerate(views):
+        if len(found) == 1 and found[0].geometry.dense:
+            (view,) = found
+            begin = view.offset * view.geometry.itemsize
+            ranges.append(Piece(storage, begin, begin + view.geometry.span))
+            continue
+        found.sort(key=lambda view: view.begin)
+        for begin, end in merge((view.begin, view.end) for view in found):
+            inside = found[bisect_left(found, begin, key=_begin) : bisect_left(found, end, key=_begin)]
+            index = range_index(inside, begin, end)
+            if index is not None:
+                gaps[len(ranges)] = Gaps(end, *index)
+                end = begin + index[0].numel() * index[1]
+            ranges.append(Piece(storage, begin, end))
+    return ranges, gaps
+
+
+def _begin(view: View) -> int:
+    return view.begin
 
 
 def _buckets(pieces: Sequence[Piece], limit: int) -> list[tuple[Piece, ...]]:

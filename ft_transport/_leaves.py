@@ -1,325 +1,170 @@
 """Kinds of leaf: how each is taken apart into plain strided tensors, and put together again.
 
-A kind knows three things: the *inner* tensors whose bytes travel, a *context* of plain values that travels
-in the manifest, and how to rebuild the leaf from both. What no kind claims and is no tensor is a plain
-value. To teach the package a new leaf, write one :class:`Kind` and add it to ``KINDS``.
+Strategy: a kind knows the *inner* tensors of its leaves, and a *context* of plain values that travels in the manifest.
+Inner tensors may be of any kind themselves and are taken apart in turn, until only plain tensors are left, whose bytes
+travel. What no kind claims is a plain value (``_values``).
+
+Not here: the kinds that the package brings (``_kinds``, ``_kinds_distributed``).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
-from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import _StridedShard
 
-__all__ = ["DTYPES", "KINDS", "Kind", "Meshes", "dtype_name", "kind_of", "mesh_key", "meshes_of"]
+from ft_transport._geometry import Geometry
+from ft_transport._values import FindClass, Load, allowed_class, is_native, unpickle_allowed
 
-# A mesh by what describes it: device type, shape, ranks, names of the dimensions.
-MeshKey = tuple[str, tuple[int, ...], tuple[int, ...], tuple[str, ...] | None]
-Meshes = dict[MeshKey, DeviceMesh]
+__all__ = [
+    "KINDS",
+    "PLAIN",
+    "VALUE",
+    "Kind",
+    "Maker",
+    "Part",
+    "Surroundings",
+    "check_grad",
+    "check_parts",
+    "is_plain",
+    "kind_of",
+    "plain",
+    "put_together",
+    "refresh",
+    "register_kind",
+    "take_apart",
+]
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
+class Surroundings(NamedTuple):
+    """What the receiver has, for kinds whose leaves are put together from more than bytes.
 
+    Attributes:
+        meshes: The template's device meshes, by what describes them.
+        find_class: Finds a class by its name, or raises ``ValueError`` if it is not allowed.
+        unpickle: Reads a pickle, with what gives the leaves and values that were taken out of it.
+    """
 
-DTYPES: dict[str, torch.dtype] = {
-    dtype_name(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)
-}
+    meshes: dict[Any, Any] = {}  # noqa: RUF012
+    find_class: FindClass = allowed_class
+    unpickle: Callable[[bytes, Load], object] = unpickle_allowed
 
 
 class Kind:
-    """One kind of leaf. Subclasses override everything but ``name``'s type.
+    """One kind of leaf. To teach the package a new one, subclass it and call :func:`register_kind` on both sides.
 
     Attributes:
         name: How the manifest calls it. Part of the wire.
-        is_tried: Whether :meth:`rebuild` finds more wrong with a context than :meth:`check`, whatever bytes the tensors
-            hold. Then it is tried before the first byte lands.
+        types: The exact classes of its leaves.
+        family: Leaves of one family, of the same shape and dtype, can land in each other; empty: of this kind only.
+        is_tried: Whether :meth:`put_together` finds more wrong with a context than :meth:`check`, whatever bytes the
+            tensors hold. Then it is tried before the first byte lands.
+        not_in_place: Why bytes are never written into a leaf that the template has; empty if they may be.
     """
 
     name: str = ""
+    types: tuple[type, ...] = ()
+    family: str = ""
+    not_in_place: str = ""
     is_tried: bool = False
 
-    def inner(self, leaf: Any) -> tuple[torch.Tensor, ...]:
-        """The plain strided tensors whose bytes travel, in a fixed order.
+    def claims(self, leaf: torch.Tensor) -> bool:
+        """Whether a tensor whose class no kind has is of this kind."""
+        return False
+
+    def obstacle(self, leaf: Any) -> str:
+        """Why bytes must not be written into this leaf of the template; empty if they may be."""
+        return self.not_in_place
+
+    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        """The inner tensors, in a fixed order, and the context: plain values and tuples of them.
 
         Raises:
             ValueError: This leaf cannot travel; the text says why.
         """
         raise NotImplementedError
 
-    def context(self, leaf: Any) -> Any:
-        """What else is needed to rebuild it: None, numbers, strings, and tuples of these."""
-        raise NotImplementedError
-
-    def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
-        """Check what a peer sent, before a byte lands: :meth:`rebuild` must not fail on it later.
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        """Check what a peer sent, before a byte lands: :meth:`put_together` should not fail on it later.
 
         Args:
-            dtypes: Of the inner tensors.
+            inner: Geometry of each inner tensor, None for one that is not plain.
             context: What claims to be a context of this kind.
 
         Raises:
-            TypeError, ValueError: It is none.
+            Exception: It is none.
         """
-        raise NotImplementedError
 
-    def disagreement(self, context: Any, template: Any) -> str:
-        """Why ``template`` cannot take such a leaf, beyond shape and dtype; empty if it can."""
-        raise NotImplementedError
+    def label(self, context: Any) -> str:
+        """What errors call such a leaf."""
+        return self.name
 
-    def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
-        """A new leaf that owns ``tensors``."""
-        raise NotImplementedError
-
-
-class PlainTensor(Kind):
-    """``torch.Tensor`` and ``torch.nn.Parameter``, strided. Context: None, or (is parameter, requires grad)."""
-
-    name = "tensor"
-
-    def inner(self, leaf: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if leaf.layout != torch.strided:
-            raise ValueError(f"a tensor of layout {leaf.layout} cannot travel yet, expected torch.strided")
-        if leaf.is_quantized or leaf.is_nested or leaf.is_meta:
-            what = "quantized" if leaf.is_quantized else "nested" if leaf.is_nested else "meta"
-            raise ValueError(f"a {what} tensor cannot travel yet, expected a plain one")
-        if leaf.is_conj() or leaf.is_neg():
-            return (leaf.detach().resolve_conj().resolve_neg(),)
-        return (leaf,)
-
-    def context(self, leaf: torch.Tensor) -> Any:
-        is_parameter = isinstance(leaf, torch.nn.Parameter)
-        return (is_parameter, leaf.requires_grad) if is_parameter or leaf.requires_grad else None
-
-    def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
-        (dtype,) = dtypes
-        if context is not None:
-            _, requires_grad = map(_a(bool), context)
-            _check_grad(dtype, requires_grad)
-
-    def disagreement(self, context: Any, template: Any) -> str:
+    def disagreement(self, context: Any, mine: Any) -> str:
+        """Why a template's leaf with context ``mine`` cannot take one with ``context``, beyond what its inner
+        tensors say; empty if it can."""
         return ""
 
-    def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
-        (tensor,) = tensors
-        if context is None:
-            return tensor
-        is_parameter, requires_grad = context
-        if is_parameter:
-            return torch.nn.Parameter(tensor, requires_grad=requires_grad)
-        return tensor.requires_grad_(requires_grad)
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        """A new leaf that owns ``inner``."""
+        raise NotImplementedError
+
+    def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        """The leaf for the state, where the inner tensors of the template's leaf hold the new bytes already and
+        its context differs."""
+        return self.put_together(inner, context, here)
 
 
-class DTensorKind(Kind):
-    """``torch.distributed.tensor.DTensor``: the local tensor travels, the mesh is the receiver's own.
+class Part(NamedTuple):
+    """A leaf, or a tensor inside of one, without its bytes.
 
-    Context: (mesh, placements, global shape, global stride, requires grad, is parameter).
+    Attributes:
+        kind: Name of its kind, ``"tensor"`` for a plain tensor, ``"value"`` for a plain value.
+        context: See :class:`Kind`; the value itself for a plain value.
+        parts: The inner tensors; none for a plain tensor, which is one itself.
     """
 
-    name = "dtensor"
-    is_tried = True
+    kind: str
+    context: Any = None
+    parts: tuple[Part, ...] = ()
 
-    def inner(self, leaf: DTensor) -> tuple[torch.Tensor, ...]:
-        local = leaf._local_tensor
-        if type(local) is not torch.Tensor:
-            raise ValueError(f"a DTensor whose local tensor is a {type(local).__name__} cannot travel yet")
-        return (local,)
-
-    def context(self, leaf: DTensor) -> Any:
-        return (
-            mesh_key(leaf.device_mesh),
-            tuple(_describe_placement(placement) for placement in leaf.placements),
-            tuple(leaf.shape),
-            tuple(leaf.stride()),
-            leaf.requires_grad,
-            isinstance(leaf, torch.nn.Parameter),
-        )
-
-    def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
-        (dtype,) = dtypes
-        (device_type, mesh_shape, ranks, names), placements, shape, stride, requires_grad, is_parameter = context
-        _a(bool)(is_parameter)
-        _check_grad(dtype, _a(bool)(requires_grad))
-        torch.device(_a(str)(device_type))
-        if not len(mesh_shape) == len(placements) <= 64:
-            raise ValueError(f"a mesh of shape {mesh_shape} with placements {placements}")
-        if math.prod(_sizes(mesh_shape)) != len(_sizes(ranks)) or len(set(ranks)) != len(ranks) or not ranks:
-            raise ValueError(f"a mesh of shape {mesh_shape} with ranks {ranks}")
-        if names is not None and len([_a(str)(name) for name in names]) != len(mesh_shape):
-            raise ValueError(f"a mesh of shape {mesh_shape} with names {names}")
-        for placement in placements:
-            _make_placement(placement)
-        if len(_sizes(shape)) != len(_sizes(stride)):
-            raise ValueError(f"a global shape {shape} with strides {stride}")
-
-    def disagreement(self, context: Any, template: DTensor) -> str:
-        mine = self.context(template)
-        expected, got = (f"global shape {c[2]} with placements {c[1]}" for c in (mine, context))
-        return "" if expected == got else f"expected DTensor of {expected}, source has {got}"
-
-    def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
-        (local,) = tensors
-        key, placements, shape, stride, requires_grad, is_parameter = context
-        if key not in meshes:
-            device_type, mesh_shape, ranks, names = key
-            meshes[key] = DeviceMesh(
-                device_type,
-                torch.tensor(ranks, dtype=torch.int).reshape(mesh_shape),
-                mesh_dim_names=names,
-                # Groups would have to be created together with the other ranks of the mesh.
-                _init_backend=False,
-            )
-        meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
-        spec = DTensorSpec(meshes[key], tuple(map(_make_placement, placements)), tensor_meta=meta)
-        leaf = DTensor(local, spec, requires_grad=requires_grad and not is_parameter)  # type: ignore[no-untyped-call]
-        return torch.nn.Parameter(leaf, requires_grad=requires_grad) if is_parameter else leaf
+    @property
+    def num_views(self) -> int:
+        """How many plain tensors it is made of."""
+        return 1 if self.kind == "tensor" else sum(part.num_views for part in self.parts)
 
 
-def mesh_key(mesh: DeviceMesh) -> MeshKey:
-    """What describes a mesh, comparable across processes."""
-    ranks, names = mesh.mesh, mesh.mesh_dim_names
-    return mesh.device_type, tuple(ranks.shape), tuple(ranks.flatten().tolist()), tuple(names) if names else None
+PLAIN = Part("tensor")
+VALUE = "value"
+
+KINDS: dict[str, Kind] = {}
+_BY_TYPE: dict[type, Kind] = {}
 
 
-def meshes_of(leaves: Sequence[object]) -> Meshes:
-    """The meshes that the template's DTensors live on: new leaves are rebuilt on them."""
-    return {mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in leaves if isinstance(leaf, DTensor)}
+def register_kind(kind: Kind) -> None:
+    """Make a kind known to this process. The newest one that claims a leaf has it.
 
-
-def _describe_placement(placement: Placement) -> tuple[Any, ...]:
-    if isinstance(placement, _StridedShard):
-        return "strided shard", placement.dim, placement.split_factor
-    if isinstance(placement, Shard):
-        return "shard", placement.dim
-    if isinstance(placement, Replicate):
-        return ("replicate",)
-    if isinstance(placement, Partial):
-        return "partial", placement.reduce_op
-    raise ValueError(f"a DTensor with placement {placement!r} cannot travel yet")
-
-
-def _make_placement(description: Sequence[Any]) -> Placement:
-    match description:
-        case ("strided shard", int(dim), int(split_factor)):
-            return _StridedShard(dim, split_factor=split_factor)
-        case ("shard", int(dim)):
-            return Shard(dim)
-        case ("partial", str(reduce_op)):
-            return Partial(reduce_op)
-        case ("replicate",):
-            return Replicate()
-    raise ValueError(f"unknown placement {description!r}")
-
-
-# --------------------------------------------------------------------------------------------- checks
-
-
-def _a(cls: type) -> Callable[[Any], Any]:
-    """A check that a value is of exactly this type; gives the value."""
-
-    def check(value: Any) -> Any:
-        if type(value) is not cls:
-            raise TypeError(f"expected {cls.__name__}, got {value!r}")
-        return value
-
-    return check
-
-
-def _sizes(values: Any) -> tuple[int, ...]:
-    if type(values) is not tuple or any(type(value) is not int or not 0 <= value < 1 << 62 for value in values):
-        raise ValueError(f"expected sizes, got {values!r}")
-    return values
-
-
-def _check_grad(dtype: torch.dtype, requires_grad: bool) -> None:
-    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
-        raise ValueError(f"a tensor of {dtype} requires grad")
-
-
-class ShardedTensorKind(Kind):
-    """``ShardedTensor``: all local shards travel.
-
-    Context: (global size, dtype, requires grad, pin memory, all shards, which of them are local), a shard
-    being (offsets, sizes, placement).
+    Raises:
+        ValueError: Another kind has that name.
     """
-
-    name = "sharded"
-    is_tried = True
-
-    def inner(self, leaf: ShardedTensor) -> tuple[torch.Tensor, ...]:
-        return tuple(shard.tensor for shard in leaf.local_shards())
-
-    def context(self, leaf: ShardedTensor) -> Any:
-        metadata = leaf.metadata()
-        properties = metadata.tensor_properties
-        return (
-            tuple(metadata.size),
-            dtype_name(properties.dtype),
-            properties.requires_grad,
-            properties.pin_memory,
-            tuple(_describe_shard(shard) for shard in metadata.shards_metadata),
-            tuple(_describe_shard(shard.metadata) for shard in leaf.local_shards()),
-        )
-
-    def check(self, dtypes: Sequence[torch.dtype], context: Any) -> None:
-        size, dtype, requires_grad, pin_memory, shards, local = context
-        _a(bool)(pin_memory)
-        if any(dtype_name(found) != dtype for found in dtypes):
-            raise ValueError(f"a ShardedTensor of {dtype} with shards of {dtypes}")
-        _check_grad(DTYPES[dtype], _a(bool)(requires_grad))
-        if len(local) != len(dtypes) or not shards:
-            raise ValueError(f"a ShardedTensor of {len(shards)} shards, {len(local)} of them local, with {len(dtypes)}")
-        for offsets, sizes, placement in (*shards, *local):
-            if not len(_sizes(offsets)) == len(_sizes(sizes)) == len(_sizes(size)):
-                raise ValueError(f"a shard at {offsets} of {sizes} in {size}")
-            _make_shard(offsets, sizes, _a(str)(placement))
-
-    def disagreement(self, context: Any, template: ShardedTensor) -> str:
-        mine = self.context(template)
-        expected, got = (
-            f"global size {c[0]} with local shards at {[shard[:2] for shard in c[5]]}" for c in (mine, context)
-        )
-        return "" if expected == got else f"expected ShardedTensor of {expected}, source has {got}"
-
-    def rebuild(self, tensors: Sequence[torch.Tensor], context: Any, meshes: Meshes) -> Any:
-        size, dtype, requires_grad, pin_memory, shards, local = context
-        properties = TensorProperties(DTYPES[dtype], torch.strided, requires_grad, pin_memory=pin_memory)
-        metadata = ShardedTensorMetadata([_make_shard(*shard) for shard in shards], torch.Size(size), properties)
-        rank = torch.distributed.get_rank()
-        local_shards = [
-            # The bytes live on this rank now, wherever they came from.
-            LocalShard(tensor, _make_shard(offsets, sizes, f"rank:{rank}/{tensor.device}"))
-            for tensor, (offsets, sizes, _) in zip(tensors, local, strict=True)
-        ]
-        return ShardedTensor._init_from_local_shards_and_global_metadata(local_shards, metadata)
+    if not kind.name or kind.name == VALUE or (kind.name in KINDS and type(KINDS[kind.name]) is not type(kind)):
+        raise ValueError(f"name: expected one that no other kind has, got {kind.name!r}")
+    KINDS[kind.name] = kind
+    for cls in kind.types:
+        _BY_TYPE[cls] = kind
 
 
-def _describe_shard(shard: ShardMetadata) -> tuple[Any, ...]:
-    return tuple(shard.shard_offsets), tuple(shard.shard_sizes), str(shard.placement)
-
-
-def _make_shard(offsets: Sequence[int], sizes: Sequence[int], placement: str) -> ShardMetadata:
-    return ShardMetadata(list(offsets), list(sizes), placement)
-
-
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (PlainTensor(), DTensorKind(), ShardedTensorKind())}
-_BY_TYPE: dict[type, Kind] = {
-    torch.Tensor: KINDS["tensor"],
-    torch.nn.Parameter: KINDS["tensor"],
-    DTensor: KINDS["dtensor"],
-    ShardedTensor: KINDS["sharded"],
-}
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a ``torch.Tensor`` or ``Parameter`` is nothing but strided bytes."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and not tensor.is_meta
+        and not tensor.__dict__
+        and not tensor.is_neg()
+        and not (tensor.dtype.is_complex and tensor.is_conj())
+    )
 
 
 def kind_of(leaf: object) -> Kind | None:
@@ -329,9 +174,117 @@ def kind_of(leaf: object) -> Kind | None:
         ValueError: A tensor of a class that no kind claims.
     """
     kind = _BY_TYPE.get(type(leaf))
-    if kind is not None or not isinstance(leaf, torch.Tensor):
+    if kind is not None:
         return kind
-    for cls in (DTensor, ShardedTensor):
-        if isinstance(leaf, cls):
+    if isinstance(leaf, torch.Tensor):
+        for kind in reversed(KINDS.values()):
+            if kind.claims(leaf):
+                return kind
+        raise ValueError(f"a tensor of class {type(leaf).__qualname__} cannot travel")
+    if is_native(leaf):
+        return None
+    for cls in type(leaf).__mro__[1:-1]:
+        if cls in _BY_TYPE and _BY_TYPE[cls].name == "sharded":
             return _BY_TYPE[cls]
-    raise ValueError(f"a tensor of class {type(leaf).__qualname__} cannot travel yet")
+    return KINDS["object"]
+
+
+def take_apart(leaf: Any) -> tuple[Part, Sequence[torch.Tensor]]:
+    """What describes a leaf, and the plain tensors that hold its bytes.
+
+    Raises:
+        ValueError: It cannot travel.
+    """
+    cls = type(leaf)
+    if (cls is torch.Tensor or cls is torch.nn.Parameter) and is_plain(leaf):
+        if cls is torch.Tensor and not leaf.requires_grad:
+            return PLAIN, (leaf,)
+        return Part("tensor", (cls is torch.nn.Parameter, leaf.requires_grad)), (leaf,)
+    kind = kind_of(leaf)
+    if kind is None:
+        return Part(VALUE, leaf), ()
+    inner, context = kind.take_apart(leaf)
+    parts: list[Part] = []
+    tensors: list[torch.Tensor] = []
+    for tensor in inner:
+        part, below = take_apart(tensor)
+        if part.kind == VALUE:
+            raise ValueError(f"a {type(tensor).__name__} inside of a {kind.name}, where a tensor is expected")
+        parts.append(part)
+        tensors += below
+    return Part(kind.name, context, tuple(parts)), tensors
+
+
+def check_parts(part: Part, shapes: Iterator[Geometry]) -> None:
+    """Check a part that a peer described, and all below it.
+
+    Args:
+        part: The part.
+        shapes: Geometry of each of its plain tensors.
+
+    Raises:
+        Exception: Its kind is unknown, or does not accept it.
+    """
+    if part.kind == "tensor":
+        _check_plain(next(shapes), part.context)
+        return
+    direct: list[Geometry | None] = []
+    for below in part.parts:
+        if below.kind == "tensor":
+            direct.append(next(shapes))
+            _check_plain(direct[-1], below.context)
+        else:
+            check_parts(below, shapes)
+            direct.append(None)
+    kind = KINDS.get(part.kind)
+    if kind is None:
+        raise ValueError(f"unknown kind of leaf {part.kind!r}: register it on the receiver")
+    kind.check(direct, part.context)
+
+
+def _check_plain(shape: Geometry | None, context: Any) -> None:
+    if context is not None and shape is not None:
+        is_parameter, requires_grad = context
+        if type(is_parameter) is not bool or type(requires_grad) is not bool:
+            raise TypeError(f"a tensor's context: {context!r}")
+        check_grad(shape.dtype, requires_grad)
+
+
+def check_grad(dtype: torch.dtype, requires_grad: object) -> None:
+    """Raise if a tensor of this dtype cannot require grad, or it is no question of yes or no."""
+    if type(requires_grad) is not bool:
+        raise TypeError(f"expected a bool, got {requires_grad!r}")
+    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
+        raise ValueError(f"a tensor of {dtype} requires grad")
+
+
+def put_together(part: Part, makers: Iterator[Maker], here: Surroundings) -> Any:
+    """A new leaf from what makes its plain tensors, in the order of :func:`take_apart`."""
+    if part.kind == "tensor":
+        return next(makers)(part.context)
+    if part.kind == VALUE:
+        return part.context
+    inner = [put_together(below, makers, here) for below in part.parts]
+    return KINDS[part.kind].put_together(inner, part.context, here)
+
+
+# Gives a plain tensor with the context that it is asked for.
+Maker = Callable[[Any], torch.Tensor]
+
+
+def plain(tensor: torch.Tensor, context: Any) -> torch.Tensor:
+    """A plain tensor that holds the memory of ``tensor``, with the context of a part."""
+    if context is None:
+        return tensor
+    is_parameter, requires_grad = context
+    if is_parameter:
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    return tensor.requires_grad_(requires_grad)
+
+
+def refresh(part: Part, makers: Iterator[Maker], mine: Any, here: Surroundings) -> Any:
+    """The template's leaf, whose plain tensors hold the new bytes already, or a new one that owns them."""
+    if part.kind == "tensor" or take_apart(mine)[0] == part:
+        return mine
+    inner = [put_together(below, makers, here) for below in part.parts]
+    return KINDS[part.kind].refresh(mine, inner, part.context, here)

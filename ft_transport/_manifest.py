@@ -11,101 +11,38 @@ Not here: which bytes travel in which message (``_layout``), how a manifest is e
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from ft_transport._leaves import KINDS, Meshes, kind_of
-from ft_transport._memory import Block
-from ft_transport._tree import Node, Path, flatten, format_path, unflatten
+from ft_transport import _kinds, _kinds_distributed
+from ft_transport._geometry import Geometry, geometry, index_of
+from ft_transport._leaves import PLAIN, VALUE, Part, take_apart
+from ft_transport._memory import Block, indexed
+from ft_transport._tree import Node, Path, flatten, format_path, paths_of, unflatten
+from ft_transport._values import ATOMIC
 from ft_transport.errors import LocalProtocolError
 
 __all__ = [
+    "ALIGNMENT",
     "Blocks",
-    "Geometry",
     "Leaf",
     "Manifest",
     "Storage",
     "View",
+    "covered",
     "describe",
     "disjoint",
-    "geometry",
-    "merge",
-    "rebuild",
+    "range_index",
 ]
+
+# Whoever describes a state needs every kind of leaf that the package brings.
+_ = _kinds, _kinds_distributed
 
 # Storages start their byte ranges at multiples of this, so that every dtype is aligned and a vector load is.
 ALIGNMENT = 64
-
-
-class Geometry:
-    """Dtype, shape and strides, and what follows from them. Made by :func:`geometry`, which keeps one of each.
-
-    Attributes:
-        dtype: Of the elements.
-        shape: Sizes in elements.
-        stride: Steps in elements, none negative.
-        itemsize: Bytes of an element.
-        numel: Number of elements.
-        span: Bytes from the first to behind the last element, 0 without elements.
-        order: Dimensions that hold distinct elements, outermost in memory first (without those of size one and
-            expanded ones); None if elements overlap in another way.
-        dense: Whether every element has a place of its own and there are no gaps between them.
-        distinct_bytes: Bytes of the elements, expanded ones counted once.
-        closes_gaps: Whether there are gaps that can be left out.
-        expanded: Whether elements are repeated by a stride of zero.
-    """
-
-    __slots__ = (
-        "closes_gaps",
-        "dense",
-        "distinct_bytes",
-        "dtype",
-        "expanded",
-        "itemsize",
-        "numel",
-        "order",
-        "shape",
-        "span",
-        "stride",
-    )
-
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-        self.dtype, self.shape, self.stride = dtype, shape, stride
-        self.itemsize = dtype.itemsize
-        self.numel = math.prod(shape)
-        steps = [(step, size) for step, size in zip(stride, shape, strict=True) if size > 1]
-        self.span = self.itemsize * (1 + sum((size - 1) * step for step, size in steps)) if self.numel else 0
-        self.expanded = any(step == 0 for step, _ in steps)
-        self.order = _memory_order(shape, stride)
-        self.dense = self.order is not None and not self.expanded and self.span == self.numel * self.itemsize
-        # Meaningless where elements overlap in another way than by a stride of zero.
-        self.distinct_bytes = math.prod(shape[dim] for dim in self.order or ()) * self.itemsize if self.numel else 0
-        self.closes_gaps = self.order is not None and self.distinct_bytes < self.span
-
-    def __repr__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
-
-
-@functools.lru_cache(maxsize=16_384)
-def geometry(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
-    """The geometry of a tensor; equal ones are the same object as long as the cache holds them."""
-    return Geometry(dtype, shape, stride)
-
-
-def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
-    dims = [dim for dim, size in enumerate(shape) if size > 1 and stride[dim] != 0]
-    dims.sort(key=lambda dim: stride[dim], reverse=True)
-    inner = 1
-    for dim in reversed(dims):
-        if stride[dim] < inner:
-            return None
-        inner = stride[dim] * shape[dim]
-    return tuple(dims)
 
 
 class View(NamedTuple):
@@ -140,51 +77,67 @@ class Storage(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One leaf: of a kind with views and context, or (``kind == "value"``) a plain value in ``context``."""
+    """One leaf: what :class:`Part` says, and the views of its plain tensors; a plain value is in ``context``."""
 
     kind: str
     views: tuple[View, ...]
-    context: Any
+    context: Any = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def part(self) -> Part:
+        """The leaf without its bytes."""
+        return Part(self.kind, self.context, self.parts)
 
 
-@dataclass
 class Manifest:
     """The description sent ahead.
 
-    Attributes:
+    Args:
         nodes: The nesting in preorder.
-        paths: Path of each leaf.
         leaves: The leaves, in the order of ``nodes``.
         storages: The storages that the leaves' views refer to.
+        same: For each leaf that is the same object as an earlier one, the index of the first.
+        shared: The same for containers, by index of their nodes.
+        paths: Path of each leaf; None to derive them from ``nodes`` when they are asked for.
         treespec: Set instead of ``nodes`` where the peer describes its nesting by torch's own pytree.
     """
 
-    nodes: list[Node]
-    paths: list[Path]
-    leaves: list[Leaf]
-    storages: list[Storage]
-    treespec: Any = field(default=None)
+    def __init__(
+        self,
+        nodes: list[Node],
+        leaves: list[Leaf],
+        storages: list[Storage],
+        *,
+        same: dict[int, int] | None = None,
+        shared: dict[int, int] | None = None,
+        paths: list[Path] | None = None,
+        treespec: Any = None,
+    ) -> None:
+        self.nodes = nodes
+        self.leaves = leaves
+        self.storages = storages
+        self.same = same or {}
+        self.shared = shared or {}
+        self.treespec = treespec
+        self._paths = paths
+
+    @property
+    def paths(self) -> list[Path]:
+        """Path of each leaf."""
+        if self._paths is None:
+            self._paths = paths_of(self.nodes)
+        return self._paths
 
     def build(self, leaves: Sequence[object]) -> object:
         """The state dict with these leaves in place of the described ones."""
         if self.treespec is not None:
             return torch.utils._pytree.tree_unflatten(leaves, self.treespec)
-        return unflatten(self.nodes, leaves)
+        return unflatten(self.nodes, leaves, self.shared)
 
 
 # The memory that the byte range at (storage, begin) is taken from.
 Blocks = dict[tuple[int, int], Block]
-
-
-def merge(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Disjoint byte ranges, in order, that cover the extents; only overlapping ones are joined."""
-    ranges: list[tuple[int, int]] = []
-    for begin, end in sorted(extents):
-        if ranges and begin < ranges[-1][1]:
-            ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
-        else:
-            ranges.append((begin, end))
-    return ranges
 
 
 def disjoint(views: Sequence[View]) -> bool:
@@ -209,13 +162,9 @@ def disjoint(views: Sequence[View]) -> bool:
 # ------------------------------------------------------------------------------------------- describe
 
 
-class _Slot(NamedTuple):
-    """A view before it has its storage in the manifest: which leaf and which of its inner tensors."""
-
-    leaf: int
-    position: int
-    tensor: torch.Tensor
-    view: View
+# A plain tensor before it has its storage in the manifest: which leaf, which of its tensors, the tensor, its view of
+# the storage that it is in.
+_Slot = tuple[int, int, torch.Tensor, View]
 
 
 def describe(state_dict: object) -> tuple[Manifest, Blocks]:
@@ -227,120 +176,152 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
     Raises:
         LocalProtocolError: A leaf cannot travel; the text names every such path and the reason.
     """
-    nodes, paths, values = flatten(state_dict)
-    manifest = Manifest(nodes, paths, [], [])
+    nodes, values, shared = flatten(state_dict)
+    manifest = Manifest(nodes, [], [], shared=shared)
+    described = _take_all_apart(values, manifest)
+    # Most storages have one view, which is placed at once; the others wait until all their views are known.
+    keys = [tensor.untyped_storage()._cdata for _, tensors in described for tensor in tensors if tensor.numel()]
+    several = {key for key, count in Counter(keys).items() if count > 1} if len(set(keys)) < len(keys) else ()
     groups: dict[int, list[_Slot]] = {}
-    refused: list[str] = []
-    for index, value in enumerate(values):
-        try:
-            manifest.leaves.append(_describe_leaf(index, value, groups))
-        except ValueError as exc:
-            refused.append(f"{format_path(paths[index])}: {exc}")
-    if refused:
-        raise LocalProtocolError("; ".join(refused), phase="describe")
     blocks: Blocks = {}
-    placed: dict[int, dict[int, View]] = {}
+    next_key = iter(keys)
+    leaves = manifest.leaves
+    for index, (part, tensors) in enumerate(described):
+        views = []
+        for position, tensor in enumerate(tensors):
+            shape = geometry(tensor.dtype, tensor.shape, tensor.stride())
+            offset: Any = tensor.storage_offset()
+            if shape.numel and (key := next(next_key)) not in several and shape.dense:
+                views.append(_place_alone(tensor, shape, offset, manifest.storages, blocks))
+                continue
+            view = View(-1, shape, offset)
+            views.append(view)
+            if shape.numel:
+                groups.setdefault(key, []).append((index, position, tensor, view))
+        leaves.append(Leaf("tensor", (views[0],)) if part is PLAIN else Leaf(part.kind, tuple(views), *part[1:]))
     for group in groups.values():
-        for part in [group] if len(group) == 1 else _separate(group):
-            _place(part, manifest.storages, blocks, placed)
-    for index, views in placed.items():
-        leaf = manifest.leaves[index]
-        manifest.leaves[index] = Leaf(
-            leaf.kind, tuple([views.get(i, view) for i, view in enumerate(leaf.views)]), leaf.context
-        )
+        _place(group, manifest, blocks)
+    for index, first in manifest.same.items():
+        leaves[index] = leaves[first]
     return manifest, blocks
 
 
-def _describe_leaf(index: int, value: object, groups: dict[int, list[_Slot]]) -> Leaf:
-    kind = kind_of(value)
-    if kind is None:
-        return Leaf("value", (), value)
-    views = []
-    for position, tensor in enumerate(kind.inner(value)):
-        shape = geometry(tensor.dtype, tuple(tensor.shape), tensor.stride())
-        view = View(-1, shape, int(tensor.storage_offset()))
-        views.append(view)
-        if shape.numel:
-            groups.setdefault(tensor.untyped_storage()._cdata, []).append(_Slot(index, position, tensor, view))
-    return Leaf(kind.name, tuple(views), kind.context(value))
-
-
-def _separate(group: list[_Slot]) -> list[list[_Slot]]:
-    """Split one storage's views: what can be sent without its gaps goes by itself, the rest together."""
-    rest: list[_Slot] = []
-    alone: list[list[_Slot]] = []
-    for begin, end in merge((slot.view.begin, slot.view.end) for slot in group):
-        members = [slot for slot in group if begin <= slot.view.begin < end]
-        same: dict[View, list[_Slot]] = {}
-        for slot in members:
-            same.setdefault(slot.view, []).append(slot)
-        distinct = sum(view.geometry.distinct_bytes for view in same)
-        if all(view.geometry.closes_gaps for view in same) and distinct < end - begin and disjoint(list(same)):
-            alone.extend(same.values())
+def _take_all_apart(values: Sequence[object], manifest: Manifest) -> list[tuple[Part, Sequence[torch.Tensor]]]:
+    """Take every leaf apart; of leaves that are one object only the first has tensors."""
+    described: list[tuple[Part, Sequence[torch.Tensor]]] = []
+    refused: dict[int, str] = {}
+    seen: dict[int, int] = {}
+    for index, value in enumerate(values):
+        if type(value) in ATOMIC:
+            described.append((Part(VALUE, value), ()))
+        elif (first := seen.setdefault(id(value), index)) != index:
+            manifest.same[index] = first
+            described.append((Part(VALUE), ()))
         else:
-            rest.extend(members)
-    return [rest, *alone] if rest else alone
+            try:
+                described.append(take_apart(value))
+            except Exception as exc:  # a kind's, or a class's own code when it is pickled, which may raise anything
+                refused[index] = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
+    if refused:
+        paths = manifest.paths
+        text = "; ".join(f"{format_path(paths[index])}: {reason}" for index, reason in refused.items())
+        raise LocalProtocolError(text, phase="describe")
+    return described
 
 
-def _place(
-    group: list[_Slot],
-    storages: list[Storage],
-    blocks: Blocks,
-    placed: dict[int, dict[int, View]],
-) -> None:
-    """Give the views of ``group`` one storage in the manifest, which holds only what they refer to."""
-    first = group[0]
+def _place_alone(
+    tensor: torch.Tensor, shape: Geometry, offset: int, storages: list[Storage], blocks: Blocks
+) -> View:
+    """Give the only view of a storage, one without gaps, a storage in the manifest; as :func:`_place` would."""
     storage = len(storages)
-    if first.view.geometry.closes_gaps and all(slot.view == first.view for slot in group):
-        view, blocks[storage, 0] = _without_gaps(first, storage)
+    begin = offset * shape.itemsize % ALIGNMENT if offset else 0
+    blocks[storage, begin] = Block(tensor)
+    storages.append(Storage(begin + shape.span, "cpu" if tensor.is_cpu else tensor.device.type))
+    return View(storage, shape, begin // shape.itemsize)
+
+
+def _clusters(group: list[_Slot]) -> list[tuple[int, int, list[_Slot]]]:
+    """The byte ranges that the views of one storage refer to, in order, each with the views in it."""
+    clusters: list[tuple[int, int, list[_Slot]]] = []
+    for begin, end, slot in sorted([(slot[3].begin, slot[3].end, slot) for slot in group], key=lambda found: found[:2]):
+        if clusters and begin < clusters[-1][1]:
+            first, reached, members = clusters[-1]
+            members.append(slot)
+            clusters[-1] = first, max(reached, end), members
+        else:
+            clusters.append((begin, end, [slot]))
+    return clusters
+
+
+def _set_view(manifest: Manifest, slot: _Slot, view: View) -> None:
+    index, position, _, _ = slot
+    leaf = manifest.leaves[index]
+    views = (view,) if len(leaf.views) == 1 else (*leaf.views[:position], view, *leaf.views[position + 1 :])
+    manifest.leaves[index] = Leaf(leaf.kind, views, leaf.context, leaf.parts)
+
+
+def _place(group: list[_Slot], manifest: Manifest, blocks: Blocks) -> None:
+    """Give the views of ``group`` one storage in the manifest, which holds only what they refer to."""
+    _, _, tensor, first = group[0]
+    storage = len(manifest.storages)
+    if first.geometry.closes_gaps and all(view == first for _, _, _, view in group):
+        view, blocks[storage, 0] = _without_gaps(tensor, first, storage)
         nbytes = view.end
         for slot in group:
-            placed.setdefault(slot.leaf, {})[slot.position] = view
+            _set_view(manifest, slot, view)
     else:
-        nbytes = 0
-        extents = [(slot.view.begin, slot.view.end) for slot in group]
-        for begin, end in merge(extents) if len(group) > 1 else extents:
-            # Less than a cache line of gap is kept, so that a whole storage keeps its offsets.
-            new_begin = begin if begin - nbytes < ALIGNMENT else nbytes + -nbytes % ALIGNMENT + begin % ALIGNMENT
-            members = group if len(group) == 1 else [slot for slot in group if begin <= slot.view.begin < end]
+        nbytes = last_end = 0
+        for begin, end, members in _clusters(group):
+            # Gaps are closed by multiples of 64 bytes, so that a whole storage keeps its offsets and all stay aligned.
+            new_begin = nbytes + (begin - last_end) % ALIGNMENT
             blocks[storage, new_begin] = _block(members, begin, end)
             for slot in members:
-                view = slot.view
+                view = slot[3]
                 shift = (new_begin - begin) // view.geometry.itemsize
-                placed.setdefault(slot.leaf, {})[slot.position] = View(storage, view.geometry, view.offset + shift)
-            nbytes = new_begin + end - begin
-    storages.append(Storage(nbytes, first.tensor.device.type))
+                _set_view(manifest, slot, View(storage, view.geometry, view.offset + shift))
+            nbytes, last_end = new_begin + end - begin, end
+    manifest.storages.append(Storage(nbytes, tensor.device.type))
 
 
 def _block(members: list[_Slot], begin: int, end: int) -> Block:
-    for slot in members:
-        if slot.view.geometry.dense and slot.view.begin == begin and slot.view.end == end:
-            return Block(slot.tensor)
-    tensor = members[0].tensor
+    for _, _, tensor, view in members:
+        if view.geometry.dense and view.begin == begin and view.end == end:
+            return Block(tensor)
+    tensor = members[0][2]
+    found = range_index([view for _, _, _, view in members], begin, end)
+    if found is not None:
+        return indexed(tensor.detach(), begin, end, *found)
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
     return Block(flat.set_(tensor.untyped_storage(), begin, (end - begin,), (1,)))
 
 
-def _without_gaps(slot: _Slot, storage: int) -> tuple[View, Block]:
+def range_index(views: Sequence[View], begin: int, end: int) -> tuple[torch.Tensor, int] | None:
+    """Which elements of a range its views refer to, None where that is all of it; see ``_geometry.index_of``."""
+    if covered(views, begin, end):
+        return None
+    return index_of([(view.geometry, view.begin) for view in views], begin, end)
+
+
+def covered(views: Sequence[View], begin: int, end: int) -> bool:
+    """Whether those of the views that have no gaps leave none of the range out."""
+    reached = begin
+    for first, last in sorted((view.begin, view.end) for view in views if view.geometry.dense):
+        if first > reached:
+            return False
+        reached = max(reached, last)
+    return reached == end
+
+
+def _without_gaps(tensor: torch.Tensor, view: View, storage: int) -> tuple[View, Block]:
     """The dense view, and the memory, of a view whose gaps do not travel."""
-    shape = slot.view.geometry
+    shape = view.geometry
     dims = shape.order or ()
     stride = [0] * len(shape.shape)
     numel = 1
     for dim in reversed(dims):
         stride[dim] = numel
         numel *= shape.shape[dim]
-    block = slot.tensor.detach().as_strided(
-        [shape.shape[dim] for dim in dims], [shape.stride[dim] for dim in dims], slot.view.offset
+    block = tensor.detach().as_strided(
+        [shape.shape[dim] for dim in dims], [shape.stride[dim] for dim in dims], view.offset
     )
     return View(storage, geometry(shape.dtype, shape.shape, tuple(stride)), 0), Block(block, dense=False)
-
-
-# -------------------------------------------------------------------------------------------- rebuild
-
-
-def rebuild(leaf: Leaf, tensors: Sequence[torch.Tensor], meshes: Meshes) -> object:
-    """The leaf that ``leaf`` describes, holding ``tensors``; a plain value is returned as it is."""
-    if leaf.kind == "value":
-        return leaf.context
-    return KINDS[leaf.kind].rebuild(tensors, leaf.context, meshes)

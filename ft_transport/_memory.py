@@ -13,28 +13,37 @@ import gc
 import math
 import mmap
 import os
+import re
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 __all__ = [
+    "CPU",
+    "FROM_ARENA",
     "Arena",
     "Block",
     "Bucket",
+    "CARRIERS",
+    "ReadOnlyMemory",
     "aligned",
     "allocate",
     "copy_blocks",
     "copy_elements",
+    "indexed",
     "no_collection",
     "physical_bytes",
     "storage_as",
 ]
 
+CPU = torch.device("cpu")
+
 _HUGE_PAGE = 2 << 20
 # Fresh memory of this size and more comes from an arena; smaller storages are torch's own.
-_FROM_ARENA = 256 << 10
+FROM_ARENA = 256 << 10
 # What an arena asks for at once. Its memory is given back when nothing in it is referred to any more.
 _ARENA_BYTES = 64 << 20
 
@@ -49,16 +58,32 @@ class Block(NamedTuple):
         memory: Dense: a tensor of any shape without gaps, whose bytes from its lowest address on are the range.
             Otherwise: a strided tensor whose elements in row-major order are.
         dense: Which of the two.
+        places: Set instead for a range with gaps that do not travel: ``memory`` is flat, and its elements at these
+            places are the range.
     """
 
     memory: torch.Tensor
     dense: bool = True
+    places: torch.Tensor | None = None
 
     def bytes(self, begin: int, end: int) -> torch.Tensor:
         """Bytes ``begin`` to ``end`` of a dense block as a flat uint8 tensor that shares the memory."""
         assert self.dense
         first = int(self.memory.storage_offset()) * self.memory.element_size()
         return storage_as(self.memory, torch.uint8)[first + begin : first + end]
+
+
+def indexed(storage: torch.Tensor, begin: int, end: int, index: torch.Tensor, unit: int) -> Block:
+    """The block of a range with gaps.
+
+    Args:
+        storage: Any tensor in its storage.
+        begin: First byte of the range in the storage, a multiple of ``unit``.
+        end: Behind the last byte.
+        index: Which elements of ``unit`` bytes, counted from ``begin``.
+        unit: 1, 2, 4, 8 or 16.
+    """
+    return Block(storage_as(storage, CARRIERS[unit])[begin // unit : end // unit], dense=False, places=index)
 
 
 def storage_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -100,16 +125,28 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
         blocks, ours_ = map(list, zip(*flats, strict=True))
         torch._foreach_copy_(*((ours_, blocks) if gather else (blocks, ours_)))
     for block, begin, part in rest:
-        if not block.dense:
+        if block.places is not None:
+            _copy_indexed(block.memory, block.places, begin, part, gather)
+        elif not block.dense:
             _copy_strided(block.memory, begin, part, gather)
 
 
 # Bit patterns are moved, not numbers, and copy_ does not know every dtype: any of the same size will do.
-_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def _copy_indexed(flat: torch.Tensor, index: torch.Tensor, begin: int, part: torch.Tensor, gather: bool) -> None:
+    size = flat.element_size()
+    places = index[begin // size : (begin + part.numel()) // size].to(flat.device)
+    if gather:
+        part.copy_(flat[places].view(torch.uint8))
+    else:
+        # A part of a message need not be aligned to the elements.
+        flat[places] = part.clone().view(flat.dtype).to(flat.device)
 
 
 def _copy_strided(strided: torch.Tensor, begin: int, part: torch.Tensor, gather: bool) -> None:
-    carrier = _CARRIERS[strided.dtype.itemsize]
+    carrier = CARRIERS[strided.dtype.itemsize]
     flat = part
     if part.storage_offset() % carrier.itemsize:
         flat = torch.empty_like(part) if gather else part.clone()
@@ -220,7 +257,7 @@ class Arena:
         Raises:
             MemoryError: There is no room for it.
         """
-        if nbytes < _FROM_ARENA:
+        if nbytes < FROM_ARENA:
             return allocate(nbytes, torch.device("cpu"))
         if self._mapping is None or len(self._mapping) - self._used < nbytes:
             self._map(nbytes)
@@ -241,6 +278,43 @@ class Arena:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         self._used = -ctypes.addressof(ctypes.c_char.from_buffer(mapping)) % _HUGE_PAGE
         self._mapping = mapping
+
+
+# ---------------------------------------------------------------------------------- read-only memory
+
+
+class ReadOnlyMemory:
+    """Which addresses of this process cannot be written to: a write there would kill it.
+
+    Looked up once, at the first question, where the system tells (Linux); elsewhere nothing counts as read-only.
+    """
+
+    def __init__(self) -> None:
+        self._begins: list[int] | None = None
+        self._ends: list[int] = []
+
+    def holds(self, address: int) -> bool:
+        """Whether the address lies in read-only memory."""
+        if self._begins is None:
+            self._look()
+        assert self._begins is not None
+        index = bisect_right(self._begins, address) - 1
+        return index >= 0 and address < self._ends[index]
+
+    def _look(self) -> None:
+        self._begins, self._ends = [], []
+        try:
+            with open("/proc/self/maps", "rb") as maps:
+                found = _READ_ONLY.findall(maps.read())
+        except OSError:
+            return
+        for begin, end in found:
+            self._begins.append(int(begin, 16))
+            self._ends.append(int(end, 16))
+
+
+# Begin and end of a mapping without the permission to write, in the order of addresses.
+_READ_ONLY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
 
 
 # -------------------------------------------------------------------------------------------- staging

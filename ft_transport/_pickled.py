@@ -12,13 +12,13 @@ from __future__ import annotations
 import pickletools
 from typing import Any
 
-__all__ = ["MAX_COST", "MAX_DEPTH", "check_pickle"]
+__all__ = ["MAX_COST", "MAX_DEPTH", "check_cost"]
 
 # Bounds the values that hashing and building walk through, what comes from the memo counted each time: under a second.
 MAX_COST = 1 << 24
 # Bounds the nesting; Python's own pickler gives up at about 500 levels.
 MAX_DEPTH = 1_000
-# Bounds the keys of one dict or set that are not text, see ``_codec.MAX_UNSALTED_KEYS``.
+# Bounds the keys of one dict or set that are not text, see ``_values.MAX_UNSALTED_KEYS``.
 MAX_KEYS = 1 << 14
 
 _TEXT = {"str", "bytes", "unicode", "bytes_or_str"}
@@ -49,7 +49,7 @@ class _Cell:
             raise ValueError(f"a pickled container with more than {MAX_KEYS} keys that are not text")
 
 
-def check_pickle(data: bytes) -> None:
+def check_cost(data: bytes) -> None:
     """Check that unpickling ``data`` takes time and stack in proportion to its size.
 
     Raises:

@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 
-from ft_transport._leaves import KINDS, kind_of
-from ft_transport._manifest import Geometry, Leaf, Manifest, View, disjoint, geometry, merge
-from ft_transport._tree import Path, flatten, format_path
+from ft_transport._geometry import Geometry, geometry, geometry_of
+from ft_transport._leaves import KINDS, VALUE, Part, is_plain, take_apart
+from ft_transport._manifest import Leaf, Manifest, View, disjoint
+from ft_transport._memory import ReadOnlyMemory
+from ft_transport._tree import Node, Path, flatten, format_path, paths_of
 from ft_transport.errors import RemoteProtocolError
 from ft_transport.report import TransferReport
 
-__all__ = ["Slot", "Targets", "compare", "geometry_of", "match_template", "same_strides"]
+__all__ = ["Slot", "Targets", "compare", "match_template", "same_strides"]
 
 # Index of a leaf, and position of one of its views.
 Slot = tuple[int, int]
 # The template's tensor for each view that can land in it.
 Targets = dict[Slot, torch.Tensor]
+
 
 # Bounds the registered keys of torchft's envelope that are tried as the place of the callback's tree.
 MAX_KEYS = 100
@@ -45,7 +48,10 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
         RemoteProtocolError: The source has tensors and none is where the callback's tree would have it, or
             there are two places that fit equally well.
     """
-    _, paths, leaves = flatten(template)
+    nodes, leaves, _ = flatten(template)
+    if _fits_as_a_whole(manifest.nodes, nodes):
+        return dict(enumerate(leaves))
+    paths = paths_of(nodes)
     index_of = _places(manifest.paths, set(paths))
     scored = [(_score(manifest, index_of, prefix, paths, leaves), prefix) for prefix in _prefixes(manifest.paths)]
     best, prefix = max(scored, key=lambda entry: entry[0])
@@ -68,6 +74,17 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
         else:
             matched[index] = leaf
     return matched
+
+
+def _fits_as_a_whole(nodes: list[Node], template: list[Node]) -> bool:
+    """Whether the template's tree is the source's, or the only one in the envelope: then no path is needed."""
+    starts = [0]
+    if "user" in nodes[0].keys[:1] and "torchft" in nodes[0].keys:
+        starts += [1, 2] if nodes[1].num_children == 1 else []
+    try:
+        return sum(nodes[start : start + len(template)] == template for start in starts) == 1
+    except Exception:  # contexts of registered nodes need not be comparable
+        return False
 
 
 def _places(paths: Sequence[Path], wanted: set[Path]) -> dict[Path, int]:
@@ -124,107 +141,160 @@ def compare(manifest: Manifest, matched: dict[int, object], report: TransferRepo
     """
     targets: Targets = {}
     disagreements: list[str] = []
+    comparison = _Comparison(manifest, targets, report)
     for index, leaf in enumerate(manifest.leaves):
         if index in matched:
-            reason = _compare_leaf(index, leaf, matched[index], manifest, targets, report)
+            reason = comparison.leaf(index, leaf, matched[index])
             if reason:
                 disagreements.append(f"{format_path(manifest.paths[index])}: {reason}")
         elif leaf.views and matched:
             report.missing.append(format_path(manifest.paths[index]))
-    _drop_conflicts(manifest, targets, report)
+    _drop_conflicts(manifest, targets, comparison.extents, report)
     return targets, disagreements
 
 
-def _compare_leaf(
-    index: int, leaf: Leaf, mine: Any, manifest: Manifest, targets: Targets, report: TransferReport
-) -> str:
-    """Why a leaf disagrees, empty if it does not; then its tensors are noted as targets."""
-    try:
-        kind = kind_of(mine)
-        if (kind.name if kind is not None else "value") != leaf.kind:
-            return f"expected {_describe(mine)}, source has {_describe_leaf(leaf)}"
-        if kind is None:
+class _Comparison:
+    """Compares leaf by leaf; notes the tensors that can take their bytes.
+
+    Attributes:
+        extents: First address and the one behind the last, of each such tensor.
+    """
+
+    def __init__(self, manifest: Manifest, targets: Targets, report: TransferReport) -> None:
+        self.extents: list[tuple[int, int, Slot]] = []
+        self._manifest = manifest
+        self._targets = targets
+        self._report = report
+        self._read_only = ReadOnlyMemory()
+
+    def leaf(self, index: int, leaf: Leaf, mine: Any) -> str:
+        """Why a leaf disagrees with the template's, empty if it does not."""
+        if leaf.kind == "tensor" and type(mine) in (torch.Tensor, torch.nn.Parameter) and is_plain(mine):
+            return self._tensor((index, 0), leaf.views[0], mine)
+        try:
+            part, tensors = take_apart(mine)
+        except ValueError as exc:
+            self._keep_away(index, str(exc))
             return ""
-        inner = kind.inner(mine)
-    except ValueError as exc:
-        report.not_in_place[format_path(manifest.paths[index])] = str(exc)
+        if part.kind in KINDS and part.kind == leaf.kind and (obstacle := KINDS[part.kind].obstacle(mine)):
+            reason = KINDS[part.kind].disagreement(leaf.context, part.context)
+            if not reason:
+                self._keep_away(index, obstacle)
+            return reason
+        return self._part(index, leaf.part, 0, part, 0, tensors)
+
+    def _part(
+        self, index: int, part: Part, view: int, mine: Part, first: int, tensors: Sequence[torch.Tensor]
+    ) -> str:
+        """Compare a part of a leaf, whose views start at ``view``, with one of the template's."""
+        if _family(part.kind) != _family(mine.kind):
+            leaf = self._manifest.leaves[index]
+            return f"expected {_describe(mine, tensors[first:])}, source has {_describe_leaf(part, leaf.views[view:])}"
+        if part.kind == mine.kind and part.kind in KINDS:
+            reason = KINDS[part.kind].disagreement(part.context, mine.context)
+            if reason:
+                return reason
+            if KINDS[part.kind].not_in_place:
+                self._keep_away(index, KINDS[part.kind].not_in_place)
+                return ""
+        if _family(part.kind) == VALUE:
+            if part.parts:
+                self._keep_away(index, "inside of an object")
+            return ""
+        if _family(part.kind) == "tensor":
+            lazy = [c.context if c.kind == "lazy" else None for c in (part, mine)]
+            if lazy[0] != lazy[1]:
+                self._keep_away(index, "a lazy conjugate or negative on one side only")
+                return ""
+            return self._tensor((index, view), self._manifest.leaves[index].views[view], tensors[first])
+        if len(part.parts) != len(mine.parts):
+            return f"expected {len(mine.parts)} local tensors, source has {len(part.parts)}"
+        for below, my_below in zip(part.parts, mine.parts, strict=True):
+            if below.kind == "numpy":  # whether it can be written to is known of whole leaves alone
+                self._keep_away(index, "an array inside of a leaf")
+            elif reason := self._part(index, below, view, my_below, first, tensors):
+                return reason
+            view, first = view + below.num_views, first + my_below.num_views
         return ""
-    reason = KINDS[leaf.kind].disagreement(leaf.context, mine) or _shapes_differ(leaf, inner)
-    if reason:
-        return reason
-    for position, tensor in enumerate(inner):
-        if obstacle := _obstacle(tensor, mine):
-            report.not_in_place[format_path(manifest.paths[index])] = obstacle
-        elif leaf.views[position].storage >= 0:
-            targets[index, position] = tensor
-    return ""
+
+    def _tensor(self, slot: Slot, view: View, mine: torch.Tensor) -> str:
+        shape = geometry(mine.dtype, mine.shape, mine.stride())
+        wanted = view.geometry
+        if shape is not wanted and (shape.dtype != wanted.dtype or shape.shape != wanted.shape):
+            return f"expected {shape}, source has {wanted}"
+        if shape.order is None or shape.expanded:
+            self._keep_away(slot[0], "the template's tensor overlaps itself")
+        elif view.storage >= 0:
+            address = mine.data_ptr()
+            if mine.is_cpu and self._read_only.holds(address):
+                self._keep_away(slot[0], "the template's tensor lies in read-only memory")
+            else:
+                self._targets[slot] = mine
+                self.extents.append((address, address + shape.span, slot))
+        return ""
+
+    def _keep_away(self, index: int, reason: str) -> None:
+        self._report.not_in_place[format_path(self._manifest.paths[index])] = reason
 
 
-def geometry_of(tensor: torch.Tensor) -> Geometry:
-    """The geometry of a plain strided tensor."""
-    return geometry(tensor.dtype, tuple(tensor.shape), tensor.stride())
+def _family(kind: str) -> str:
+    if kind in (VALUE, "tensor"):
+        return kind
+    return KINDS[kind].family or kind
 
 
-def _shapes_differ(leaf: Leaf, inner: Sequence[torch.Tensor]) -> str:
-    if len(inner) != len(leaf.views):
-        return f"expected {len(inner)} local tensors, source has {len(leaf.views)}"
-    for view, tensor in zip(leaf.views, inner, strict=True):
-        if view.geometry.dtype != tensor.dtype or view.geometry.shape != tensor.shape:
-            return f"expected {geometry_of(tensor)}, source has {view.geometry}"
-    return ""
+def _describe(mine: Part, tensors: Sequence[torch.Tensor]) -> str:
+    if _family(mine.kind) == VALUE:
+        return f"a plain {type(mine.context).__name__ if mine.kind == VALUE else mine.kind}"
+    return _of(mine, [geometry_of(tensor) for tensor in tensors[: mine.num_views]])
 
 
-def _describe(mine: object) -> str:
-    kind = kind_of(mine)
-    if kind is None:
-        return f"a plain {type(mine).__name__}"
-    return f"{type(mine).__name__} " + ", ".join(str(geometry_of(tensor)) for tensor in kind.inner(mine))
+def _describe_leaf(part: Part, views: Sequence[View]) -> str:
+    if _family(part.kind) == VALUE:
+        return f"a plain {type(part.context).__name__ if part.kind == VALUE else part.kind}"
+    return _of(part, [view.geometry for view in views[: part.num_views]])
 
 
-def _describe_leaf(leaf: Leaf) -> str:
-    if leaf.kind == "value":
-        return f"a plain {type(leaf.context).__name__}"
-    return f"{leaf.kind} " + ", ".join(str(view.geometry) for view in leaf.views)
-
-
-def _obstacle(tensor: torch.Tensor, mine: Any) -> str:
-    """Why bytes must not be written into a template tensor, empty if they may."""
-    if type(mine) in (torch.Tensor, torch.nn.Parameter) and (mine.is_conj() or mine.is_neg()):
-        return "the template's tensor is a lazy conjugate or negative"
-    shape = geometry_of(tensor)
-    if shape.order is None or shape.expanded:
-        return "the template's tensor overlaps itself"
-    return ""
+def _of(part: Part, shapes: Sequence[Geometry]) -> str:
+    label = KINDS[part.kind].label(part.context) if part.kind in KINDS else part.kind
+    if _family(part.kind) == "tensor":
+        return f"{label} {shapes[0]}"
+    return f"{label} of {', '.join(map(str, shapes))}" if shapes else label
 
 
 def same_strides(view: View, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the view's shape has its elements in the same places."""
-    mine, theirs = view.geometry, geometry_of(tensor)
-    return mine.stride == theirs.stride or all(
-        size == 1 or a == b for size, a, b in zip(mine.shape, mine.stride, theirs.stride, strict=True)
+    shape, stride = view.geometry, tensor.stride()
+    return shape.stride == stride or all(
+        size == 1 or a == b for size, a, b in zip(shape.shape, shape.stride, stride, strict=True)
     )
 
 
 # ----------------------------------------------------------------------------------------- conflicts
 
 
-def _drop_conflicts(manifest: Manifest, targets: Targets, report: TransferReport) -> None:
+def _drop_conflicts(
+    manifest: Manifest, targets: Targets, extents: list[tuple[int, int, Slot]], report: TransferReport
+) -> None:
     """Give up template tensors that share memory in a way the source's do not: one would overwrite the other."""
-    places: dict[int, list[tuple[int, int, Slot]]] = {}
-    for slot, tensor in targets.items():
-        begin = int(tensor.storage_offset()) * tensor.element_size()
-        end = begin + geometry_of(tensor).span
-        places.setdefault(tensor.untyped_storage()._cdata, []).append((begin, end, slot))
-    for found in places.values():
-        if len(found) == 1:
+    extents.sort()
+    cluster: list[tuple[int, Slot]] = []
+    reached = 0
+    for begin, end, slot in [*extents, (_BEHIND, _BEHIND, (0, 0))]:
+        if begin < reached:
+            cluster.append((begin, slot))
+            reached = max(reached, end)
             continue
-        for low, high in merge((begin, end) for begin, end, _ in found):
-            cluster = [(begin, slot) for begin, _, slot in found if low <= begin < high]
-            if len(cluster) > 1 and not _harmless(manifest, targets, cluster):
-                for _, slot in cluster:
-                    del targets[slot]
-                    path = format_path(manifest.paths[slot[0]])
-                    report.not_in_place[path] = "shares memory in the template in a way that it does not at the source"
+        if len(cluster) > 1 and not _harmless(manifest, targets, cluster):
+            for _, other in cluster:
+                del targets[other]
+                path = format_path(manifest.paths[other[0]])
+                report.not_in_place[path] = "shares memory in the template in a way that it does not at the source"
+        cluster, reached = [(begin, slot)], end
+
+
+# An address that no tensor has.
+_BEHIND = 1 << 64
 
 
 def _shared_alike(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> bool:
@@ -247,6 +317,8 @@ def _harmless(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int,
     # Columns of one matrix: what is not the same tensor has no element in common.
     same: dict[View, list[tuple[int, Slot]]] = {}
     for begin, slot in cluster:
-        tensor = targets[slot]
-        same.setdefault(View(0, geometry_of(tensor), int(tensor.storage_offset())), []).append((begin, slot))
+        shape = geometry_of(targets[slot])
+        if begin % shape.itemsize != cluster[0][0] % shape.itemsize:
+            return False
+        same.setdefault(View(0, shape, begin // shape.itemsize), []).append((begin, slot))
     return all(_shared_alike(manifest, targets, group) for group in same.values()) and disjoint(list(same))

@@ -1,26 +1,37 @@
-"""The nesting of a state dict: flatten to leaves with paths, and build it again.
+"""The nesting of a state dict: flatten to leaves, and build it again.
 
 Strategy: a tree becomes its nodes in preorder, so that encoding, decoding and building are loops and not
 recursion (a state may be nested deeper than Python likes to recurse). A node is a leaf or one of the
-containers below; everything else, registered pytree nodes included, is a leaf as a whole.
+containers below; everything else is a leaf as a whole. A container that occurs in several places is flattened
+in each of them, and noted as shared, so that it comes back as one object.
 """
 
 from __future__ import annotations
 
+import copyreg
+import dataclasses
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils import _pytree as pytree
 
-from ft_transport.errors import LocalProtocolError
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
-__all__ = ["LEAF", "Node", "Path", "flatten", "format_path", "unflatten"]
+__all__ = ["CONTAINERS", "LEAF", "Flat", "Node", "Path", "check_tree", "flatten", "format_path"]
+__all__ += ["paths_of", "unflatten"]
 
 Path = tuple[Hashable, ...]
 
 # Bounds the nesting. Real states stay below 20; torch.save fails near 1,000 (Python's recursion limit).
 MAX_DEPTH = 1_000
+# Bounds a state whose containers are shared in so many places that flattening it would not end.
+MAX_NODES = 1 << 24
+
+
+# Bounds the paths of all leaves together, in memory and as text.
+MAX_PATHS_BYTES = 256 << 20
 
 
 class Node(NamedTuple):
@@ -29,9 +40,10 @@ class Node(NamedTuple):
     Attributes:
         kind: ``"leaf"`` or the container's name.
         num_children: Subtrees that follow, 0 for a leaf.
-        keys: Keys of a mapping; names of attributes come last.
+        keys: Keys of a mapping, fields of a dataclass; names of attributes come last.
         num_attrs: How many of the last children are attributes of the mapping (``_metadata``).
-        extra: ``default_factory``, the class of a namedtuple, or ``maxlen`` of a deque.
+        extra: ``default_factory``, the class of a namedtuple or dataclass, ``maxlen`` of a deque; for a node
+            registered with torch's pytree its class and context.
     """
 
     kind: str
@@ -44,116 +56,358 @@ class Node(NamedTuple):
 LEAF = Node("leaf")
 
 
-def flatten(tree: object) -> tuple[list[Node], list[Path], list[object]]:
-    """Flatten ``tree`` into its nodes in preorder, and the path and value of each leaf.
+class Flat(NamedTuple):
+    """A flattened tree.
+
+    Attributes:
+        nodes: In preorder.
+        leaves: In order.
+        shared: For each container that is the same object as an earlier one, the index of the first one's node.
+    """
+
+    nodes: list[Node]
+    leaves: list[object]
+    shared: dict[int, int]
+
+
+_Opened = tuple[Node, Sequence[object]]
+_Opener = Callable[[Any], _Opened]
+
+
+def flatten(tree: object) -> Flat:
+    """Flatten ``tree``.
 
     Raises:
         LocalProtocolError: The tree contains itself or is nested deeper than 1,000 levels.
     """
     nodes: list[Node] = []
-    paths: list[Path] = []
     leaves: list[object] = []
-    pending: list[tuple[Path, object]] = [((), tree)]
-    while pending:
-        path, value = pending.pop()
-        opened = _open(value)
-        if opened is None:
-            nodes.append(LEAF)
-            paths.append(path)
-            leaves.append(value)
-            continue
-        if len(path) >= MAX_DEPTH:
-            raise LocalProtocolError(
-                f"{format_path(path[:8])}…: nested deeper than {MAX_DEPTH} levels, or it contains itself",
-                phase="describe",
-            )
-        node, keys, children = opened
-        nodes.append(node)
-        pending.extend(reversed([((*path, key), child) for key, child in zip(keys, children, strict=True)]))
-    return nodes, paths, leaves
+    shared: dict[int, int] = {}
+    # The object is kept so that its id is not given to another one meanwhile.
+    seen: dict[int, tuple[int, object]] = {}
+    openers: dict[type, _Opener | None] = {}
+    stack: list[Iterator[object]] = [iter((tree,))]
+    while stack:
+        for value in stack[-1]:
+            cls = type(value)
+            try:
+                opener = openers[cls]
+            except KeyError:
+                opener = openers[cls] = _opener(cls)
+            if opener is None:
+                nodes.append(LEAF)
+                leaves.append(value)
+                continue
+            if len(stack) > MAX_DEPTH or len(nodes) > MAX_NODES:
+                raise LocalProtocolError(_too_deep(nodes), phase="describe")
+            index = len(nodes)
+            first, _ = seen.setdefault(id(value), (index, value))
+            if first != index:
+                shared[index] = first
+            node, children = opener(value)
+            nodes.append(node)
+            stack.append(iter(children))
+            break
+        else:
+            stack.pop()
+    return Flat(nodes, leaves, shared)
 
 
-def _open(value: object) -> tuple[Node, Iterable[Hashable], Sequence[object]] | None:
-    """The node of a container with the keys and values of its children, None for a leaf."""
-    cls = type(value)
-    if cls in _MAPPINGS:
-        return _open_mapping(value, _MAPPINGS[cls])
-    if isinstance(value, (list, tuple, deque)):
-        num_children = len(value)
-        if cls in _SEQUENCES:
-            extra = value.maxlen if isinstance(value, deque) else None
-            return Node(_SEQUENCES[cls], num_children, extra=extra), range(num_children), tuple(value)
-        fields = getattr(cls, "_fields", None)
-        if fields is not None and issubclass(cls, tuple) and len(fields) == num_children:
-            return Node("namedtuple", num_children, extra=cls), fields, tuple(value)
+def _too_deep(nodes: Sequence[Node]) -> str:
+    path = paths_of(nodes, of_containers=True)[-1]
+    return (
+        f"{format_path(path[:8])}…: nested deeper than {MAX_DEPTH} levels, of more than {MAX_NODES} nodes, "
+        "or it contains itself"
+    )
+
+
+def _opener(cls: type) -> _Opener | None:
+    """How containers of a class are opened, None for leaves."""
+    if cls in _OPENERS:
+        return _OPENERS[cls]
+    if issubclass(cls, tuple) and isinstance(getattr(cls, "_fields", None), tuple):
+        return lambda value: (Node("namedtuple", len(value), extra=cls), tuple(value))
+    if cls in pytree.SUPPORTED_NODES:
+        flatten_fn = pytree.SUPPORTED_NODES[cls].flatten_fn
+        return lambda value: _open_registered(cls, *flatten_fn(value))
+    for base, kind in _SUBCLASSED.items():
+        if issubclass(cls, base) and _pickles_plainly(cls, base):
+            return _open_subclass(cls, kind)
+    if dataclasses.is_dataclass(cls) and _is_plain_object(cls):
+        return _open_dataclass
     return None
 
 
-def _open_mapping(value: Any, kind: str) -> tuple[Node, Iterable[Hashable], Sequence[object]]:
-    attrs = getattr(value, "__dict__", {})
-    keys = (*value.keys(), *attrs)
-    children = (*value.values(), *attrs.values())
-    extra = value.default_factory if kind == "defaultdict" else None
-    return Node(kind, len(children), keys, len(attrs), extra), keys, children
+def _open_mapping(kind: str) -> _Opener:
+    def opened(value: Any) -> _Opened:
+        attrs = getattr(value, "__dict__", None) or {}
+        keys = (*value, *attrs)
+        extra = value.default_factory if kind == "defaultdict" else None
+        return Node(kind, len(keys), keys, len(attrs), extra), (*value.values(), *attrs.values())
+
+    return opened
 
 
-_MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "OrderedDict", defaultdict: "defaultdict"}
-_SEQUENCES: dict[type, str] = {list: "list", tuple: "tuple", deque: "deque", torch.Size: "Size"}
+def _open_sequence(kind: str) -> _Opener:
+    return lambda value: (Node(kind, len(value)), tuple(value))
 
 
-def unflatten(nodes: Sequence[Node], leaves: Sequence[object]) -> object:
+# The user's own classes of containers.
+_SUBCLASSED: dict[type, str] = {dict: "subdict", list: "sublist"}
+
+
+def _open_subclass(cls: type, kind: str) -> _Opener:
+    is_mapping = kind == "subdict"
+
+    def opened(value: Any) -> _Opened:
+        attrs = getattr(value, "__dict__", None) or {}
+        keys = (*(dict.keys(value) if is_mapping else range(len(value))), *attrs)
+        children = (*(dict.values(value) if is_mapping else list.__iter__(value)), *attrs.values())
+        return Node(kind, len(keys), keys, len(attrs), cls), children
+
+    return opened
+
+
+def _pickles_plainly(cls: type, base: type) -> bool:
+    """Whether pickle would keep the items and attributes of its instances and nothing else."""
+    between = cls.__mro__[: cls.__mro__.index(base)]
+    return object in cls.__mro__ and not any(_PICKLE_HOOKS & vars(each).keys() for each in between)
+
+
+_PICKLE_HOOKS = frozenset(
+    {"__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__getstate__", "__setstate__", "__slots__"}
+)
+
+
+_OPENERS: dict[type, _Opener] = {
+    dict: lambda value: (Node("dict", len(value), tuple(value)), tuple(value.values())),
+    OrderedDict: _open_mapping("OrderedDict"),
+    defaultdict: _open_mapping("defaultdict"),
+    list: _open_sequence("list"),
+    tuple: _open_sequence("tuple"),
+    torch.Size: _open_sequence("Size"),
+    deque: lambda value: (Node("deque", len(value), extra=value.maxlen), tuple(value)),
+}
+
+
+def _open_registered(cls: type, children: Iterable[object], context: object) -> _Opened:
+    children = tuple(children)
+    return Node("pytree", len(children), extra=(cls, context)), children
+
+
+def _open_dataclass(value: Any) -> _Opened:
+    names = [*getattr(value, "__dict__", ()), *copyreg._slotnames(type(value))]  # type: ignore[attr-defined]
+    names = [name for name in names if hasattr(value, name)]
+    return Node("dataclass", len(names), tuple(names), extra=type(value)), tuple(getattr(value, n) for n in names)
+
+
+def _is_plain_object(cls: type) -> bool:
+    """Whether pickle would keep the attributes of its instances and nothing else."""
+    if issubclass(cls, (list, dict, tuple, set, frozenset, str, bytes, int, float, BaseException, torch.Tensor)):
+        return False
+    own = {name for base in cls.__mro__[:-1] for name in vars(base)}
+    slots = "__slots__" in vars(cls)
+    states = {"__getstate__", "__setstate__"} & own
+    # dataclass(slots=True, frozen=True) brings its own pair, which does the same.
+    if states and not (slots and getattr(vars(cls).get("__getstate__"), "__module__", "") == "dataclasses"):
+        return False
+    return not own & {"__reduce__", "__reduce_ex__", "__getnewargs__", "__getnewargs_ex__", "__torch_function__"}
+
+
+# --------------------------------------------------------------------------------------------- build
+
+
+def unflatten(nodes: Sequence[Node], leaves: Sequence[object], shared: dict[int, int] | None = None) -> object:
     """Build the tree again from its nodes in preorder and its leaves.
+
+    Args:
+        nodes: The nodes.
+        leaves: A value for each leaf node.
+        shared: As in :class:`Flat`: these containers become one object where their children are the same.
 
     Raises:
         ValueError: Nodes and leaves do not make one tree.
     """
+    groups = {**shared, **{first: first for first in shared.values()}} if shared else {}
+    built_before: dict[int, tuple[list[object], object]] = {}
     rest = list(leaves)
     built: list[object] = []
     # Backwards through a preorder, the children of a node lie on top of the stack, the first one topmost.
-    for node in reversed(nodes):
-        if node.kind == "leaf":
+    for index in range(len(nodes) - 1, -1, -1):
+        node = nodes[index]
+        if node is LEAF or node.kind == "leaf":
             if not rest:
                 raise ValueError("more leaf nodes than leaves")
             built.append(rest.pop())
             continue
-        if len(built) < node.num_children:
-            raise ValueError(f"{node.kind} of {node.num_children} children, got {len(built)}")
-        children = [built.pop() for _ in range(node.num_children)]
-        built.append(_build(node, children))
+        num_children = node.num_children
+        if len(built) < num_children:
+            raise ValueError(f"{node.kind} of {num_children} children, got {len(built)}")
+        children = built[: -num_children - 1 : -1] if num_children else []
+        if num_children:
+            del built[-num_children:]
+        if index in groups:
+            before = built_before.get(groups[index])
+            if before is not None and _same_children(before[0], children):
+                built.append(before[1])
+                continue
+        container = _build(node, children)
+        if index in groups:
+            built_before[groups[index]] = (children, container)
+        built.append(container)
     if rest or len(built) != 1:
         raise ValueError(f"expected one tree, got {len(built)} with {len(rest)} leaves over")
     return built[0]
 
 
+# Values of these classes have no identity that anybody relies on.
+_ATOMIC = (int, float, complex, str, bytes, bool, type(None))
+
+
+def _same_children(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(
+        a is b or (type(a) is type(b) and type(a) in _ATOMIC) for a, b in zip(some, others, strict=True)
+    )
+
+
 def _build(node: Node, children: list[object]) -> object:
-    if node.kind in ("dict", "OrderedDict", "defaultdict"):
-        return _build_mapping(node, children)
-    if node.kind == "list":
-        return children
-    if node.kind == "tuple":
-        return tuple(children)
-    if node.kind == "deque":
-        return deque(children, node.extra)
-    if node.kind == "Size":
-        return torch.Size(children)  # type: ignore[arg-type]
-    if node.kind == "namedtuple":
-        return node.extra._make(children)
-    raise ValueError(f"unknown kind of node: {node.kind!r}")
+    build = _BUILD.get(node.kind)
+    if build is None:
+        raise ValueError(f"unknown kind of node: {node.kind!r}")
+    return build(node, children)
 
 
 def _build_mapping(node: Node, children: list[object]) -> object:
     split = node.num_children - node.num_attrs
     items = zip(node.keys[:split], children[:split], strict=True)
-    mapping: Any
-    if node.kind == "defaultdict":
-        mapping = defaultdict(node.extra, items)
-    else:
-        mapping = OrderedDict(items) if node.kind == "OrderedDict" else dict(items)
+    mapping: Any = defaultdict(node.extra, items) if node.kind == "defaultdict" else OrderedDict(items)
     for name, attr in zip(node.keys[split:], children[split:], strict=True):
         setattr(mapping, str(name), attr)
     return mapping
 
 
+def _build_dataclass(node: Node, children: list[object]) -> object:
+    value = object.__new__(node.extra)
+    for name, child in zip(node.keys, children, strict=True):
+        object.__setattr__(value, str(name), child)
+    return value
+
+
+def _build_subclass(node: Node, children: list[object]) -> object:
+    split = node.num_children - node.num_attrs
+    value = node.extra.__new__(node.extra)
+    if node.kind == "subdict":
+        dict.update(value, zip(node.keys[:split], children[:split], strict=True))
+    else:
+        list.extend(value, children[:split])
+    vars(value).update(zip(map(str, node.keys[split:]), children[split:], strict=True))
+    return value
+
+
+def _build_registered(node: Node, children: list[object]) -> object:
+    cls, context = node.extra
+    return pytree.SUPPORTED_NODES[cls].unflatten_fn(children, context)
+
+
+_BUILD: dict[str, Callable[[Node, list[object]], object]] = {
+    "dict": lambda node, children: dict(zip(node.keys, children, strict=True)),
+    "OrderedDict": _build_mapping,
+    "defaultdict": _build_mapping,
+    "list": lambda node, children: list(children),
+    "tuple": lambda node, children: tuple(children),
+    "Size": lambda node, children: torch.Size(children),  # type: ignore[arg-type]
+    "deque": lambda node, children: deque(children, node.extra),
+    "namedtuple": lambda node, children: node.extra._make(children),
+    "dataclass": _build_dataclass,
+    "subdict": _build_subclass,
+    "sublist": _build_subclass,
+    "pytree": _build_registered,
+}
+
+
+# Kinds of node that are no leaf.
+CONTAINERS = frozenset(_BUILD)
+
+
+# --------------------------------------------------------------------------------------------- paths
+
+
+def check_tree(nodes: Sequence[Node]) -> int:
+    """Check that nodes in preorder, from a peer, are exactly one tree of bounded depth.
+
+    Returns:
+        The number of its leaves.
+
+    Raises:
+        ValueError: They are not.
+    """
+    open_nodes = [1]
+    num_leaves, claimed = 0, 1
+    for node in nodes:
+        while open_nodes and not open_nodes[-1]:
+            open_nodes.pop()
+        if not open_nodes:
+            raise ValueError("nodes after the end of the tree")
+        open_nodes[-1] -= 1
+        if node is LEAF:
+            num_leaves += 1
+        elif node.num_children:
+            # Before the children are listed: they cost nothing to claim.
+            claimed += node.num_children
+            if claimed > len(nodes):
+                raise ValueError(f"the tree ends early: {len(nodes)} nodes of {claimed}")
+            open_nodes.append(node.num_children)
+            if len(open_nodes) > MAX_DEPTH + 1:
+                raise ValueError(f"a tree nested deeper than {MAX_DEPTH} levels")
+    if any(open_nodes):
+        raise ValueError("the tree ends early")
+    return num_leaves
+
+
+def paths_of(nodes: Sequence[Node], *, of_containers: bool = False) -> list[Path]:
+    """The path of each leaf, or of each container, of a tree that is known to be one.
+
+    Raises:
+        RemoteProtocolError: They would take more memory than any real state's do.
+    """
+    paths: list[Path] = []
+    claimed = 0
+    stack: list[tuple[Path, Iterator[Hashable]]] = []
+    for depth, node in enumerate(nodes):
+        path: Path = ()
+        if depth:
+            while (key := next(stack[-1][1], _END)) is _END:
+                stack.pop()
+            path = (*stack[-1][0], key)
+        is_leaf = node is LEAF or node.kind == "leaf"
+        if is_leaf != of_containers:
+            paths.append(path)
+            # Every leaf below a long key has that key in its path.
+            claimed += sum([8 + len(key if type(key) is str else _text(key)) for key in path])
+            if claimed > MAX_PATHS_BYTES:
+                raise RemoteProtocolError(f"paths of more than {MAX_PATHS_BYTES} bytes")
+        if node.num_children:
+            stack.append((path, iter(_names(node))))
+    return paths
+
+
+_END: Any = object()
+
+
+def _names(node: Node) -> Iterable[Hashable]:
+    if node.kind == "namedtuple":
+        names: tuple[Hashable, ...] = node.extra._fields
+        return names
+    return node.keys or range(node.num_children)
+
+
 def format_path(path: Path) -> str:
     """``model.layers.3.weight``, or ``<root>`` for a state that is one leaf."""
-    return ".".join(map(str, path)) if path else "<root>"
+    return ".".join(map(_text, path)) if path else "<root>"
+
+
+def _text(key: Hashable) -> str:
+    try:
+        return str(key)
+    except ValueError:  # an integer with more digits than Python likes to write
+        return f"<{type(key).__name__}>"

@@ -13,11 +13,12 @@ destination that does not accept a state breaks the group to let the source know
 from __future__ import annotations
 
 import ctypes
+import io
 import logging
 import pickle
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -29,15 +30,18 @@ from ft_transport._channel import GroupChannel, Pending
 from ft_transport._codec import MAX_FRAME_BYTES
 from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._deadline import Deadline
+from ft_transport._geometry import geometry, geometry_of
 from ft_transport._landing import Landing, mark_changed
 from ft_transport._layout import Layout, Limits, lay_out
-from ft_transport._manifest import Blocks, Leaf, Manifest, Storage, View, describe, geometry
+from ft_transport._leaves import VALUE, Part, Surroundings
+from ft_transport._manifest import Blocks, Leaf, Manifest, Storage, View, describe
 from ft_transport._memory import Bucket, aligned, no_collection, storage_as
 from ft_transport._source import Gatherer
-from ft_transport._template import compare, geometry_of, match_template
+from ft_transport._template import compare, match_template
 from ft_transport._transfer import NUM_BUCKETS
-from ft_transport._tree import LEAF, Node, Path
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
+from ft_transport._tree import LEAF, Node, Path, format_path
+from ft_transport._values import Load, imported_class
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, TransferReport
 
 __all__ = ["PGTransport"]
@@ -62,11 +66,12 @@ class _TensorMeta:
 
 @dataclass
 class _LeafMeta:
-    """A leaf made of tensors: a Parameter, DTensor or ShardedTensor. See ``_leaves.Kind`` for ``context``."""
+    """A leaf of a kind of its own: a Parameter, a DTensor, an object that holds tensors. See ``_leaves.Part``."""
 
     kind: str
     tensors: list[_TensorMeta]
     context: Any
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass
@@ -77,11 +82,22 @@ class _StateDictMeta:
         treespec: The nesting: nodes in preorder, or a ``TreeSpec`` of torch's pytree.
         paths: Path of each leaf.
         non_tensor_leaves: For each leaf its plain value, or what describes its tensors.
+        same: For each leaf that is the same object as an earlier one, the index of the first.
+        shared: The same for containers, by index of their nodes.
     """
 
     treespec: list[Node] | pytree.TreeSpec
     paths: Sequence[Any]
     non_tensor_leaves: list[object]
+    same: dict[int, int] = field(default_factory=dict)
+    shared: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass
+class _Failure:
+    """What crosses in the place of a description that cannot be made."""
+
+    reason: str
 
 
 # ------------------------------------------------------------------------------------------ describe
@@ -131,13 +147,13 @@ def _to_meta(manifest: Manifest) -> _StateDictMeta:
 
     leaves: list[object] = []
     for leaf in manifest.leaves:
-        if leaf.kind == "value":
+        if leaf.kind == VALUE:
             leaves.append(leaf.context)
         elif leaf.kind == "tensor" and leaf.context is None:
             leaves.append(tensor(leaf.views[0]))
         else:
-            leaves.append(_LeafMeta(leaf.kind, [tensor(view) for view in leaf.views], leaf.context))
-    return _StateDictMeta(manifest.nodes, manifest.paths, leaves)
+            leaves.append(_LeafMeta(leaf.kind, [tensor(view) for view in leaf.views], leaf.context, leaf.parts))
+    return _StateDictMeta(manifest.nodes, manifest.paths, leaves, manifest.same, manifest.shared)
 
 
 def _from_meta(meta: _StateDictMeta) -> Manifest:
@@ -158,16 +174,17 @@ def _from_meta(meta: _StateDictMeta) -> Manifest:
     leaves = []
     for leaf in meta.non_tensor_leaves:
         if isinstance(leaf, _TensorMeta):
-            leaves.append(Leaf("tensor", (view(leaf),), None))
+            leaves.append(Leaf("tensor", (view(leaf),)))
         elif isinstance(leaf, _LeafMeta):
-            leaves.append(Leaf(leaf.kind, tuple(map(view, leaf.tensors)), leaf.context))
+            leaves.append(Leaf(leaf.kind, tuple(map(view, leaf.tensors)), leaf.context, leaf.parts))
         else:
-            leaves.append(Leaf("value", (), leaf))
+            leaves.append(Leaf(VALUE, (), leaf))
     paths = [_plain_path(path) for path in meta.paths]
     found = [storage for _, storage in storages.values()]
     if isinstance(meta.treespec, pytree.TreeSpec):
-        return Manifest([LEAF] * len(leaves), paths, leaves, found, meta.treespec)
-    return Manifest(meta.treespec, paths, leaves, found)
+        return Manifest([LEAF] * len(leaves), leaves, found, paths=paths, treespec=meta.treespec)
+    nodes = [LEAF if node == LEAF else node for node in meta.treespec]  # the one object, which is quick to tell
+    return Manifest(nodes, leaves, found, same=meta.same, shared=meta.shared, paths=paths)
 
 
 def _plain_path(path: Iterable[Any]) -> Path:
@@ -238,13 +255,17 @@ class PGTransport:
 
     def _send(self, report: TransferReport, state_dict: object) -> None:
         deadline = Deadline(self._timeout)
-        with report.phase("describe"), no_collection():
-            meta, blocks = _describe(state_dict)
-            manifest = _from_meta(meta)
-            layout = lay_out(manifest, Limits())
-            data = _pickle(meta)
-        _note(report, manifest, layout)
         channels = [GroupChannel(self._pg, peer.rank, self._device) for peer in report.peers]
+        try:
+            with report.phase("describe"), no_collection():
+                meta, blocks = _describe(state_dict)
+                manifest = _from_meta(meta)
+                layout = lay_out(manifest, Limits())
+                data = _pickle(meta)
+        except Exception as exc:
+            self._tell(channels, exc, deadline)
+            raise
+        _note(report, manifest, layout)
         with report.phase("move"):
             try:
                 failed = _post_and_wait(channels, data, layout, blocks, self._device, deadline, report)
@@ -259,6 +280,19 @@ class PGTransport:
         if failed:
             raise failed[0]
 
+    def _tell(self, channels: list[GroupChannel], exc: Exception, deadline: Deadline) -> None:
+        """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
+        data = pickle.dumps(_Failure(exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"))
+        length, body = _description(data, self._device)
+        for channel in channels:
+            try:
+                for pending in [channel.send(length, CONTROL_TAG), channel.send(body, FRAME_TAG)]:
+                    channel.wait(pending, deadline)
+            except TransferError as error:
+                logger.warning("rank %d could not be told: %s", channel.peer_rank, error)
+            finally:
+                channel.drop()
+
     def recv_checkpoint(self, src_rank: int) -> object:
         """Receive a state dict from ``src_rank``.
 
@@ -269,7 +303,7 @@ class PGTransport:
 
         Raises:
             TransferTimeout: The time-out passed.
-            PeerFailure: The source is gone.
+            PeerFailure: The source is gone, or could not describe its state and said why.
             RemoteProtocolError: The state does not fit the template; every path is listed.
 
         After an error: nothing writes to the template any more; if ``error.torn``, it holds a mix of two states.
@@ -304,7 +338,16 @@ class PGTransport:
             targets, disagreements = compare(manifest, matched, report)
             if disagreements:
                 raise RemoteProtocolError("; ".join(disagreements), phase="agree")
-            landing = Landing(manifest, layout, matched, targets, self._device, report, fresh_on_cpu=True)
+            landing = Landing(
+                manifest,
+                layout,
+                matched,
+                targets,
+                self._device,
+                report,
+                fresh_on_cpu=True,
+                surroundings=_TRUSTING,
+            )
             _note(report, manifest, layout)
         with report.phase("move"):
             report.torn = landing.in_place
@@ -340,20 +383,57 @@ def _pickle(meta: _StateDictMeta) -> bytes:
     try:
         return pickle.dumps(meta)
     except Exception as exc:  # the classes' own code, which may raise anything
-        raise LocalProtocolError(f"a plain value cannot be pickled: {exc}", phase="describe") from exc
+        bad = [path for path, leaf in zip(meta.paths, meta.non_tensor_leaves, strict=True) if not _can_be_pickled(leaf)]
+        paths = ", ".join(map(format_path, bad)) or "a key"
+        raise LocalProtocolError(f"{paths}: a plain value cannot be pickled: {exc}", phase="describe") from exc
+
+
+def _can_be_pickled(value: object) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 def _unpickle(data: bytes) -> _StateDictMeta:
     meta = pickle.loads(data)
+    if isinstance(meta, _Failure):
+        raise PeerFailure(f"the peer gave up: {meta.reason}")
     if not isinstance(meta, _StateDictMeta):
         raise RemoteProtocolError(f"expected a description of a state, got {type(meta).__name__}")
     return meta
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads an object whose tensors were taken out."""
+
+    def __init__(self, file: io.BytesIO, load: Load) -> None:
+        super().__init__(file)
+        self._load = load
+
+    def persistent_load(self, pid: Any) -> object:
+        return self._load(pid)
+
+
+def _unpickle_object(data: bytes, load: Load) -> object:
+    return _Unpickler(io.BytesIO(data), load).load()
+
+
+# Whoever sends to this transport is trusted with code, so every class is allowed.
+_TRUSTING = Surroundings(find_class=imported_class, unpickle=_unpickle_object)
 
 
 def _note(report: TransferReport, manifest: Manifest, layout: Layout) -> None:
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)
     report.nbytes_total = layout.nbytes
+
+
+def _description(data: bytes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two messages: the length of a description, and its bytes."""
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    return length, torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
 
 def _post_and_wait(
@@ -387,8 +467,9 @@ def _post_and_wait(
                 except TransferError as exc:
                     failed[index] = exc
 
-    post(torch.tensor([len(data)], dtype=torch.int64, device=device), CONTROL_TAG)
-    post(torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device), FRAME_TAG)
+    length, body = _description(data, device)
+    post(length, CONTROL_TAG)
+    post(body, FRAME_TAG)
     num_staged = 0
     for message in range(len(layout.messages)):
         bucket = buckets[num_staged % NUM_BUCKETS]

@@ -17,7 +17,7 @@ from ft_transport._destination import receive
 from ft_transport._layout import Limits
 from ft_transport._source import Outbound, serve
 from ft_transport._transfer import Options
-from ft_transport._tree import flatten, format_path
+from ft_transport._tree import flatten, format_path, paths_of
 from ft_transport.report import PeerReport, TransferReport
 from ft_transport.testing import MemoryChannel, memory_channels
 
@@ -62,9 +62,10 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
 
 def difference(got: object, expected: object) -> str:
     """The first difference in structure, type, dtype, shape or raw bytes; empty if there is none."""
-    (nodes, paths, leaves), (other_nodes, other_paths, other_leaves) = flatten(got), flatten(expected)
-    if nodes != other_nodes or paths != other_paths:
-        return f"structure: {paths} against {other_paths}"
+    (nodes, leaves, _), (other_nodes, other_leaves, _) = flatten(got), flatten(expected)
+    if nodes != other_nodes:
+        return f"structure: {nodes} against {other_nodes}"
+    paths = paths_of(nodes)
     for path, leaf, other in zip(paths, leaves, other_leaves, strict=True):
         if reason := _leaf_difference(leaf, other):
             return f"{format_path(path)}: {reason}"
@@ -103,7 +104,7 @@ def noise(shape: int | tuple[int, ...], seed: int, dtype: torch.dtype = torch.fl
 
 def tensors_of(state: object) -> list[torch.Tensor]:
     """The tensor leaves in order."""
-    return [leaf for leaf in flatten(state)[2] if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in flatten(state).leaves if isinstance(leaf, torch.Tensor)]
 
 
 def snapshot(state: object) -> list[bytes]:

@@ -196,7 +196,7 @@ def test_planning_touches_nothing() -> None:
 
 def test_copies_are_announced() -> None:
     base, mine = noise(20, 1), noise(20, 2)
-    _, _, landing = land([base[::2], base[1::2]], [mine[::2], mine[1::2]])
+    _, _, landing = land([base[::2], base[1::2]], [mine[:10], mine[10:]])
     assert landing.copies
     assert not landing.in_place
     _, _, landing = land([noise(5, 1)], [noise(5, 2)])
@@ -240,7 +240,7 @@ def test_each_disagreement_is_one_line_with_expected_and_got() -> None:
     assert disagreements(state, template) == [
         "a: expected float32 (3,), source has float32 (2,)",
         "b.c: expected float32 (2, 3), source has bfloat16 (2, 3)",
-        "d: expected Tensor float32 (), source has a plain int",
+        "d: expected tensor float32 (), source has a plain int",
         "e: expected a plain str, source has tensor float32 (1,)",
     ]
 
@@ -255,8 +255,6 @@ def test_plain_values_never_disagree() -> None:
         (lambda: torch.zeros(1, 3).expand(2, 3), "overlaps itself"),
         (lambda: torch.zeros(10).as_strided((2, 3), (2, 1)), "overlaps itself"),
         (lambda: torch.zeros(2, 3, dtype=torch.complex64).conj(), "lazy conjugate"),
-        (lambda: torch.zeros(2, 3).to_sparse(), "sparse"),
-        (lambda: torch.zeros(2, 3, device="meta"), "meta"),
     ],
 )
 def test_template_leaves_that_cannot_be_written_are_named_and_left_alone(make: Any, why: str) -> None:

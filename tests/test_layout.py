@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from states import STATES
 
 from ft_transport._codec import Frame, Header, decode_frame, decode_manifest, encode_manifest
+from ft_transport._geometry import geometry
 from ft_transport._layout import Layout, Limits, Piece, lay_out
-from ft_transport._manifest import Leaf, Manifest, Storage, View, describe, geometry
+from ft_transport._manifest import Leaf, Manifest, Storage, View, describe
 from ft_transport._tree import LEAF
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -18,8 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 def flat(*sizes: int) -> Manifest:
     """A storage of each size, seen whole."""
-    leaves = [Leaf("tensor", (View(i, geometry(torch.uint8, (n,), (1,)), 0),), None) for i, n in enumerate(sizes)]
-    return Manifest([LEAF] * len(sizes), [(i,) for i in range(len(sizes))], leaves, [Storage(n, "cpu") for n in sizes])
+    leaves = [Leaf("tensor", (View(i, geometry(torch.uint8, (n,), (1,)), 0),)) for i, n in enumerate(sizes)]
+    return Manifest([LEAF] * len(sizes), leaves, [Storage(n, "cpu") for n in sizes])
 
 
 def check(layout: Layout, limits: Limits) -> None:
@@ -67,7 +68,11 @@ def test_both_sides_derive_the_same(name: str) -> None:
     kind, body = decode_frame(encode_manifest(manifest, Header(1, limits, "")))
     assert kind is Frame.MANIFEST
     decoded, header = decode_manifest(body)
-    assert lay_out(decoded, header.limits) == lay_out(manifest, limits)
+    one, other = lay_out(decoded, header.limits), lay_out(manifest, limits)
+    assert (one.ranges, one.messages, one.flights) == (other.ranges, other.messages, other.flights)
+    assert {i: (g.end, g.unit, g.places.tolist()) for i, g in one.gaps.items()} == {
+        i: (g.end, g.unit, g.places.tolist()) for i, g in other.gaps.items()
+    }
 
 
 def test_a_large_range_is_cut_where_no_element_is() -> None:
@@ -95,5 +100,5 @@ def test_nothing_to_send() -> None:
 
 
 def test_range_of() -> None:
-    layout = Layout([Piece(0, 0, 10), Piece(0, 64, 70), Piece(2, 0, 5)], [], [], [], 0, 0)
+    layout = Layout([Piece(0, 0, 10), Piece(0, 64, 70), Piece(2, 0, 5)], [], [], [], 0, 0, {})
     assert [layout.range_of(0, 0), layout.range_of(0, 9), layout.range_of(0, 64), layout.range_of(2, 4)] == [0, 0, 1, 2]

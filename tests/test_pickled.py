@@ -14,7 +14,7 @@ from helpers import Config, Point
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_transport._pickled import MAX_COST, MAX_KEYS, check_pickle
+from ft_transport._pickled import MAX_COST, MAX_KEYS, check_cost
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
@@ -39,7 +39,7 @@ HONEST: list[Any] = [
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("value", HONEST, ids=lambda value: type(value).__name__)
 def test_honest_pickles_pass(value: Any, protocol: int) -> None:
-    check_pickle(pickle.dumps(value, protocol))
+    check_cost(pickle.dumps(value, protocol))
 
 
 @given(
@@ -54,7 +54,7 @@ def test_honest_pickles_pass(value: Any, protocol: int) -> None:
     st.sampled_from(PROTOCOLS),
 )
 def test_any_plain_pickle_passes(value: Any, protocol: int) -> None:
-    check_pickle(pickle.dumps([value, value], protocol))
+    check_cost(pickle.dumps([value, value], protocol))
 
 
 def laughs(levels: int, end: bytes) -> bytes:
@@ -71,31 +71,31 @@ def test_shared_parts_count_each_time(end: bytes) -> None:
     end = b"0" + end if end != b"." else end
     for levels in (60, 200):
         with pytest.raises(ValueError, match="a pickle of more than"):
-            check_pickle(laughs(levels, end))
-    check_pickle(laughs(10, b"."))
+            check_cost(laughs(levels, end))
+    check_cost(laughs(10, b"."))
 
 
 def test_many_cheap_uses_of_one_costly_key() -> None:
     key = laughs(16, b"q\xff0}(")
-    check_pickle(key + b"h\xffK\x01u.")
+    check_cost(key + b"h\xffK\x01u.")
     with pytest.raises(ValueError, match=f"more than {MAX_COST} values"):
-        check_pickle(key + b"h\xffK\x01" * 1000 + b"u.")
+        check_cost(key + b"h\xffK\x01" * 1000 + b"u.")
 
 
 @pytest.mark.parametrize(("begin", "nest"), [(b")", b"\x85"), (b"", b"]"), (b"", b"}K\x01")])
 def test_nesting_is_bounded(begin: bytes, nest: bytes) -> None:
     end = {b"\x85": b"", b"]": b"a" * 99_999, b"}K\x01": b"N" + b"s" * 100_000}[nest]
     with pytest.raises(ValueError, match="nested deeper"):
-        check_pickle(b"\x80\x04" + begin + nest * 100_000 + end + b".")
+        check_cost(b"\x80\x04" + begin + nest * 100_000 + end + b".")
 
 
 @pytest.mark.parametrize("make", [set, frozenset, dict.fromkeys])
 @pytest.mark.parametrize("protocol", PROTOCOLS[2:])
 def test_keys_that_are_not_text_are_bounded(make: Any, protocol: int) -> None:
-    check_pickle(pickle.dumps(make(map(str, range(MAX_KEYS + 1))), protocol))
+    check_cost(pickle.dumps(make(map(str, range(MAX_KEYS + 1))), protocol))
     if protocol >= 4 or make is dict.fromkeys:
         with pytest.raises(ValueError, match="keys that are not text"):
-            check_pickle(pickle.dumps(make(range(MAX_KEYS + 1)), protocol))
+            check_cost(pickle.dumps(make(range(MAX_KEYS + 1)), protocol))
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_keys_that_are_not_text_are_bounded(make: Any, protocol: int) -> None:
 )
 def test_what_is_no_pickle(data: bytes) -> None:
     with pytest.raises((ValueError, KeyError)):
-        check_pickle(data)
+        check_cost(data)
 
 
 @given(st.binary(max_size=60))
 def test_random_bytes(data: bytes) -> None:
     try:
-        check_pickle(data)
+        check_cost(data)
     except (ValueError, KeyError, IndexError):
         pass

@@ -54,9 +54,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 # Templates of these cannot take all bytes: their own elements overlap.
 OVERLAPPING = {"expanded"}
-# Views between each other's elements land in fresh memory as a whole, and are copied to the template from there.
-INTERLEAVED = {"interleaved"}
-
 
 @pytest.fixture(autouse=True)
 def _allowed() -> Iterator[None]:
@@ -98,7 +95,7 @@ def test_in_place(name: str, options: Options) -> None:
     assert difference(result, state) == ""
     assert sorted(ties(result)) == sorted(ties(state))
     if name not in OVERLAPPING:
-        assert report.nbytes_in_place == (0 if name in INTERLEAVED else report.nbytes_total)
+        assert report.nbytes_in_place == report.nbytes_total
         assert report.nbytes_in_place + report.nbytes_fresh == report.nbytes_total
         assert report.not_in_place == {}
         assert difference(template, state) == "" or name == "values"
@@ -165,14 +162,15 @@ def test_fresh_parameters_are_parameters() -> None:
     assert result["leaf"].is_leaf
 
 
-def test_a_lazy_conjugate_arrives_as_what_it_shows() -> None:
+def test_a_lazy_conjugate_arrives_with_the_tensor_that_it_is_of() -> None:
     z = torch.randn(4, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
-    state = {"conj": z.conj(), "imag of conj": z.conj().imag}
-    result = succeed(state).destination.result
+    state = {"z": z, "conj": z.conj(), "imag of conj": z.conj().imag}
+    ends = succeed(state)
+    result = ends.destination.result
     for name, tensor in state.items():
         assert torch.equal(result[name], tensor)
-        assert not result[name].is_conj()
-        assert not result[name].is_neg()
+        assert result[name].untyped_storage().data_ptr() == result["z"].untyped_storage().data_ptr()
+    assert ends.destination.report.nbytes_total == 32
 
 
 def test_without_digests() -> None:
@@ -375,7 +373,7 @@ def test_all_disagreements_in_one_error_and_nothing_touched() -> None:
     assert "shape: expected float32 (3, 2), source has float32 (2, 3)" in text
     assert "dims: expected float32 (1, 6), source has float32 (6,)" in text
     assert "kind: expected a plain float, source has tensor float32 (2,)" in text
-    assert "value: expected Tensor float32 (2,), source has a plain int" in text
+    assert "value: expected tensor float32 (2,), source has a plain int" in text
     assert "ok" not in text
     assert text.count(";") == 4
 
@@ -567,13 +565,13 @@ def outbound(state: object) -> Outbound:
 def test_what_cannot_travel_is_refused_by_name_all_at_once() -> None:
     state = {
         "fine": noise(3, 1),
-        "sparse": torch.eye(3).to_sparse(),
-        "deep": {"meta": torch.empty(3, device="meta")},
+        "hook": lambda: 0,
+        "deep": {"lazy": (x for x in ())},
     }
     with pytest.raises(LocalProtocolError) as caught:
         outbound(state)
-    assert "sparse" in caught.value.message
-    assert "deep.meta" in caught.value.message
+    assert "hook" in caught.value.message
+    assert "deep.lazy" in caught.value.message
     assert "fine" not in caught.value.message
     assert caught.value.phase == "describe"
 
@@ -581,11 +579,6 @@ def test_what_cannot_travel_is_refused_by_name_all_at_once() -> None:
 def test_a_value_that_cannot_be_encoded_is_refused_by_name() -> None:
     with pytest.raises(LocalProtocolError, match=r"hooks\.0"):
         outbound({"w": noise(3, 1), "hooks": [lambda: 0]})
-
-
-def test_an_integer_that_is_too_long_is_refused_by_name() -> None:
-    with pytest.raises(LocalProtocolError, match=r"a\.value"):
-        outbound({"a": {"value": 1 << 100_000}})
 
 
 def test_a_key_that_cannot_be_encoded_is_refused() -> None:
@@ -598,21 +591,6 @@ def test_a_state_that_contains_itself_is_refused() -> None:
     state["self"] = state
     with pytest.raises(LocalProtocolError, match="contains itself"):
         outbound(state)
-
-
-@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore::DeprecationWarning", "ignore::UserWarning")
-def test_quantized_tensors_are_refused_by_name() -> None:
-    with pytest.raises(LocalProtocolError, match=r"a\.q: a quantized tensor"):
-        outbound({"a": {"q": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}})
-
-
-class Labelled(torch.Tensor):
-    """A subclass that no kind knows."""
-
-
-def test_an_unknown_subclass_is_refused_by_name() -> None:
-    with pytest.raises(LocalProtocolError, match=r"x: a tensor of class Labelled"):
-        outbound({"x": torch.ones(3).as_subclass(Labelled)})
 
 
 # --------------------------------------------------------------------------------------------- reports

@@ -5,7 +5,7 @@
 The way is that of a receive: frame, manifest, layout, template, landing, rebuild (``tests/hostile.py``). A refusal is
 the only exception that may come of it. Inputs that bring another one, take more than ten seconds or more than 2 GiB are
 written to ``fuzz-output/found``; a name of such a file as the last argument runs it alone. One that was a hole belongs,
-once it is closed, into ``tests/fuzz/found``, where ``tests/test_corpus.py`` replays it ever after.
+once it is closed, into ``tests/fuzz/found``, where ``tests/test_fuzz_corpus.py`` replays it ever after.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python tests/fuzz/make_corpus.py
 
-Run it when the wire changes: ``tests/test_corpus.py`` fails for seeds that are no longer accepted.
+Run it when the wire changes: ``tests/test_fuzz_corpus.py`` fails for seeds that are no longer accepted.
 """
 
 from __future__ import annotations

@@ -1,0 +1,117 @@
+"""Where the elements of a strided tensor lie. Integers only."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+__all__ = ["Geometry", "geometry", "geometry_of", "index_of", "merge"]
+
+
+class Geometry:
+    """Dtype, shape and strides, and what follows from them. Made by :func:`geometry`, which keeps one of each.
+
+    Attributes:
+        dtype: Of the elements.
+        shape: Sizes in elements.
+        stride: Steps in elements, none negative.
+        itemsize: Bytes of an element.
+        numel: Number of elements.
+        span: Bytes from the first to behind the last element, 0 without elements.
+        order: Dimensions that hold distinct elements, outermost in memory first (without those of size one and
+            expanded ones); None if elements overlap in another way.
+        dense: Whether every element has a place of its own and there are no gaps between them.
+        distinct_bytes: Bytes of the elements, expanded ones counted once.
+        closes_gaps: Whether there are gaps that can be left out.
+        expanded: Whether elements are repeated by a stride of zero.
+    """
+
+    __slots__ = (
+        "closes_gaps",
+        "dense",
+        "distinct_bytes",
+        "dtype",
+        "expanded",
+        "itemsize",
+        "numel",
+        "order",
+        "shape",
+        "span",
+        "stride",
+    )
+
+    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self.stride = dtype, tuple(shape), tuple(stride)
+        self.itemsize = dtype.itemsize
+        self.numel = math.prod(shape)
+        steps = [(step, size) for step, size in zip(stride, shape, strict=True) if size > 1]
+        self.span = self.itemsize * (1 + sum((size - 1) * step for step, size in steps)) if self.numel else 0
+        self.expanded = any(step == 0 for step, _ in steps)
+        self.order = _memory_order(shape, stride)
+        self.dense = self.order is not None and not self.expanded and self.span == self.numel * self.itemsize
+        # Meaningless where elements overlap in another way than by a stride of zero.
+        self.distinct_bytes = math.prod(shape[dim] for dim in self.order or ()) * self.itemsize if self.numel else 0
+        self.closes_gaps = self.order is not None and self.distinct_bytes < self.span
+
+    def __repr__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
+
+
+@functools.lru_cache(maxsize=16_384)
+def geometry(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
+    """The geometry of a tensor; equal ones are the same object as long as the cache holds them."""
+    return Geometry(dtype, shape, stride)
+
+
+def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...] | None:
+    dims = [dim for dim, size in enumerate(shape) if size > 1 and stride[dim] != 0]
+    dims.sort(key=lambda dim: stride[dim], reverse=True)
+    inner = 1  # elements from the first to behind the last of the dimensions so far
+    for dim in reversed(dims):
+        if stride[dim] < inner:
+            return None
+        inner += (shape[dim] - 1) * stride[dim]
+    return tuple(dims)
+
+
+def geometry_of(tensor: torch.Tensor) -> Geometry:
+    """The geometry of a plain strided tensor."""
+    return geometry(tensor.dtype, tensor.shape, tensor.stride())
+
+
+def merge(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Disjoint byte ranges, in order, that cover the extents; only overlapping ones are joined."""
+    ranges: list[tuple[int, int]] = []
+    for begin, end in sorted(extents):
+        if ranges and begin < ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
+        else:
+            ranges.append((begin, end))
+    return ranges
+
+
+def index_of(views: Iterable[tuple[Geometry, int]], begin: int, end: int) -> tuple[torch.Tensor, int] | None:
+    """Which elements of a byte range some views refer to.
+
+    Args:
+        views: Geometry and first byte of each view; all lie in the range.
+        begin: First byte of the range.
+        end: Behind its last byte.
+
+    Returns:
+        Where they are, 1-D int64 in increasing order, in units of so many bytes; None if that is the whole range.
+    """
+    found = list(dict.fromkeys(views))
+    unit = min(shape.itemsize for shape, _ in found)
+    taken = torch.zeros((end - begin) // unit, dtype=torch.bool)
+    for shape, first in found:
+        dims = [dim for dim, size in enumerate(shape.shape) if size > 1 and shape.stride[dim]]
+        per_element = shape.itemsize // unit
+        sizes = [shape.shape[dim] for dim in dims] + [per_element]
+        steps = [shape.stride[dim] * per_element for dim in dims] + [1]
+        taken.as_strided(sizes, steps, (first - begin) // unit).fill_(True)
+    index = taken.nonzero().flatten()
+    return None if index.numel() == taken.numel() else (index, unit)

@@ -1,0 +1,588 @@
+"""The kinds of leaf that the package brings: what ``torch`` and NumPy have beside plain strided tensors, and objects.
+
+Each is a few lines: what is inside, what else is needed, how to build it again. DTensor and ShardedTensor are in
+``_kinds_distributed``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+try:
+    import numpy
+except ImportError:  # torch does without it, and so do we
+    numpy = None  # type: ignore[assignment]
+
+from ft_transport._geometry import Geometry, geometry
+from ft_transport._leaves import Kind, Surroundings, check_grad, kind_of, register_kind
+from ft_transport._values import (
+    check_pickle,
+    class_name,
+    dtype_name,
+    dtype_of,
+    imported_class,
+    numpy_descr,
+    numpy_dtype,
+    pickle_object,
+    unpickle_object,
+)
+
+__all__: list[str] = []
+
+
+def sizes(values: Any) -> tuple[int, ...]:
+    """The values, which must be sizes that torch can work with."""
+    if not isinstance(values, tuple) or any(type(value) is not int or not 0 <= value < 1 << 48 for value in values):
+        raise ValueError(f"expected sizes, got {str(values)[:80]}")
+    return values
+
+
+def _with_grad(leaf: torch.Tensor, is_parameter: bool, requires_grad: bool) -> torch.Tensor:
+    if is_parameter:
+        return torch.nn.Parameter(leaf, requires_grad=requires_grad)
+    return leaf.requires_grad_() if requires_grad else leaf
+
+
+def _grad_of(leaf: torch.Tensor) -> tuple[bool, bool]:
+    return isinstance(leaf, torch.nn.Parameter), leaf.requires_grad
+
+
+def _bools(*values: Any) -> None:
+    if any(type(value) is not bool for value in values):
+        raise TypeError(f"expected bools, got {values!r}")
+
+
+# ------------------------------------------------------------------------------------- strided tensors
+
+
+class PythonTensor(Kind):
+    """A strided tensor of a class of the user's, or with Python attributes (``torch.nn.Buffer`` has some).
+
+    Context: (class or None, is parameter, requires grad, pickle of the attributes, values in it).
+    """
+
+    name = "python tensor"
+    family = "tensor"
+
+    def claims(self, leaf: torch.Tensor) -> bool:
+        return leaf.layout is torch.strided and not (leaf.is_quantized or leaf.is_nested or leaf.is_meta)
+
+    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+        cls = type(leaf)
+        if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise ValueError(f"a tensor of class {cls.__qualname__} cannot travel")
+        name = None if cls in (torch.Tensor, torch.nn.Parameter) else class_name(cls)
+        inner: list[Any] = []
+        state = torch._utils._get_obj_state(leaf)  # type: ignore[no-untyped-call]
+        data, values = _pickle(state, inner) if state else (b"", [])
+        with torch._C.DisableTorchFunctionSubclass():
+            base = leaf.detach().as_subclass(torch.Tensor)
+        context = (name, *_grad_of(leaf), data, tuple(values))
+        return [base, *inner], context
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        name, is_parameter, requires_grad, data, values = context
+        _bools(is_parameter, requires_grad)
+        if inner[0] is not None:
+            check_grad(inner[0].dtype, requires_grad)
+        if name is not None:
+            cls = Surroundings().find_class(name)
+            if not isinstance(cls, type) or not issubclass(cls, torch.Tensor):
+                raise TypeError(f"{name} is no class of tensor")
+        if data:
+            _check_object(data, values, len(inner) - 1)
+
+    def label(self, context: Any) -> str:
+        return context[0] or "tensor"
+
+    def disagreement(self, context: Any, mine: Any) -> str:
+        return "" if context[0] == mine[0] else f"expected {mine[0] or 'Tensor'}, source has {context[0] or 'Tensor'}"
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        base, *_ = inner
+        name, is_parameter, requires_grad, _, _ = context
+        if name is None:
+            leaf = _with_grad(base, is_parameter, requires_grad)
+        else:
+            leaf = torch.Tensor._make_subclass(here.find_class(name), base, requires_grad)
+        return self.refresh(leaf, inner, context, here)
+
+    def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        *_, data, values = context
+        if data:
+            state = _unpickle(data, values, inner[1:], here)
+            if hasattr(type(mine), "__setstate__") and type(mine).__setstate__ is not torch.Tensor.__setstate__:
+                mine.__setstate__(state)
+            else:
+                torch._utils._set_obj_state(mine, state)  # type: ignore[no-untyped-call]
+        return mine
+
+
+class UninitializedTensor(Kind):
+    """A parameter or buffer of a lazy module that has no shape yet. Context: (is parameter, requires grad)."""
+
+    name = "uninitialized"
+    types = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
+
+    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        return [], (type(leaf) is torch.nn.UninitializedParameter, leaf.requires_grad)
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        _bools(*context)
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        is_parameter, requires_grad = context
+        return (torch.nn.UninitializedParameter if is_parameter else torch.nn.UninitializedBuffer)(requires_grad)
+
+
+class LazyTensor(Kind):
+    """A lazy conjugate or negative: the physical bytes travel. Context: (conjugate, negative)."""
+
+    name = "lazy"
+    family = "tensor"
+
+    def claims(self, leaf: torch.Tensor) -> bool:
+        return type(leaf) is torch.Tensor and leaf.layout is torch.strided and (leaf.is_conj() or leaf.is_neg())
+
+    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+        if leaf.__dict__ or leaf.requires_grad:
+            return PythonTensor().take_apart(leaf.resolve_conj().resolve_neg())
+        lazy = leaf.is_conj(), leaf.is_neg()
+        return [_toggle(leaf, *lazy)], lazy
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        conjugate, negative = context
+        _bools(conjugate, negative)
+        if conjugate and (inner[0] is None or not inner[0].dtype.is_complex):
+            raise ValueError("a conjugate of what is not complex")
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        return _toggle(inner[0], *context)
+
+
+def _toggle(tensor: torch.Tensor, conjugate: bool, negative: bool) -> torch.Tensor:
+    tensor = torch._conj(tensor) if conjugate else tensor
+    return torch._neg_view(tensor) if negative else tensor
+
+
+class MetaTensor(Kind):
+    """A tensor without bytes. Context: (dtype, shape, strides, is parameter, requires grad)."""
+
+    name = "meta"
+
+    def claims(self, leaf: torch.Tensor) -> bool:
+        return leaf.is_meta and type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
+
+    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+        return [], (dtype_name(leaf.dtype), tuple(leaf.shape), leaf.stride(), *_grad_of(leaf))
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        dtype, shape, stride, is_parameter, requires_grad = context
+        _bools(is_parameter, requires_grad)
+        check_grad(dtype_of(dtype), requires_grad)
+        if len(sizes(shape)) != len(sizes(stride)) or math.prod(max(size, 1) for size in shape) > 1 << 56:
+            raise ValueError(f"a tensor of {shape} with strides {stride}")
+
+    def label(self, context: Any) -> str:
+        return f"meta {context[0]} {context[1]}"
+
+    def disagreement(self, context: Any, mine: Any) -> str:
+        return "" if context[:2] == mine[:2] else f"expected meta {mine[0]} {mine[1]}, source has {context[:2]}"
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        dtype, shape, stride, is_parameter, requires_grad = context
+        leaf = torch.empty_strided(shape, stride, dtype=dtype_of(dtype), device="meta")
+        return _with_grad(leaf, is_parameter, requires_grad)
+
+
+# ------------------------------------------------------------------------------------- other layouts
+
+_COMPRESSED = {
+    torch.sparse_csr: ("crow_indices", "col_indices"),
+    torch.sparse_bsr: ("crow_indices", "col_indices"),
+    torch.sparse_csc: ("ccol_indices", "row_indices"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices"),
+}
+_LAYOUTS = {str(layout): layout for layout in (torch.sparse_coo, *_COMPRESSED)}
+
+
+class SparseTensor(Kind):
+    """Sparse COO, CSR, CSC, BSR, BSC: indices and values travel.
+
+    Context: (layout, shape, is coalesced, is parameter, requires grad).
+    """
+
+    name = "sparse"
+    not_in_place = "the template's tensor is sparse: how many values it holds may differ"
+
+    def claims(self, leaf: torch.Tensor) -> bool:
+        return str(leaf.layout) in _LAYOUTS and type(leaf) in (torch.Tensor, torch.nn.Parameter)
+
+    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+        plain = leaf.detach()
+        coalesced = False
+        if leaf.layout is torch.sparse_coo:
+            coalesced = leaf.is_coalesced()
+            inner = [plain._indices(), plain._values()]
+        else:
+            inner = [getattr(plain, name)() for name in _COMPRESSED[leaf.layout]] + [plain.values()]
+        return inner, (str(leaf.layout), tuple(leaf.shape), coalesced, *_grad_of(leaf))
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        layout, shape, coalesced, is_parameter, requires_grad = context
+        sizes(shape)
+        _bools(coalesced, is_parameter, requires_grad)
+        if len(inner) != (2 if _LAYOUTS[layout] is torch.sparse_coo else 3) or None in inner:
+            raise ValueError(f"a tensor of layout {layout} of {len(inner)} tensors")
+        if inner[-1] is not None:
+            check_grad(inner[-1].dtype, requires_grad)
+
+    def label(self, context: Any) -> str:
+        return f"{context[0]} {context[1]}"
+
+    def disagreement(self, context: Any, mine: Any) -> str:
+        if context[:2] == mine[:2]:
+            return ""
+        return f"expected {mine[0]} {mine[1]}, source has {context[0]} {context[1]}"
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        layout, shape, coalesced, is_parameter, requires_grad = context
+        leaf: Any
+        if layout == str(torch.sparse_coo):
+            indices, values = inner
+            leaf = torch.sparse_coo_tensor(indices, values, shape, is_coalesced=coalesced, check_invariants=True)
+        else:
+            outer, indices, values = inner
+            how: Any = {"layout": _LAYOUTS[layout], "check_invariants": True}
+            leaf = torch.sparse_compressed_tensor(outer, indices, values, shape, **how)
+        return _with_grad(leaf, is_parameter, requires_grad)
+
+
+class NestedTensor(Kind):
+    """A nested tensor of strided layout (a jagged one is a wrapper subclass): its buffer travels.
+
+    Context: (sizes, strides, offsets, is parameter, requires grad).
+    """
+
+    name = "nested"
+    not_in_place = "the template's tensor is nested"
+
+    def claims(self, leaf: torch.Tensor) -> bool:
+        return (
+            leaf.is_nested and leaf.layout is torch.strided and type(leaf) in (torch.Tensor, torch.nn.Parameter)
+        )
+
+    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+        plain = leaf.detach()
+        shape, stride = (_rows(plain._nested_tensor_size()), _rows(plain._nested_tensor_strides()))
+        offsets = tuple(plain._nested_tensor_storage_offsets().tolist())
+        return [plain.values()], (shape, stride, offsets, *_grad_of(leaf))
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        shapes, strides, offsets, is_parameter, requires_grad = context
+        _bools(is_parameter, requires_grad)
+        (buffer,) = inner
+        if buffer is None or len(buffer.shape) != 1 or buffer.stride != (1,):
+            raise ValueError("a nested tensor without a flat buffer")
+        check_grad(buffer.dtype, requires_grad)
+        for shape, stride, offset in zip(shapes, strides, sizes(offsets), strict=True):
+            span = geometry(buffer.dtype, sizes(shape), sizes(stride)).span // buffer.itemsize
+            if offset + span > buffer.numel or len(shape) != len(shapes[0]):
+                raise ValueError(f"a nested tensor with {shape} at {offset} of {buffer.numel}")
+
+    def disagreement(self, context: Any, mine: Any) -> str:
+        return "" if context[0] == mine[0] else f"expected nested {mine[0]}, source has {context[0]}"
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        shape, stride, offsets, is_parameter, requires_grad = context
+        metadata = (torch.tensor(rows, dtype=torch.int64) for rows in (shape, stride, offsets))
+        leaf = torch._nested_view_from_buffer(inner[0], *metadata)
+        return _with_grad(leaf, is_parameter, requires_grad)
+
+
+def _rows(matrix: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    return tuple(map(tuple, matrix.tolist()))
+
+
+# Dtypes of the same size for the bytes of a quantized one; of others the whole storage travels.
+_QUANTIZED = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
+
+
+class QuantizedTensor(Kind):
+    """A quantized tensor, per tensor or per channel.
+
+    Context: (dtype, shape, strides, scale, zero point, axis, is parameter, requires grad); scale and zero point are
+    None where the axis is not, and travel as tensors.
+    """
+
+    name = "quantized"
+    not_in_place = "the template's tensor is quantized: its scale may differ"
+
+    def claims(self, leaf: torch.Tensor) -> bool:
+        return leaf.is_quantized and type(leaf) in (torch.Tensor, torch.nn.Parameter)
+
+    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+        carrier = _QUANTIZED.get(leaf.dtype)
+        storage = leaf.untyped_storage()
+        flat = torch.empty(0, dtype=carrier or torch.uint8, device=leaf.device)
+        if carrier is None:
+            if leaf.storage_offset():
+                raise ValueError(f"a view of a tensor of {leaf.dtype} cannot travel")
+            inner = [flat.set_(storage, 0, (storage.nbytes(),), (1,))]
+        else:
+            inner = [flat.set_(storage, leaf.storage_offset(), leaf.shape, leaf.stride())]
+        scale = zero_point = axis = None
+        if leaf.qscheme() is torch.per_tensor_affine:
+            scale, zero_point = leaf.q_scale(), leaf.q_zero_point()
+        else:
+            axis = leaf.q_per_channel_axis()
+            inner += [leaf.q_per_channel_scales(), leaf.q_per_channel_zero_points()]
+        shape = tuple(leaf.shape), leaf.stride()
+        return inner, (dtype_name(leaf.dtype), *shape, scale, zero_point, axis, *_grad_of(leaf))
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        dtype, shape, stride, scale, zero_point, axis, is_parameter, requires_grad = context
+        _bools(is_parameter, requires_grad)
+        flat, *channels = inner
+        carrier = _QUANTIZED.get(dtype_of(dtype))
+        if flat is None or requires_grad or flat.dtype is not (carrier or torch.uint8):
+            raise ValueError(f"a quantized tensor of {dtype}")
+        wanted = geometry(torch.uint8, sizes(shape), sizes(stride))
+        # Two elements in a byte, or four.
+        if (flat.shape != wanted.shape) if carrier else (flat.numel * 4 < wanted.span):
+            raise ValueError(f"a quantized tensor of {shape} in {flat}")
+        if axis is None:
+            if type(scale) is not float or type(zero_point) is not int or channels:
+                raise TypeError(f"scale {scale!r}, zero point {zero_point!r}")
+        elif type(axis) is not int or not 0 <= axis < len(shape) or len(channels) != 2 or None in channels:
+            raise ValueError(f"a quantized tensor of {shape} by axis {axis!r}")
+        elif any(channel is not None and channel.shape != (shape[axis],) for channel in channels):
+            raise ValueError(f"{shape[axis]} channels, but scales and zero points of {channels}")
+
+    def label(self, context: Any) -> str:
+        return f"quantized {context[0]} {context[1]}"
+
+    def disagreement(self, context: Any, mine: Any) -> str:
+        return "" if context[:2] == mine[:2] else f"expected {mine[0]} {mine[1]}, source has {context[0]} {context[1]}"
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        dtype, shape, stride, scale, zero_point, axis, is_parameter, requires_grad = context
+        quantizer: Any = (torch.per_tensor_affine, scale, zero_point)
+        if axis is not None:
+            quantizer = (torch.per_channel_affine, *inner[1:], axis)
+        make: Any = torch.storage.TypedStorage
+        storage = make(wrap_storage=inner[0].untyped_storage(), dtype=dtype_of(dtype), _internal=True)
+        offset = inner[0].storage_offset()
+        if dtype_of(dtype) in _QUANTIZED:
+            stride = inner[0].stride()
+        rebuild: Any = torch._utils._rebuild_qtensor
+        leaf = rebuild(storage, offset, shape, stride, quantizer, requires_grad, OrderedDict())
+        return _with_grad(leaf, is_parameter, requires_grad)
+
+
+class WrapperSubclass(Kind):
+    """Any traceable wrapper subclass: what ``__tensor_flatten__`` gives travels.
+
+    Context: (class, names of the inner tensors, what else it gives, outer shape, outer strides, is parameter, requires
+    grad). The outer shape is None where it is not made of numbers.
+    """
+
+    name = "wrapper"
+
+    def claims(self, leaf: torch.Tensor) -> bool:
+        return is_traceable_wrapper_subclass(leaf)
+
+    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        names, context = leaf.__tensor_flatten__()
+        shape, stride = tuple(leaf.shape), tuple(leaf.stride()) if leaf.layout is torch.strided else ()
+        if any(type(number) is not int for number in (*shape, *stride)):
+            shape = stride = None  # type: ignore[assignment]
+        inner = [getattr(leaf, name) for name in names]
+        return inner, (class_name(type(leaf)), tuple(names), context, shape, stride, *_grad_of(leaf))
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        name, names, _, shape, stride, is_parameter, requires_grad = context
+        _bools(is_parameter, requires_grad)
+        cls = _wrapper_class(name, Surroundings())
+        if not isinstance(cls, type) or not issubclass(cls, torch.Tensor) or not hasattr(cls, "__tensor_unflatten__"):
+            raise TypeError(f"{name} is no wrapper subclass")
+        if len(names) != len(inner) or any(type(part) is not str for part in names):
+            raise ValueError(f"{names!r} for {len(inner)} tensors")
+        if shape is not None:
+            sizes(shape)
+            sizes(stride)
+
+    def label(self, context: Any) -> str:
+        return str(context[0])
+
+    def disagreement(self, context: Any, mine: Any) -> str:
+        expected, got = (f"{c[0]} {c[3]} of {', '.join(c[1])}" for c in (mine, context))
+        return "" if expected == got else f"expected {expected}, source has {got}"
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        name, names, other, shape, stride, is_parameter, requires_grad = context
+        cls = _wrapper_class(name, here)
+        if shape is not None:
+            shape = torch.Size(shape)
+        leaf = cls.__tensor_unflatten__(dict(zip(names, inner, strict=True)), other, shape, stride)
+        return _with_grad(leaf, is_parameter, requires_grad)
+
+
+# torch's own, which needs no permission.
+_JAGGED = "torch.nested._internal.nested_tensor.NestedTensor"
+
+
+def _wrapper_class(name: str, here: Surroundings) -> Any:
+    return imported_class(name) if name == _JAGGED else here.find_class(name)
+
+
+# ------------------------------------------------------------------------------------------ not torch
+
+
+class NumpyArray(Kind):
+    """``numpy.ndarray``: its bytes travel, with the bytes of an element as one more dimension.
+
+    Context: (dtype, shape), or (None, shape, elements) for one of objects.
+    """
+
+    name = "numpy"
+    types = () if numpy is None else (numpy.ndarray,)
+
+    def obstacle(self, leaf: Any) -> str:
+        if leaf.dtype.hasobject or not leaf.flags.writeable or any(step < 0 for step in leaf.strides):
+            return "the template's array is read-only, reversed, or one of objects"
+        return ""
+
+    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        shape = tuple(leaf.shape)
+        if leaf.dtype.hasobject:
+            if leaf.dtype != object:
+                raise ValueError(f"a NumPy array of {leaf.dtype} cannot travel")
+            return [], (None, shape, tuple(leaf.ravel()))
+        if not leaf.flags.writeable or any(step < 0 for step in leaf.strides):
+            leaf = leaf.copy(order="K")
+        nbytes = leaf.dtype.itemsize
+        data = leaf[..., None].view(numpy.uint8) if leaf.size and nbytes else numpy.empty((*shape, nbytes), numpy.uint8)
+        return [torch.from_numpy(data)], (numpy_descr(leaf.dtype), shape)
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        descr, shape, *elements = context
+        if descr is None:
+            if len(elements[0]) != math.prod(sizes(shape)) or inner:
+                raise ValueError(f"{len(elements[0])} elements for {shape}")
+            return
+        (data,) = inner
+        wanted = (*sizes(shape), numpy_dtype(descr).itemsize)
+        # The bytes of an element must lie together.
+        if data is None or data.dtype is not torch.uint8 or data.shape != wanted:
+            raise ValueError(f"an array of {descr} {shape} in {data}")
+        if elements or (data.numel and wanted[-1] > 1 and data.stride[-1] != 1):
+            raise ValueError(f"an array of {descr} {shape} with strides {data.stride}")
+
+    def label(self, context: Any) -> str:
+        return f"array {context[0]} {context[1]}"
+
+    def disagreement(self, context: Any, mine: Any) -> str:
+        return "" if context[:2] == mine[:2] else f"expected array {mine[0]} {mine[1]}, source has {context[:2]}"
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        descr, shape, *elements = context
+        if descr is None:
+            flat = numpy.empty(len(elements[0]), dtype=object)
+            for index, element in enumerate(elements[0]):
+                flat[index] = element
+            return flat.reshape(shape)
+        dtype = numpy_dtype(descr)
+        if not inner[0].numel():
+            return numpy.empty(shape, dtype)
+        return inner[0].cpu().numpy().view(dtype)[..., 0]
+
+
+class GeneratorKind(Kind):
+    """``torch.Generator``: its state travels. Context: its device."""
+
+    name = "generator"
+    types = (torch.Generator,)
+    not_in_place = "a torch.Generator"
+
+    def take_apart(self, leaf: torch.Generator) -> tuple[Sequence[Any], Any]:
+        return [leaf.get_state()], str(leaf.device)
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        torch.device(context)
+        (state,) = inner
+        if state is None or state.dtype is not torch.uint8 or len(state.shape) != 1:
+            raise ValueError(f"the state of a Generator in {inner}")
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        leaf = torch.Generator(context)
+        leaf.set_state(inner[0].cpu())
+        return leaf
+
+
+class ObjectKind(Kind):
+    """An object of any other class: pickled, but for the leaves in it. Context: (pickle, values in it)."""
+
+    name = "object"
+    family = "value"
+
+    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        inner: list[Any] = []
+        try:
+            data, values = _pickle(leaf, inner)
+        except Exception as exc:  # pickling runs the class's own code, which may raise anything
+            what = type(leaf).__qualname__
+            raise ValueError(f"a value of class {what} cannot be encoded: {type(exc).__name__}: {exc}") from exc
+        return inner, (data, tuple(values))
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        data, values = context
+        _check_object(data, values, len(inner))
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        data, values = context
+        return _unpickle(data, values, inner, here)
+
+
+def _pickle(value: Any, inner: list[Any]) -> tuple[bytes, list[object]]:
+    def is_leaf(found: Any) -> bool:
+        kind = kind_of(found)
+        return kind is not None and kind.name != "object"
+
+    return pickle_object(value, inner, is_leaf)
+
+
+def _unpickle(data: bytes, values: Any, inner: Sequence[Any], here: Surroundings) -> Any:
+    return unpickle_object(data, values, inner, here.unpickle)
+
+
+def _check_object(data: Any, values: Any, num_inner: int) -> None:
+    if type(data) is not bytes:
+        raise TypeError(f"expected a pickle, got {type(data).__name__}")
+    if num_inner:
+        # Its classes' own code would run on tensors that have no bytes yet: what it names must do.
+        check_pickle(data)
+    else:
+        _unpickle(data, values, (), Surroundings())
+
+
+for _kind in (
+    ObjectKind(),
+    GeneratorKind(),
+    NumpyArray(),
+    UninitializedTensor(),
+    PythonTensor(),
+    LazyTensor(),
+    QuantizedTensor(),
+    NestedTensor(),
+    SparseTensor(),
+    MetaTensor(),
+    WrapperSubclass(),
+):
+    register_kind(_kind)

@@ -1,0 +1,640 @@
+"""What does not fit is refused: all of it at once, on both sides, before a byte moves, and nothing is touched.
+
+And templates that cannot be written as they are: the values are right, and no neighbour is overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpus.compare import differences
+from corpus.kinds import Named, Scaled, dtensor, mesh, sharded
+from corpus.look import dotted, leaves, raw_bytes
+from corpus.measure import is_tensor
+from corpus.memory import Memory
+from corpus.python_values import Color, Sampler, schedule
+from corpus.structure import Dict, Frozen, Pair
+from corpus.wire import PROMPT, TRANSPORTS, Outcome, Wire, wires
+from helpers import noise
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+
+from ft_transport import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "Sparse .* tensor support is in beta state",
+        "The PyTorch API of nested tensors is in prototype stage",
+        "torch.quantize_per",
+        "TypedStorage is deprecated",
+        "Please use DTensor instead and we are deprecating ShardedTensor",
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def lines() -> Iterator[dict[str, Wire]]:
+    with wires() as made:
+        yield made
+
+
+@pytest.fixture(params=TRANSPORTS)
+def wire(request: pytest.FixtureRequest, lines: dict[str, Wire]) -> Wire:
+    return lines[request.param]
+
+
+# --------------------------------------------------------------------------------------- disagreements
+
+
+def _jagged(rows: int) -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(rows, 3)], layout=torch.jagged)
+
+
+def _quantized(dtype: torch.dtype) -> torch.Tensor:
+    return torch.quantize_per_tensor(torch.ones(3), 0.5, 0, dtype)
+
+
+def _shards(*rows: int) -> Any:
+    offsets = [[sum(rows[:i]), 0] for i in range(len(rows))]
+    return sharded([noise((n, 4), n) for n in rows], offsets, (sum(rows), 4))
+
+
+def _dtensor(local: tuple[int, ...], shape: tuple[int, ...], placement: Any = None) -> Any:
+    return dtensor(noise(local, 1), mesh((2,)), (placement or Shard(0),), shape)
+
+
+def _scaled(rows: int) -> Scaled:
+    return Scaled(noise((rows, 6), 1, torch.int8), noise(rows, 2), 6)
+
+
+# What the source has, what the template has, and words that the line must hold.
+DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[str, ...]]] = {
+    "shape": (lambda: noise((3, 4), 1), lambda: noise((4, 3), 2), ("(3, 4)", "(4, 3)")),
+    "number of dimensions": (lambda: noise(12, 1), lambda: noise((3, 4), 2), ("(12,)", "(3, 4)")),
+    "a dimension of one": (lambda: noise((3, 1), 1), lambda: noise(3, 2), ("(3, 1)", "(3,)")),
+    "scalar and one element": (lambda: noise((), 1), lambda: noise(1, 2), ("()", "(1,)")),
+    "empty and not": (lambda: torch.empty(0, 3), lambda: noise((2, 3), 2), ("(0, 3)", "(2, 3)")),
+    "two empty ones": (lambda: torch.empty(0, 3), lambda: torch.empty(3, 0), ("(0, 3)", "(3, 0)")),
+    "dtype": (lambda: noise(4, 1), lambda: noise(4, 2, torch.int32), ("float32", "int32")),
+    "dtype of another width": (lambda: noise(4, 1), lambda: noise(8, 2, torch.bfloat16), ("float32", "bfloat16")),
+    "dtype of a parameter": (
+        lambda: torch.nn.Parameter(noise(4, 1)),
+        lambda: torch.nn.Parameter(noise(4, 2, torch.float64)),
+        ("float32", "float64"),
+    ),
+    "dtype without elements": (lambda: torch.empty(0), lambda: torch.empty(0, dtype=torch.int8), ("float32", "int8")),
+    "value for a tensor": (lambda: 5, lambda: noise(3, 1), ("int", "float32")),
+    "text for a tensor": (lambda: "text", lambda: noise(3, 1), ("str", "float32")),
+    "none for a tensor": (lambda: None, lambda: noise(3, 1), ("None", "float32")),
+    "tensor for a value": (lambda: noise(3, 1), lambda: 5, ("int", "float32")),
+    "sparse for a plain one": (lambda: torch.eye(3).to_sparse(), lambda: torch.eye(3), ("sparse",)),
+    "plain for a sparse one": (lambda: torch.eye(3), lambda: torch.eye(3).to_sparse(), ("sparse",)),
+    "csr for coo": (lambda: torch.eye(3).to_sparse_csr(), lambda: torch.eye(3).to_sparse(), ("csr", "coo")),
+    "shape of a sparse one": (lambda: torch.eye(3).to_sparse(), lambda: torch.eye(4).to_sparse(), ("(3, 3)", "(4, 4)")),
+    "quantized for a plain one": (lambda: _quantized(torch.qint8), lambda: noise(3, 1, torch.int8), ("quantized",)),
+    "dtype of a quantized one": (
+        lambda: _quantized(torch.qint8),
+        lambda: _quantized(torch.quint8),
+        ("qint8", "quint8"),
+    ),
+    "jagged for a plain one": (lambda: _jagged(4), lambda: noise((2, 3), 1), ("float32",)),
+    "rows of a jagged one": (lambda: _jagged(4), lambda: _jagged(5), ("(6, 3)", "(7, 3)")),
+    "dtensor for a plain one": (lambda: _dtensor((2, 3), (4, 3)), lambda: noise((2, 3), 1), ("dtensor", "tensor")),
+    "plain for a dtensor": (lambda: noise((2, 3), 1), lambda: _dtensor((2, 3), (4, 3)), ("dtensor", "tensor")),
+    "local shape of a dtensor": (
+        lambda: _dtensor((2, 3), (3, 3)),
+        lambda: _dtensor((1, 3), (3, 3)),
+        ("(2, 3)", "(1, 3)"),
+    ),
+    "global shape of a dtensor": (
+        lambda: _dtensor((2, 3), (4, 3)),
+        lambda: _dtensor((2, 3), (3, 3)),
+        ("(4, 3)", "(3, 3)"),
+    ),
+    "placement": (
+        lambda: _dtensor((2, 3), (4, 3)),
+        lambda: _dtensor((2, 3), (2, 3), Replicate()),
+        ("shard", "replicate"),
+    ),
+    "placement alone": (
+        lambda: _dtensor((2, 2), (4, 2), Shard(0)),
+        lambda: dtensor(noise((2, 2), 1), mesh((2,)), (Shard(1),), (4, 2)),
+        ("0", "1"),
+    ),
+    "number of shards": (lambda: _shards(1, 2), lambda: _shards(3), ("3", "4")),
+    "sizes of shards": (lambda: _shards(1, 2), lambda: _shards(2, 1), ("1", "2")),
+    "global size of a sharded one": (lambda: _shards(2), lambda: _shards(3), ("2", "3")),
+    "sharded for a plain one": (lambda: _shards(2), lambda: noise((2, 4), 1), ("sharded", "tensor")),
+    "inner shape of a subclass": (lambda: _scaled(4), lambda: _scaled(5), ("(4, 6)", "(5, 6)")),
+    "subclass for a plain one": (lambda: _scaled(4), lambda: noise((4, 6), 1), ("(4, 6)",)),
+}
+
+
+def template_with_neighbours(**more: Any) -> dict[str, Any]:
+    """A template with leaves that agree, and memory beside them that nobody may touch."""
+    storage = noise((10, 8), 90)
+    agreeing = {"rows": storage[2:5], "parameter": torch.nn.Parameter(noise((3, 3), 91)), "columns": storage[6:, 2:4]}
+    return {"agrees": agreeing, **more}
+
+
+def state_for(template: dict[str, Any], **more: Any) -> dict[str, Any]:
+    agreeing = {name: leaf.detach().clone() for name, leaf in template["agrees"].items()}
+    for i, leaf in enumerate(agreeing.values()):
+        leaf.copy_(noise(tuple(leaf.shape), i))
+    return {"agrees": agreeing, **more}
+
+
+def refused(wire: Wire, state: object, template: object, **options: Any) -> Outcome:
+    """A transfer that must be refused by the destination, and leave everything as it was."""
+    before = Memory(template)
+    with torch.serialization.safe_globals([Scaled]):
+        outcome = wire.transfer(state, lambda: template, **options)
+    assert isinstance(outcome.error, RemoteProtocolError)
+    assert outcome.seconds < PROMPT
+    assert not outcome.error.torn
+    assert not before.changed, "the template has changed"
+    after = dict(leaves(template))
+    assert all(after[path] is leaf for path, leaf in before.leaves.items())
+    assert outcome.report is not None
+    assert outcome.source_report is not None
+    assert outcome.report.peers[0].nbytes == 0
+    if wire.name == "distributed":  # its wire has one direction: the source learns that, and not why
+        assert isinstance(outcome.source_error, PeerFailure)
+        return outcome
+    assert outcome.source_report.peers[0].nbytes == 0, "payload has left"
+    assert outcome.source_report.peers[0].outcome == "refused"
+    return outcome
+
+
+def line_of(text: str, path: str, paths: list[str]) -> str:
+    """What a text says about one of the paths that it lists."""
+    assert f"{path}: " in text, f"{path} is not named in: {text}"
+    begin = text.index(f"{path}: ")
+    ends = [text.index(f"{other}: ", begin + 1) for other in paths if f"{other}: " in text[begin + 1 :]]
+    return text[begin : min(ends, default=len(text))]
+
+
+def source_text(outcome: Outcome) -> str:
+    """What the source says of the refusal; without torchft it is not told, and the destination's text stands in."""
+    assert outcome.source_report is not None
+    if outcome.source_report.transport.startswith("distributed"):
+        return str(outcome.error)
+    return f"{outcome.source_report.peers[0].reason} {outcome.source_error or ''}"
+
+
+@pytest.mark.parametrize("kind", DISAGREEMENTS)
+def test_a_disagreement_is_refused_on_both_sides(wire: Wire, kind: str) -> None:
+    source, mine, words = DISAGREEMENTS[kind]
+    template = template_with_neighbours(deep=[{"leaf": mine()}])
+    outcome = refused(wire, state_for(template, deep=[{"leaf": source()}]), template)
+    for text in (str(outcome.error), source_text(outcome)):
+        line = line_of(text, "deep.0.leaf", [])
+        assert "expected" in line
+        for word in words:
+            assert word.lower() in line.lower()
+        assert "agrees" not in text
+
+
+def test_all_disagreements_are_listed_at_once(wire: Wire) -> None:
+    kinds = {name.replace(" ", "_"): (source, mine) for name, (source, mine, _) in DISAGREEMENTS.items()}
+    template = template_with_neighbours(**{name: mine() for name, (_, mine) in kinds.items()})
+    outcome = refused(wire, state_for(template, **{name: source() for name, (source, _) in kinds.items()}), template)
+    for text in (str(outcome.error), source_text(outcome)):
+        for name in kinds:
+            assert "expected" in line_of(text, name, list(kinds))
+
+
+def test_a_thousand_disagreements_are_all_listed(wire: Wire) -> None:
+    template = template_with_neighbours(leaves=[noise(2, i) for i in range(1000)])
+    outcome = refused(wire, state_for(template, leaves=[noise(3, i) for i in range(1000)]), template)
+    for text in (str(outcome.error), source_text(outcome)):
+        assert all(f"leaves.{i}: expected" in text for i in range(1000))
+
+
+@pytest.mark.parametrize("side", ["missing", "extra"])
+def test_strict_refuses_what_one_side_lacks(lines: dict[str, Wire], side: str) -> None:
+    template = template_with_neighbours(**({"more": {"x": noise(2, 5)}} if side == "extra" else {}))
+    state = state_for(template, **({"more": {"x": noise(2, 6), "y": noise(1, 7)}} if side == "missing" else {}))
+    outcome = refused(lines["PGTransport"], state, template, strict=True)
+    for text in (str(outcome.error), source_text(outcome)):
+        assert "more.x" in text
+
+
+def test_without_strict_missing_leaves_are_made_and_extra_ones_listed(wire: Wire) -> None:
+    template = template_with_neighbours(extra={"x": noise(2, 5)})
+    state = state_for(template, missing={"y": noise(3, 6), "n": 1})
+    before = Memory(template)
+    outcome = wire.transfer(state, lambda: template)
+    outcome.check()
+    check_values(outcome.result, state)
+    assert outcome.report is not None
+    assert outcome.report.missing == ["missing.y"]
+    assert outcome.report.unused == ["extra.x"]
+    assert not before.changed_outside(list(template["agrees"].values()))
+
+
+# --------------------------------------------------------------------- templates that are hard to write to
+
+
+def check_values(result: object, state: object) -> None:
+    """Every leaf has the source's value, whatever it shares with others."""
+    got, expected = ({dotted(path): leaf for path, leaf in leaves(tree)} for tree in (result, state))
+    assert list(got) == list(expected)
+    for name, leaf in expected.items():
+        if type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout == torch.strided and not leaf.is_quantized:
+            assert raw_bytes(got[name]) == raw_bytes(leaf), f"{name} is wrong"
+        else:
+            assert differences(got[name], leaf) == []
+
+
+def land(wire: Wire, state: Any, template: Any, *, left_alone: set[str]) -> Outcome:
+    """A transfer that must succeed, leave these leaves of the template alone, and overwrite nobody's neighbour."""
+    before = Memory(template)
+    outcome = wire.transfer(state, lambda: template)
+    outcome.check()
+    report = outcome.report
+    assert report is not None
+    check_values(outcome.result, state)
+    landed: list[torch.Tensor] = []
+    for path, leaf in leaves(outcome.result):
+        name = dotted(path)
+        if not is_tensor(leaf):
+            continue
+        if name in report.not_in_place:
+            assert leaf is not before.leaves[path]
+        else:
+            assert before.is_in_place(path, leaf), f"{name} is neither in place nor named"
+            landed.extend(before.parts[path].values())
+    assert left_alone <= set(report.not_in_place)
+    assert not before.changed_outside(landed), "bytes that are no leaf's have changed"
+    return outcome
+
+
+def test_a_tie_that_the_template_lacks(wire: Wire) -> None:
+    tied = noise((3, 4), 1)
+    template = {"a": noise((3, 4), 2), "b": noise((3, 4), 3), "c": noise(2, 4)}
+    land(wire, {"a": tied, "b": tied, "c": noise(2, 5)}, template, left_alone=set())
+
+
+def test_views_that_the_template_does_not_share(wire: Wire) -> None:
+    base = noise((6, 4), 1)
+    template = {"base": noise((6, 4), 2), "rows": noise((2, 4), 3), "column": noise(6, 4)}
+    land(wire, {"base": base, "rows": base[1:3], "column": base[:, 2]}, template, left_alone=set())
+
+
+def test_a_tie_that_the_source_lacks(wire: Wire) -> None:
+    tied = noise((3, 4), 1)
+    outcome = land(wire, {"a": noise((3, 4), 2), "b": noise((3, 4), 3)}, {"a": tied, "b": tied}, left_alone={"b"})
+    assert outcome.result["a"] is not outcome.result["b"]
+
+
+def test_tied_parameters_that_the_source_has_not_tied(wire: Wire) -> None:
+    tied = torch.nn.Parameter(noise((3, 4), 1))
+    state = {"a": torch.nn.Parameter(noise((3, 4), 2)), "b": torch.nn.Parameter(noise((3, 4), 3))}
+    land(wire, state, {"a": tied, "b": tied}, left_alone={"b"})
+
+
+def test_a_template_tie_whose_values_agree_at_the_source(wire: Wire) -> None:
+    tied, equal = noise((3, 4), 1), noise((3, 4), 2)
+    land(wire, {"a": equal, "b": equal.clone()}, {"a": tied, "b": tied}, left_alone=set())
+
+
+@pytest.mark.parametrize(("first", "second"), [((0, 6), (4, 10)), ((0, 10), (3, 5)), ((2, 4), (2, 4))])
+def test_template_views_that_overlap(wire: Wire, first: tuple[int, int], second: tuple[int, int]) -> None:
+    base = noise((12, 3), 1)
+    template = {"a": base[slice(*first)], "b": base[slice(*second)], "apart": base[11:]}
+    state = {name: noise(tuple(leaf.shape), i) for i, (name, leaf) in enumerate(template.items())}
+    outcome = land(wire, state, template, left_alone=set())
+    assert outcome.report is not None
+    assert {"a", "b"} & set(outcome.report.not_in_place)
+    assert "apart" not in outcome.report.not_in_place
+
+
+def test_views_that_overlap_elsewhere_than_at_the_source(wire: Wire) -> None:
+    source, mine = noise((12, 3), 1), noise((12, 3), 2)
+    state = {"a": source[:6], "b": source[4:10]}
+    land(wire, state, {"a": mine[:6], "b": mine[3:9]}, left_alone=set())
+
+
+def test_ties_of_other_pairs(wire: Wire) -> None:
+    source, mine = noise((3, 4), 1), noise((3, 4), 2)
+    state = {"a": source, "b": source, "c": noise((3, 4), 3)}
+    land(wire, state, {"a": mine, "b": noise((3, 4), 4), "c": mine}, left_alone=set())
+
+
+def test_columns_of_one_matrix_are_no_overlap(wire: Wire) -> None:
+    base = noise((8, 10), 1)
+    template = {"a": base[:, :3], "b": base[:, 3:7], "c": base[:, 9]}
+    state = {name: noise(tuple(leaf.shape), i) for i, (name, leaf) in enumerate(template.items())}
+    outcome = land(wire, state, template, left_alone=set())
+    assert outcome.report is not None
+    assert outcome.report.not_in_place == {}
+
+
+def test_expanded_template_leaves(wire: Wire) -> None:
+    base = noise((1, 4), 1)
+    template = {"row": base.expand(5, 4), "scalar": noise((), 2).expand(7), "plain": noise(3, 3)}
+    state = {"row": noise((5, 4), 4), "scalar": noise(7, 5), "plain": noise(3, 6)}
+    land(wire, state, template, left_alone={"row", "scalar"})
+
+
+def test_template_leaves_that_overlap_themselves(wire: Wire) -> None:
+    template = {"windows": noise(10, 1).as_strided((4, 4), (2, 1)), "plain": noise(3, 2)}
+    land(wire, {"windows": noise((4, 4), 3), "plain": noise(3, 4)}, template, left_alone={"windows"})
+
+
+def test_sparse_and_quantized_template_leaves(wire: Wire) -> None:
+    def build(scale: float) -> dict[str, torch.Tensor]:
+        return {
+            "coo": (torch.eye(3) * scale).to_sparse(),
+            "csr": (torch.eye(3) * scale).to_sparse_csr(),
+            "quantized": torch.quantize_per_tensor(torch.ones(4) * scale, scale, 1, torch.qint8),
+            "plain": torch.ones(2) * scale,
+        }
+
+    land(wire, build(0.5), build(0.25), left_alone={"coo", "csr", "quantized"})
+
+
+# Views of a matrix of 6 x 4 that differ in strides only.
+STRIDED: dict[str, Callable[[int], torch.Tensor]] = {
+    "contiguous": lambda seed: noise((6, 4), seed),
+    "transposed": lambda seed: noise((4, 6), seed).t(),
+    "columns": lambda seed: noise((6, 9), seed)[:, 2:6],
+    "every second row": lambda seed: noise((12, 4), seed)[::2],
+    "every second element": lambda seed: noise((6, 8), seed)[:, ::2],
+    "transposed columns": lambda seed: noise((5, 8), seed)[:4, 1:7].t(),
+    "offset": lambda seed: noise((9, 4), seed)[2:8],
+}
+
+
+@pytest.mark.parametrize("mine", STRIDED)
+@pytest.mark.parametrize("theirs", STRIDED)
+def test_other_strides_land_in_place(wire: Wire, theirs: str, mine: str) -> None:
+    template = {"leaf": STRIDED[mine](2), "parameter": torch.nn.Parameter(STRIDED[mine](3))}
+    state = {"leaf": STRIDED[theirs](4), "parameter": torch.nn.Parameter(STRIDED[theirs](5))}
+    outcome = land(wire, state, template, left_alone=set())
+    assert outcome.report is not None
+    assert outcome.report.not_in_place == {}
+    assert outcome.report.in_place_share == 1.0
+
+
+def test_channels_last_lands_in_contiguous(wire: Wire) -> None:
+    image = noise((2, 3, 4, 5), 1).to(memory_format=torch.channels_last)
+    outcome = land(wire, {"image": image}, {"image": noise((2, 3, 4, 5), 2)}, left_alone=set())
+    assert outcome.report is not None
+    assert outcome.report.not_in_place == {}
+
+
+_READ_ONLY = """
+import json, sys, tempfile, warnings
+import numpy as np, torch
+from corpus.wire import wires
+warnings.simplefilter("ignore")
+with tempfile.NamedTemporaryFile() as file:
+    np.arange(6000, dtype=np.float32).tofile(file.name)
+    mapped = np.memmap(file.name, dtype=np.float32, mode="r")
+    template = {"mapped": torch.from_numpy(mapped), "part": torch.from_numpy(mapped)[10:20], "plain": torch.zeros(3)}
+    state = {"mapped": torch.ones(6000), "part": torch.full((10,), 2.0), "plain": torch.ones(3)}
+    with wires() as lines:
+        outcome = lines[sys.argv[1]].transfer(state, lambda: template)
+    outcome.check()
+    print(json.dumps({
+        "right": all(torch.equal(outcome.result[name], leaf) for name, leaf in state.items()),
+        "plain in place": outcome.result["plain"] is template["plain"],
+        "named": sorted(outcome.report.not_in_place),
+        "untouched": bool((mapped == np.arange(6000)).all()),
+    }))
+"""
+
+
+def in_a_process(script: str, *arguments: str) -> Any:
+    """What a script prints last, as JSON: for memory whose touch kills the process."""
+    command = [sys.executable, "-c", script, *arguments]
+    here = Path(__file__).parent
+    done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_read_only_mapping_is_left_alone(transport: str) -> None:
+    assert in_a_process(_READ_ONLY, transport) == {
+        "right": True,
+        "plain in place": True,
+        "named": ["mapped", "part"],
+        "untouched": True,
+    }
+
+
+# Tensors that have a shape, and no memory behind it.
+_NO_MEMORY = """
+import json, sys
+import torch
+from corpus.wire import wires
+if sys.argv[2] == "freed":
+    odd = torch.ones(1000)
+    odd.untyped_storage().resize_(0)
+else:
+    odd = torch._to_functional_tensor(torch.ones(3))
+with wires() as lines:
+    outcome = lines[sys.argv[1]].transfer({"ok": torch.ones(3), "odd": odd})
+print(json.dumps([type(outcome.source_error).__name__, "odd: " in str(outcome.source_error)]))
+"""
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("kind", ["freed", "functional"])
+def test_a_tensor_without_memory_is_refused_by_name(transport: str, kind: str) -> None:
+    assert in_a_process(_NO_MEMORY, transport, kind) == ["LocalProtocolError", True]
+
+
+def test_a_parameter_takes_what_the_source_sends_as_a_tensor(wire: Wire) -> None:
+    template = {"weight": torch.nn.Parameter(noise((3, 4), 1)), "tied": None}
+    template["tied"] = template["weight"]
+    values = noise((3, 4), 2)
+    outcome = land(wire, {"weight": values, "tied": values}, template, left_alone=set())
+    assert outcome.report is not None
+    assert outcome.report.in_place_share == 1.0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_graph_that_saved_the_template_errs(lines: dict[str, Wire], transport: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    loss = (weight * weight).sum()
+    lines[transport].transfer({"weight": torch.full((3,), 2.0)}, lambda: {"weight": weight}, settle=True).check()
+    assert weight.tolist() == [2.0, 2.0, 2.0]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_new_dtensor_lives_on_the_mesh_of_the_template(wire: Wire) -> None:
+    on = mesh((2,), ("mine",))
+    template = {"a": dtensor(noise((2, 3), 1), on, (Shard(0),), (4, 3))}
+    there = DeviceMesh("cpu", [0, 1], mesh_dim_names=("mine",), _init_backend=False)
+    state = {name: dtensor(noise((2, 3), i), there, (Shard(0),), (4, 3)) for i, name in enumerate("ab")}
+    outcome = wire.transfer(state, lambda: template)
+    outcome.check()
+    assert outcome.result["a"] is template["a"]
+    assert outcome.result["b"].device_mesh is on
+
+
+def test_a_template_on_meta_gets_new_memory(wire: Wire) -> None:
+    template = {"weight": torch.nn.Parameter(torch.empty(3, device="meta")), "plain": noise(2, 1)}
+    state = {"weight": torch.nn.Parameter(noise(3, 2)), "plain": noise(2, 3)}
+    outcome = wire.transfer(state, lambda: template)
+    if outcome.error is None:
+        assert differences(outcome.result, state) == []
+        assert outcome.report is not None
+        assert "weight" in outcome.report.not_in_place
+    else:
+        assert isinstance(outcome.error, RemoteProtocolError)
+        assert "weight: expected" in str(outcome.error)
+
+
+# ------------------------------------------------------------------------------- what cannot be encoded
+
+
+def _local_object() -> Any:
+    class Local:
+        pass
+
+    return Local()
+
+
+def _generator() -> Any:
+    return (i for i in range(3))
+
+
+UNENCODABLE: dict[str, Callable[[], Any]] = {
+    "lambda": lambda: lambda step: step,
+    "lock": threading.Lock,
+    "condition": threading.Condition,
+    "generator": _generator,
+    "instance of a local class": _local_object,
+    "local class": lambda: type(_local_object()),
+    "module": lambda: json,
+    "new module": lambda: types.ModuleType("made_here"),
+    "thread": threading.Thread,
+    "local function": lambda: _generator().__next__,
+    "lambda in a tuple": lambda: (1, lambda step: step),
+    "lock in a set": lambda: {threading.Lock()},
+    "lambda in an object": lambda: Sampler(1, schedule=lambda step: step),
+    "lambda in a dataclass": lambda: Frozen(lambda step: step),
+}
+
+
+def check_unencodable(wire: Wire, value: object, path: str) -> None:
+    template = template_with_neighbours()
+    before = Memory(template)
+    outcome = wire.transfer(state_for(template, deep=[{"bad": value}]), lambda: template)
+    assert isinstance(outcome.source_error, LocalProtocolError)
+    assert path in outcome.source_error.message
+    assert outcome.source_report is not None
+    assert outcome.source_report.peers[0].nbytes == 0
+    assert isinstance(outcome.error, TransferError)
+    assert outcome.source_error.message in str(outcome.error), "the receiver has not learned the reason"
+    assert outcome.seconds < PROMPT
+    assert not before.changed
+
+
+@pytest.mark.parametrize("kind", UNENCODABLE)
+def test_what_cannot_be_encoded_stops_the_transfer_at_once(wire: Wire, kind: str) -> None:
+    check_unencodable(wire, UNENCODABLE[kind](), "deep.0.bad")
+
+
+def test_an_open_file_stops_the_transfer_at_once(wire: Wire) -> None:
+    with Path(__file__).open("rb") as file:
+        check_unencodable(wire, file, "deep.0.bad")
+
+
+def test_a_socket_stops_the_transfer_at_once(wire: Wire) -> None:
+    with socket.socket() as end:
+        check_unencodable(wire, end, "deep.0.bad")
+
+
+def test_an_attribute_of_a_tensor_that_cannot_be_encoded_stops_the_transfer(wire: Wire) -> None:
+    weight = noise(3, 1)
+    weight.hook = lambda: None  # type: ignore[attr-defined]
+    check_unencodable(wire, weight, "deep.0.bad")
+
+
+def test_all_that_cannot_be_encoded_is_named(wire: Wire) -> None:
+    state = {"ok": noise(3, 1), "a": threading.Lock(), "b": [1, lambda: None], "c": {"d": _generator()}}
+    outcome = wire.transfer(state)
+    assert isinstance(outcome.source_error, LocalProtocolError)
+    for text in (outcome.source_error.message, str(outcome.error)):
+        for path in ("a: ", "b.1: ", "c.d: "):
+            assert path in text
+        assert "ok: " not in text
+
+
+def _itself() -> Any:
+    loop: list[Any] = [1]
+    loop.append(loop)
+    return loop
+
+
+# What torch.save does not save, or saves by a detour: it may arrive, or be refused by name.
+EITHER: dict[str, Callable[[], Any]] = {
+    "list that contains itself": _itself,
+    "memory format": lambda: torch.channels_last,
+    "limits of a dtype": lambda: torch.finfo(torch.float32),
+    "mkldnn": lambda: torch.ones(3, 3).to_mkldnn(),
+    "memoryview": lambda: memoryview(b"abc"),
+}
+
+
+@pytest.mark.parametrize("kind", EITHER)
+def test_what_torch_cannot_save_arrives_or_is_refused_by_name(wire: Wire, kind: str) -> None:
+    state = {"tensor": noise(3, 1), "odd": EITHER[kind]()}
+    outcome = wire.transfer(state)
+    assert outcome.seconds < PROMPT
+    if outcome.error is None:
+        assert type(outcome.result["odd"]) is type(state["odd"])
+    else:
+        assert isinstance(outcome.source_error, LocalProtocolError)
+        assert "odd" in outcome.source_error.message
+        assert outcome.source_error.message in str(outcome.error)
+
+
+# A user's class of each sort that a leaf or a container can have.
+NOT_ALLOWED: dict[str, Callable[[], Any]] = {
+    "Sampler": lambda: Sampler(3),
+    "Color": lambda: Color.RED,
+    "Pair": lambda: Pair(1, 2),
+    "Frozen": lambda: Frozen(noise(3, 1)),
+    "Named": lambda: noise(3, 1).as_subclass(Named),
+    "schedule": lambda: schedule,
+    "Dict": lambda: Dict(a=1),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ALLOWED)
+def test_a_class_that_is_not_allowed_is_refused_by_name(lines: dict[str, Wire], name: str) -> None:
+    template = template_with_neighbours()
+    state = state_for(template, deep=[NOT_ALLOWED[name]()])
+    outcome = refused(lines["PGTransport"], state, template)
+    for text in (str(outcome.error), source_text(outcome)):
+        assert "deep.0" in text
+        assert name in text
+        assert "safe_globals" in text
+
+
+def test_after_a_refusal_the_next_transfer_succeeds(wire: Wire) -> None:
+    template = template_with_neighbours(more=noise(3, 1))
+    refused(wire, state_for(template, more=noise(4, 1)), template)
+    state = state_for(template, more=noise(3, 2))
+    outcome = wire.transfer(state, lambda: template)
+    outcome.check()
+    check_values(outcome.result, state)
