@@ -46,8 +46,13 @@ def small() -> Any:
     }
 
 
+# The kinds of leaf and node beside plain ones.
+KINDS = [
+    "objects", "sparse", "nested", "jagged", "quantized", "numpy", "tensors in objects", "nodes", "shared", "attributes",
+    "without bytes",
+]  # fmt: skip
 # A value of a class is pickled, and its bytes may differ from one torch or Python to the next: read, but not compared.
-NOT_COMPARED = {"objects"}
+NOT_COMPARED = {"objects", "tensors in objects", "shared", "attributes"}
 
 
 # Those of the oldest torch that is supported; ``every_dtype`` would have more from one torch to the next.
@@ -69,7 +74,7 @@ def manifests(mesh: DeviceMesh) -> dict[str, Any]:
             "dtypes": [torch.zeros(3, dtype=getattr(torch, name)) for name in DTYPES],
             "values": {name: value for name, value in states.VALUES.items() if name not in WITHOUT},
         },
-        "objects": hostile.STATES["objects"],
+        **{name: hostile.STATES[name] for name in KINDS},
         **hostile.distributed(mesh),
     }
 
@@ -82,4 +87,4 @@ def encode(state: Any) -> bytes:
 def frames(mesh: DeviceMesh) -> dict[str, bytes]:
     """Every golden file by name."""
     found = {f"v{VERSION}_{kind.name.lower()}.bin": encode_frame(kind, body) for kind, body in BODIES.items()}
-    return found | {f"v{VERSION}_manifest_{name}.bin": encode(state) for name, state in manifests(mesh).items()}
+    return found | {f"v{VERSION}_manifest_{name.replace(' ', '_')}.bin": encode(state) for name, state in manifests(mesh).items()}

@@ -11,18 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hostile import ALLOWED, STATES, process_group, receive
+from hostile import ALLOWED, STATES, WARNINGS, process_group, receive
 
 FUZZ = Path(__file__).parent / "fuzz"
 SEEDS = sorted((FUZZ / "corpus").glob("*.bin"))
 FOUND = sorted(path for path in (FUZZ / "found").glob("*") if path.is_file())
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::FutureWarning",
-    "ignore:.*ShardedTensor.*",
-    "ignore:ComplexHalf support is experimental",
-    "ignore:torch.quantize_per_tensor",
-)
+pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
 
 @pytest.fixture(scope="module", autouse=True)
