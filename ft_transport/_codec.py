@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import struct
 import sys
+from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Hashable
 from enum import IntEnum
@@ -22,7 +23,7 @@ from ft_transport._digest import NUM_SAMPLES
 from ft_transport._geometry import Geometry, checked_geometry, merge
 from ft_transport._layout import Limits
 from ft_transport._leaves import VALUE, Part, check_parts
-from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View
+from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, covered
 from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
 from ft_transport._values import (
     allowed_class,
@@ -489,19 +490,27 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
 
 
 def _check_gaps(manifest: Manifest) -> None:
-    """Finding what lies between views, as ``_geometry.index_of`` does, takes a bounded number of steps."""
+    """Finding what lies between views, as ``_layout`` does, takes a bounded number of steps."""
     with_gaps = {view.storage for leaf in manifest.leaves for view in leaf.views if not view.geometry.dense}
-    if not with_gaps:
-        return
-    num_steps = sum(nbytes for index, (nbytes, _) in enumerate(manifest.storages) if index in with_gaps)
-    seen: set[View] = set()
-    for leaf in manifest.leaves:
+    found: dict[int, set[View]] = {storage: set() for storage in with_gaps if storage >= 0}
+    for leaf in manifest.leaves if found else ():
         for view in leaf.views:
-            if view.storage in with_gaps and view not in seen:
-                seen.add(view)
-                num_steps += _num_written(view.geometry) * view.geometry.itemsize
+            if view.storage in found:
+                found[view.storage].add(view)
+    num_steps = 0
+    for views in found.values():
+        in_order = sorted(views, key=_begin)
+        for begin, end in merge((view.begin, view.end) for view in views):
+            inside = in_order[bisect_left(in_order, begin, key=_begin) : bisect_left(in_order, end, key=_begin)]
+            if not covered(inside, begin, end):
+                nbytes = end - begin + sum(_num_written(view.geometry) * view.geometry.itemsize for view in inside)
+                num_steps += nbytes // min(view.geometry.itemsize for view in inside)
     if num_steps > MAX_GAP_STEPS:
         raise ValueError(f"views with gaps that take {num_steps} steps, at most {MAX_GAP_STEPS} are accepted")
+
+
+def _begin(view: View) -> int:
+    return view.begin
 
 
 def _num_written(shape: Geometry) -> int:

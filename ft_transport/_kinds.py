@@ -375,11 +375,14 @@ class QuantizedTensor(Kind):
         if axis is None:
             if type(scale) is not float or type(zero_point) is not int or channels:
                 raise TypeError(f"scale {scale!r}, zero point {zero_point!r}")
-            torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, dtype=dtype_of(dtype))
-        elif type(axis) is not int or not 0 <= axis < len(shape) or len(channels) != 2 or None in channels:
+            _without_elements(dtype_of(dtype), (), scale, zero_point, axis)
+            return
+        if type(axis) is not int or not 0 <= axis < len(shape) or len(channels) != 2:
             raise ValueError(f"a quantized tensor of {shape} by axis {axis!r}")
-        elif any(channel is not None and (channel.shape != (shape[axis],) or channel.expanded) for channel in channels):
+        if any(channel is None or channel.shape != (shape[axis],) or channel.expanded for channel in channels):
             raise ValueError(f"{shape[axis]} channels, but scales and zero points of {channels}")
+        scales, points = (torch.ones(1, dtype=channel.dtype) for channel in channels if channel is not None)
+        _without_elements(dtype_of(dtype), (1,) * len(shape), scales, points, axis)
 
     def label(self, context: Any) -> str:
         return f"quantized {context[0]} {context[1]}"
@@ -390,20 +393,26 @@ class QuantizedTensor(Kind):
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         dtype, shape, stride, scale, zero_point, axis, is_parameter, requires_grad = context
         flat = inner[0]
-        how: Any = {"dtype": dtype_of(dtype), "device": flat.device}
-        # Made without elements: an expanded one's would take more memory than was received.
-        if axis is None:
-            leaf = torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, **how)
-        else:
-            nothing = [size if dim == axis else 0 for dim, size in enumerate(shape)]
-            scales, zero_points = inner[1:]
-            leaf = torch._empty_per_channel_affine_quantized(
-                nothing, scales=scales, zero_points=zero_points, axis=axis, **how
-            )
+        if axis is not None:
+            scale, zero_point = inner[1:]
+        # An expanded one's elements would take more memory than was received.
+        leaf = _without_elements(dtype_of(dtype), shape, scale, zero_point, axis, flat.device)
         if dtype_of(dtype) in _QUANTIZED:
             stride = flat.stride()
         leaf.set_(flat.untyped_storage(), flat.storage_offset(), shape, stride)
         return _with_grad(leaf, is_parameter, requires_grad)
+
+
+def _without_elements(
+    dtype: torch.dtype, shape: Sequence[int], scale: Any, zero_point: Any, axis: int | None, device: Any = "cpu"
+) -> torch.Tensor:
+    """A quantized tensor of no memory, to be given some."""
+    if axis is None:
+        return torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, dtype=dtype, device=device)
+    nothing = [size if dim == axis else 0 for dim, size in enumerate(shape)]
+    how: Any = {"scales": scale, "zero_points": zero_point, "axis": axis, "dtype": dtype, "device": device}
+    made: torch.Tensor = torch._empty_per_channel_affine_quantized(nothing, **how)
+    return made
 
 
 class WrapperSubclass(Kind):

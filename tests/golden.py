@@ -48,8 +48,8 @@ def small() -> Any:
 
 # The kinds of leaf and node beside plain ones.
 KINDS = [
-    "objects", "sparse", "nested", "jagged", "quantized", "numpy", "tensors in objects", "nodes", "shared", "attributes",
-    "without bytes",
+    "objects", "sparse", "nested", "jagged", "quantized", "numpy", "tensors in objects", "nodes", "shared",
+    "attributes", "without bytes",
 ]  # fmt: skip
 # A value of a class is pickled, and its bytes may differ from one torch or Python to the next: read, but not compared.
 NOT_COMPARED = {"objects", "tensors in objects", "shared", "attributes"}
@@ -87,4 +87,6 @@ def encode(state: Any) -> bytes:
 def frames(mesh: DeviceMesh) -> dict[str, bytes]:
     """Every golden file by name."""
     found = {f"v{VERSION}_{kind.name.lower()}.bin": encode_frame(kind, body) for kind, body in BODIES.items()}
-    return found | {f"v{VERSION}_manifest_{name.replace(' ', '_')}.bin": encode(state) for name, state in manifests(mesh).items()}
+    for name, state in manifests(mesh).items():
+        found[f"v{VERSION}_manifest_{name.replace(' ', '_')}.bin"] = encode(state)
+    return found

@@ -131,7 +131,7 @@ def _states() -> dict[str, Any]:
         "parameters": [torch.nn.Parameter(noise(2, 3)), torch.nn.Parameter(noise(2, 4), requires_grad=False)],
         "containers": {"p": Point([1, ()], {3: None}), "s": torch.Size([2]), b"b": [[[]]]},
         "values": [1 << 70, 1j, slice(1), range(3), {1, 2}, torch.int8, torch.device("cpu"), b"x", "\udcff"],
-        "objects": [Config(), torch.Generator()],
+        "objects": [Config(), Holder(a=1, b=(2, 1j)), torch.Generator()],
         "more values": [
             datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.timezone.utc), datetime.timedelta(1),
             Color.RED | Color.BLUE, decimal.Decimal("1.5"), fractions.Fraction(1, 3), uuid.UUID(int=5),

@@ -6,6 +6,7 @@ If today's encoder gives other bytes, the wire has changed, which needs a new ve
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import golden
 import pytest
@@ -16,6 +17,7 @@ from test_codec import same
 from torch.distributed.device_mesh import DeviceMesh
 
 from ft_transport._codec import VERSION, Frame, decode_frame, decode_manifest, encode_frame
+from ft_transport._leaves import Surroundings, put_together
 from ft_transport._manifest import Manifest, describe
 
 MANIFESTS = ["small", "everything", *golden.KINDS, "dtensor", "sharded"]
@@ -85,9 +87,19 @@ def test_the_small_manifest_says_what_it_must() -> None:
     assert (weight.geometry.shape, weight.geometry.stride) == ((3, 4), (4, 1))
     assert weight.storage == tied.storage
     assert (weight.offset, tied.offset) == (0, 4)
-    assert gaps.geometry.stride == (3, 1)
+    assert (gaps.geometry.stride, gaps.storage) == ((8, 1), weight.storage)
     assert manifest.leaves[0].context == (True, True)
 
 
 def test_objects_come_back_as_they_were(mesh: DeviceMesh) -> None:
-    assert [leaf.context for leaf in manifest_of("objects").leaves if leaf.kind == "value"] == [Config()]
+    config, holder, _ = cast(Any, land(decode_frame(read("manifest_objects"))[1]).build(_built("objects")))
+    assert config == Config()
+    assert vars(holder) == {"a": 1, "b": (2, 1j)}
+
+
+def _built(name: str) -> list[object]:
+    """The leaves of a state whose objects hold no tensors; None for others."""
+    return [
+        put_together(leaf.part, iter(()), Surroundings()) if not leaf.views else None
+        for leaf in manifest_of(name).leaves
+    ]

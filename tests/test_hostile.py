@@ -398,7 +398,7 @@ def test_billions_of_messages_out_of_a_few_bytes(message_bytes: int) -> None:
         data = with_view([nbytes], [1], nbytes, **limits)
         refused(data, "messages of")
         assert peak_bytes(data) < MIB
-        refused(with_view([1 << 20, nbytes >> 20], [nbytes >> 20, 1], nbytes, **limits), "views with gaps that take")
+        refused(with_view([1 << 20, nbytes >> 20], [nbytes >> 20, 1], nbytes, **limits), "messages of")
         refused(with_view([1 << 10], [nbytes >> 10], (1023 * nbytes >> 10) + 1, **limits), "views with gaps")
 
 
@@ -452,6 +452,14 @@ def test_more_tensors_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gaps_that_take_very_long_to_find(shape: list[int], stride: list[int], nbytes: int) -> None:
     refused(with_view(shape, stride, nbytes), "views with gaps that take")
     assert peak_bytes(with_view(shape, stride, nbytes)) < MIB
+
+
+def test_large_storages_whose_gaps_are_none() -> None:
+    body = body_of([noise(2, 1), noise(2, 2)])
+    body[2] = [["float32", [1 << 36], [1]], ["float32", [1 << 18, 3], [1 << 18, 1]]]
+    body[3] = [[0, 0, 0], [0, 1, 0]]
+    body[4] = [[4 << 36, "cpu"]]
+    assert receive(frame(body)) == ""
 
 
 def test_many_leaves_that_are_one_of_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
