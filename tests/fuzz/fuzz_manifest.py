@@ -33,7 +33,8 @@ HEADER_BYTES = 8
 INTERESTING: list[Any] = [
     None, True, False, -1, 0, 1, 2, 63, 64, 65, 1 << 31, 1 << 32, 1 << 61, 1 << 62, (1 << 63) - 1, 1 << 63,
     (1 << 64) - 1, -(1 << 63), 0.5, "", "a", b"", [], [0], [0, 0, 0], [None], ["tensor", [], None, []],
-    ["()"], ["[]"], ["()", 0, 1], ["object", b""], ["range", 0, 1 << 62], ["int", b"\x01" * 9], ["class", "builtins.int"],
+    ["()"], ["[]"], ["()", 0, 1], ["object", b""], ["range", 0, 1 << 62], ["int", b"\x01" * 9],
+    ["class", "builtins.int"],
 ]  # fmt: skip
 
 
