@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FUZZ_READY := $(VENV)/.ready-fuzz
+SECONDS ?= 600
 
-.PHONY: demo test lint bench clean help
+.PHONY: demo test lint bench fuzz clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
 	@echo "make test    lint, types, and all tests (under ten minutes)"
 	@echo "make lint    ruff and mypy --strict alone"
 	@echo "make bench   side by side with torchft's and torch's transports; ARGS='...' is passed on"
+	@echo "make fuzz    attack what reads the wire, guided by coverage, for ten minutes; SECONDS=60 for one"
 	@echo "make clean   remove the virtual environment and what the targets above write"
 
 $(READY): pyproject.toml constraints.txt
@@ -31,5 +34,12 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m ft_transport.bench $(ARGS)
 
+$(FUZZ_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	@touch $@
+
+fuzz: $(FUZZ_READY)
+	$(BIN)/python tests/fuzz/fuzz_manifest.py --seconds $(SECONDS) $(ARGS)
+
 clean:
-	rm -rf $(VENV) *.egg-info build dist recovery bench-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info build dist recovery bench-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from collections import OrderedDict, defaultdict
+from bisect import bisect_left
+from collections import OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Hashable
 from enum import IntEnum
 from typing import Any, NamedTuple, NoReturn
@@ -19,10 +20,10 @@ import msgpack
 from torch.utils import _pytree as pytree
 
 from ft_transport._digest import NUM_SAMPLES
-from ft_transport._geometry import Geometry, merge
+from ft_transport._geometry import Geometry, checked_geometry, merge
 from ft_transport._layout import Limits
 from ft_transport._leaves import VALUE, Part, check_parts
-from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View
+from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, covered
 from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
 from ft_transport._values import (
     allowed_class,
@@ -42,8 +43,8 @@ MAGIC = b"FTCT"
 VERSION = 1
 _HEADER = struct.Struct("<4sBB2x")
 
-# Bounds what a peer can make us allocate for a frame. A leaf takes some 40 bytes, so this is room for millions.
-MAX_FRAME_BYTES = 256 << 20
+# Bounds what a peer can make us allocate for a frame. A leaf takes some 15 to 40 bytes, so this is room for millions.
+MAX_FRAME_BYTES = 64 << 20
 # Bounds a message and with it a bucket; above 1 GiB a message gains nothing.
 MAX_MESSAGE_BYTES = 1 << 30
 # Bounds a flight, of which a side that stages it holds two.
@@ -54,8 +55,8 @@ MAX_WINDOW = 1 << 10
 MAX_CUTS = 1 << 20
 # Bounds nodes and views: each becomes some objects of a hundred bytes and more. Large states have 100,000.
 MAX_NODES = 4 << 20
-# What torch's own operations accept. The product of many sizes would take time by the square of their number.
-MAX_DIMS = 64
+# Bounds the elements that are gone through to find the gaps between views of one storage, some seconds.
+MAX_GAP_STEPS = 1 << 32
 # Bounds what is said, sent back and logged about a manifest that is refused, in characters: it quotes what was sent.
 MAX_TEXT = 4_000
 
@@ -304,12 +305,13 @@ def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra:
         raise ValueError(f"{kind} of {num_children} children has {len(set(decoded))} distinct keys")
     if num_attrs and kind not in _WITH_ATTRS:
         raise ValueError(f"{kind} has no attributes")
-    named = decoded if kind == "dataclass" else decoded[num_children - num_attrs :]
-    if not all(map(_is_free_name, named)):
-        raise ValueError("name of an attribute out of range")
     if kind not in CONTAINERS:
         raise ValueError(f"unknown kind of node {kind!r}")
     node = Node(kind, num_children, decoded, num_attrs, _decode_extra(kind, extra))
+    cls = {"OrderedDict": OrderedDict, "defaultdict": defaultdict}.get(kind, node.extra)
+    named = decoded if kind == "dataclass" else decoded[num_children - num_attrs :]
+    if not all(_is_free_name(name, cls) for name in named):
+        raise ValueError("name of an attribute out of range")
     if kind == "namedtuple" and len(node.extra._fields) != num_children:
         raise ValueError(f"{extra} of {len(node.extra._fields)} fields has {num_children} children")
     return node
@@ -319,11 +321,14 @@ _KEYED = frozenset({"dict", "OrderedDict", "defaultdict", "dataclass", "subdict"
 _WITH_ATTRS = frozenset({"OrderedDict", "defaultdict", "subdict", "sublist"})
 
 
-def _is_free_name(name: object) -> bool:
-    """Whether an attribute of this name hides nothing that a mapping has."""
+def _is_free_name(name: object, cls: Any) -> bool:
+    """Whether an attribute of this name hides nothing that instances of the class can do."""
     if not isinstance(name, str) or name.startswith("__"):
         return False
-    return not (hasattr(OrderedDict, name) or hasattr(defaultdict, name))
+    if name in getattr(cls, "__dataclass_fields__", ()):
+        return True
+    found = getattr(cls, name, None)
+    return not callable(found) and not (cls is defaultdict and name == "default_factory")
 
 
 def _decode_extra(kind: str, extra: Any) -> Any:
@@ -358,15 +363,24 @@ _IS_A: dict[str, Callable[[type], bool]] = {
 def _registered_class(name: str) -> type:
     """A class that this process has registered with torch's pytree, which is leave to build it."""
     for cls in pytree.SUPPORTED_NODES:
-        if f"{cls.__module__}.{cls.__qualname__}" == name:
+        # torch's own call what the context names, and have kinds of node of their own.
+        if cls not in _HAVE_A_KIND and f"{cls.__module__}.{cls.__qualname__}" == name:
             found: type = cls
             return found
     raise _NotAllowed(f"class {name} is not registered with torch.utils._pytree on the receiver")
 
 
+_HAVE_A_KIND: frozenset[Any] = frozenset({dict, list, tuple, OrderedDict, defaultdict, deque, namedtuple})
+
+
 def _decode_shared(pairs: Any, tree: list[Node]) -> dict[int, int]:
-    shared = {}
+    shared: dict[int, int] = {}
+    before = -1
     for later, first in pairs:
+        # In order, so that each node is compared once: there may be many keys to compare.
+        if not before < expect(int, later):
+            raise ValueError(f"node {later} comes after node {before}")
+        before = later
         if not 0 <= expect(int, first) < expect(int, later) < len(tree):
             raise ValueError(f"node {later} is the same as node {first} of {len(tree)}")
         if tree[first] != tree[later] or tree[first] is LEAF:
@@ -445,17 +459,7 @@ def _decode_view(data: Any, shapes: list[Geometry], storages: list[Storage]) -> 
 def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
     if dtype in _QUANTIZED:
         raise ValueError(f"{dtype} is no dtype of plain bytes")
-    if len(shape) > MAX_DIMS:
-        raise ValueError(f"{len(shape)} dimensions, at most {MAX_DIMS} are accepted")
-    for number in (*shape, *stride):
-        if expect(int, number) < 0:
-            raise ValueError(f"shape {shape}, stride {stride}")
-    # Even a view without elements is made by torch, whose sizes are 64 bits.
-    reach = sum(max(size, 1) * step for size, step in zip(shape, stride, strict=True))
-    if max(math.prod(max(size, 1) for size in shape), reach) * 16 > sys.maxsize:
-        raise ValueError(f"out of range: shape {shape}, stride {stride}")
-    # Not by way of the cache: what a peer sends would stay in it, and equal shapes are one here already.
-    return Geometry(dtype_of(dtype), shape, stride)
+    return checked_geometry(dtype_of(dtype), shape, stride)
 
 
 # Their bytes travel as those of other dtypes.
@@ -475,6 +479,9 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
     # Of most storages there is one view, and no list is needed.
     extents: list[Any] = [()] * len(manifest.storages)
     for leaf in manifest.leaves:
+        num_views += len(leaf.views)
+        if num_views > MAX_NODES:
+            raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
         for storage, shape, offset in leaf.views:
             if storage >= 0:
                 begin = offset * shape.itemsize
@@ -485,9 +492,7 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
                     extents[storage] = [*extents[storage], extent]
                 else:
                     extents[storage].append(extent)
-        num_views += len(leaf.views)
-    if num_views > MAX_NODES:
-        raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
+    _check_gaps(manifest)
     for (nbytes, _), found in zip(manifest.storages, extents, strict=True):
         ranges = merge(found) if len(found) > 1 else found
         referenced = 0
@@ -498,3 +503,32 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
             raise ValueError(f"a storage of {nbytes} bytes, of which {referenced} are referred to")
         if num_cuts > MAX_CUTS:
             raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")
+
+
+def _check_gaps(manifest: Manifest) -> None:
+    """Finding what lies between views, as ``_layout`` does, takes a bounded number of steps."""
+    with_gaps = {view.storage for leaf in manifest.leaves for view in leaf.views if not view.geometry.dense}
+    found: dict[int, set[View]] = {storage: set() for storage in with_gaps if storage >= 0}
+    for leaf in manifest.leaves if found else ():
+        for view in leaf.views:
+            if view.storage in found:
+                found[view.storage].add(view)
+    num_steps = 0
+    for views in found.values():
+        in_order = sorted(views, key=_begin)
+        for begin, end in merge((view.begin, view.end) for view in views):
+            inside = in_order[bisect_left(in_order, begin, key=_begin) : bisect_left(in_order, end, key=_begin)]
+            if not covered(inside, begin, end):
+                nbytes = end - begin + sum(_num_written(view.geometry) * view.geometry.itemsize for view in inside)
+                num_steps += nbytes // min(view.geometry.itemsize for view in inside)
+    if num_steps > MAX_GAP_STEPS:
+        raise ValueError(f"views with gaps that take {num_steps} steps, at most {MAX_GAP_STEPS} are accepted")
+
+
+def _begin(view: View) -> int:
+    return view.begin
+
+
+def _num_written(shape: Geometry) -> int:
+    """Elements without those that a stride of zero repeats, but with those that overlap in another way."""
+    return math.prod(size if step else 1 for size, step in zip(shape.shape, shape.stride, strict=True))

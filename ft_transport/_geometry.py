@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["Geometry", "geometry", "geometry_of", "index_of", "merge"]
+__all__ = ["MAX_DIMS", "Geometry", "checked_geometry", "geometry", "geometry_of", "index_of", "merge"]
 
 
 class Geometry:
@@ -63,6 +64,29 @@ class Geometry:
 @functools.lru_cache(maxsize=16_384)
 def geometry(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
     """The geometry of a tensor; equal ones are the same object as long as the cache holds them."""
+    return Geometry(dtype, shape, stride)
+
+
+# What torch's own operations accept. The product of many sizes would take time by the square of their number.
+MAX_DIMS = 64
+
+
+def checked_geometry(dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...]) -> Geometry:
+    """The geometry of a tensor that a peer described.
+
+    Raises:
+        Exception: torch could not make such a tensor.
+    """
+    if len(shape) > MAX_DIMS:
+        raise ValueError(f"{len(shape)} dimensions, at most {MAX_DIMS} are accepted")
+    for number in (*shape, *stride):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"shape {shape}, stride {stride}")
+    # Even a view without elements is made by torch, whose sizes are 64 bits.
+    reach = sum(max(size, 1) * step for size, step in zip(shape, stride, strict=True))
+    if max(math.prod(max(size, 1) for size in shape), reach) * 16 > sys.maxsize:
+        raise ValueError(f"out of range: shape {shape}, stride {stride}")
+    # Not by way of the cache: what a peer sends would stay in it.
     return Geometry(dtype, shape, stride)
 
 

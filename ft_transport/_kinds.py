@@ -7,7 +7,6 @@ Each is a few lines: what is inside, what else is needed, how to build it again.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,13 +18,14 @@ try:
 except ImportError:  # torch does without it, and so do we
     numpy = None  # type: ignore[assignment]
 
-from ft_transport._geometry import Geometry, geometry
-from ft_transport._leaves import Kind, Surroundings, check_grad, kind_of, register_kind
+from ft_transport._geometry import Geometry, checked_geometry, geometry_of
+from ft_transport._leaves import Kind, Surroundings, attributes_of, check_grad, kind_of, register_kind
 from ft_transport._values import (
     check_pickle,
     class_name,
     dtype_name,
     dtype_of,
+    expect,
     imported_class,
     numpy_descr,
     numpy_dtype,
@@ -41,6 +41,11 @@ def sizes(values: Any) -> tuple[int, ...]:
     if not isinstance(values, tuple) or any(type(value) is not int or not 0 <= value < 1 << 48 for value in values):
         raise ValueError(f"expected sizes, got {str(values)[:80]}")
     return values
+
+
+def _shape_of(values: Any) -> tuple[int, ...]:
+    """The values, which must be the shape of a tensor that torch can make."""
+    return checked_geometry(torch.uint8, sizes(values), (0,) * len(values)).shape
 
 
 def _with_grad(leaf: torch.Tensor, is_parameter: bool, requires_grad: bool) -> torch.Tensor:
@@ -80,6 +85,7 @@ class PythonTensor(Kind):
         name = None if cls in (torch.Tensor, torch.nn.Parameter) else class_name(cls)
         inner: list[Any] = []
         state = torch._utils._get_obj_state(leaf)  # type: ignore[no-untyped-call]
+        state = (attributes_of(leaf), *state[1:]) if isinstance(state, tuple) else state and attributes_of(leaf)
         data, values = _pickle(state, inner) if state else (b"", [])
         with torch._C.DisableTorchFunctionSubclass():
             base = leaf.detach().as_subclass(torch.Tensor)
@@ -120,14 +126,24 @@ class PythonTensor(Kind):
             if hasattr(type(mine), "__setstate__") and type(mine).__setstate__ is not torch.Tensor.__setstate__:
                 mine.__setstate__(state)
             else:
+                _check_attributes(state)
                 torch._utils._set_obj_state(mine, state)  # type: ignore[no-untyped-call]
         return mine
+
+
+def _check_attributes(state: Any) -> None:
+    """No attribute hides what a tensor can do, or is more than an attribute."""
+    for names in state if isinstance(state, tuple) else (state,):
+        for name in names or ():
+            if type(name) is not str or name.startswith("__") or hasattr(torch.Tensor, name):
+                raise ValueError(f"an attribute of a tensor called {str(name)[:80]}")
 
 
 class UninitializedTensor(Kind):
     """A parameter or buffer of a lazy module that has no shape yet. Context: (is parameter, requires grad)."""
 
     name = "uninitialized"
+    is_tried = True
     types = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 
     def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
@@ -145,6 +161,7 @@ class LazyTensor(Kind):
     """A lazy conjugate or negative: the physical bytes travel. Context: (conjugate, negative)."""
 
     name = "lazy"
+    is_tried = True
     family = "tensor"
 
     def claims(self, leaf: torch.Tensor) -> bool:
@@ -175,6 +192,7 @@ class MetaTensor(Kind):
     """A tensor without bytes. Context: (dtype, shape, strides, is parameter, requires grad)."""
 
     name = "meta"
+    is_tried = True
 
     def claims(self, leaf: torch.Tensor) -> bool:
         return leaf.is_meta and type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
@@ -186,8 +204,7 @@ class MetaTensor(Kind):
         dtype, shape, stride, is_parameter, requires_grad = context
         _bools(is_parameter, requires_grad)
         check_grad(dtype_of(dtype), requires_grad)
-        if len(sizes(shape)) != len(sizes(stride)) or math.prod(max(size, 1) for size in shape) > 1 << 56:
-            raise ValueError(f"a tensor of {shape} with strides {stride}")
+        checked_geometry(dtype_of(dtype), sizes(shape), sizes(stride))
 
     def label(self, context: Any) -> str:
         return f"meta {context[0]} {context[1]}"
@@ -236,7 +253,7 @@ class SparseTensor(Kind):
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
         layout, shape, coalesced, is_parameter, requires_grad = context
-        sizes(shape)
+        _shape_of(shape)
         _bools(coalesced, is_parameter, requires_grad)
         if len(inner) != (2 if _LAYOUTS[layout] is torch.sparse_coo else 3) or None in inner:
             raise ValueError(f"a tensor of layout {layout} of {len(inner)} tensors")
@@ -271,12 +288,11 @@ class NestedTensor(Kind):
     """
 
     name = "nested"
+    is_tried = True
     not_in_place = "the template's tensor is nested"
 
     def claims(self, leaf: torch.Tensor) -> bool:
-        return (
-            leaf.is_nested and leaf.layout is torch.strided and type(leaf) in (torch.Tensor, torch.nn.Parameter)
-        )
+        return leaf.is_nested and leaf.layout is torch.strided and type(leaf) in (torch.Tensor, torch.nn.Parameter)
 
     def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         plain = leaf.detach()
@@ -292,7 +308,7 @@ class NestedTensor(Kind):
             raise ValueError("a nested tensor without a flat buffer")
         check_grad(buffer.dtype, requires_grad)
         for shape, stride, offset in zip(shapes, strides, sizes(offsets), strict=True):
-            span = geometry(buffer.dtype, sizes(shape), sizes(stride)).span // buffer.itemsize
+            span = checked_geometry(buffer.dtype, sizes(shape), sizes(stride)).span // buffer.itemsize
             if offset + span > buffer.numel or len(shape) != len(shapes[0]):
                 raise ValueError(f"a nested tensor with {shape} at {offset} of {buffer.numel}")
 
@@ -353,17 +369,21 @@ class QuantizedTensor(Kind):
         carrier = _QUANTIZED.get(dtype_of(dtype))
         if flat is None or requires_grad or flat.dtype is not (carrier or torch.uint8):
             raise ValueError(f"a quantized tensor of {dtype}")
-        wanted = geometry(torch.uint8, sizes(shape), sizes(stride))
+        wanted = checked_geometry(torch.uint8, sizes(shape), sizes(stride))
         # Two elements in a byte, or four.
         if (flat.shape != wanted.shape) if carrier else (flat.numel * 4 < wanted.span):
             raise ValueError(f"a quantized tensor of {shape} in {flat}")
         if axis is None:
             if type(scale) is not float or type(zero_point) is not int or channels:
                 raise TypeError(f"scale {scale!r}, zero point {zero_point!r}")
-        elif type(axis) is not int or not 0 <= axis < len(shape) or len(channels) != 2 or None in channels:
+            _without_elements(dtype_of(dtype), (), scale, zero_point, axis)
+            return
+        if type(axis) is not int or not 0 <= axis < len(shape) or len(channels) != 2:
             raise ValueError(f"a quantized tensor of {shape} by axis {axis!r}")
-        elif any(channel is not None and channel.shape != (shape[axis],) for channel in channels):
+        if any(channel is None or channel.shape != (shape[axis],) or channel.expanded for channel in channels):
             raise ValueError(f"{shape[axis]} channels, but scales and zero points of {channels}")
+        scales, points = (torch.ones(1, dtype=channel.dtype) for channel in channels if channel is not None)
+        _without_elements(dtype_of(dtype), (1,) * len(shape), scales, points, axis)
 
     def label(self, context: Any) -> str:
         return f"quantized {context[0]} {context[1]}"
@@ -373,17 +393,27 @@ class QuantizedTensor(Kind):
 
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         dtype, shape, stride, scale, zero_point, axis, is_parameter, requires_grad = context
-        quantizer: Any = (torch.per_tensor_affine, scale, zero_point)
+        flat = inner[0]
         if axis is not None:
-            quantizer = (torch.per_channel_affine, *inner[1:], axis)
-        make: Any = torch.storage.TypedStorage
-        storage = make(wrap_storage=inner[0].untyped_storage(), dtype=dtype_of(dtype), _internal=True)
-        offset = inner[0].storage_offset()
+            scale, zero_point = inner[1:]
+        # An expanded one's elements would take more memory than was received.
+        leaf = _without_elements(dtype_of(dtype), shape, scale, zero_point, axis, flat.device)
         if dtype_of(dtype) in _QUANTIZED:
-            stride = inner[0].stride()
-        rebuild: Any = torch._utils._rebuild_qtensor
-        leaf = rebuild(storage, offset, shape, stride, quantizer, requires_grad, OrderedDict())
+            stride = flat.stride()
+        leaf.set_(flat.untyped_storage(), flat.storage_offset(), shape, stride)
         return _with_grad(leaf, is_parameter, requires_grad)
+
+
+def _without_elements(
+    dtype: torch.dtype, shape: Sequence[int], scale: Any, zero_point: Any, axis: int | None, device: Any = "cpu"
+) -> torch.Tensor:
+    """A quantized tensor of no memory, to be given some."""
+    if axis is None:
+        return torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, dtype=dtype, device=device)
+    nothing = [size if dim == axis else 0 for dim, size in enumerate(shape)]
+    how: Any = {"scales": scale, "zero_points": zero_point, "axis": axis, "dtype": dtype, "device": device}
+    made: torch.Tensor = torch._empty_per_channel_affine_quantized(nothing, **how)
+    return made
 
 
 class WrapperSubclass(Kind):
@@ -394,6 +424,7 @@ class WrapperSubclass(Kind):
     """
 
     name = "wrapper"
+    looks_at_bytes = True
 
     def claims(self, leaf: torch.Tensor) -> bool:
         return is_traceable_wrapper_subclass(leaf)
@@ -412,11 +443,11 @@ class WrapperSubclass(Kind):
         cls = _wrapper_class(name, Surroundings())
         if not isinstance(cls, type) or not issubclass(cls, torch.Tensor) or not hasattr(cls, "__tensor_unflatten__"):
             raise TypeError(f"{name} is no wrapper subclass")
-        if len(names) != len(inner) or any(type(part) is not str for part in names):
+        if len(names) != len(inner) or any(type(part) is not str for part in names) or len(set(names)) != len(names):
             raise ValueError(f"{names!r} for {len(inner)} tensors")
         if shape is not None:
-            sizes(shape)
-            sizes(stride)
+            _shape_of(shape)
+            _shape_of(stride)
 
     def label(self, context: Any) -> str:
         return str(context[0])
@@ -430,12 +461,41 @@ class WrapperSubclass(Kind):
         cls = _wrapper_class(name, here)
         if shape is not None:
             shape = torch.Size(shape)
-        leaf = cls.__tensor_unflatten__(dict(zip(names, inner, strict=True)), other, shape, stride)
+        tensors = dict(zip(names, inner, strict=True))
+        if name == _JAGGED:
+            _check_rows(tensors["_values"], tensors["_offsets"], tensors.get("_lengths"), other["ragged_idx"])
+        leaf = cls.__tensor_unflatten__(tensors, other, shape, stride)
         return _with_grad(leaf, is_parameter, requires_grad)
+
+    def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        leaf = self.put_together(inner, context, here)
+        return mine if self.take_apart(mine)[1] == context else leaf
 
 
 # torch's own, which needs no permission.
 _JAGGED = "torch.nested._internal.nested_tensor.NestedTensor"
+
+
+def _check_rows(values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor | None, dim: int) -> None:
+    """The rows of a jagged tensor lie in its values: torch's kernels do not look, and would read what is behind."""
+    num_rows = offsets.numel() - 1
+    size = values.shape[dim - 1] if type(dim) is int and 1 <= dim <= values.dim() else -1
+    if (
+        offsets.dim() != 1
+        or num_rows < 0
+        or size < 0
+        or any(
+            part is not None and (part.dtype not in (torch.int32, torch.int64) or part.shape != (length,))
+            for part, length in ((offsets, num_rows + 1), (lengths, num_rows))
+        )
+    ):
+        raise ValueError(
+            f"a jagged tensor of {geometry_of(values)} by dimension {dim!r}, offsets {tuple(offsets.shape)}"
+        )
+    begins, ends = offsets[:-1], offsets[1:] if lengths is None else offsets[:-1] + lengths
+    bad = ((offsets < 0) | (offsets > size)).any() or (ends < begins).any() or (ends > size).any()
+    if bool(bad):
+        raise ValueError(f"a jagged tensor with rows outside of its {size}")
 
 
 def _wrapper_class(name: str, here: Surroundings) -> Any:
@@ -452,6 +512,7 @@ class NumpyArray(Kind):
     """
 
     name = "numpy"
+    is_tried = True
     types = () if numpy is None else (numpy.ndarray,)
 
     def obstacle(self, leaf: Any) -> str:
@@ -515,9 +576,9 @@ class GeneratorKind(Kind):
         return [leaf.get_state()], str(leaf.device)
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
-        torch.device(context)
         (state,) = inner
-        if state is None or state.dtype is not torch.uint8 or len(state.shape) != 1:
+        wanted = torch.Generator(torch.device(expect(str, context))).get_state()
+        if state is None or state.dtype is not torch.uint8 or state.shape != wanted.shape:
             raise ValueError(f"the state of a Generator in {inner}")
 
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:

@@ -199,6 +199,10 @@ class Landing:
         nbytes, device_type = self._manifest.storages[piece.storage]
         on_cpu = self._fresh_on_cpu or "cpu" in (device_type, self._fresh_device.type)
         whole = piece.begin == 0 and piece.end == nbytes
+        if on_cpu and piece.storage not in self._fresh_storages:
+            self._fresh_bytes += nbytes
+            if self._fresh_bytes > physical_bytes():
+                raise MemoryError(f"{self._fresh_bytes} bytes of fresh storages are more than this machine has")
         if whole and len(group) == 1 and nbytes < FROM_ARENA and group[0][1].geometry.dense:
             # A tensor of its own: the quickest way for many small ones.
             (slot, view) = group[0]
@@ -208,9 +212,6 @@ class Landing:
             return Block(tensor)
         flat = self._fresh_storages.get(piece.storage)
         if flat is None:
-            self._fresh_bytes += nbytes if on_cpu else 0
-            if self._fresh_bytes > physical_bytes():
-                raise MemoryError(f"{self._fresh_bytes} bytes of fresh storages are more than this machine has")
             flat = self._arena.allocate(nbytes) if on_cpu else allocate(nbytes, self._fresh_device)
             self._fresh_storages[piece.storage] = flat
         self._settle(group, set(), flat, 0)

@@ -21,6 +21,7 @@ __all__ = [
     "KINDS",
     "PLAIN",
     "VALUE",
+    "attributes_of",
     "Kind",
     "Maker",
     "Part",
@@ -60,6 +61,8 @@ class Kind:
         family: Leaves of one family, of the same shape and dtype, can land in each other; empty: of this kind only.
         is_tried: Whether :meth:`put_together` finds more wrong with a context than :meth:`check`, whatever bytes the
             tensors hold. Then it is tried before the first byte lands.
+        looks_at_bytes: Whether :meth:`put_together` checks what has landed. Then a leaf of the template that holds the
+            new bytes is not taken as it is, but given to :meth:`refresh`.
         not_in_place: Why bytes are never written into a leaf that the template has; empty if they may be.
     """
 
@@ -68,6 +71,7 @@ class Kind:
     family: str = ""
     not_in_place: str = ""
     is_tried: bool = False
+    looks_at_bytes: bool = False
 
     def claims(self, leaf: torch.Tensor) -> bool:
         """Whether a tensor whose class no kind has is of this kind."""
@@ -161,10 +165,15 @@ def is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_quantized
         and not tensor.is_nested
         and not tensor.is_meta
-        and not tensor.__dict__
+        and (not tensor.__dict__ or not attributes_of(tensor))
         and not tensor.is_neg()
         and not (tensor.dtype.is_complex and tensor.is_conj())
     )
+
+
+def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """A tensor's Python attributes, without what torch's compiler notes there about the process."""
+    return {name: value for name, value in tensor.__dict__.items() if not name.startswith("_dynamo_")}
 
 
 def kind_of(leaf: object) -> Kind | None:
@@ -284,7 +293,7 @@ def plain(tensor: torch.Tensor, context: Any) -> torch.Tensor:
 
 def refresh(part: Part, makers: Iterator[Maker], mine: Any, here: Surroundings) -> Any:
     """The template's leaf, whose plain tensors hold the new bytes already, or a new one that owns them."""
-    if part.kind == "tensor" or take_apart(mine)[0] == part:
+    if part.kind == "tensor" or (not KINDS[part.kind].looks_at_bytes and take_apart(mine)[0] == part):
         return mine
     inner = [put_together(below, makers, here) for below in part.parts]
     return KINDS[part.kind].refresh(mine, inner, part.context, here)

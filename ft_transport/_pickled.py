@@ -2,7 +2,9 @@
 
 An allow-list decides what a pickle may name, not what it costs: forty bytes make a key whose hash takes years (a tuple
 of twice a tuple of twice a tuple …, each fetched from the memo), or one nested so deep that hashing it overruns the
-C stack. So the opcodes are walked through once, with costs on the stack in the place of values.
+C stack. So the opcodes are walked through once, with costs on the stack in the place of values. What is called must
+have been named by the pickle itself, where the allow-list sees it, and the harmless functions of ``_values`` must be
+called as an honest pickle calls them: ``Counter`` of a range of 2^62 is small, too.
 
 Not here: what is named (the allow-list), and what an allowed class does when it is built or hashed.
 """
@@ -29,11 +31,16 @@ _CHANGE = {"APPEND": 0, "APPENDS": 0, "BUILD": 0, "SETITEM": 2, "SETITEMS": 2, "
 
 
 class _Cell:
-    """A value on the stack: what walking through it costs, how deep it is, how many keys of it are not text."""
+    """A value on the stack: what walking through it costs, how deep it is, how many keys of it are not text.
 
-    __slots__ = ("cost", "depth", "is_text", "num_keys")
+    ``made_by`` is the opcode that made it; ``what`` the parts of a tuple, or a text, or a name.
+    """
 
-    def __init__(self, is_text: bool = False) -> None:
+    __slots__ = ("cost", "depth", "is_text", "made_by", "num_keys", "what")
+
+    def __init__(self, is_text: bool = False, made_by: str = "", what: Any = None) -> None:
+        self.made_by = made_by
+        self.what = what
         self.cost = 1
         self.depth = 0
         self.num_keys = 0
@@ -62,6 +69,30 @@ def check_cost(data: bytes) -> None:
             raise ValueError(f"a pickle of more than {MAX_COST} values")
 
 
+_LOAD = {"PERSID", "BINPERSID"}
+_NAME = {"GLOBAL", "STACK_GLOBAL"}
+_CALL = {"REDUCE", "NEWOBJ", "NEWOBJ_EX"}
+
+
+def _check_call(function: _Cell, args: _Cell) -> None:
+    """A function comes from the pickle, and a harmless one gets what it gets from honest picklers."""
+    if function.made_by not in _NAME:
+        raise ValueError("a pickle that calls what it does not name")
+    name = function.what.replace(" ", ".") if isinstance(function.what, str) else ""
+    given = args.what if isinstance(args.what, list) else []
+    wanted = _ARGUMENTS.get(name)
+    if wanted is not None and not ("TUPLE" in args.made_by and wanted(given)):
+        raise ValueError(f"a pickle that calls {name} with something else than its own arguments")
+
+
+# What those of ``_values._HARMLESS`` are called with.
+_ARGUMENTS: dict[str, Any] = {
+    "collections.OrderedDict": lambda given: not given,
+    "collections.Counter": lambda given: all("DICT" in part.made_by for part in given) and len(given) < 2,
+    "_codecs.encode": lambda given: [part.what for part in given[1:]] == ["latin1"] and given[0].is_text,
+}
+
+
 class _Machine:
     def __init__(self) -> None:
         self.cost = 0
@@ -84,18 +115,25 @@ class _Machine:
             self._marks.pop()
         elif name in _CHANGE:
             parts = self._pop(opcode.stack_before[1:])
+            if name == "BUILD" and self._top().made_by in _LOAD:
+                raise ValueError("a pickle that changes what it was given")
             step = _CHANGE[name]
             self._top().take(parts, parts[::step] if step else [])
             self.cost += sum(part.cost for part in parts)
         else:
-            self._make(opcode)
+            self._make(opcode, arg)
 
-    def _make(self, opcode: Any) -> None:
+    def _make(self, opcode: Any, arg: Any) -> None:
         """Any other opcode takes some values and puts others, made of them, in their place."""
         parts = self._pop(opcode.stack_before)
+        if opcode.name in _CALL:
+            _check_call(*parts[:2])
+        what = (
+            parts if "TUPLE" in opcode.name else [part.what for part in parts] if opcode.name == "STACK_GLOBAL" else arg
+        )
         self.cost += sum(part.cost for part in parts)
         for made in opcode.stack_after:
-            cell = _Cell(is_text=made.name in _TEXT)
+            cell = _Cell(made.name in _TEXT, opcode.name, what)
             cell.take(parts, parts if opcode.name == "FROZENSET" else parts[::2] if opcode.name == "DICT" else [])
             self._stack.append(cell)
 

@@ -177,7 +177,13 @@ def _fields(tag: str, *names: str) -> Callable[[Any], list[Any]]:
     return lambda value: [tag, *(encode_value(getattr(value, name)) for name in names)]
 
 
+# Bounds an integer of more than 64 bits: a range or fraction of such takes time by the square of their length.
+MAX_INT_BYTES = 1 << 16
+
+
 def _big_int_bytes(value: int) -> bytes:
+    if value.bit_length() >= 8 * MAX_INT_BYTES:
+        raise ValueError(f"an integer of more than {MAX_INT_BYTES} bytes")
     return value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
 
 
@@ -283,6 +289,12 @@ def _at_time(cls: Callable[..., Any]) -> Callable[[Any, FindClass], Any]:
     return decode
 
 
+def _decode_int(data: Any) -> int:
+    if len(expect(bytes, data)) > MAX_INT_BYTES:
+        raise ValueError(f"an integer of {len(data)} bytes, at most {MAX_INT_BYTES} are accepted")
+    return int.from_bytes(data, "little", signed=True)
+
+
 def _decode_slice(args: Any, find: FindClass) -> slice:
     start, stop, step = _all(args, find)
     return slice(start, stop, step)
@@ -338,7 +350,7 @@ def _decode_zone(args: Any, find: FindClass) -> zoneinfo.ZoneInfo:
 
 
 _DECODE: dict[str, Callable[[Any, FindClass], Any]] = {
-    "int": lambda args, find: int.from_bytes(expect(bytes, *args), "little", signed=True),
+    "int": lambda args, find: _decode_int(*args),
     "()": lambda args, find: tuple(_all(args, find)),
     "[]": lambda args, find: list(_all(args, find)),
     "set": lambda args, find: set(check_keys(tuple(_all(args, find)))),

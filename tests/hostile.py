@@ -6,10 +6,29 @@ The one kind of exception that may come of any bytes is :class:`RemoteProtocolEr
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import datetime
+import decimal
+import enum
+import fractions
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
+from helpers import Config, Point, noise
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils import _pytree as pytree
 
 from ft_transport import PeerFailure, RemoteProtocolError, TransferReport
 from ft_transport._codec import MAX_FRAME_BYTES, Frame, decode_manifest
@@ -18,6 +37,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._destination import _check_header, _verify
 from ft_transport._landing import Landing
 from ft_transport._layout import Layout, lay_out
+from ft_transport._leaves import Part
 from ft_transport._manifest import Manifest
 from ft_transport._template import compare, match_template
 from ft_transport.testing import memory_channels
@@ -25,6 +45,159 @@ from ft_transport.testing import memory_channels
 CPU = torch.device("cpu")
 # Landing is tried for states up to this size: it takes the memory that an accepted manifest asks for.
 MAX_LANDED_BYTES = 1 << 20
+
+
+# --------------------------------------------------------------------------------------- honest states
+
+
+@dataclasses.dataclass
+class Moments:
+    """A dataclass with tensors, one under a name that mappings have."""
+
+    mean: Any
+    items: Any
+
+
+class Holder:
+    """Pickled, but for the tensors in it."""
+
+    def __init__(self, **attrs: Any) -> None:
+        self.__dict__.update(attrs)
+
+
+class Table(dict):  # type: ignore[type-arg]
+    """A user's dict."""
+
+
+class Rows(list):  # type: ignore[type-arg]
+    """A user's list."""
+
+
+class Node(Holder):
+    """A node of torch's pytree."""
+
+
+class Color(enum.Flag):
+    """Flags."""
+
+    RED = 1
+    BLUE = 2
+
+
+class Scaled(torch.Tensor):
+    """A user's class of tensor."""
+
+
+pytree.register_pytree_node(
+    Node,
+    lambda node: ([node.weight], node.name),
+    lambda children, name: Node(weight=next(iter(children)), name=name),
+    serialized_type_name="hostile.Node",
+)
+
+
+def _with_attributes() -> list[Any]:
+    tensor = noise(2, 3)
+    tensor.scale, tensor.history = noise(1, 4), [Config(), 2]  # type: ignore[attr-defined]
+    return [torch.nn.Buffer(noise(2, 5)), tensor, noise(2, 6).as_subclass(Scaled)]
+
+
+def _quantized() -> list[Any]:
+    values, points = torch.arange(6.0).view(2, 3), torch.zeros(2, dtype=torch.int64)
+    per_channel = torch.quantize_per_channel(values, torch.ones(2, dtype=torch.float64), points, 0, torch.qint8)
+    return [torch.quantize_per_tensor(values, 0.5, 3, torch.quint8), per_channel]
+
+
+def _without_bytes() -> list[Any]:
+    return [
+        torch.empty((2, 3), device="meta"),
+        torch.nn.UninitializedParameter(),
+        torch.conj(noise(2, 7, torch.complex64)),
+        torch._neg_view(noise(2, 8)),
+    ]
+
+
+def _shared() -> list[Any]:
+    tensor, inner = noise(3, 9), [noise(2, 10)]
+    table = {"t": tensor, "l": inner}
+    return [table, table, tensor, inner, Holder(t=tensor)]
+
+
+def _states() -> dict[str, Any]:
+    base = noise(40, 1)
+    rows = [noise((2, 2), 1), noise((1, 2), 2)]
+    return {
+        "tensors": {"w": base[:6].view(2, 3), "tied": base[3:9], "t": noise((3, 2), 2).t(), "empty": base[:0]},
+        "parameters": [torch.nn.Parameter(noise(2, 3)), torch.nn.Parameter(noise(2, 4), requires_grad=False)],
+        "containers": {"p": Point([1, ()], {3: None}), "s": torch.Size([2]), b"b": [[[]]]},
+        "values": [1 << 70, 1j, slice(1), range(3), {1, 2}, torch.int8, torch.device("cpu"), b"x", "\udcff"],
+        "objects": [Config(), Holder(a=1, b=(2, 1j)), torch.Generator()],
+        "more values": [
+            datetime.datetime(2020, 1, 2, 3, tzinfo=datetime.timezone.utc), datetime.timedelta(1),
+            Color.RED | Color.BLUE, decimal.Decimal("1.5"), fractions.Fraction(1, 3), uuid.UUID(int=5),
+            PurePosixPath("/a"), int, np.float32(1.5), np.dtype("i4"), torch.strided, bytearray(b"x"),
+            {frozenset({1}): (...,)}, Counter("ab"),
+        ],
+        "sparse": [torch.eye(2).to_sparse(), torch.eye(2).to_sparse_csr(), torch.eye(4).to_sparse_bsr((2, 2))],
+        "nested": torch.nested.nested_tensor(rows),
+        "jagged": torch.nested.nested_tensor(rows, layout=torch.jagged),
+        "quantized": _quantized(),
+        "numpy": [
+            np.arange(6, dtype="i2").reshape(2, 3), np.array([None, 1, "a"]), np.zeros(2, [("a", "u1"), ("b", "f4")])
+        ],
+        "tensors in objects": [
+            Holder(w=noise(2, 3), n=5, array=np.ones(2)), Holder(inner=Holder(w=torch.eye(2).to_sparse()))
+        ],
+        "nodes": [Moments(noise(2, 1), 5), Node(weight=noise(2, 2), name="n"), Table(a=1, b=noise(1, 3)), Rows([1])],
+        "shared": _shared(),
+        "attributes": _with_attributes(),
+        "without bytes": _without_bytes(),
+    }  # fmt: skip
+
+
+# Classes that the states below need.
+ALLOWED = [Config, Point, Moments, Holder, Table, Rows, Color, Scaled]
+# Small ones with everything in them, to be attacked at every place.
+with warnings.catch_warnings():  # torch calls some kinds beta
+    warnings.simplefilter("ignore")
+    STATES = _states()
+# What torch warns of when it makes such things, for pytest.
+WARNINGS = [
+    "ignore:ComplexHalf support is experimental",
+    "ignore:torch.quantize_per_tensor",
+    "ignore:Sparse .* tensor support is in beta state",
+    "ignore:The PyTorch API of nested tensors is in prototype stage",
+    "ignore:Please use .* to create a quantized tensor",
+    "ignore:TypedStorage is deprecated",
+    "ignore::FutureWarning",
+    "ignore:.*ShardedTensor.*",
+]
+# Kinds that look at the bytes that have landed, which are any here: what they raise then is the transport's to report.
+LOOK_AT_BYTES = {"sparse", "wrapper", "generator", "object", "python tensor"}
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[DeviceMesh]:
+    """A process group of this process alone, and a mesh of it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield DeviceMesh("cpu", [0], mesh_dim_names=("rank",))
+    finally:
+        dist.destroy_process_group()
+
+
+def distributed(mesh: DeviceMesh) -> dict[str, Any]:
+    """States that need a process group."""
+    local = LocalShard.from_tensor_and_offsets(noise((3, 4), 1), [0, 0], 0)
+    tensor = DTensor.from_local(noise((4, 6), 1), mesh, [Shard(0)], run_check=False)
+    replicated = DTensor.from_local(noise(4, 2), mesh, [Replicate()], run_check=False)
+    return {
+        "dtensor": {"d": tensor, "p": torch.nn.Parameter(replicated)},
+        "sharded": {"s": ShardedTensor._init_from_local_shards([local], 3, 4)},
+    }
+
+
+# ------------------------------------------------------------------------------------------- a receive
 
 
 def receive(data: bytes, template: object = None) -> str:
@@ -69,8 +242,15 @@ def land(body: Any, template: object = None) -> Manifest:
     if disagreements:
         raise RemoteProtocolError("; ".join(disagreements))
     if layout.nbytes <= MAX_LANDED_BYTES:
-        Landing(manifest, layout, matched, targets, CPU, report).rebuild()
+        landing = Landing(manifest, layout, matched, targets, CPU, report)
+        looking = any(_kinds_in(leaf.part) & LOOK_AT_BYTES for leaf in manifest.leaves)
+        with contextlib.suppress(Exception) if looking else contextlib.nullcontext():
+            landing.rebuild()
     return manifest
+
+
+def _kinds_in(part: Part) -> set[str]:
+    return {part.kind}.union(*map(_kinds_in, part.parts))
 
 
 def check_layout(manifest: Manifest, layout: Layout, message_bytes: int, flight_bytes: int) -> None:
