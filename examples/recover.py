@@ -31,7 +31,7 @@ from recovery.story import Story
 from rich.console import Console
 from rich.text import Text
 
-TRANSPORTS = ("ft_transport", "torchft-pg", "torchft-http")
+TRANSPORTS = ("ft_transport", "lanes", "torchft-pg", "torchft-http")
 POLL_INTERVAL = 0.05  # seconds
 MANAGER_TIMEOUT = 20.0  # seconds
 JOIN_TIMEOUT_MS = 2000  # how long a quorum waits for a replica that lives but has not joined

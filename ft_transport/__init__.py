@@ -23,11 +23,13 @@ from ft_transport.errors import (
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 if TYPE_CHECKING:
+    from ft_transport.lane_transport import LaneTransport
     from ft_transport.transport import PGTransport
 
 __all__ = [
     "Geometry",
     "Kind",
+    "LaneTransport",
     "LocalProtocolError",
     "PGTransport",
     "PeerFailure",
@@ -51,4 +53,8 @@ def __getattr__(name: str) -> Any:
         from ft_transport.transport import PGTransport
 
         return PGTransport
+    if name == "LaneTransport":
+        from ft_transport.lane_transport import LaneTransport
+
+        return LaneTransport
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

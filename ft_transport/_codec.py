@@ -396,6 +396,7 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
     the index of an earlier leaf that is the same object.
     """
     leaves, storages = manifest.leaves, manifest.storages
+    sizes, num_shapes = [nbytes for nbytes, _ in storages], len(shapes)
     for index, leaf in enumerate(data):
         try:
             if type(leaf) is int:
@@ -404,6 +405,12 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
                 manifest.same[index] = manifest.same.get(leaf, leaf)
                 leaves.append(leaves[leaf])
             elif len(leaf) == 3:
+                storage, number, offset = leaf
+                if type(storage) is type(number) is type(offset) is int and 0 <= number < num_shapes and offset >= 0:
+                    shape = shapes[number]
+                    if shape.numel and storage >= 0 and offset * shape.itemsize + shape.span <= sizes[storage]:
+                        leaves.append(Leaf("tensor", (View(storage, shape, offset),)))
+                        continue
                 leaves.append(Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
             elif len(leaf) == 1:
                 leaves.append(Leaf(VALUE, (), decode_value(leaf[0])))
@@ -469,7 +476,8 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
     """Every storage is no larger than what its views refer to, and the messages are not too many."""
     num_cuts = num_views = 0
     step = limits.message_bytes - limits.message_bytes % 64
-    extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
+    # Of most storages there is one view, and no list is needed.
+    extents: list[Any] = [()] * len(manifest.storages)
     for leaf in manifest.leaves:
         num_views += len(leaf.views)
         if num_views > MAX_NODES:
@@ -477,14 +485,22 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
         for storage, shape, offset in leaf.views:
             if storage >= 0:
                 begin = offset * shape.itemsize
-                extents[storage].append((begin, begin + shape.span))
+                extent = begin, begin + shape.span
+                if not extents[storage]:
+                    extents[storage] = (extent,)
+                elif len(extents[storage]) == 1:
+                    extents[storage] = [*extents[storage], extent]
+                else:
+                    extents[storage].append(extent)
     _check_gaps(manifest)
     for (nbytes, _), found in zip(manifest.storages, extents, strict=True):
         ranges = merge(found) if len(found) > 1 else found
-        referenced = sum([end - begin + 2 * ALIGNMENT for begin, end in ranges])
+        referenced = 0
+        for begin, end in ranges:
+            referenced += end - begin + 2 * ALIGNMENT
+            num_cuts += (end - begin) // step
         if nbytes > referenced or not ranges:
             raise ValueError(f"a storage of {nbytes} bytes, of which {referenced} are referred to")
-        num_cuts += sum([(end - begin) // step for begin, end in ranges])
         if num_cuts > MAX_CUTS:
             raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")
 

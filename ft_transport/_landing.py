@@ -50,6 +50,7 @@ class Landing:
         report: Filled with what lands where.
         fresh_on_cpu: Allocate every fresh leaf on the CPU.
         surroundings: What the receiver has, but for the meshes, which come from the template.
+        fresh_device: Where fresh leaves that were on an accelerator live, if not on ``device``.
 
     Attributes:
         in_place: Whether any byte lands in the template's memory while messages move.
@@ -70,6 +71,7 @@ class Landing:
         *,
         fresh_on_cpu: bool = False,
         surroundings: Surroundings | None = None,
+        fresh_device: torch.device | None = None,
     ) -> None:
         self.in_place = False
         self._manifest = manifest
@@ -80,6 +82,8 @@ class Landing:
         self._on_cpu = device.type == "cpu"
         self._fresh_on_cpu = fresh_on_cpu
         self._surroundings = surroundings or Surroundings()
+        self._fresh_device = fresh_device or device
+        self._fresh_ranges: set[int] = set()
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
         self._fresh_bytes = 0
@@ -111,6 +115,7 @@ class Landing:
                 block = self._in_place(piece, group) if self._targets else None
             if block is None:
                 block = self._fresh(piece, group, gaps)
+                self._fresh_ranges.add(which)
             else:
                 in_place += piece.end - piece.begin
             self._blocks.append(block)
@@ -192,7 +197,7 @@ class Landing:
 
     def _fresh(self, piece: Piece, group: Sequence[_Member], gaps: Gaps | None) -> Block:
         nbytes, device_type = self._manifest.storages[piece.storage]
-        on_cpu = self._fresh_on_cpu or "cpu" in (device_type, self._device.type)
+        on_cpu = self._fresh_on_cpu or "cpu" in (device_type, self._fresh_device.type)
         whole = piece.begin == 0 and piece.end == nbytes
         if on_cpu and piece.storage not in self._fresh_storages:
             self._fresh_bytes += nbytes
@@ -201,13 +206,13 @@ class Landing:
         if whole and len(group) == 1 and nbytes < FROM_ARENA and group[0][1].geometry.dense:
             # A tensor of its own: the quickest way for many small ones.
             (slot, view) = group[0]
-            self._values[slot] = tensor = _empty(view, CPU if on_cpu else self._device)
+            self._values[slot] = tensor = _empty(view, CPU if on_cpu else self._fresh_device)
             if slot in self._targets:
                 self._copies.append((slot, slot))
             return Block(tensor)
         flat = self._fresh_storages.get(piece.storage)
         if flat is None:
-            flat = self._arena.allocate(nbytes) if on_cpu else allocate(nbytes, self._device)
+            flat = self._arena.allocate(nbytes) if on_cpu else allocate(nbytes, self._fresh_device)
             self._fresh_storages[piece.storage] = flat
         self._settle(group, set(), flat, 0)
         if gaps is not None:
@@ -228,6 +233,15 @@ class Landing:
 
     def direct(self, message: int) -> torch.Tensor | None:
         """The memory that a message can be received into as it is, None if it must be staged."""
+        found = self._direct(message)
+        return None if found is None else found[0].bytes(found[1], found[2])
+
+    def view(self, message: int) -> memoryview | None:
+        """As :meth:`direct`, for messages on the CPU: valid as long as this landing is."""
+        found = self._direct(message)
+        return None if found is None else found[0].view(found[1], found[2])
+
+    def _direct(self, message: int) -> tuple[Block, int, int] | None:
         pieces = self._layout.messages[message]
         # Small ones are staged for the reason that the source has, see ``_source.Gatherer``.
         if len(pieces) > 1 or self._layout.sizes[message] < self._layout.stage_below:
@@ -235,11 +249,20 @@ class Landing:
         block, begin, nbytes = self._locate(pieces[0])
         if not block.dense or block.memory.device.type != self._device.type:
             return None
-        return block.bytes(begin, begin + nbytes)
+        return block, begin, begin + nbytes
 
     def scatter(self, message: int, staged: torch.Tensor) -> None:
         """Copy a staged message to where its pieces belong."""
         copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=False)
+
+    def gather(self, message: int, staged: torch.Tensor) -> None:
+        """Copy a message from where its pieces landed."""
+        copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=True)
+
+    def in_template(self, message: int) -> bool:
+        """Whether all of a message lands in the template's memory."""
+        pieces = self._layout.messages[message]
+        return not any(self._layout.range_of(piece.storage, piece.begin) in self._fresh_ranges for piece in pieces)
 
     def _locate(self, piece: Piece) -> tuple[Block, int, int]:
         index = self._layout.range_of(piece.storage, piece.begin)
@@ -255,7 +278,7 @@ class Landing:
         manifest, matched = self._manifest, self._matched
         here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
         built: list[object] = []
-        settled = self._settled
+        settled, values = self._settled, self._values
         objects = self._objects() if any(leaf.parts for leaf in manifest.leaves) else None
         for index, leaf in enumerate(manifest.leaves):
             if leaf.kind == "value":
@@ -266,6 +289,9 @@ class Landing:
                 built.append(refresh(leaf.part, self._makers(index, leaf, None), matched[index], here))
             elif index in manifest.same:
                 built.append(built[manifest.same[index]])
+            elif leaf.kind == "tensor" and objects is None:
+                tensor = values.get((index, 0))
+                built.append(plain(_empty(leaf.views[0]) if tensor is None else tensor, leaf.context))
             elif leaf.kind == "tensor" and objects is not None:
                 view, context = leaf.views[0], leaf.context
                 built.append(objects.outer(view, context, self._values.get((index, 0))))

@@ -180,18 +180,25 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
     manifest = Manifest(nodes, [], [], shared=shared)
     described = _take_all_apart(values, manifest)
     # Most storages have one view, which is placed at once; the others wait until all their views are known.
-    keys = [tensor.untyped_storage()._cdata for _, tensors in described for tensor in tensors if tensor.numel()]
+    storages = [tensor.untyped_storage() for _, tensors in described for tensor in tensors if tensor.numel()]
+    keys = [storage._cdata for storage in storages]
     several = {key for key, count in Counter(keys).items() if count > 1} if len(set(keys)) < len(keys) else ()
     groups: dict[int, list[_Slot]] = {}
     blocks: Blocks = {}
-    next_key = iter(keys)
+    next_storage = iter(storages)
     leaves = manifest.leaves
     for index, (part, tensors) in enumerate(described):
         views = []
         for position, tensor in enumerate(tensors):
             shape = geometry(tensor.dtype, tensor.shape, tensor.stride())
             offset: Any = tensor.storage_offset()
-            if shape.numel and (key := next(next_key)) not in several and shape.dense:
+            if shape.numel:
+                found = next(next_storage)
+                key = found._cdata
+                if offset * shape.itemsize + shape.span > found.nbytes() or not tensor.data_ptr():
+                    path = format_path(manifest.paths[index])
+                    raise LocalProtocolError(f"{path}: a tensor of {shape} has no memory", phase="describe")
+            if shape.numel and key not in several and shape.dense:
                 views.append(_place_alone(tensor, shape, offset, manifest.storages, blocks))
                 continue
             view = View(-1, shape, offset)

@@ -34,6 +34,7 @@ __all__ = [
     "copy_blocks",
     "copy_elements",
     "indexed",
+    "memory_at",
     "no_collection",
     "physical_bytes",
     "storage_as",
@@ -71,6 +72,16 @@ class Block(NamedTuple):
         assert self.dense
         first = int(self.memory.storage_offset()) * self.memory.element_size()
         return storage_as(self.memory, torch.uint8)[first + begin : first + end]
+
+    def view(self, begin: int, end: int) -> memoryview:
+        """Bytes ``begin`` to ``end`` of a dense block on the CPU; the caller keeps the block."""
+        assert self.dense
+        return memory_at(self.memory.data_ptr() + begin, end - begin)
+
+
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """Memory of this process, whose owner the caller keeps."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def indexed(storage: torch.Tensor, begin: int, end: int, index: torch.Tensor, unit: int) -> Block:
@@ -228,14 +239,14 @@ def physical_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
 
 
-def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
     """A flat uint8 tensor of ``nbytes`` with undefined content.
 
     Raises:
         MemoryError: The device has no room for it.
     """
     try:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     except RuntimeError as exc:
         raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
 
@@ -321,12 +332,18 @@ _READ_ONLY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
 
 
 class Bucket:
-    """Memory on the wire's device that messages are staged in; grows to what one flight needs, then is reused."""
+    """Memory on the wire's device that messages are staged in; grows to what one flight needs, then is reused.
 
-    __slots__ = ("_device", "_flat", "_used")
+    Args:
+        device: Of the wire.
+        pinned: Whether an accelerator, if there is one, shall be able to reach it directly.
+    """
 
-    def __init__(self, device: torch.device) -> None:
+    __slots__ = ("_device", "_flat", "_pinned", "_used")
+
+    def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
         self._device = device
+        self._pinned = pinned and torch.accelerator.is_available()
         self._flat: torch.Tensor | None = None
         self._used = 0
 
@@ -335,7 +352,7 @@ class Bucket:
         self._used = 0
         if nbytes and (self._flat is None or self._flat.numel() < nbytes):
             self._flat = None  # before the new one is allocated
-            self._flat = allocate(nbytes, self._device)
+            self._flat = allocate(nbytes, self._device, pinned=self._pinned)
 
     def take(self, nbytes: int) -> torch.Tensor:
         """The next ``nbytes`` as a flat uint8 tensor, aligned to 64 bytes."""

@@ -20,7 +20,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._digest import digest_message
 from ft_transport._layout import Layout, Piece, lay_out
 from ft_transport._manifest import Blocks, describe
-from ft_transport._memory import Block, Bucket, aligned, copy_blocks, no_collection
+from ft_transport._memory import Block, Bucket, aligned, copy_blocks, memory_at, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport.errors import TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
@@ -69,6 +69,14 @@ class Gatherer:
         staged = bucket.take(self._layout.sizes[message])
         copy_blocks(parts, staged, gather=True)
         return staged
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        """As :meth:`gather`, for messages on the CPU: valid as long as this gatherer and the bucket are."""
+        if not self.staged(message):
+            block, begin, nbytes = self._part(self._layout.messages[message][0])
+            return block.view(begin, begin + nbytes)
+        staged = self.gather(message, bucket)
+        return memory_at(staged.data_ptr(), staged.numel())
 
     def _part(self, piece: Piece) -> tuple[Block, int, int]:
         storage, begin, end = piece

@@ -523,6 +523,10 @@ def unpickle_allowed(data: bytes, load: Load) -> object:
     return unpickler.load()
 
 
+# What jagged tensors carry; torch itself allows it, but only once it has imported the module.
+_TORCHS_OWN = frozenset({"torch._dynamo.decorators._DimRange"})
+
+
 def check_pickle(data: bytes) -> None:
     """Check that a pickle names nothing that is not allowed; nothing of it is run.
 
@@ -534,5 +538,7 @@ def check_pickle(data: bytes) -> None:
     except (pickle.UnpicklingError, EOFError, ValueError, struct.error, IndexError, AssertionError) as exc:
         raise ValueError(f"damaged pickle: {type(exc).__name__}: {exc}") from exc
     check_cost(data)
+    for name in names & _TORCHS_OWN - _user_allowed().keys():
+        torch.serialization.add_safe_globals([imported_class(name)])
     for name in sorted(names - _HARMLESS - _user_allowed().keys()):
         raise ValueError(_not_allowed(name))

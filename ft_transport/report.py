@@ -41,7 +41,7 @@ class PeerReport:
     """How the transfer to or from one peer ended.
 
     Attributes:
-        rank: Rank of the peer in the process group.
+        rank: Rank of the peer; -1 where it is not known (see ``LaneTransport.send_checkpoint``).
         outcome: ``"complete"`` (everything arrived and both sides agree), ``"refused"`` (the peer does
             not accept this state), ``"failed"`` (either side gave up), ``"dead"`` (the peer or the
             channel to it is gone), ``"timed out"``, or ``"pending"`` while it runs.
@@ -50,6 +50,8 @@ class PeerReport:
         nbytes_wire: Bytes for payload, manifest and control, both directions.
         seconds: Seconds in each phase.
         reason: Why, where the outcome is not ``"complete"``.
+        address: The peer's address that was used, empty where the transport has none.
+        name: What the peer calls itself, empty if it does not.
     """
 
     rank: int
@@ -59,6 +61,14 @@ class PeerReport:
     nbytes_wire: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str = ""
+    address: str = ""
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """The peer in a few words."""
+        called = f"rank {self.rank}" if self.rank >= 0 or not self.name else self.name
+        return f"{called} at {self.address}" if self.address else called
 
     @contextmanager
     def enter(self, phase: str, role: Role) -> Iterator[None]:
@@ -91,6 +101,8 @@ class TransferReport:
         unused: Paths that the template has and the source lacks; they were left alone.
         torn: Whether the transfer broke after the first byte had landed in the template.
         error: The error that ended the transfer, empty when there was none.
+        nbytes_kept: Bytes that were in place already and did not travel.
+        num_repaired: Messages that came damaged and were sent again.
     """
 
     role: Role
@@ -111,6 +123,8 @@ class TransferReport:
     unused: list[str] = field(default_factory=list)
     torn: bool = False
     error: str = ""
+    nbytes_kept: int = 0
+    num_repaired: int = 0
 
     @property
     def complete(self) -> bool:
@@ -142,7 +156,7 @@ class TransferReport:
         step = "" if self.step is None else f" step {self.step}"
         direction = "to" if self.role == "source" else "from"
         peers = ", ".join(
-            f"{peer.rank} {peer.outcome}" + (f" ({peer.phase}: {peer.reason})" if peer.reason else "")
+            f"{peer.label} {peer.outcome}" + (f" ({peer.phase}: {peer.reason})" if peer.reason else "")
             for peer in self.peers
         )
         phases = " ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name in self.seconds)
@@ -150,7 +164,7 @@ class TransferReport:
         if self.role == "destination":
             landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
         return (
-            f"{self.transport}{step} {direction} rank {peers}: {_megabytes(self.nbytes_total)} in "
+            f"{self.transport}{step} {direction} {peers}: {_megabytes(self.nbytes_total)} in "
             f"{self.total_seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s), "
             f"{self.num_messages} messages{landed} [{phases}]"
         )

@@ -7,9 +7,7 @@ configure every group anew.
 
 from __future__ import annotations
 
-import logging
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -18,6 +16,7 @@ import torch
 from torchft.checkpointing.transport import CheckpointTransport
 from torchft.process_group import ProcessGroup, ProcessGroupBaby
 
+from ft_transport._call import Call
 from ft_transport._channel import GroupChannel
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
@@ -28,8 +27,6 @@ from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolE
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["PGTransport"]
-
-logger = logging.getLogger("ft_transport")
 
 T = TypeVar("T")
 
@@ -123,7 +120,7 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("source", type(self).__name__, step)
-        with _Call(self, report):
+        with Call(self, report):
             _check_ranks(self._pg, dst_ranks)
             report.peers = [PeerReport(rank) for rank in dst_ranks]
             deadline = Deadline(min(timeout, self._timeout))
@@ -171,60 +168,13 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("destination", type(self).__name__, step)
-        with _Call(self, report):
+        with Call(self, report):
             _check_ranks(self._pg, [src_rank])
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             channel = GroupChannel(self._pg, src_rank, self._options.device)
             state, self._changed = receive(channel, step, self._state_dict, self._options, deadline, report)
             return cast(T, state)
-
-
-class _Call:
-    """One public call: keeps a second one out, completes the report, fills in the error, writes the log line."""
-
-    def __init__(self, transport: PGTransport[T], report: TransferReport) -> None:
-        self._busy = transport._busy
-        self._report = report
-        self._transport = transport
-        self._start = 0.0
-
-    def __enter__(self) -> None:
-        if not self._busy.acquire(blocking=False):
-            raise LocalProtocolError("a transfer is under way on this transport; one at a time")
-        self._transport._last_report = self._report
-        self._start = time.perf_counter()
-
-    def __exit__(self, cls: type | None, exc: BaseException | None, traceback: object) -> None:
-        self._busy.release()
-        report = self._report
-        if isinstance(exc, Exception) and not isinstance(exc, TransferError):
-            wrapped = LocalProtocolError(f"{cls.__name__ if cls else ''}: {exc}")
-            _fill_in(wrapped, report)
-            self._finish(wrapped)
-            raise wrapped from exc
-        if isinstance(exc, TransferError):
-            _fill_in(exc, report)
-        self._finish(exc)
-
-    def _finish(self, exc: BaseException | None) -> None:
-        self._report.finish(time.perf_counter() - self._start, exc)
-        complete = exc is None and self._report.complete
-        logger.log(logging.INFO if complete else logging.WARNING, "%s", self._report.summary())
-
-
-def _fill_in(error: TransferError, report: TransferReport) -> None:
-    """Say where in the transfer an error happened, as far as the one who raised it did not."""
-    if error.step is None:
-        error.step = report.step
-    worst = next((peer for peer in report.peers if peer.outcome != "complete"), None)
-    if worst is not None:
-        error.phase = error.phase or worst.phase
-        if error.peer_rank is None:
-            error.peer_rank = worst.rank
-        error.nbytes_done = worst.nbytes
-    error.nbytes_total = report.nbytes_total
-    error.torn = report.torn
 
 
 def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:

@@ -404,8 +404,9 @@ warnings.simplefilter("ignore")
 with tempfile.NamedTemporaryFile() as file:
     np.arange(6000, dtype=np.float32).tofile(file.name)
     mapped = np.memmap(file.name, dtype=np.float32, mode="r")
-    template = {"mapped": torch.from_numpy(mapped), "part": torch.from_numpy(mapped)[10:20], "plain": torch.zeros(3)}
-    state = {"mapped": torch.ones(6000), "part": torch.full((10,), 2.0), "plain": torch.ones(3)}
+    template = {"mapped": torch.from_numpy(mapped[:3000]), "part": torch.from_numpy(mapped)[4000::7]}
+    template["plain"] = torch.zeros(3)
+    state = {"mapped": torch.ones(3000), "part": torch.full((286,), 2.0), "plain": torch.ones(3)}
     with wires() as lines:
         outcome = lines[sys.argv[1]].transfer(state, lambda: template)
     outcome.check()

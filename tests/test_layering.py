@@ -19,6 +19,9 @@ BENCH = sorted((PACKAGE / "bench").glob("*.py"))
 _DATA = {"_geometry", "_layout", "_leaves", "_manifest", "_memory", "_tree", "_values"}
 _SHARED = _DATA | {"_channel", "_control", "_deadline", "errors", "report"}
 
+_LANES = {"_conversation", "_lanes", "_meeting", "_talk"}
+_REPORT = {"_deadline", "errors", "report"}
+
 # What each file may import of ours. Smaller is better; larger is a decision.
 ALLOWED: dict[str, set[str]] = {
     "_version": set(),
@@ -44,13 +47,67 @@ ALLOWED: dict[str, set[str]] = {
     "_transfer": {"_channel", "_control", "_digest", "_layout", "errors", "report"},
     "_source": _SHARED | {"_codec", "_digest", "_transfer"},
     "_destination": _SHARED | {"_codec", "_digest", "_landing", "_template", "_transfer"},
-    "transport": {"_channel", "_deadline", "_destination", "_landing", "_source", "_transfer", "errors", "report"},
+    "_call": {"errors", "report"},
+    "transport": {
+        "_call",
+        "_channel",
+        "_deadline",
+        "_destination",
+        "_landing",
+        "_source",
+        "_transfer",
+        "errors",
+        "report",
+    },
+    # Over lanes.
+    "_conversation": {"_digest", "errors"},
+    "_meeting": {"_conversation", "errors"},
+    "_lanes": {"_deadline", "_meeting", "errors"},
+    "_talk": {"_conversation", "_lanes", "errors"},
+    "_work": set(),
+    "_supply": {"_conversation", "_lanes", "_memory", "_talk", "errors"},
+    "_desk": {"_conversation", "_deadline", "_lanes", "_meeting", "_supply", "_talk", "errors"},
+    "_lane_options": {"_layout", "_transfer"},
+    "_relay": {"_desk", "_lane_options", "_landing", "_lanes", "_layout", "_memory", "_supply", "_work"},
+    "_fetch": _LANES | {"_landing", "_lane_options", "_layout", "_memory", "_relay", "_work", "errors", "report"},
+    "_lane_source": _LANES | {"_desk", "_lane_options", "_memory", "_source", "_supply", "_transfer"} | _REPORT,
+    "_lane_destination": _LANES
+    | _REPORT
+    | {
+        "_codec",
+        "_desk",
+        "_digest",
+        "_fetch",
+        "_landing",
+        "_lane_options",
+        "_layout",
+        "_manifest",
+        "_memory",
+        "_relay",
+        "_template",
+        "_transfer",
+        "_work",
+    },
+    "lane_transport": {
+        "_call",
+        "_deadline",
+        "_desk",
+        "_landing",
+        "_lane_destination",
+        "_lane_options",
+        "_lane_source",
+        "_lanes",
+        "_meeting",
+        "_relay",
+        "errors",
+        "report",
+    },
     "distributed": _SHARED | {"_codec", "_landing", "_source", "_template", "_transfer"},
     "testing": {"_channel", "_deadline", "errors"},
-    "__init__": {"_geometry", "_leaves", "_version", "errors", "report", "transport"},
+    "__init__": {"_geometry", "_leaves", "_version", "errors", "lane_transport", "report", "transport"},
 }
 # The benchmark is a user: public names only.
-PUBLIC = {"errors", "report", "transport", "distributed", "testing", "bench"}
+PUBLIC = {"errors", "report", "lane_transport", "transport", "distributed", "testing", "bench"}
 
 
 def tree(file: Path) -> ast.Module:
@@ -98,8 +155,8 @@ def test_the_benchmark_uses_public_names_only(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_only_transport_imports_torchft(file: Path) -> None:
-    if file.stem != "transport":
+def test_only_the_torchft_transports_import_torchft(file: Path) -> None:
+    if file.stem not in ("transport", "lane_transport"):
         assert not any(name.split(".")[0] == "torchft" for name in imported(file))
 
 
@@ -118,7 +175,17 @@ def test_only_deadline_reads_the_clock_that_decides(file: Path) -> None:
 CHANNELS = {"channel", "_channel"}
 
 
-@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in ("_channel", "testing")], ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_only_lanes_uses_sockets(file: Path) -> None:
+    used = {name.split(".")[0] for name in imported(file)} & {"socket", "selectors", "ssl", "select"}
+    # The transport takes contexts for TLS from its user.
+    assert used <= {"_lanes": {"socket", "selectors", "ssl"}, "lane_transport": {"ssl"}}.get(file.stem, set())
+
+
+NOT_OVER_GROUPS = ("_channel", "_lanes", "testing")
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.stem not in NOT_OVER_GROUPS], ids=lambda f: f.stem)
 def test_only_the_channel_talks_to_groups_and_works(file: Path) -> None:
     for node in ast.walk(tree(file)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
@@ -168,13 +235,14 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 import ft_transport, ft_transport.distributed, ft_transport.testing
 print(ft_transport.distributed.PGTransport.__name__, "torchft" in sys.modules)
-try:
-    ft_transport.PGTransport
-except ModuleNotFoundError as exc:
-    print(exc)
+for name in ("PGTransport", "LaneTransport"):
+    try:
+        getattr(ft_transport, name)
+    except ModuleNotFoundError as exc:
+        print(exc)
 """
     )
-    assert out.split("\n")[:2] == ["PGTransport False", "blocked: torchft"]
+    assert out.split("\n")[:3] == ["PGTransport False", "blocked: torchft", "blocked: torchft"]
 
 
 def test_importing_the_package_does_not_import_torchft() -> None:

@@ -36,7 +36,10 @@ def build_transport(
         return TorchftPGTransport(pg, timeout, device, state_dict and (lambda: _envelope(state_dict())))
     import ft_transport
 
-    return ft_transport.PGTransport(pg, timeout, device, state_dict=state_dict, progress=_ThrottledProgress(parent))
+    progress = _ThrottledProgress(parent)
+    if name == "lanes":
+        return ft_transport.LaneTransport(timeout, device, state_dict=state_dict, progress=progress)
+    return ft_transport.PGTransport(pg, timeout, device, state_dict=state_dict, progress=progress)
 
 
 def _envelope(user: StateDict) -> StateDict:

@@ -18,7 +18,7 @@ __all__ = ["draw"]
 
 # Opaque, so that it reads alike on a light and a dark page.
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#59636e"
-OUR_COLORS = ("#0f766e", "#2f8f86", "#4fa99f")
+OUR_COLORS = ("#0f766e", "#2f8f86", "#0e5a8a", "#3f83ac", "#4fa99f")
 REFERENCE_COLOR, PEER_COLOR, WRONG_COLOR = "#6b7685", "#b4bcc6", "#c0262d"
 
 _HEADINGS = {"fresh": "fresh: into newly allocated memory", "in-place": "in place: into the receiver's own tensors"}

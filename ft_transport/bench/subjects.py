@@ -133,6 +133,14 @@ def _over_torchft(transport: Callable[..., CheckpointTransport[Any]]) -> Subject
     return SubjectKind(make)
 
 
+def _over_lanes(**options: Any) -> SubjectKind:
+    def make(connection: Connection) -> Subject:
+        made = ft_transport.LaneTransport[Any](connection.timeout, CPU, state_dict=connection.template, **options)
+        return TorchftSubject(made, connection.timeout)
+
+    return SubjectKind(make)
+
+
 def _over_distributed(transport: Callable[..., Any]) -> SubjectKind:
     def make(connection: Connection) -> Subject:
         if not dist.is_initialized():
@@ -159,6 +167,8 @@ def _over_http(num_chunks: int) -> SubjectKind:
 SUBJECTS: dict[str, SubjectKind] = {
     "ft_transport": _over_torchft(ft_transport.PGTransport),
     "ft_transport verify=True": _over_torchft(partial(ft_transport.PGTransport, verify=True)),
+    "ft_transport lanes": _over_lanes(),
+    "ft_transport lanes verify=False": _over_lanes(verify=False),
     "ft_transport.distributed": _over_distributed(ft_transport.distributed.PGTransport),
     "torchft PGTransport": _over_torchft(TorchftPGTransport),
     "torch _pg_transport": _over_distributed(TorchPGTransport),
@@ -166,7 +176,7 @@ SUBJECTS: dict[str, SubjectKind] = {
     "torchft HTTP x8": _over_http(num_chunks=8),
 }
 
-OURS = ("ft_transport", "ft_transport verify=True", "ft_transport.distributed")
+OURS = tuple(name for name in SUBJECTS if name.startswith("ft_transport"))
 
 # What the ratios are against.
 REFERENCE = "torchft PGTransport"

@@ -31,9 +31,13 @@ def differences(got: object, expected: object) -> list[str]:
 class _Pair(NamedTuple):
     """One plain tensor of both states."""
 
-    name: str
+    path: Path
     got: torch.Tensor
     expected: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        return dotted(self.path)
 
 
 class _Comparison:
@@ -157,7 +161,7 @@ class _Comparison:
             self._same(path, "strides", _strides(got), _strides(expected))
         lazy = expected.is_conj() or expected.is_neg()
         if expected.numel() and not lazy:
-            self._tensors.append(_Pair(dotted(path), got, expected))
+            self._tensors.append(_Pair(path, got, expected))
 
     def _dtensor(self, path: Path, got: DTensor, expected: DTensor) -> None:
         self._same(path, "placements", got.placements, expected.placements)
@@ -180,15 +184,14 @@ class _Comparison:
         groups: dict[int, list[_Pair]] = {}
         for pair in self._tensors:
             groups.setdefault(pair.expected.untyped_storage()._cdata, []).append(pair)
-        owner: dict[int, str] = {}
+        owner: dict[int, _Pair] = {}
         for group in groups.values():
-            name = group[0].name
             storages = {pair.got.untyped_storage()._cdata for pair in group}
             if len(storages) > 1:
                 self.found.append(f"{_names(group)}: one storage there and {len(storages)} here")
             for storage in storages:
-                if owner.setdefault(storage, name) is not name:
-                    self.found.append(f"{owner[storage]}, {name}: two storages there and one here")
+                if owner.setdefault(storage, group[0]) is not group[0]:
+                    self.found.append(f"{owner[storage].name}, {group[0].name}: two storages there and one here")
             if len(group) > 1 or not is_dense(group[0].expected) or not is_dense(group[0].got):
                 self._aliases(group, distances=len(storages) == 1)
 
@@ -204,14 +207,14 @@ class _Comparison:
         """Dense views with nothing unused between them keep their distance."""
         used = np.unique(np.concatenate(expected))
         run_of = np.concatenate([[0], np.cumsum(np.diff(used) > 1)])
-        shift: dict[int, tuple[int, str]] = {}
+        shift: dict[int, tuple[int, _Pair]] = {}
         for pair, mine, theirs in zip(group, got, expected, strict=True):
             if is_dense(pair.expected):
                 run = int(run_of[np.searchsorted(used, theirs.min())])
                 found = int(mine.min() - theirs.min())
-                first, name = shift.setdefault(run, (found, pair.name))
+                first, other = shift.setdefault(run, (found, pair))
                 if first != found:
-                    self.found.append(f"{name}, {pair.name}: {found - first} bytes further apart than there")
+                    self.found.append(f"{other.name}, {pair.name}: {found - first} bytes further apart than there")
 
 
 def _show(value: object) -> str:

@@ -16,9 +16,10 @@ from corpus.look import addresses, is_dense, opened, parts
 
 __all__ = ["allowance", "distinct_nbytes", "is_tensor", "never_lands", "reachable"]
 
-# Frames that do not grow with the state: lengths, answers, digests and signals of a few messages, the wire's header,
-# and for the API without torchft the names of the classes that pickle writes once. Some 700 bytes today.
-FRAMES = 4096
+# Bytes that do not grow with the state: lengths, answers, digests and signals of a few messages, the manifest's header,
+# names of classes that are written once. An empty state takes 141 bytes (without torchft 188); the case that needs most
+# of this, one jagged tensor of four parts, 848 (1,159).
+FRAMES = 2048
 PER_LEAF = 200
 # A container is described by its type, the number of its children and their keys.
 PER_CONTAINER = 24

@@ -143,6 +143,7 @@ def small_demo(folder: Path, marker: str, *arguments: str) -> contextlib.Abstrac
     [
         ("ft_transport", "--in-place", True),
         ("ft_transport", "--no-in-place", None),
+        ("lanes", "--in-place", True),
         ("torchft-pg", "--in-place", True),
         ("torchft-http", "--in-place", None),
     ],

@@ -1,4 +1,6 @@
-"""One side of a heal dies or freezes at each phase, over real Gloo: what the others get, when, and what is left.
+"""One side of a heal dies or freezes at each phase: what the others get, when, and what is left.
+
+Over real Gloo, and over lanes in a chain and in a star.
 
 One source, rank 0, and three destinations. Bytes of the state are below 100, of an untouched template 200, and the
 source overwrites its state with 255 once its call is over: every byte tells where it came from.
@@ -15,16 +17,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch.distributed import TCPStore
 from torchft.process_group import ProcessGroupGloo
 
-from ft_transport import PGTransport, TransferError
+from ft_transport import LaneTransport, PGTransport, TransferError
 from ft_transport._channel import GroupChannel, Pending
 from ft_transport._control import FRAME_TAG
+from ft_transport._lanes import Connection, Patience
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout
 from ft_transport.report import Progress
 
@@ -38,6 +41,8 @@ DEADLINE = 6.0
 LATE = 1.0  # by how much a call may outlast its deadline
 NOTICE = 2.0  # within which a death is known
 ANSWER = 1.0  # within which the other side of a living channel knows
+LANE_NOTICE = 0.5  # the same as NOTICE, over lanes
+STALL = 1.5  # after which a frozen peer counts as gone, over lanes
 
 MIB = 1 << 20
 LARGE = [40 * MIB, 24 * MIB, 20 * MIB]  # several flights, so that there is a middle
@@ -46,6 +51,8 @@ OLD, LATER = 200, 255
 
 PHASES = ["before", "manifest", "move", "verify"]
 FAULTS = ["kill", "stop"]
+# Where a fault strikes over lanes; the order of the destinations matters only once bytes move.
+LANE_PHASES = [*((phase, "star") for phase in PHASES), ("move", "chain")]
 
 
 # ---------------------------------------------------------------------------------- inside a worker
@@ -64,6 +71,7 @@ class Case:
         twist: What is wrong with the transfer itself: ``victim``'s "template" or "step" is another one, the state
             contains "code", or is "changing" all the time.
         patience: Seconds that a rank gives its call, where that is not DEADLINE.
+        topology: Of the lanes, or "" over the group.
     """
 
     number: int
@@ -74,6 +82,7 @@ class Case:
     twist: str = ""
     fresh: tuple[int, ...] = ()
     patience: dict[int, float] = field(default_factory=dict)
+    topology: str = ""
 
     @property
     def victims(self) -> tuple[int, ...]:
@@ -202,7 +211,7 @@ def transfer(rank: int, case: Case) -> Outcome:
         tensor.fill_(OLD)
     with pytest.MonkeyPatch.context() as patch:
         if case.phase == "manifest":
-            _fault_in_manifest(patch, case, rank)
+            (_fault_in_lane_manifest if case.topology else _fault_in_manifest)(patch, case, rank)
         over = threading.Event()
         watcher = threading.Thread(target=_fault_in_move, args=(case, rank, over))
         if case.phase == "move":
@@ -218,6 +227,9 @@ def transfer(rank: int, case: Case) -> Outcome:
 def _send(case: Case) -> Outcome:
     transport = _transport(case, 0, None, _source_progress(case))
     state = make_state(notes=case.notes)
+    meeting = this_rank().meeting
+    assert meeting is not None
+    meeting.set(f"{case.number}/metadata", transport.metadata())
     arrive(case, "source")
     wait_until(lambda: arrived(case, "destinations") == len(DESTINATIONS))
     if case.victim == 0 and case.phase == "before":
@@ -225,10 +237,28 @@ def _send(case: Case) -> Outcome:
     try:
         with _twisted(case, state):
             timeout = timedelta(seconds=case.seconds(0))
-            return _outcome(transport, lambda: transport.send_checkpoint(DESTINATIONS, STEP, state, timeout))
+            outcome = _outcome(transport, lambda: transport.send_checkpoint(DESTINATIONS, STEP, state, timeout))
+            _name_ranks(case, outcome)
+            return outcome
     finally:
         for tensor in tensors(state):
             tensor.fill_(LATER)
+        transport.shutdown()
+
+
+def _name_ranks(case: Case, outcome: Outcome) -> None:
+    """Lanes do not know which destination is which rank."""
+    meeting = this_rank().meeting
+    assert meeting is not None
+    missing = set(DESTINATIONS)
+    for peer in outcome.report["peers"] if case.topology else []:
+        for rank in DESTINATIONS:
+            if peer["name"].endswith(f"pid {int(meeting.get(f'{case.number}/pid {rank}'))}"):
+                peer["rank"] = rank
+                missing.discard(rank)
+    for peer in outcome.report["peers"]:
+        if peer["rank"] < 0:
+            peer["rank"] = missing.pop()
 
 
 def _receive(rank: int, case: Case) -> Outcome:
@@ -239,6 +269,10 @@ def _receive(rank: int, case: Case) -> Outcome:
     elif rank in case.victims and case.twist == "step":
         step += 1
     transport = _transport(case, rank, template, _destination_progress(case, rank))
+    meeting = this_rank().meeting
+    assert meeting is not None
+    meeting.set(f"{case.number}/pid {rank}", str(os.getpid()))
+    metadata = meeting.get(f"{case.number}/metadata").decode()
     arrive(case, "destinations")
     if rank in case.victims and case.phase == "before":
         # Not before the others wait for this rank already.
@@ -248,16 +282,30 @@ def _receive(rank: int, case: Case) -> Outcome:
     timeout = timedelta(seconds=case.seconds(rank))
 
     def call() -> None:
-        received.append(transport.recv_checkpoint(0, transport.metadata(), step, timeout))
+        received.append(transport.recv_checkpoint(0, metadata, step, timeout))
 
-    outcome = _outcome(transport, call)
-    outcome.sound = bool(received) and digest(received[0]) == expected_digest(case.notes)
-    return outcome
+    try:
+        outcome = _outcome(transport, call)
+        outcome.sound = bool(received) and digest(received[0]) == expected_digest(case.notes)
+        transport.disallow_checkpoint()
+        return outcome
+    finally:
+        transport.shutdown()
 
 
 def _transport(
     case: Case, rank: int, template: dict[str, Any] | None, progress: Callable[[Progress], None]
-) -> PGTransport[Any]:
+) -> PGTransport[Any] | LaneTransport[Any]:
+    if case.topology:
+        return LaneTransport(
+            timedelta(seconds=case.seconds(rank)),
+            torch.device("cpu"),
+            state_dict=None if template is None or rank in case.fresh else lambda: template,
+            topology=cast(Any, case.topology),
+            stall_timeout=timedelta(seconds=STALL),
+            blocking=True,
+            progress=progress,
+        )
     return PGTransport(
         this_rank().group,
         timedelta(seconds=case.seconds(rank)),
@@ -267,7 +315,7 @@ def _transport(
     )
 
 
-def _outcome(transport: PGTransport[Any], call: Callable[[], None]) -> Outcome:
+def _outcome(transport: PGTransport[Any] | LaneTransport[Any], call: Callable[[], None]) -> Outcome:
     began = time.monotonic()
     error = None
     try:
@@ -369,6 +417,32 @@ def _fault_in_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) -> None
 
     patch.setattr(GroupChannel, "recv", patched_recv)
     patch.setattr(GroupChannel, "send", patched_send)
+
+
+def _fault_in_lane_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) -> None:
+    """As :func:`_fault_in_manifest`, over lanes."""
+    read_into, write = Connection.read_into, Connection.write
+
+    def patched_read(self: Connection, view: memoryview, patience: Patience) -> None:
+        if len(view) > MIB:
+            read_into(self, view[:MIB], patience)
+            view = view[MIB:]
+            arrive(case, "manifest")
+            if rank in case.victims:
+                have_fault(case)
+        read_into(self, view, patience)
+
+    def patched_write(self: Connection, parts: Any, patience: Patience) -> None:
+        if case.victim == 0 and sum(map(len, parts)) > 4 * MIB:
+            data = b"".join(parts)
+            write(self, [data[: 2 * MIB]], patience)
+            wait_until(lambda: arrived(case, "manifest") == len(DESTINATIONS))
+            have_fault(case)
+            parts = [data[2 * MIB :]]
+        write(self, parts, patience)
+
+    patch.setattr(Connection, "read_into", patched_read)
+    patch.setattr(Connection, "write", patched_write)
 
 
 def template_bytes(rank: int) -> tuple[str, float, bool]:
@@ -563,6 +637,55 @@ def test_two_frozen_destinations(stage: Stage) -> None:
     stage.assert_nothing_left([0, *DESTINATIONS])
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("phase", "topology"), LANE_PHASES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_destination_over_lanes(stage: Stage, fault: str, phase: str, topology: str) -> None:
+    case = stage.case(
+        victim=VICTIM, phase=phase, fault=fault, fresh=(3,), patience={VICTIM: 60.0, 0: 20.0}, topology=topology
+    )
+    stage.start(case)
+    time_of_fault = stage.fault(case)
+    others = [rank for rank in DESTINATIONS if rank != VICTIM]
+    outcomes = stage.results([0, *others])
+    show(case, outcomes, time_of_fault)
+
+    source = outcomes[0]
+    assert source.error is None
+    for rank in others:
+        assert outcomes[rank].error is None
+        assert outcomes[rank].sound
+        assert source.peer(rank)["outcome"] == "complete"
+    served = max(outcomes[rank].ended for rank in others)
+    if fault == "kill":
+        # One who has not come yet is not known to be dead.
+        notice = STALL + LATE if phase == "before" else LANE_NOTICE
+        assert source.peer(VICTIM)["outcome"] == ("timed out" if phase == "before" else "dead")
+    else:
+        notice = STALL + LATE
+        assert source.peer(VICTIM)["outcome"] == "timed out"
+    assert source.ended <= max(time_of_fault, served) + notice
+
+    alive = [0, *others]
+    if fault == "stop":
+        # The source has overwritten its state by now, and nothing of that may be seen here.
+        resumed = time.monotonic()
+        stage.ranks[VICTIM].resume()
+        late = stage.ranks[VICTIM].result()
+        show(case, {VICTIM: late}, resumed)
+        assert late.ended - resumed < NOTICE
+        _, share, written_late = stage.ranks[VICTIM].call(template_bytes, VICTIM)
+        assert not written_late
+        if phase == "verify":  # everything was there and agreed
+            assert late.sound
+        else:
+            assert isinstance(late.error, TransferError)
+            assert not late.sound
+            assert (share > 0) is late.error.torn
+        alive.append(VICTIM)
+    stage.assert_nothing_left(alive)
+
+
 # ------------------------------------------------------------------------------------- the source
 
 
@@ -603,6 +726,40 @@ def test_source(stage: Stage, fault: str, phase: str) -> None:
         late = stage.ranks[0].result()
         show(case, {0: late})
         assert late.report["complete"] is False
+    stage.ranks.each(quiet_of, 1.0, ranks=DESTINATIONS)
+    assert stage.ranks.each(template_bytes, ranks=DESTINATIONS) == before
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("phase", "topology"), LANE_PHASES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_source_over_lanes(stage: Stage, fault: str, phase: str, topology: str) -> None:
+    case = stage.case(victim=0, phase=phase, fault=fault, topology=topology, patience={1: 20.0, 2: 20.0, 3: 20.0})
+    stage.start(case)
+    time_of_fault = stage.fault(case)
+    outcomes = stage.results(DESTINATIONS)
+    show(case, outcomes, time_of_fault)
+    limit = LANE_NOTICE if fault == "kill" else STALL + LATE
+    for outcome in outcomes.values():
+        assert outcome.ended <= time_of_fault + limit
+        if phase == "verify":
+            # Everything was there.
+            assert outcome.error is None
+            assert outcome.sound
+            continue
+        assert isinstance(outcome.error, PeerFailure)
+        assert not outcome.sound
+        assert outcome.error.torn is (phase == "move")
+        assert outcome.peer(0)["outcome"] in (("dead",) if fault == "kill" else ("timed out", "dead"))
+
+    before = stage.ranks.each(template_bytes, ranks=DESTINATIONS)
+    assert [share > 0 for _, share, _ in before] == [phase in ("move", "verify")] * len(DESTINATIONS)
+    if fault == "stop":
+        stage.ranks[0].resume()
+    stage.assert_nothing_left(DESTINATIONS)
+    if fault == "stop":
+        late = stage.ranks[0].result()
+        assert late.error is None
     stage.ranks.each(quiet_of, 1.0, ranks=DESTINATIONS)
     assert stage.ranks.each(template_bytes, ranks=DESTINATIONS) == before
 

@@ -22,7 +22,7 @@ from torchft.coordination import LighthouseServer
 from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
-from ft_transport import PGTransport, TransferReport
+from ft_transport import LaneTransport, PGTransport, TransferReport
 
 from .harness import Worker, digest, tell
 
@@ -45,6 +45,7 @@ class Job:
         signals: Port of a store through which the test lets the ranks go on.
         group_size: Ranks of each replica.
         keys: Registered state-dict keys; one model and optimizer for each.
+        lanes: Whether states move over lanes, and not over the group.
     """
 
     lighthouse: str
@@ -53,6 +54,7 @@ class Job:
     group_size: int
     async_quorum: bool
     keys: tuple[str, ...]
+    lanes: bool
 
 
 class Part:
@@ -91,7 +93,12 @@ class Rank:
         template: Callable[[], object] = lambda: {key: part.state_dict() for key, part in self.parts.items()}  # noqa: E731
         if job.keys == ("default",):
             template = self.parts["default"].state_dict  # the very function that the Manager gets
-        self.transport = PGTransport[Any](group, TRANSFER_TIMEOUT, torch.device("cpu"), state_dict=template)
+        cpu = torch.device("cpu")
+        self.transport: LaneTransport[Any] | PGTransport[Any] = (
+            LaneTransport(TRANSFER_TIMEOUT, cpu, state_dict=template)
+            if job.lanes
+            else PGTransport(group, TRANSFER_TIMEOUT, cpu, state_dict=template)
+        )
         first = self.parts["default"] if job.keys == ("default",) else None
         self.manager = Manager(
             pg=group,
@@ -215,14 +222,16 @@ class Cluster:
 
 
 @contextmanager
-def cluster(replicas: int, group_size: int, async_quorum: bool, keys: tuple[str, ...]) -> Iterator[Cluster]:
+def cluster(
+    replicas: int, group_size: int, async_quorum: bool, keys: tuple[str, ...], lanes: bool
+) -> Iterator[Cluster]:
     """A Lighthouse and replicas, all of which have joined."""
     lighthouse = LighthouseServer(
         bind="[::]:0", min_replicas=1, join_timeout_ms=10_000, quorum_tick_ms=50, heartbeat_timeout_ms=1500
     )
     signals = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     address = f"http://localhost:{lighthouse.address().rpartition(':')[2]}"
-    found = Cluster(Job(address, signals.port, replicas, group_size, async_quorum, keys))
+    found = Cluster(Job(address, signals.port, replicas, group_size, async_quorum, keys, lanes))
     try:
         for replica in range(replicas):
             found.start(replica)
@@ -243,9 +252,20 @@ def cluster(replicas: int, group_size: int, async_quorum: bool, keys: tuple[str,
 @pytest.mark.parametrize("group_size", [1, 2], ids=["1 rank", "2 ranks"])
 @pytest.mark.parametrize("replicas", [2, 4], ids=["2 replicas", "4 replicas"])
 def test_killed_replica_heals(replicas: int, group_size: int, async_quorum: bool) -> None:
+    killed_replica_heals(replicas, group_size, async_quorum, lanes=False)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("async_quorum", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(("replicas", "group_size"), [(2, 1), (4, 2)], ids=["2 replicas", "4 replicas of 2 ranks"])
+def test_killed_replica_heals_over_lanes(replicas: int, group_size: int, async_quorum: bool) -> None:
+    killed_replica_heals(replicas, group_size, async_quorum, lanes=True)
+
+
+def killed_replica_heals(replicas: int, group_size: int, async_quorum: bool, lanes: bool) -> None:
     keys = ("default",) if group_size == 1 else ("left", "right")
     victim = replicas - 1
-    with cluster(replicas, group_size, async_quorum, keys) as job:
+    with cluster(replicas, group_size, async_quorum, keys, lanes) as job:
         for replica in range(replicas):
             job.train(replica, doomed=replica == victim)
         for worker in job.replicas[victim]:

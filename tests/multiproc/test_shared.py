@@ -11,7 +11,7 @@ from torch.distributed import TCPStore
 from torchft.checkpointing.transport_test import make_state_dict, run_multi_recovery_test
 from torchft.process_group import ProcessGroupGloo
 
-from ft_transport import PGTransport
+from ft_transport import LaneTransport, PGTransport
 
 CPU = torch.device("cpu")
 
@@ -26,5 +26,16 @@ def test_torchft_recovery_test(in_place: bool) -> None:
         pg.configure(f"localhost:{store.port}/test", "0", rank, world_size)
         template = (lambda: make_state_dict(CPU)) if in_place else None
         return PGTransport(pg, timedelta(seconds=10), CPU, state_dict=template)
+
+    run_multi_recovery_test(unittest.TestCase(), init_transport, device=CPU)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("topology", ["chain", "star"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["fresh", "in place"])
+def test_torchft_recovery_test_over_lanes(in_place: bool, topology: str) -> None:
+    def init_transport(rank: int, world_size: int) -> LaneTransport[dict[str, object]]:
+        template = (lambda: make_state_dict(CPU)) if in_place else None
+        return LaneTransport(timedelta(seconds=10), CPU, state_dict=template, topology=topology)  # type: ignore[arg-type]
 
     run_multi_recovery_test(unittest.TestCase(), init_transport, device=CPU)

@@ -1,0 +1,75 @@
+"""One public call of a transport: what is true of each, whatever it moves over."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import Protocol
+
+from ft_transport.errors import LocalProtocolError, TransferError
+from ft_transport.report import TransferReport
+
+__all__ = ["Call"]
+
+logger = logging.getLogger("ft_transport")
+
+
+class _Transport(Protocol):
+    _busy: threading.Lock
+    _last_report: TransferReport | None
+
+
+class Call:
+    """Keeps a second call out, completes the report, fills in the error, writes the log line.
+
+    Args:
+        transport: Whose call it is.
+        report: Of this call; ``last_report`` from now on.
+        goes_on: What the call has begun goes on when it has returned: the report is completed by somebody else then.
+    """
+
+    def __init__(self, transport: _Transport, report: TransferReport, *, goes_on: bool = False) -> None:
+        self._busy = transport._busy
+        self._report = report
+        self._transport = transport
+        self._goes_on = goes_on
+        self._start = 0.0
+
+    def __enter__(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise LocalProtocolError("a transfer is under way on this transport; one at a time")
+        self._transport._last_report = self._report
+        self._start = time.perf_counter()
+
+    def __exit__(self, cls: type | None, exc: BaseException | None, traceback: object) -> None:
+        self._busy.release()
+        report = self._report
+        if isinstance(exc, Exception) and not isinstance(exc, TransferError):
+            wrapped = LocalProtocolError(f"{cls.__name__ if cls else ''}: {exc}")
+            _fill_in(wrapped, report)
+            self._finish(wrapped)
+            raise wrapped from exc
+        if isinstance(exc, TransferError):
+            _fill_in(exc, report)
+        if exc is not None or not self._goes_on:
+            self._finish(exc)
+
+    def _finish(self, exc: BaseException | None) -> None:
+        self._report.finish(time.perf_counter() - self._start, exc)
+        complete = exc is None and self._report.complete
+        logger.log(logging.INFO if complete else logging.WARNING, "%s", self._report.summary())
+
+
+def _fill_in(error: TransferError, report: TransferReport) -> None:
+    """Say where in the transfer an error happened, as far as the one who raised it did not."""
+    if error.step is None:
+        error.step = report.step
+    worst = next((peer for peer in report.peers if peer.outcome != "complete"), None)
+    if worst is not None:
+        error.phase = error.phase or worst.phase
+        if error.peer_rank is None:
+            error.peer_rank = worst.rank
+        error.nbytes_done = worst.nbytes
+    error.nbytes_total = report.nbytes_total
+    error.torn = report.torn

@@ -1,0 +1,309 @@
+"""Fetches messages over the lanes to one supplier, and lands them.
+
+Strategy: each lane has a thread, which takes a message from the work that all lanes share, asks for it, and lands the
+answer; a slow lane so takes fewer. What is asked for on a lane that breaks goes back to the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ft_transport._conversation import Conversation, Frame, Header, Role, encode
+from ft_transport._landing import Landing
+from ft_transport._lane_options import CPU, LaneOptions
+from ft_transport._lanes import Bell, Connection, Contexts, Patience, Silence, dial
+from ft_transport._layout import Layout
+from ft_transport._meeting import Invitation
+from ft_transport._memory import Bucket, aligned, memory_at
+from ft_transport._relay import Relay
+from ft_transport._talk import Talk, fingerprint
+from ft_transport._work import Work
+from ft_transport.errors import RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.report import TransferReport
+
+__all__ = ["Fetcher", "Route", "Sink"]
+
+logger = logging.getLogger("ft_transport")
+
+# Messages that one lane has asked for: while one is on its way, the next ones are asked for already.
+_WINDOW = 3
+# How often one message may come damaged from the same supplier.
+_MAX_DAMAGED = 3
+
+
+class _Incurable(RemoteProtocolError):
+    """A message always comes damaged."""
+
+
+class Sink:
+    """Where messages land. Its methods are called by the lanes, each for another message.
+
+    Args:
+        layout: The messages.
+        landing: Where they land.
+        work: Learns which are here.
+        report: Learns how many bytes are.
+        verified: Whether messages have digests.
+        claims: Messages that may be here already, with their digests; None where it is still to be taken.
+
+    Attributes:
+        relay: Passes on what has landed, None if nobody would ask.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        landing: Landing,
+        work: Work,
+        report: TransferReport,
+        claims: dict[int, int | None],
+        *,
+        verified: bool,
+    ) -> None:
+        self.todo = work
+        self.relay: Relay | None = None
+        self.verified = verified
+        self._layout = layout
+        self._landing = landing
+        self._report = report
+        self._claims = claims
+        self._claimed: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def bitmap(self) -> bytes:
+        """Which messages may be here already: bit ``i % 8`` of byte ``i // 8``, the lowest bit first."""
+        bits = bytearray(-(-len(self._layout.sizes) // 8))
+        for message in self._claims:
+            bits[message // 8] |= 1 << message % 8
+        return bytes(bits) if self._claims else b""
+
+    def claim(self, message: int, bucket: Bucket) -> int | None:
+        """The digest of a message that may be here already, as its memory is now; None if it is not."""
+        if message not in self._claims or self.todo.was_damaged(message):
+            return None
+        here = self._landing.view(message)
+        if here is None:
+            staged = self._take(message, bucket)
+            self._landing.gather(message, staged)
+            here = memory_at(staged.data_ptr(), staged.numel())
+        self._claimed[message] = digest = fingerprint(here)
+        return digest if self._claims[message] in (None, digest) else None
+
+    def land(self, talk: Talk, header: Header, bucket: Bucket, patience: Patience) -> bool:
+        """Receive a message whose header is here; gives whether it came sound.
+
+        Raises:
+            TransferError: It did not come.
+        """
+        message, nbytes = header.number, self._layout.sizes[header.number]
+        view, staged = self._landing.view(message), None
+        if view is None:
+            staged = self._take(message, bucket)
+            view = memory_at(staged.data_ptr(), nbytes)
+        else:
+            self._note_torn(message)
+        digest = talk.hear_message(header, view, verify=self.verified, patience=patience)
+        if digest is None:
+            return False
+        if staged is not None:
+            self._note_torn(message)
+            self._landing.scatter(message, staged)
+            if self.relay is not None:
+                self.relay.keep(message, staged)
+        with self._lock:
+            self._report.peers[0].nbytes += nbytes
+            self._report.nbytes_staged += nbytes if staged is not None else 0
+        self.todo.landed(message, digest)
+        return True
+
+    def _take(self, message: int, bucket: Bucket) -> torch.Tensor:
+        bucket.reset(aligned(self._layout.sizes[message]))
+        return bucket.take(self._layout.sizes[message])
+
+    def _note_torn(self, message: int) -> None:
+        """A message is about to be written to where it belongs."""
+        if not self._report.torn and self._landing.in_template(message):
+            self._report.torn = True
+
+    def note_damage(self, message: int) -> None:
+        """A message came damaged.
+
+        Raises:
+            RemoteProtocolError: It always does.
+        """
+        with self._lock:
+            self._report.num_repaired += 1
+        times = self.todo.damaged(message)
+        logger.warning("message %d came damaged and is fetched again", message)
+        if times >= _MAX_DAMAGED:
+            raise _Incurable(
+                f"message {message} of {len(self._layout.sizes)} differs from what the source sent, {times} times: "
+                "damaged on the way, or changed at the source while it was sent"
+            )
+
+    def keep(self, message: int) -> None:
+        """A message was here already, as :meth:`claim` has said."""
+        with self._lock:
+            self._report.nbytes_kept += self._layout.sizes[message]
+        self.todo.landed(message, self._claimed[message])
+
+
+class Route(NamedTuple):
+    """Where to fetch.
+
+    Attributes:
+        invitation: The supplier's.
+        ident: Of the supply there.
+        from_source: Whether it is the source's own.
+    """
+
+    invitation: Invitation
+    ident: bytes
+    from_source: bool
+
+    @property
+    def label(self) -> str:
+        """The supplier, for messages."""
+        return "the source" if self.from_source else "the destination before this one"
+
+
+class Fetcher:
+    """The lanes to one supplier.
+
+    Args:
+        sink: Where messages land.
+        bell: Rung when a message has landed or a lane has ended.
+        options: How many lanes, and how long they may be silent.
+        attempt: As in every header.
+        step: As in every header.
+        stream: The accelerator's stream to scatter in, None without one.
+
+    Attributes:
+        error: Why a lane has ended, the newest; None while all is well.
+        fatal: This side's own trouble.
+    """
+
+    def __init__(
+        self, sink: Sink, bell: Bell, options: LaneOptions, attempt: int, step: int, stream: Any = None
+    ) -> None:
+        self.error: TransferError | None = None
+        self.fatal: Exception | None = None
+        self.nbytes_wire = 0
+        self._sink = sink
+        self._bell = bell
+        self._options = options
+        self._attempt = attempt
+        self._step = step
+        self._stream = stream
+        self._lock = threading.Lock()
+        self._lanes: dict[Connection, threading.Thread] = {}
+        self._threads: list[threading.Thread] = []
+        self._closing = False
+
+    def open(self, route: Route, contexts: Contexts | None, patience: Callable[[str], Patience]) -> None:
+        """Open the lanes. What keeps one from opening is in ``error``; the others are opened all the same.
+
+        Raises:
+            TransferTimeout: The deadline passed.
+        """
+        first = encode(Frame.ATTACH, self._attempt, self._step, body=[route.ident])
+        invitation = route.invitation
+        for _ in range(self._options.lanes):
+            own = patience(route.label)
+            try:
+                connection = dial(invitation, first, own, contexts, route.label)
+            except TransferTimeout:
+                raise
+            except TransferError as exc:
+                self.error = exc
+                return
+            # What has answered once is all that is tried from now on.
+            invitation = invitation._replace(addresses=(connection.address,))
+            thread = threading.Thread(target=self._run, args=(connection, own), name="ft_transport-lane", daemon=True)
+            with self._lock:
+                self._lanes[connection] = thread
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether a lane is open."""
+        return bool(self._lanes)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether opening new lanes to the same supplier would not help."""
+        return isinstance(self.error, (Silence, _Incurable))
+
+    def close(self) -> None:
+        """End all lanes; when this returns, nothing lands any more. May be called twice."""
+        self._closing = True
+        self._sink.todo.wake()
+        with self._lock:
+            for connection in self._lanes:
+                connection.abort()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, connection: Connection, patience: Patience) -> None:
+        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
+        conversation.sent(Frame.ATTACH)
+        talk = Talk(connection, conversation)
+        bucket = Bucket(CPU, pinned=True)
+        try:
+            with self._stream or contextlib.nullcontext():
+                while self._ask(talk, bucket, patience):
+                    self._hear(talk, bucket, patience)
+        except TransferError as exc:
+            if not self._closing:
+                self.error = exc
+        except Exception as exc:
+            self.fatal = exc
+        finally:
+            self._sink.todo.give_back(conversation.asked)
+            with self._lock:
+                del self._lanes[connection]
+                self.nbytes_wire += connection.nbytes_wire
+            connection.close()
+            self._bell.ring()
+
+    def _ask(self, talk: Talk, bucket: Bucket, patience: Patience) -> bool:
+        """Ask for as much as a lane may have asked for; False at the end."""
+        work, asked = self._sink.todo, talk.conversation.asked
+        while len(asked) < _WINDOW:
+            message = work.take(lambda: self._closing, block=not asked)
+            if message is None:
+                break
+            if not asked:
+                patience.moved()  # nothing was asked for: it was not the supplier's silence
+            claim = self._sink.claim(message, bucket)
+            if claim is not None:
+                talk.say(Frame.CHECK, patience, message, [claim])
+            else:
+                talk.say(Frame.REPAIR if work.was_damaged(message) else Frame.WANT, patience, message)
+        return bool(asked)
+
+    def _hear(self, talk: Talk, bucket: Bucket, patience: Patience) -> None:
+        header = talk.hear_header(patience)
+        number = header.number
+        if header.frame is Frame.MESSAGE:
+            try:
+                sound = self._sink.land(talk, header, bucket, patience)
+            except BaseException:
+                # It had begun to come and so is no longer among those asked for.
+                talk.conversation.asked.appendleft(number)
+                raise
+            if not sound:
+                self._sink.note_damage(number)
+        else:
+            talk.hear_body(header, patience)
+            if header.frame is Frame.SAME:
+                self._sink.keep(number)
+        if self._options.progress is not None or self._sink.todo.complete:
+            self._bell.ring()

@@ -1,0 +1,459 @@
+"""The destination's side of a transfer over lanes: agree with the source, fetch, pass on, rebuild.
+
+Strategy: the thread that called holds the conversation with the source and decides where to fetch; ``_fetch`` does that
+in threads of its own. When all lanes to a destination before this one have ended, the source is asked for somebody
+else; when all lanes to the source have, they are opened again as long as that may help.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+
+from ft_transport._codec import Frame as CodecFrame
+from ft_transport._codec import Header as ManifestHeader
+from ft_transport._codec import decode_frame, decode_manifest
+from ft_transport._conversation import Conversation, Frame, Header, Role, encode
+from ft_transport._deadline import Deadline
+from ft_transport._desk import Desk
+from ft_transport._digest import digest_bytes
+from ft_transport._fetch import Fetcher, Route, Sink
+from ft_transport._landing import Landing
+from ft_transport._lane_options import CPU, LaneOptions, settled_stream
+from ft_transport._lanes import HEARTBEAT, Bell, Contexts, Patience, Silence, dial
+from ft_transport._layout import Layout, lay_out
+from ft_transport._manifest import Manifest
+from ft_transport._meeting import Invitation
+from ft_transport._memory import no_collection
+from ft_transport._relay import Relay
+from ft_transport._talk import Talk
+from ft_transport._template import compare, match_template
+from ft_transport._transfer import tell_progress
+from ft_transport._work import Work
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.report import Progress, TransferReport
+
+__all__ = ["Kept", "Received", "Reception", "Self"]
+
+logger = logging.getLogger("ft_transport")
+
+# How often all lanes to the source may break before the receive does.
+_MAX_BREAKS = 3
+# How long the source may take to say goodbye, or to read why this side gives up.
+_LAST_WORDS = timedelta(seconds=1)
+
+
+class Self(NamedTuple):
+    """This process, as others see it.
+
+    Attributes:
+        identity: New for each transport.
+        name: For the source's report.
+        metadata: Where others can fetch from it.
+        desk: Leads them to what they may fetch.
+        contexts: For TLS, None without.
+    """
+
+    identity: bytes
+    name: str
+    metadata: str
+    desk: Desk
+    contexts: Contexts | None
+
+
+class Kept(NamedTuple):
+    """What a receive that broke has left in the template.
+
+    Attributes:
+        step: Of the state.
+        manifest: Digest of its manifest.
+        digests: Of the messages that were sound.
+    """
+
+    step: int
+    manifest: int
+    digests: dict[int, int]
+
+
+class Received(NamedTuple):
+    """A received state.
+
+    Attributes:
+        state: The state dict.
+        written: The template's tensors that hold a new value; autograd has not been told of it.
+        relay: Goes on passing the state on until it is closed; None if nobody would ask.
+    """
+
+    state: object
+    written: list[torch.Tensor]
+    relay: Relay | None
+
+
+class _Plan(NamedTuple):
+    """What both sides have agreed on."""
+
+    header: ManifestHeader
+    digest: int
+    layout: Layout
+    landing: Landing
+
+
+class _GaveUp(PeerFailure):
+    """The source has said that it will not go on."""
+
+
+class Reception:
+    """One receive.
+
+    Args:
+        invitation: The source's.
+        step: Step that both sides must agree on.
+        attempt: Distinct for each receive of this process.
+        me: This process.
+        options: The caller's choices.
+        deadline: Of the whole call.
+        report: Filled with what happened; its only peer is the source.
+
+    Attributes:
+        kept: After an error, what it has left in the template; else None.
+    """
+
+    def __init__(
+        self,
+        invitation: Invitation,
+        step: int,
+        attempt: int,
+        me: Self,
+        options: LaneOptions,
+        deadline: Deadline,
+        report: TransferReport,
+    ) -> None:
+        self.kept: Kept | None = None
+        self._invitation = invitation
+        self._step = step
+        self._attempt = attempt
+        self._me = me
+        self._options = options
+        self._deadline = deadline
+        self._report = report
+        (self._peer,) = report.peers
+        self._bell = Bell()
+        self._talk: Talk | None = None
+        self._lost: TransferError | None = None  # why the source cannot be heard any more
+        self._source = self._patience()
+        self._beat = Deadline(timedelta(0))
+        self._told = 0  # bytes that the progress callback knows of
+        self._route: Route | None = None
+        self._relay: Relay | None = None
+        self._stream: Any = None
+        self._lane_wire = 0
+        self._hopeless = False  # whether the source's lanes would break again
+
+    def run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
+        """Receive the state.
+
+        Args:
+            state_dict: Gives the template, None for a fresh state.
+            earlier: What an earlier receive has left.
+
+        Raises:
+            TransferError: As it happened. Nothing reads or writes the template any more; ``report.torn`` says whether
+                it holds a mix of two states.
+        """
+        peer, self.kept = self._peer, earlier
+        try:
+            with peer.enter("agree", "destination"):
+                talk = self._call()
+                plan, sink = self._agree(talk, state_dict, earlier)
+            with peer.enter("move", "destination"):
+                self._move(talk, plan, sink)
+            with peer.enter("verify", "destination"):
+                self._say_done(talk)
+            with peer.enter("rebuild", "destination"), no_collection():
+                self._report.torn = self._report.torn or plan.landing.copies
+                state = plan.landing.rebuild()
+            self._report.torn = False
+            self.kept = None
+            peer.outcome = "complete"
+            return Received(state, plan.landing.written(), self._relay)
+        except BaseException as exc:
+            self._end_badly(exc)
+            raise
+        finally:
+            peer.nbytes_wire = self._lane_wire
+            if self._talk is not None:
+                peer.nbytes_wire += self._talk.connection.nbytes_wire
+                self._talk.connection.close()
+            self._bell.close()
+
+    def _patience(self, label: str = "the source") -> Patience:
+        return Patience(self._deadline, self._options.stall, label)
+
+    # ------------------------------------------------------------------------------------- agree
+
+    def _call(self) -> Talk:
+        hello = encode(Frame.HELLO, self._attempt, self._step, body=[self._me.identity, self._me.name])
+        connection = dial(self._invitation, hello, self._patience(), self._me.contexts)
+        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
+        conversation.sent(Frame.HELLO)
+        self._talk = Talk(connection, conversation)
+        self._peer.address = connection.address
+        return self._talk
+
+    def _agree(self, talk: Talk, state_dict: Callable[[], object] | None, earlier: Kept | None) -> tuple[_Plan, Sink]:
+        header, data = self._await_manifest(talk)
+        try:
+            with _heartbeats(talk, self._patience()), no_collection():
+                self._stream = settled_stream()
+                plan = self._plan(data, state_dict)
+                sink = self._sink(plan, earlier)
+        except Exception as exc:
+            error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
+            talk.say(Frame.REFUSE, self._patience(), body=[error.message])
+            self._peer.outcome = "refused"
+            raise error from None
+        metadata, ident = "", b""
+        if header.number > 1:
+            self._relay = sink.relay = Relay(
+                self._me.desk,
+                plan.layout,
+                plan.landing,
+                sink.todo,
+                self._patience(),
+                verified=sink.verified,
+                stream=self._stream,
+            )
+            metadata, ident = self._me.metadata, self._relay.ident
+        talk.say(Frame.READY, self._patience(), body=[metadata, ident, sink.bitmap()])
+        return plan, sink
+
+    def _await_manifest(self, talk: Talk) -> tuple[Header, bytes]:
+        while True:
+            patience = self._patience()
+            while not self._bell.await_ring(talk.connection, min(HEARTBEAT, self._deadline.remaining())):
+                patience.check()
+            header, body = talk.hear(patience)
+            if header.frame is Frame.MANIFEST:
+                return header, bytes(body)
+            if header.frame is Frame.FAILED:
+                raise _GaveUp(f"the source gave up: {'; '.join(body)}")
+            if self._deadline.expired():
+                seconds = self._deadline.timeout.total_seconds()
+                raise TransferTimeout(f"timed out after {seconds:g} s: the source is there and has not begun to send")
+
+    def _plan(self, data: bytes, state_dict: Callable[[], object] | None) -> _Plan:
+        """Check the state against the template, and decide where each byte lands."""
+        kind, body = decode_frame(data)
+        if kind is not CodecFrame.MANIFEST:
+            raise RemoteProtocolError(f"expected a manifest, got {kind.name}")
+        manifest, header = decode_manifest(body)
+        if header.step != self._step:
+            raise RemoteProtocolError(f"expected step {self._step}, source has step {header.step}")
+        if header.digest not in ("", "xxh3") or header.sample >= 0:
+            raise RemoteProtocolError(f"expected xxh3 digests of every byte, or none, source has {header.digest!r}")
+        layout = lay_out(manifest, header.limits)
+        landing = self._landing(manifest, layout, state_dict)
+        self._report.num_leaves = len(manifest.leaves)
+        self._report.num_messages = len(layout.messages)
+        self._report.nbytes_total = layout.nbytes
+        return _Plan(header, digest_bytes(data), layout, landing)
+
+    def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
+        report, options = self._report, self._options
+        matched = match_template(manifest, state_dict(), report) if state_dict is not None else {}
+        targets, reasons = compare(manifest, matched, report)
+        if options.strict:
+            reasons += [f"{path}: expected in the template, source has it" for path in report.missing]
+            reasons += [f"{path}: expected from the source, template has it" for path in report.unused]
+        if reasons:
+            raise RemoteProtocolError("; ".join(reasons))
+        return Landing(manifest, layout, matched, targets, CPU, report, fresh_device=options.fresh_device)
+
+    def _sink(self, plan: _Plan, earlier: Kept | None) -> Sink:
+        """Where the messages land, with those that may be there already."""
+        claims: dict[int, int | None] = {}
+        in_template = plan.landing.in_template
+        if self._options.skip_unchanged and plan.header.digest:
+            claims = dict.fromkeys(filter(in_template, range(len(plan.layout.messages))))
+        if earlier is not None and self._resumes(earlier, plan):
+            left = {message: digest for message, digest in earlier.digests.items() if in_template(message)}
+            claims |= left
+            # These are in the template already, and the others are not.
+            self._report.torn = bool(left)
+        work = Work(len(plan.layout.messages))
+        return Sink(plan.layout, plan.landing, work, self._report, claims, verified=bool(plan.header.digest))
+
+    def _resumes(self, earlier: Kept, plan: _Plan) -> bool:
+        return (earlier.step, earlier.manifest) == (self._step, plan.digest)
+
+    # -------------------------------------------------------------------------------------- move
+
+    def _move(self, talk: Talk, plan: _Plan, sink: Sink) -> None:
+        """Fetch everything, from whomever it takes."""
+        work, breaks = sink.todo, 0
+        try:
+            self._source.moved()
+            self._await_route(talk)
+            while not work.complete:
+                route, self._route = self._route, None
+                assert route is not None
+                error = self._fetch(talk, route, sink)
+                if work.complete:
+                    break
+                if not route.from_source and self._lost is None:
+                    work.forgive()
+                    talk.say(Frame.REROUTE, self._patience(), body=[route.ident, error.message])
+                    self._await_route(talk)
+                    continue
+                breaks += 1
+                if self._lost or breaks == _MAX_BREAKS or self._hopeless:
+                    raise error if route.from_source or self._lost is None else self._lost
+                logger.warning("the lanes are opened again: %s", error)
+                self._route = route
+        finally:
+            if sink.verified and work.digests:
+                known = self.kept.digests if self.kept is not None and self._resumes(self.kept, plan) else {}
+                self.kept = Kept(self._step, plan.digest, known | work.digests)
+
+    def _fetch(self, talk: Talk, route: Route, sink: Sink) -> TransferError:
+        """Fetch from one supplier until everything is here or its lanes have ended; gives why they have."""
+        fetcher = Fetcher(sink, self._bell, self._options, self._attempt, self._step, self._stream)
+        try:
+            fetcher.open(route, self._me.contexts, self._patience)
+            while not sink.todo.complete and fetcher.alive:
+                self._pump(talk)
+                if fetcher.fatal is not None:
+                    raise fetcher.fatal
+        finally:
+            fetcher.close()
+            self._lane_wire += fetcher.nbytes_wire
+        if fetcher.fatal is not None:
+            raise fetcher.fatal
+        if not sink.todo.complete:
+            # Whoever ends the lanes may have said why.
+            self._pump(talk, timedelta(milliseconds=1))
+        self._hopeless = fetcher.hopeless
+        return fetcher.error or PeerFailure(f"{route.label} has ended its lanes")
+
+    def _await_route(self, talk: Talk) -> None:
+        while self._route is None:
+            self._pump(talk)
+            if self._lost is not None:
+                raise self._lost
+
+    def _pump(self, talk: Talk, limit: timedelta = HEARTBEAT) -> None:
+        """Wait for news from the lanes or the source, and say that this side is alive.
+
+        Raises:
+            TransferTimeout: The deadline passed.
+            _GaveUp: The source will not go on. If it is merely lost, that is noted: the lanes may have everything.
+        """
+        if self._deadline.expired():
+            raise TransferTimeout(f"timed out after {self._deadline.timeout.total_seconds():g} s")
+        listening = talk.connection if self._lost is None else None
+        readable = self._bell.await_ring(listening, min(limit, self._deadline.remaining()))
+        self._tell_progress()
+        if self._lost is not None:
+            return
+        try:
+            if readable:
+                self._hear(talk)
+            if self._beat.expired():
+                self._beat = Deadline(HEARTBEAT)
+                talk.say(Frame.PROGRESS, self._patience(), self._nbytes_here)
+            self._source.check()
+        except (_GaveUp, TransferTimeout):
+            raise
+        except TransferError as exc:
+            self._lost = exc
+
+    def _hear(self, talk: Talk) -> None:
+        header, body = talk.hear(self._source)
+        if header.frame is Frame.FAILED:
+            raise _GaveUp(f"the source gave up: {'; '.join(body)}")
+        if header.frame is Frame.ROUTE:
+            metadata, ident = body
+            if metadata is None:
+                here = self._invitation._replace(addresses=(talk.connection.address,))
+                self._route = Route(here, ident, from_source=True)
+            else:
+                self._route = Route(Invitation.decode(metadata), ident, from_source=False)
+
+    @property
+    def _nbytes_here(self) -> int:
+        return self._peer.nbytes + self._report.nbytes_kept
+
+    def _tell_progress(self) -> None:
+        nbytes = self._nbytes_here
+        if nbytes != self._told:
+            self._told = nbytes
+            now = Progress("destination", self._step, self._peer.rank, nbytes, self._report.nbytes_total)
+            tell_progress(self._options.progress, now)
+
+    # --------------------------------------------------------------------------------------- end
+
+    def _say_done(self, talk: Talk) -> None:
+        self._tell_progress()
+        try:
+            if self._lost is not None:
+                raise self._lost
+            patience = Patience(self._deadline, _LAST_WORDS)
+            talk.say(Frame.DONE, patience, self._nbytes_here)
+            while talk.hear(patience)[0].frame is not Frame.BYE:
+                patience.check()
+        except TransferError as exc:
+            # Everything is here and agrees: that the source cannot be told any more is the source's loss alone.
+            logger.warning("the source could not be told that its state arrived: %s", exc)
+
+    def _end_badly(self, exc: BaseException) -> None:
+        """Note how it ended, tell the source where it still listens, pass nothing on any more."""
+        peer = self._peer
+        peer.reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+        if self._relay is not None:
+            self._relay.close()
+        refused = peer.outcome == "refused"
+        if isinstance(exc, (TransferTimeout, Silence)):
+            peer.outcome = "timed out"
+        elif isinstance(exc, PeerFailure) and not isinstance(exc, _GaveUp):
+            peer.outcome = "dead"
+        elif not refused:
+            peer.outcome = "failed"
+        if self._talk is not None and self._lost is None and not isinstance(exc, _GaveUp):
+            # Who has been silent for so long will hardly answer now.
+            patience = Patience(Deadline(HEARTBEAT if isinstance(exc, Silence) else _LAST_WORDS))
+            try:
+                if not refused:
+                    self._talk.say(Frame.FAILED, patience, body=[peer.reason])
+                self._talk.connection.finish(patience)
+            except TransferError:
+                pass
+
+
+@contextmanager
+def _heartbeats(talk: Talk, patience: Patience) -> Iterator[None]:
+    """Say every now and then that this side is alive, while it is busy with something else."""
+    changed, over = threading.Condition(), False
+
+    def beat() -> None:
+        with changed:
+            while not changed.wait_for(lambda: over, HEARTBEAT.total_seconds()):
+                try:
+                    talk.say(Frame.PROGRESS, patience)
+                except TransferError:
+                    return  # whoever talks next finds out
+
+    thread = threading.Thread(target=beat, name="ft_transport-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with changed:
+            over = True
+            changed.notify_all()
+        thread.join()

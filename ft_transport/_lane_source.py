@@ -1,0 +1,339 @@
+"""The source's side of a transfer over lanes: an offer, which destinations come for.
+
+Strategy: an offer is made once, and then waits for nobody. Each destination that comes has a thread, which holds the
+conversation with it, and a supply, whose lanes it fetches the state over. All of them end by the offer's deadline.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ft_transport._conversation import Frame, State
+from ft_transport._deadline import Deadline
+from ft_transport._desk import Desk
+from ft_transport._lane_options import CPU, SMALL_BYTES, LaneOptions, settled_stream
+from ft_transport._lanes import HEARTBEAT, Patience, Silence
+from ft_transport._meeting import Visit
+from ft_transport._memory import Bucket, aligned
+from ft_transport._source import Outbound
+from ft_transport._supply import Supply
+from ft_transport._talk import Talk
+from ft_transport._transfer import tell_progress
+from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.report import PeerReport, Progress, TransferReport
+
+__all__ = ["Offer"]
+
+logger = logging.getLogger("ft_transport")
+
+
+class SourceStock:
+    """The messages of a described state; see ``_supply.Stock``.
+
+    The small ones are copied here and now: forward goes on meanwhile, and changes small buffers (BatchNorm).
+    """
+
+    def __init__(self, outbound: Outbound) -> None:
+        self.sizes = outbound.layout.sizes
+        self.verified = bool(outbound.header.digest)
+        self._gatherer = outbound.gatherer
+        self._digests: dict[int, int] = {}
+        self._copies: dict[int, memoryview] = {}
+        small, room = [], SMALL_BYTES
+        for message, pieces in enumerate(outbound.layout.messages):
+            nbytes = aligned(self.sizes[message])
+            if (len(pieces) > 1 or self.sizes[message] < outbound.layout.stage_below) and nbytes <= room:
+                room -= nbytes
+                small.append(message)
+        self._bucket = Bucket(CPU)
+        self._bucket.reset(SMALL_BYTES - room)
+        for message in small:
+            self._copies[message] = self._gatherer.view(message, self._bucket)
+
+    def await_message(self, message: int) -> bool:
+        return True
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        copied = self._copies.get(message)
+        return self._gatherer.view(message, bucket) if copied is None else copied
+
+    def digest(self, message: int) -> int | None:
+        return self._digests.get(message)
+
+    def note_digest(self, message: int, digest: int) -> None:
+        self._digests.setdefault(message, digest)
+
+
+@dataclass
+class _Guest:
+    """One destination that has come.
+
+    Attributes:
+        metadata: Where those behind it in the chain can fetch from it, empty if they cannot.
+        relay: Identity of its supply there.
+        ident: Identity of the supply that it has here.
+        avoided: Identities of supplies that have failed it.
+    """
+
+    talk: Talk
+    peer: PeerReport
+    patience: Patience
+    supply: Supply | None = None
+    metadata: str = ""
+    relay: bytes = b""
+    ident: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    avoided: set[bytes] = field(default_factory=set)
+    thread: threading.Thread | None = None
+
+
+class _Refused(TransferError):
+    """The destination does not accept the state."""
+
+
+class Offer:
+    """A state, open to destinations from :meth:`open` to :meth:`close`.
+
+    Args:
+        options: The caller's choices.
+        deadline: Of the whole transfer.
+        report: Filled with what happened; has a ``PeerReport`` for each expected destination.
+        desk: Leads destinations here.
+    """
+
+    def __init__(self, options: LaneOptions, deadline: Deadline, report: TransferReport, desk: Desk) -> None:
+        self.report = report
+        # A chain of one is none.
+        self._options = replace(options, chain=options.chain and len(report.peers) > 1)
+        self._deadline = deadline
+        self._desk = desk
+        self._begin = time.perf_counter()
+        self._changed = threading.Condition()
+        self._expected = list(report.peers)
+        self._guests: dict[bytes, _Guest] = {}
+        self._chain: list[_Guest] = []
+        self._threads: list[threading.Thread] = []
+        self._over = False
+        self._failure = ""
+        self._frame = b""
+        self._stock: SourceStock | None = None
+        self._stream: Any = None
+
+    def open(self, state_dict: object) -> None:
+        """Describe the state and let destinations in, those that wait first.
+
+        Raises:
+            LocalProtocolError: A leaf cannot travel. Destinations are let in, and told so.
+        """
+        try:
+            with self.report.phase("describe"):
+                self._stream = settled_stream()
+                outbound = Outbound(state_dict, self.report.step, self._options, self.report)
+                self._frame = outbound.frame
+                self._stock = SourceStock(outbound)
+        except Exception as exc:
+            self._failure = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+            raise
+        finally:
+            self._desk.open(self)
+
+    # ------------------------------------------------------------------------------------ guests
+
+    def receive_guest(self, talk: Talk, visit: Visit) -> bool:
+        identity, name = visit.body
+        with self._changed:
+            if self._over:
+                return False
+            peer = self._peer_of(identity)
+            peer.address, peer.name = talk.connection.address, str(name)
+            patience = Patience(self._deadline, self._options.stall, "the destination")
+            guest = _Guest(talk, peer, patience)
+            self._guests[identity] = guest
+            guest.thread = threading.Thread(target=self._run, args=(guest,), name="ft_transport-guest", daemon=True)
+            self._threads.append(guest.thread)
+            guest.thread.start()
+        return True
+
+    def _peer_of(self, identity: bytes) -> PeerReport:
+        """The report's entry for a destination, a new one if it has been here before."""
+        earlier = self._guests.get(identity)
+        if earlier is not None:
+            earlier.talk.connection.abort()
+            peer = PeerReport(earlier.peer.rank)
+            self.report.peers = [peer if known is earlier.peer else known for known in self.report.peers]
+        elif self._expected:
+            peer = self._expected.pop(0)
+        else:
+            peer = PeerReport(-1)
+            self.report.peers.append(peer)
+        return peer
+
+    def _run(self, guest: _Guest) -> None:
+        peer, talk = guest.peer, guest.talk
+        outcome = "failed"
+        try:
+            self._serve(guest)
+            outcome = "complete"
+        except Exception as exc:
+            peer.reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+            outcome = _outcome(exc, guest.patience)
+            if outcome in ("failed", "timed out"):
+                _say_failed(talk, peer.reason)
+        finally:
+            self._desk.unregister(guest.ident)
+            peer.nbytes_wire = talk.connection.nbytes_wire
+            if guest.supply is not None:
+                guest.supply.close()
+                peer.nbytes_wire += guest.supply.nbytes_wire
+            talk.connection.close()
+            with self._changed:
+                peer.outcome = outcome  # type: ignore[assignment]
+                self._settle()
+                self._changed.notify_all()
+
+    def _serve(self, guest: _Guest) -> None:
+        peer, talk, patience = guest.peer, guest.talk, guest.patience
+        if self._failure:
+            raise _Failure(self._failure)
+        with peer.enter("agree", "source"):
+            relays = len(self.report.peers) if self._options.chain else 1
+            talk.say(Frame.MANIFEST, patience, relays, self._frame)
+            self._hear(guest, until=State.ROUTING)
+        with peer.enter("move", "source"):
+            assert self._stock is not None, "only once nobody is served any more"
+            guest.supply = Supply(self._stock, Patience(self._deadline), self._stream)
+            self._desk.register(guest.ident, guest.supply)
+            while talk.conversation.state is State.ROUTING:
+                self._route(guest)
+                self._hear(guest, until=State.DONE)
+        talk.say(Frame.BYE, patience)
+        talk.connection.finish(Patience(self._deadline, HEARTBEAT))
+
+    def _hear(self, guest: _Guest, until: State) -> None:
+        """Listen to a destination until it is its turn no more: it is ready, wants another route, or is done."""
+        talk, peer, patience = guest.talk, guest.peer, guest.patience
+        while True:
+            header, body = talk.hear(patience)
+            patience.check()
+            if header.frame is Frame.PROGRESS or header.frame is Frame.DONE:
+                self._progress(peer, header.number)
+                if talk.conversation.state is State.MOVING:
+                    talk.say(Frame.WAIT, patience)  # the source is alive, too
+            elif header.frame is Frame.REFUSE:
+                raise _Refused(f"the destination refuses this state: {'; '.join(body)}")
+            elif header.frame is Frame.FAILED:
+                raise _Failure(f"the destination gave up: {'; '.join(body)}")
+            elif header.frame is Frame.READY:
+                guest.metadata, guest.relay, _ = body
+                with self._changed:
+                    self._chain.append(guest)
+            elif header.frame is Frame.REROUTE:
+                failed, reason = body
+                guest.avoided.add(failed)
+                logger.warning("%s turns to another supplier: %s", peer.label, reason)
+            if talk.conversation.state in (until, State.ROUTING):
+                return
+
+    def _progress(self, peer: PeerReport, nbytes: int) -> None:
+        nbytes = min(nbytes, self.report.nbytes_total)
+        if nbytes != peer.nbytes:
+            peer.nbytes = nbytes
+            now = Progress("source", self.report.step, peer.rank, nbytes, self.report.nbytes_total)
+            tell_progress(self._options.progress, now)
+
+    def _route(self, guest: _Guest) -> None:
+        """Tell a destination where to fetch: from the one before it in the chain, or from here."""
+        with self._changed:
+            before = self._chain[: self._chain.index(guest)] if self._options.chain else []
+            metadata, ident = None, guest.ident
+            for other in reversed(before):
+                alive = other.peer.outcome in ("pending", "complete")
+                if alive and other.metadata and other.relay not in guest.avoided:
+                    metadata, ident = other.metadata, other.relay
+                    break
+        guest.talk.say(Frame.ROUTE, guest.patience, body=[metadata, ident])
+
+    # --------------------------------------------------------------------------------------- end
+
+    def _settle(self) -> None:
+        """Complete the report, once no destination is expected or served any more. The lock is held."""
+        if self._over or any(peer.outcome == "pending" for peer in self.report.peers):
+            return
+        self._over = True
+        self._stock = None
+        self.report.finish(time.perf_counter() - self._begin, None)
+        logger.log(logging.INFO if self.report.complete else logging.WARNING, "%s", self.report.summary())
+
+    def tick(self) -> None:
+        """End an offer whose deadline has passed and for which nobody has come."""
+        if self._deadline.expired():
+            with self._changed:
+                self._give_up_expected("timed out waiting for it")
+
+    def _give_up_expected(self, reason: str) -> None:
+        while self._expected:
+            peer = self._expected.pop()
+            peer.outcome, peer.reason = "timed out", reason
+        self._settle()
+        self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until every destination is served or has failed, or the deadline has passed.
+
+        A destination that has not come within the stall time-out from now on is not waited for.
+        """
+        absent = Deadline(self._options.stall)
+        with self._changed:
+            while not self._over and not self._deadline.expired():
+                if self._expected and absent.expired():
+                    self._give_up_expected(f"it has not come within {absent.timeout.total_seconds():g} s")
+                    continue
+                limits = [self._deadline.remaining()] + ([absent.remaining()] if self._expected else [])
+                self._changed.wait_for(lambda: self._over, min(limits).total_seconds())
+
+    def close(self, wait: bool = True) -> None:
+        """End what is still under way; when this returns, nothing reads the state. Never raises."""
+        self._desk.close(self)
+        with self._changed:
+            self._give_up_expected("it has not come before the source ended the transfer")
+            guests, threads = list(self._guests.values()), list(self._threads)
+            for guest in guests:
+                guest.patience.cancel("the source has ended the transfer")
+        if not wait:
+            for guest in guests:
+                guest.talk.connection.abort()
+            return
+        for thread in threads:
+            thread.join()
+        with self._changed:
+            self._stock = None
+
+
+class _Failure(TransferError):
+    """One side has given up for a reason of its own."""
+
+
+def _outcome(exc: Exception, patience: Patience) -> str:
+    if isinstance(exc, _Refused):
+        return "refused"
+    if isinstance(exc, (TransferTimeout, Silence)):
+        return "timed out"
+    if isinstance(exc, PeerFailure) and not patience.cancelled:
+        return "dead"
+    return "failed"
+
+
+def _say_failed(talk: Talk, reason: str) -> None:
+    """Tell a destination why there will be no more, if it still listens. Never raises."""
+    if talk.conversation.state is State.CLOSED:
+        return
+    patience = Patience(Deadline(4 * HEARTBEAT), HEARTBEAT)
+    try:
+        talk.say(Frame.FAILED, patience, body=[reason])
+        talk.connection.finish(patience)
+    except (TransferError, RemoteProtocolError):
+        pass

@@ -1,0 +1,96 @@
+"""Passes a state on, from the memory that it landed in, to the next destination in the chain."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+
+from ft_transport._desk import Desk
+from ft_transport._landing import Landing
+from ft_transport._lane_options import SMALL_BYTES
+from ft_transport._lanes import HEARTBEAT, Patience
+from ft_transport._layout import Layout
+from ft_transport._memory import Bucket, memory_at
+from ft_transport._supply import Supply
+from ft_transport._work import Work
+
+__all__ = ["Relay"]
+
+
+class Relay:
+    """What has landed here and is sound, for whoever the source sends here. Is a ``_supply.Stock``.
+
+    A message is passed on with the digest that the source has given it, so what this side has done to its memory in the
+    meantime is found by the one who gets it.
+
+    Args:
+        desk: Leads the next one here.
+        layout: The messages.
+        landing: Where they land.
+        work: Which of them are here.
+        verified: Whether messages have digests.
+        stream: The accelerator's stream to gather in, None without one.
+        patience: Until when it waits for the others in :meth:`drain`.
+
+    Attributes:
+        ident: By which the next one asks for it.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        layout: Layout,
+        landing: Landing,
+        work: Work,
+        patience: Patience,
+        *,
+        verified: bool,
+        stream: Any = None,
+    ) -> None:
+        self.ident = secrets.token_bytes(16)
+        self.sizes = layout.sizes
+        self.verified = verified
+        self._desk = desk
+        self._landing = landing
+        self._work = work
+        # Small messages as they came: training goes on once this side has the state, and changes small buffers.
+        self._copies: dict[int, torch.Tensor] = {}
+        self._room = SMALL_BYTES
+        self._supply = Supply(self, patience, stream)
+        desk.register(self.ident, self._supply)
+
+    def keep(self, message: int, data: torch.Tensor) -> None:
+        """Copy a message that was staged, if there is room."""
+        if data.numel() <= self._room:
+            self._room -= data.numel()
+            self._copies[message] = data.clone()
+
+    def await_message(self, message: int) -> bool:
+        return self._work.await_message(message, HEARTBEAT)
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        here = self._copies.get(message)
+        if here is None and (direct := self._landing.view(message)) is not None:
+            return direct
+        if here is None:
+            here = bucket.take(self.sizes[message])
+            self._landing.gather(message, here)
+        return memory_at(here.data_ptr(), here.numel())
+
+    def digest(self, message: int) -> int | None:
+        return self._work.digests.get(message)
+
+    def note_digest(self, message: int, digest: int) -> None:
+        pass  # it has the source's
+
+    def drain(self) -> None:
+        """Wait until those who fetch from here have everything, or have stalled. Never raises."""
+        self._supply.drain()
+
+    def close(self) -> None:
+        """When this returns, nothing reads the state any more. May be called twice."""
+        self._desk.unregister(self.ident)
+        self._supply.close()
+        self._copies.clear()

@@ -1,0 +1,155 @@
+"""Answers on lanes: the source to its destinations, and a destination to the one behind it in the chain."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from typing import Any, Protocol
+
+import torch
+
+from ft_transport._conversation import Conversation, Frame, Header, Role
+from ft_transport._lanes import HEARTBEAT, Connection, Patience
+from ft_transport._memory import Bucket, aligned
+from ft_transport._talk import Talk, fingerprint
+from ft_transport.errors import RemoteProtocolError, TransferError
+
+__all__ = ["Stock", "Supply"]
+
+logger = logging.getLogger("ft_transport")
+
+# Bounds what somebody who knows the secret can make us start: a thread for each lane.
+MAX_LANES = 64
+
+
+class Stock(Protocol):
+    """Messages to supply.
+
+    Attributes:
+        sizes: Bytes of each message.
+        verified: Whether messages have digests.
+    """
+
+    sizes: list[int]
+    verified: bool
+
+    def await_message(self, message: int) -> bool:
+        """Wait for a message, no longer than a heartbeat; gives whether it is there."""
+        ...
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        """The bytes of a message; in the bucket, which has room for it, where they are not in one place."""
+        ...
+
+    def digest(self, message: int) -> int | None:
+        """The digest that a message has for everybody, None while nobody has taken it."""
+        ...
+
+    def note_digest(self, message: int, digest: int) -> None:
+        """What the first one to read a message took; later ones change nothing."""
+        ...
+
+
+class Supply:
+    """The lanes of one destination, each with a thread.
+
+    Args:
+        stock: What there is to supply. Read until :meth:`close` has returned.
+        patience: No lane outlasts its deadline. It learns of all that moves.
+        stream: The accelerator's stream to gather in, None without one.
+
+    Attributes:
+        nbytes: Payload bytes sent.
+        nbytes_wire: All bytes of the lanes that have ended.
+    """
+
+    def __init__(self, stock: Stock, patience: Patience, stream: Any = None) -> None:
+        self.nbytes = 0
+        self.nbytes_wire = 0
+        self._stock = stock
+        self._patience = patience
+        self._stream = stream
+        self._changed = threading.Condition()
+        self._closed = False
+        self._lanes: dict[Connection, threading.Thread] = {}
+
+    def attach(self, connection: Connection, header: Header) -> None:
+        """Serve a lane, whose first frame was ``header``, in a thread of its own."""
+        with self._changed:
+            if self._closed or len(self._lanes) >= MAX_LANES:
+                connection.close()
+                return
+            thread = threading.Thread(
+                target=self._run, args=(connection, header), name="ft_transport-supply", daemon=True
+            )
+            self._lanes[connection] = thread
+            thread.start()
+
+    def _run(self, connection: Connection, header: Header) -> None:
+        try:
+            with self._stream or contextlib.nullcontext():
+                self._serve(connection, header)
+        except TransferError as exc:
+            # The destination closes its lanes once it has everything, and asks elsewhere for what a lane still owed.
+            logger.debug("a lane of %s has ended: %s", connection.address, exc)
+        except Exception:
+            logger.exception("a lane of %s has failed", connection.address)
+        finally:
+            connection.close()
+            with self._changed:
+                self.nbytes_wire += connection.nbytes_wire
+                del self._lanes[connection]
+                self._changed.notify_all()
+
+    def _serve(self, connection: Connection, header: Header) -> None:
+        conversation = Conversation(Role.SOURCE, header.attempt, header.step)
+        conversation.received(header)
+        talk = Talk(connection, conversation)
+        patience = Patience(self._patience.deadline)
+        bucket = Bucket(torch.device("cpu"), pinned=True)
+        while True:
+            asked, claimed = talk.hear(patience)
+            self._patience.moved()
+            message = asked.number
+            if message >= len(self._stock.sizes):
+                raise RemoteProtocolError(f"message {message} of {len(self._stock.sizes)}")
+            while not self._stock.await_message(message):
+                talk.say(Frame.WAIT, patience)
+                patience.check()
+            bucket.reset(aligned(self._stock.sizes[message]))
+            view = self._stock.view(message, bucket)
+            if asked.frame is Frame.CHECK and self._digest(message, view) == claimed[0]:
+                talk.say(Frame.SAME, patience, message)
+                continue
+            digest = self._stock.digest(message) if self._stock.verified else 0
+            self._stock.note_digest(message, talk.say_message(message, view, digest, patience))
+            with self._changed:
+                self.nbytes += self._stock.sizes[message]
+            self._patience.moved()
+
+    def _digest(self, message: int, view: memoryview) -> int:
+        known = self._stock.digest(message)
+        if known is None:
+            known = fingerprint(view)
+            self._stock.note_digest(message, known)
+        return known
+
+    def drain(self) -> None:
+        """Wait until no lane is open, as long as its patience lasts. Never raises."""
+        with self._changed:
+            try:
+                while not self._changed.wait_for(lambda: not self._lanes, HEARTBEAT.total_seconds()):
+                    self._patience.check()
+            except TransferError as exc:
+                logger.warning("a destination has not fetched everything from here: %s", exc)
+
+    def close(self) -> None:
+        """End all lanes. When this returns, no thread reads the stock any more. May be called twice."""
+        with self._changed:
+            self._closed = True
+            lanes = dict(self._lanes)
+        for connection in lanes:
+            connection.abort()
+        for thread in lanes.values():
+            thread.join()

@@ -1,0 +1,87 @@
+"""Which messages are still to be fetched. No I/O."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+
+__all__ = ["Work"]
+
+
+class Work:
+    """The messages of one receive. Shared by its lanes, and by whoever passes on what has landed.
+
+    Args:
+        num_messages: All of them, in the order in which they are fetched.
+
+    Attributes:
+        digests: Of the messages that are here and sound.
+    """
+
+    def __init__(self, num_messages: int) -> None:
+        self.digests: dict[int, int] = {}
+        self._num_messages = num_messages
+        self._todo = deque(range(num_messages))
+        self._damaged: Counter[int] = Counter()
+        self._changed = threading.Condition()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every message is here and sound."""
+        return len(self.digests) == self._num_messages
+
+    def take(self, stopped: Callable[[], bool], *, block: bool) -> int | None:
+        """A message to ask for.
+
+        Args:
+            stopped: Whether to give up waiting; looked at when :meth:`wake` is called.
+            block: Wait until there is one.
+
+        Returns:
+            None if there is none; with ``block``, if there will be none any more.
+        """
+        with self._changed:
+            if block:
+                self._changed.wait_for(lambda: self._todo or self.complete or stopped())
+            return self._todo.popleft() if self._todo and not stopped() else None
+
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def give_back(self, messages: Iterable[int]) -> None:
+        """These were asked for and will not come."""
+        with self._changed:
+            self._todo.extendleft(reversed(list(messages)))
+            self._changed.notify_all()
+
+    def landed(self, message: int, digest: int) -> None:
+        """This one is here and sound."""
+        with self._changed:
+            self.digests[message] = digest
+            self._changed.notify_all()
+
+    def damaged(self, message: int) -> int:
+        """This one came damaged and is to be fetched again; gives how often it has by now."""
+        with self._changed:
+            self._damaged[message] += 1
+            self._todo.appendleft(message)
+            self._changed.notify_all()
+            return self._damaged[message]
+
+    def was_damaged(self, message: int) -> bool:
+        """Whether this one came damaged before."""
+        return self._damaged[message] > 0
+
+    def forgive(self) -> None:
+        """Count damage anew: somebody else supplies from now on."""
+        with self._changed:
+            self._damaged.clear()
+
+    def await_message(self, message: int, limit: timedelta) -> bool:
+        """Wait for a message to be here; gives whether it is."""
+        with self._changed:
+            return self._changed.wait_for(lambda: message in self.digests, limit.total_seconds())

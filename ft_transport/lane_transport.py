@@ -1,0 +1,283 @@
+"""The torchft transport over lanes of its own. With ``transport.py`` the only file that imports torchft.
+
+See ``transport.py`` for how torchft's Manager calls it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import secrets
+import ssl
+import threading
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Literal, TypeVar, cast
+
+import torch
+from torchft.checkpointing.transport import CheckpointTransport
+
+from ft_transport._call import Call
+from ft_transport._deadline import Deadline
+from ft_transport._desk import Desk
+from ft_transport._landing import mark_changed
+from ft_transport._lane_destination import Kept, Reception, Self
+from ft_transport._lane_options import CPU, LaneOptions
+from ft_transport._lane_source import Offer
+from ft_transport._lanes import Listener, interfaces, resolve
+from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
+from ft_transport._relay import Relay
+from ft_transport.errors import LocalProtocolError
+from ft_transport.report import PeerReport, ProgressCallback, TransferReport
+
+__all__ = ["LaneTransport"]
+
+logger = logging.getLogger("ft_transport")
+
+T = TypeVar("T")
+
+
+class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
+    """Moves a healthy replica's state to recovering ones over TCP connections of its own, apart from training.
+
+    The source does not wait: training goes on while the state is fetched from it, until
+    :meth:`disallow_checkpoint`. The process group is never touched.
+
+    Args:
+        timeout: Upper bound of each transfer as a whole; the shorter of this and the Manager's own counts.
+        device: Where received leaves live that the template lacks and that were on an accelerator at the source.
+        state_dict: Gives the template, whose tensors receive the state in place. Pass the function that the
+            Manager gets as ``state_dict``, or one that returns a dict of them by registered key.
+        lanes: TCP connections that this side opens for the bytes of a state, 1 to 16.
+        host: Name or address that others reach this process at; tried before all others.
+        interface: Network interface that others reach this process at; tried next. Then those of
+            ``GLOO_SOCKET_IFNAME`` and ``NCCL_SOCKET_IFNAME``, then the others.
+        port: To listen on, 0 for any that is free.
+        ssl_context: For TLS, two contexts: one to accept connections with, one to make them with. All replicas must
+            have it, or none.
+        topology: As a source with several destinations: ``"chain"`` has each pass the state on to the next one,
+            ``"star"`` has all fetch it from the source.
+        stall_timeout: How long a peer may be silent before it counts as gone.
+        blocking: :meth:`send_checkpoint` returns only when every destination is served or has failed.
+        skip_unchanged: As a destination, compare the template with the source's state first, and move what differs.
+        verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
+        strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
+        progress: Called while bytes move, from a thread that serves the transfer.
+
+    Raises:
+        LocalProtocolError: It cannot listen on the port.
+        ValueError: An argument is out of range, or there is no such host or interface.
+
+    Threading: one call at a time; torchft uses its quorum thread. Listens until :meth:`shutdown`, or until it is
+        collected.
+    """
+
+    def __init__(
+        self,
+        timeout: timedelta,
+        device: torch.device,
+        state_dict: Callable[[], object] | None = None,
+        *,
+        lanes: int = LaneOptions.lanes,
+        host: str | None = None,
+        interface: str | None = None,
+        port: int = 0,
+        ssl_context: tuple[ssl.SSLContext, ssl.SSLContext] | None = None,
+        topology: Literal["chain", "star"] = "chain",
+        stall_timeout: timedelta = LaneOptions.stall,
+        blocking: bool = False,
+        skip_unchanged: bool = False,
+        verify: bool = True,
+        strict: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> None:
+        for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
+            if value <= timedelta(0):
+                raise ValueError(f"{name}: expected more than 0 s, got {value.total_seconds():g} s")
+        if not 1 <= lanes <= 16:
+            raise ValueError(f"lanes: expected 1 to 16, got {lanes}")
+        if topology not in ("chain", "star"):
+            raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
+        self._timeout = timeout
+        self._state_dict = state_dict
+        self._blocking = blocking
+        self._options = LaneOptions(
+            CPU,
+            verify=verify,
+            strict=strict,
+            progress=progress,
+            fresh_device=torch.device(device),
+            stall=stall_timeout,
+            lanes=lanes,
+            chain=topology == "chain",
+            skip_unchanged=skip_unchanged,
+        )
+        self._busy = threading.Lock()
+        self._last_report: TransferReport | None = None
+        self._changed: list[torch.Tensor] = []
+        self._offer: Offer | None = None
+        self._relay: Relay | None = None
+        self._kept: Kept | None = None
+        self._attempts = 0
+        self._self, self._listener = _listen(host, interface, port, ssl_context)
+        # The listener's thread knows the desk alone, so a transport that nobody holds any more can be collected.
+        self._finalizer = weakref.finalize(self, _close, self._listener, self._self.desk)
+
+    @property
+    def last_report(self) -> TransferReport | None:
+        """The report of the newest transfer, None before the first.
+
+        A source's is complete once :meth:`disallow_checkpoint` has returned.
+        """
+        return self._last_report
+
+    def metadata(self) -> str:
+        """What the Manager hands to the recovering side: addresses, port, and a secret. Keep it out of logs."""
+        return self._self.metadata
+
+    def disallow_checkpoint(self) -> None:
+        """Wait until the state is no longer read; afterwards it may change. Never raises.
+
+        Waits for destinations that are being served, until the deadline of their transfer at most, and ends what is
+        left then. Tells autograd about the tensors that the newest receive has written to (see
+        ``PGTransport.disallow_checkpoint``).
+        """
+        changed, self._changed = self._changed, []
+        try:
+            offer, relay = self._offer, self._relay
+            if offer is not None:
+                offer.drain()
+            if relay is not None:
+                relay.drain()
+            self._end()
+        except Exception:
+            logger.exception("the transfer could not be ended as it should")
+        mark_changed(changed)
+
+    def _end(self) -> None:
+        """End what an earlier call has left under way; nothing reads the state any more then."""
+        offer, self._offer = self._offer, None
+        relay, self._relay = self._relay, None
+        if offer is not None:
+            offer.close()
+        if relay is not None:
+            relay.close()
+
+    def shutdown(self, wait: bool = True) -> None:
+        """End every transfer and stop listening. May be called twice.
+
+        Args:
+            wait: Return only when no thread is left.
+        """
+        if wait:
+            self._end()
+        else:
+            threading.Thread(target=self._end, name="ft_transport-end", daemon=True).start()
+        self._finalizer()
+        if wait:
+            self._listener.join()
+
+    def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
+        """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
+
+        Small tensors are copied before this returns, so forward may change buffers. A destination that dies, refuses,
+        fails or is slow costs the others nothing and raises nothing anywhere: ``last_report`` and the log say what
+        became of each.
+
+        Args:
+            dst_ranks: Replica ranks of the destinations. Lanes do not know which destination is which rank: if there is
+                more than one, ``rank`` in their reports is -1, and ``name`` and ``address`` tell them apart.
+            step: Step of the state.
+            state_dict: The state; must not change, but for its small tensors, until :meth:`disallow_checkpoint` has
+                returned.
+            timeout: Upper bound of the whole transfer.
+
+        Raises:
+            LocalProtocolError: A leaf cannot travel. Nothing was sent, and the destinations are told.
+
+        After an error: nothing reads the state any more.
+        Threading: torchft's quorum thread; one call at a time.
+        """
+        report = TransferReport("source", type(self).__name__, step)
+        with Call(self, report, goes_on=True):
+            self._end()
+            if not dst_ranks or len(set(dst_ranks)) != len(dst_ranks):
+                raise LocalProtocolError(f"ranks {dst_ranks}: expected some, each once")
+            report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
+            deadline = Deadline(min(timeout, self._timeout))
+            offer = self._offer = Offer(self._options, deadline, report, self._self.desk)
+            offer.open(state_dict)
+            if self._blocking:
+                offer.drain()
+                self._end()
+
+    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+        """Receive the state dict of ``step`` from whoever gave ``metadata``.
+
+        Tensors land in the template given to the constructor where shape, dtype and layout agree with the
+        sender's; other leaves are new. The result aliases the template. What an earlier receive of the same step has
+        left in the template is compared and not moved again.
+
+        Args:
+            src_rank: Replica rank of the source, for the report.
+            metadata: What the source's ``metadata()`` returned.
+            step: Step that both sides must agree on.
+            timeout: Upper bound of the whole call.
+
+        Returns:
+            State dict with the sender's nesting. It may be read for another destination until
+            :meth:`disallow_checkpoint` has returned.
+
+        Raises:
+            TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.
+            PeerFailure: The source is gone, silent for too long, or gave up and said why.
+            RemoteProtocolError: The source sent another step, a state that does not fit the template (every path
+                is listed; the template is untouched), or bytes that never agree with their digests.
+            LocalProtocolError: This side has no room.
+
+        After an error: nothing reads or writes the template any more. If ``error.torn``, it holds a mix of two
+            states, and this replica cannot serve or commit until it has healed.
+        Threading: torchft's quorum thread; one call at a time.
+        """
+        report = TransferReport("destination", type(self).__name__, step)
+        with Call(self, report):
+            self._end()
+            report.peers = [PeerReport(src_rank)]
+            deadline = Deadline(min(timeout, self._timeout))
+            self._attempts += 1
+            invitation = Invitation.decode(metadata)
+            reception = Reception(invitation, step, self._attempts, self._self, self._options, deadline, report)
+            earlier, self._kept = self._kept, None
+            try:
+                received = reception.run(self._state_dict, earlier)
+            finally:
+                self._kept = reception.kept
+            self._changed, self._relay = received.written, received.relay
+            return cast(T, received.state)
+
+
+def _listen(
+    host: str | None,
+    interface: str | None,
+    port: int,
+    contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None,
+) -> tuple[Self, Listener]:
+    """Begin to listen, and say where."""
+    hosts = resolve(host) if host is not None else []
+    addresses = in_order(interfaces(), hosts, interface, os.environ)
+    secret = secrets.token_bytes(SECRET_BYTES)
+    desk = Desk()
+    try:
+        listener = Listener(secret, port, contexts[0] if contexts else None, desk.welcome, desk.tick)
+    except OSError as exc:
+        raise LocalProtocolError(f"cannot listen on port {port}: {exc}") from None
+    metadata = Invitation(addresses, listener.port, secret, contexts is not None).encode()
+    name = f"{platform.node()} pid {os.getpid()}"
+    return Self(secrets.token_bytes(16), name, metadata, desk, contexts), listener
+
+
+def _close(listener: Listener, desk: Desk) -> None:
+    listener.close()
+    desk.close_all()

@@ -1,0 +1,105 @@
+"""How much memory a heal over lanes takes beyond the state's own, on both sides.
+
+``FT_TRANSPORT_TEST_GIGABYTES`` makes the state larger than the 1 GB that fits a small machine.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ft_transport import LaneTransport
+
+from .harness import Workers, workers
+
+GIGABYTES = float(os.environ.get("FT_TRANSPORT_TEST_GIGABYTES", "1"))
+BUCKET = 64 << 20
+TIMEOUT = timedelta(seconds=60)
+CPU = torch.device("cpu")
+
+
+def make_state(fill: int) -> dict[str, Any]:
+    """Large tensors, some that must be staged, and many small ones."""
+    large = int(GIGABYTES * 0.9e9 / 8)
+    return {
+        "large": [torch.full((large,), fill, dtype=torch.uint8) for _ in range(8)],
+        "strided": torch.full((1000, int(GIGABYTES * 0.05e9 / 1000)), fill, dtype=torch.uint8).t(),
+        "small": [torch.full((int(GIGABYTES * 10_000),), fill, dtype=torch.uint8) for _ in range(5000)],
+    }
+
+
+_transport: LaneTransport[Any] | None = None
+_state: Any = None
+
+
+def peak() -> int:
+    """Most resident memory so far, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("VmHWM:")]
+    return int(line.split()[1]) << 10
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def prepare(rank: int) -> str:
+    global _transport, _state
+    _state = make_state(rank + 1)
+    _transport = LaneTransport(TIMEOUT, CPU, lambda: _state)
+    # Code and threads that the first transfer of a process brings in are not what is measured.
+    _heal_self()
+    return _transport.metadata()
+
+
+def _heal_self() -> None:
+    tiny = {"a": torch.zeros(1000)}
+    assert _transport is not None
+    source: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU)
+    fresh: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU)
+    source.send_checkpoint([1], 1, tiny, TIMEOUT)
+    fresh.recv_checkpoint(0, source.metadata(), 1, TIMEOUT)
+    for transport in (source, fresh):
+        transport.disallow_checkpoint()
+        transport.shutdown()
+
+
+def transfer(rank: int, metadata: str) -> int:
+    """Gives the extra memory at the peak."""
+    assert _transport is not None
+    forget_peak()
+    before = peak()
+    if rank == 0:
+        _transport.send_checkpoint([1], 1, _state, TIMEOUT)
+        _transport.disallow_checkpoint()
+    else:
+        _transport.recv_checkpoint(0, metadata, 1, TIMEOUT)
+    extra = peak() - before
+    assert all(bool((tensor == 1).all()) for tensor in [*_state["large"], *_state["small"]])
+    report = _transport.last_report
+    assert report is not None
+    assert report.complete
+    _transport.shutdown()
+    return extra
+
+
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_two_buckets_are_enough() -> None:
+    with workers(2) as ranks:
+        metadata = _prepared(ranks)
+        extra = ranks.each(transfer, metadata)
+    print(f"{GIGABYTES:g} GB: {extra[0] / 1e6:.1f} MB at the source, {extra[1] / 1e6:.1f} MB at the destination")
+    assert max(extra) <= 2 * BUCKET
+
+
+def _prepared(ranks: Workers) -> str:
+    metadata: str = ranks.each(prepare)[0]
+    return metadata

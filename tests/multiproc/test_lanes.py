@@ -1,0 +1,928 @@
+"""LaneTransport over loopback, all ends in this process: what it promises when all is well, and when it is not."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import random
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+from ft_transport._conversation import HEADER_BYTES
+from ft_transport._lane_options import LaneOptions
+from ft_transport._meeting import Invitation, knock
+from ft_transport.errors import TransferTimeout
+from ft_transport.report import TransferReport
+
+from .harness import digest, residue, wait_until
+from .proxies import Proxy, Tamper, flip, once
+
+CPU = torch.device("cpu")
+TIMEOUT = timedelta(seconds=20)
+STALL = timedelta(seconds=1)
+STEP = 7
+MIB = 1 << 20
+# Where the first message's bytes begin in what comes down a lane: behind the handshake's answer and the header.
+PAYLOAD = 64 + HEADER_BYTES
+
+
+def make_state(seed: int = 1, *, large: int = 3, nbytes: int = 6 * MIB) -> dict[str, Any]:
+    """Large tensors of two messages each, small ones that travel together, strided ones that are staged."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(size: int) -> torch.Tensor:
+        # Random is slow. The period is a prime, so that no two messages are alike.
+        period = torch.randint(0, 256, (99_991,), dtype=torch.uint8, generator=generator)
+        return period.repeat(size // period.numel() + 1)[:size].clone()
+
+    return {
+        "large": [tensor(nbytes) for _ in range(large)],
+        "strided": tensor(2 * MIB).view(1024, 2048).t(),
+        "small": {f"bias {i}": tensor(100 + i) for i in range(30)},
+        "lr": 0.1 * seed,
+    }
+
+
+def tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [*state["large"], state["strided"], *state["small"].values()]
+
+
+def envelope(state: dict[str, Any]) -> dict[str, Any]:
+    return {"user": {"default": state}, "torchft": {"step": STEP, "batches_committed": 3}}
+
+
+@dataclass
+class Destination:
+    """One that receives, in a thread of its own."""
+
+    transport: LaneTransport[Any]
+    template: dict[str, Any] | None
+    result: Any = None
+    error: BaseException | None = None
+    seconds: float = 0.0
+    thread: threading.Thread | None = None
+
+    def start(self, metadata: str, step: int = STEP, timeout: timedelta = TIMEOUT) -> Destination:
+        self.thread = threading.Thread(target=self._receive, args=(metadata, step, timeout))
+        self.thread.start()
+        return self
+
+    def _receive(self, metadata: str, step: int, timeout: timedelta) -> None:
+        begin = time.monotonic()
+        self.result = self.error = None
+        try:
+            self.result = self.transport.recv_checkpoint(0, metadata, step, timeout)
+        except BaseException as exc:
+            self.error = exc
+        self.seconds = time.monotonic() - begin
+
+    def join(self) -> Destination:
+        assert self.thread is not None
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        return self
+
+    def sound(self, state: dict[str, Any]) -> bool:
+        return self.error is None and digest(self.result["user"]["default"]) == digest(state)
+
+    @property
+    def report(self) -> TransferReport:
+        report = self.transport.last_report
+        assert report is not None
+        return report
+
+
+@dataclass
+class Lanes:
+    """Makes what a test needs, and takes it down."""
+
+    transports: list[LaneTransport[Any]] = field(default_factory=list)
+    proxies: list[Proxy] = field(default_factory=list)
+
+    def transport(self, template: Callable[[], object] | None = None, **options: Any) -> LaneTransport[Any]:
+        options = {"stall_timeout": STALL, "host": "127.0.0.1", **options}
+        made: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, template, **options)
+        self.transports.append(made)
+        return made
+
+    def destination(self, template: dict[str, Any] | None = None, **options: Any) -> Destination:
+        return Destination(self.transport((lambda: template) if template is not None else None, **options), template)
+
+    def proxy(self, metadata: str, tamper: Tamper = lambda number, way, position, data: data) -> Proxy:
+        made = Proxy(metadata, tamper)
+        self.proxies.append(made)
+        return made
+
+
+@pytest.fixture
+def lanes() -> Iterator[Lanes]:
+    gc.collect()
+    before = residue()
+    found = Lanes()
+    yield found
+    for proxy in found.proxies:
+        proxy.close()
+    for transport in found.transports:
+        transport.shutdown()
+    found.transports.clear()
+    try:
+        wait_until(lambda: set(residue().threads) <= set(before.threads), 5)
+    except TimeoutError:
+        assert set(residue().threads) <= set(before.threads)
+    assert residue().descriptors <= before.descriptors
+
+
+def heal(lanes: Lanes, state: dict[str, Any], tamper: Tamper | None = None, **options: Any) -> Destination:
+    """One source, one destination in place, and what is between them."""
+    source = lanes.transport()
+    metadata = source.metadata() if tamper is None else lanes.proxy(source.metadata(), tamper).metadata
+    destination = lanes.destination(make_state(2), lanes=1, **options).start(metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination.join()
+    source.disallow_checkpoint()
+    return destination
+
+
+# -------------------------------------------------------------------------------------- all is well
+
+
+@pytest.mark.parametrize("num_lanes", [1, 4])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "fresh"])
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
+def test_a_state_arrives(lanes: Lanes, verify: bool, in_place: bool, num_lanes: int) -> None:
+    state = make_state()
+    source = lanes.transport(verify=verify)
+    destination = lanes.destination(make_state(2) if in_place else None, lanes=num_lanes).start(source.metadata())
+    source.send_checkpoint([3], STEP, envelope(state), TIMEOUT)
+    destination.join()
+    source.disallow_checkpoint()
+    assert destination.sound(state)
+    assert destination.result["torchft"] == {"step": STEP, "batches_committed": 3}
+    if in_place:
+        assert destination.template is not None
+        assert [t.data_ptr() for t in tensors(destination.result["user"]["default"])] == [
+            t.data_ptr() for t in tensors(destination.template)
+        ]
+    sent, got = source.last_report, destination.report
+    assert sent is not None
+    assert sent.complete
+    assert (sent.peers[0].rank, sent.peers[0].nbytes) == (3, got.nbytes_total)
+    assert got.complete
+    assert got.peers[0].address == "127.0.0.1"
+    assert got.in_place_share == (1.0 if in_place else 0.0)
+    assert 1.0 <= got.nbytes_wire / got.nbytes_total < 1.01
+    assert f"rank 0 at {got.peers[0].address} complete" in got.summary()
+
+
+def test_the_destination_may_come_first_or_last(lanes: Lanes) -> None:
+    source, state = lanes.transport(), make_state()
+    for early in (True, False):
+        destination = lanes.destination(make_state(2))
+        if early:
+            destination.start(source.metadata())
+            wait_until(lambda: bool(source._self.desk._waiting))
+        source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+        if not early:
+            destination.start(source.metadata())
+        assert destination.join().sound(state)
+        source.disallow_checkpoint()
+
+
+def test_the_source_does_not_wait_and_small_tensors_may_change(lanes: Lanes) -> None:
+    source, state = lanes.transport(), make_state()
+    expected = digest(state)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    for tensor in state["small"].values():
+        tensor.zero_()
+    destination = lanes.destination(make_state(2)).start(source.metadata()).join()
+    assert digest(destination.result["user"]["default"]) == expected
+    source.disallow_checkpoint()
+
+
+def test_blocking_waits(lanes: Lanes) -> None:
+    source, state = lanes.transport(blocking=True), make_state()
+    destination = lanes.destination(make_state(2)).start(source.metadata())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    report = source.last_report
+    assert report is not None
+    assert report.complete
+    for tensor in tensors(state):
+        tensor.zero_()
+    assert destination.join().sound(make_state())
+
+
+def test_disallow_waits_for_those_who_are_being_served(lanes: Lanes) -> None:
+    source, state = lanes.transport(), make_state()
+    slow = slowly(200)
+    proxy = lanes.proxy(source.metadata(), slow)
+    destination = lanes.destination(make_state(2)).start(proxy.metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    wait_until(lambda: proxy.nbytes > MIB)
+    source.disallow_checkpoint()
+    for tensor in tensors(state):
+        tensor.zero_()
+    assert destination.join().sound(make_state())
+
+
+def slowly(megabytes_per_second: float) -> Tamper:
+    """Bytes come down late."""
+
+    def tamper(number: int, way: str, position: int, data: bytes) -> bytes:
+        if way == "down":
+            time.sleep(len(data) / megabytes_per_second / 1e6)
+        return data
+
+    return tamper
+
+
+def test_autograd_is_told_in_disallow(lanes: Lanes) -> None:
+    state, template = make_state(), make_state(2)
+    weight = torch.ones(3, requires_grad=True)
+    state["weight"], template["weight"] = torch.full((3,), 2.0), weight.detach()
+    product = (weight * weight).sum()
+    source = lanes.transport()
+    destination = lanes.destination(template).start(source.metadata())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination.join()
+    assert weight.tolist() == [2.0] * 3
+    product.backward(retain_graph=True)  # torchft discards it
+    destination.transport.disallow_checkpoint()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    source.disallow_checkpoint()
+
+
+def test_ipv6(lanes: Lanes) -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    source, state = lanes.transport(host="::1"), make_state()
+    assert source.metadata().startswith("ft-lanes://[::1],")
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination = lanes.destination(make_state(2)).start(source.metadata()).join()
+    assert destination.sound(state)
+    assert destination.report.peers[0].address == "::1"
+    source.disallow_checkpoint()
+
+
+def test_an_address_that_does_not_answer_costs_a_moment(lanes: Lanes) -> None:
+    source, state = lanes.transport(), make_state()
+    invitation = Invitation.decode(lanes.proxy(source.metadata()).metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    # At the first address somebody listens who is no peer, at the second there is nobody.
+    with socket.create_server(("127.0.0.2", invitation.port)):
+        wrong = invitation._replace(addresses=("127.0.0.2", "127.0.0.3", "127.0.0.1")).encode()
+        destination = lanes.destination(make_state(2)).start(wrong).join()
+    assert destination.sound(state)
+    assert destination.report.peers[0].address == "127.0.0.1"
+    assert destination.report.seconds["agree"] < 1.0
+    source.disallow_checkpoint()
+
+
+# ----------------------------------------------------------------------------------- it goes wrong
+
+
+def test_refusals_are_learned_by_both(lanes: Lanes) -> None:
+    source, template = lanes.transport(), make_state(2)
+    template["large"][0] = torch.zeros(3)
+    template["small"]["bias 3"] = torch.zeros(1)
+    before = digest(template)
+    destination = lanes.destination(template).start(source.metadata())
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    destination.join()
+    source.disallow_checkpoint()
+    assert isinstance(destination.error, RemoteProtocolError)
+    assert not destination.error.torn
+    assert digest(template) == before
+    report = source.last_report
+    assert report is not None
+    assert report.peers[0].outcome == destination.report.peers[0].outcome == "refused"
+    for text in (str(destination.error), report.peers[0].reason):
+        assert "large.0" in text
+        assert "small.bias 3" in text
+
+
+def test_another_step_is_refused(lanes: Lanes) -> None:
+    source = lanes.transport()
+    destination = lanes.destination(make_state(2)).start(source.metadata(), step=STEP + 1)
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    destination.join()
+    source.disallow_checkpoint()
+    assert isinstance(destination.error, RemoteProtocolError)
+    assert "expected step 8, source has step 7" in str(destination.error)
+
+
+def test_a_state_that_cannot_travel(lanes: Lanes) -> None:
+    source = lanes.transport()
+    early = lanes.destination(make_state(2)).start(source.metadata())
+    wait_until(lambda: bool(source._self.desk._waiting))
+    with pytest.raises(LocalProtocolError, match=r"user\.default\.hook"):
+        source.send_checkpoint([1, 2], STEP, envelope({"hook": lambda: None}), TIMEOUT)
+    late = lanes.destination(make_state(2)).start(source.metadata())
+    for destination in (early, late):
+        destination.join()
+        assert isinstance(destination.error, PeerFailure)
+        assert "user.default.hook" in str(destination.error)
+    source.disallow_checkpoint()
+
+
+@pytest.mark.parametrize("dst_ranks", [[], [1, 1]])
+def test_wrong_ranks(lanes: Lanes, dst_ranks: list[int]) -> None:
+    with pytest.raises(LocalProtocolError, match="each once"):
+        lanes.transport().send_checkpoint(dst_ranks, STEP, {}, TIMEOUT)
+
+
+def test_a_destination_that_never_comes(lanes: Lanes, caplog: pytest.LogCaptureFixture) -> None:
+    source = lanes.transport()
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    begin = time.monotonic()
+    with caplog.at_level(logging.WARNING, "ft_transport"):
+        source.disallow_checkpoint()
+    assert time.monotonic() - begin < 1.5
+    report = source.last_report
+    assert report is not None
+    assert report.peers[0].outcome == "timed out"
+    assert "has not come" in caplog.text
+
+
+def test_the_deadline_is_kept_on_both_sides(lanes: Lanes) -> None:
+    source, state = lanes.transport(), make_state()
+    proxy = lanes.proxy(source.metadata(), slowly(2))
+    template = make_state(2)
+    destination = lanes.destination(template).start(proxy.metadata, timeout=timedelta(seconds=1))
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination.join()
+    assert isinstance(destination.error, TransferTimeout)
+    assert 1.0 <= destination.seconds < 2.5
+    assert destination.error.torn
+    begin = time.monotonic()
+    source.disallow_checkpoint()
+    assert time.monotonic() - begin < 2.0
+    # Nothing lands any more.
+    before = digest(template)
+    for tensor in tensors(state):
+        tensor.zero_()
+    time.sleep(0.3)
+    assert digest(template) == before
+
+
+def test_the_sources_deadline_ends_the_transfer(lanes: Lanes) -> None:
+    source, state = lanes.transport(), make_state()
+    proxy = lanes.proxy(source.metadata(), slowly(2))
+    destination = lanes.destination(make_state(2)).start(proxy.metadata)
+    begin = time.monotonic()
+    source.send_checkpoint([1], STEP, envelope(state), timedelta(seconds=1))
+    source.disallow_checkpoint()
+    assert time.monotonic() - begin < 2.5
+    destination.join()
+    assert isinstance(destination.error, PeerFailure)
+    report = source.last_report
+    assert report is not None
+    assert report.peers[0].outcome == "timed out"
+
+
+def test_shutdown_ends_everything(lanes: Lanes) -> None:
+    source, state = lanes.transport(), make_state()
+    proxy = lanes.proxy(source.metadata(), slowly(2))
+    destination = lanes.destination(make_state(2)).start(proxy.metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    wait_until(lambda: proxy.nbytes > 100_000)
+    begin = time.monotonic()
+    source.shutdown()
+    source.shutdown()
+    assert time.monotonic() - begin < 2.0
+    destination.join()
+    assert isinstance(destination.error, PeerFailure)
+    assert "the source has ended the transfer" in str(destination.error)
+
+
+def test_a_transport_that_nobody_holds_stops_listening() -> None:
+    before = residue()
+    transport: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU)
+    assert residue().threads != before.threads
+    del transport
+    gc.collect()
+    wait_until(lambda: residue().threads == before.threads, 5)
+    assert residue().descriptors <= before.descriptors
+
+
+def test_one_at_a_time(lanes: Lanes) -> None:
+    source = lanes.transport()
+    destination = lanes.destination(make_state(2)).start(source.metadata())
+    wait_until(lambda: bool(source._self.desk._waiting))
+    with pytest.raises(LocalProtocolError, match="one at a time"):
+        destination.transport.recv_checkpoint(0, source.metadata(), STEP, TIMEOUT)
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    assert destination.join().error is None
+    source.disallow_checkpoint()
+
+
+def test_the_metadata_of_another_transport(lanes: Lanes) -> None:
+    destination = lanes.destination(make_state(2)).start("http://host:1/checkpoint/").join()
+    assert isinstance(destination.error, RemoteProtocolError)
+
+
+def test_nobody_there(lanes: Lanes) -> None:
+    source = lanes.transport()
+    metadata = Invitation.decode(source.metadata())._replace(addresses=("127.0.0.1", "::1")).encode()
+    source.shutdown()
+    destination = lanes.destination(make_state(2)).start(metadata).join()
+    assert isinstance(destination.error, PeerFailure)
+    assert "127.0.0.1: " in str(destination.error)
+    assert "::1: " in str(destination.error)
+    assert destination.seconds < 1.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"lanes": 0},
+        {"lanes": 17},
+        {"topology": "ring"},
+        {"stall_timeout": timedelta(0)},
+        {"interface": "no such"},
+        {"host": "no.such.host.invalid"},
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_wrong_arguments(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        LaneTransport(TIMEOUT, CPU, **arguments)
+
+
+def test_a_port_that_is_taken(lanes: Lanes) -> None:
+    port = Invitation.decode(lanes.transport().metadata()).port
+    with pytest.raises(LocalProtocolError, match=f"cannot listen on port {port}"):
+        LaneTransport(TIMEOUT, CPU, port=port)
+
+
+# --------------------------------------------------------------------------------------- corruption
+
+
+def test_a_flipped_bit_in_a_message_is_repaired(lanes: Lanes) -> None:
+    state = make_state()
+
+    def tamper(number: int, way: str, position: int, data: bytes) -> bytes:
+        return flip(data, position, PAYLOAD + 3 * MIB + 17) if (number, way) == (1, "down") else data
+
+    destination = heal(lanes, state, tamper)
+    assert destination.sound(state)
+    assert destination.report.num_repaired == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "at"),
+    [
+        (lambda data: None, PAYLOAD + 5 * MIB),
+        (lambda data: data[1:], PAYLOAD + 5 * MIB),
+        (lambda data: data + data, PAYLOAD + 5 * MIB),
+        (lambda data: data[len(data) // 2 :] + data[: len(data) // 2], PAYLOAD - HEADER_BYTES),
+        (lambda data: bytes([data[0] ^ 1]) + data[1:], PAYLOAD - 20),
+        (lambda data: bytes([data[0] ^ 1]) + data[1:], 5),
+    ],
+    ids=["cut", "byte lost", "doubled", "reordered", "flip in a header", "flip in the handshake"],
+)
+def test_a_lane_that_breaks_is_opened_again(lanes: Lanes, damage: Callable[[bytes], bytes | None], at: int) -> None:
+    state = make_state()
+    destination = heal(lanes, state, once(damage, at, "down", connection=1))
+    assert destination.sound(state)
+
+
+def test_damage_without_end_is_an_error(lanes: Lanes) -> None:
+    message_bytes = LaneOptions(CPU, chain=False).limits.message_bytes
+    state, template = ({"a": torch.full((4 * message_bytes,), fill, dtype=torch.uint8)} for fill in (1, 2))
+
+    def tamper(number: int, way: str, position: int, data: bytes) -> bytes:
+        """Flip one bit in each message, all of which are of the same size."""
+        if number == 0 or way == "up":
+            return data
+        whole = HEADER_BYTES + message_bytes + 8
+        first = PAYLOAD + 1000
+        at = first + -(-(position - first) // whole) * whole if position > first else first
+        return flip(data, position, at)
+
+    source = lanes.transport()
+    metadata = lanes.proxy(source.metadata(), tamper).metadata
+    destination = lanes.destination(template, lanes=1).start(metadata)
+    source.send_checkpoint([1], STEP, state, TIMEOUT)
+    destination.join()
+    source.disallow_checkpoint()
+    assert isinstance(destination.error, RemoteProtocolError)
+    assert "differs from what the source sent, 3 times" in str(destination.error)
+    assert destination.error.torn
+    report = source.last_report
+    assert report is not None
+    assert report.peers[0].outcome == "failed"
+    assert "differs from what the source sent" in report.peers[0].reason
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_damage_is_never_returned(lanes: Lanes, seed: int) -> None:
+    """Of whatever kind and wherever: the state is right, or the receive raises."""
+    chosen = random.Random(seed)
+    state = make_state(large=1)
+    way = chosen.choice(["up", "down"])
+    connection = chosen.choice([0, 1, 1])
+    at = int(2 ** chosen.uniform(0, 22 if (way, connection) == ("down", 1) else 9))
+    kind = chosen.choice(["flip", "cut", "lose", "double", "swap"])
+    damage: dict[str, Callable[[bytes], bytes | None]] = {
+        "flip": lambda data: bytes([data[0] ^ 1 << chosen.randrange(8)]) + data[1:],
+        "cut": lambda data: None,
+        "lose": lambda data: data[chosen.randrange(1, 100) :],
+        "double": lambda data: data[:100] + data,
+        "swap": lambda data: data[50:100] + data[:50] + data[100:],
+    }
+    destination = heal(lanes, state, once(damage[kind], at, way, connection), stall_timeout=timedelta(seconds=0.5))
+    print(kind, connection, way, at, repr(destination.error))
+    assert destination.sound(state) or isinstance(destination.error, TransferError)
+    if way == "down" and connection == 1:
+        assert destination.sound(state)
+
+
+# -------------------------------------------------------------------------------------------- resume
+
+
+def test_the_next_attempt_moves_only_the_rest(lanes: Lanes) -> None:
+    state, template = make_state(large=10), make_state(2, large=10)
+    total = sum(tensor.numel() for tensor in tensors(state))
+    dying, healthy = lanes.transport(), lanes.transport()
+    proxy = lanes.proxy(dying.metadata())
+    destination = lanes.destination(template, lanes=1, progress=cut_at(proxy, 0.9)).start(proxy.metadata)
+    dying.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination.join()
+    assert isinstance(destination.error, PeerFailure)
+    assert destination.error.torn
+    dying.shutdown()
+
+    healthy.send_checkpoint([1], STEP, envelope(make_state(large=10)), TIMEOUT)
+    destination.start(healthy.metadata()).join()
+    healthy.disallow_checkpoint()
+    assert destination.sound(state)
+    moved, report = destination.report.peers[0].nbytes, destination.report
+    assert report.nbytes_kept + moved == report.nbytes_total == total
+    assert moved <= 0.12 * total
+    assert report.peers[0].nbytes_wire <= 0.13 * total
+
+
+def cut_at(proxy: Proxy, share: float) -> Callable[[Any], None]:
+    def progress(now: Any) -> None:
+        if now.nbytes_done >= share * now.nbytes_total:
+            proxy.cut()
+
+    return progress
+
+
+def broken_heal(lanes: Lanes, state: dict[str, Any], template: dict[str, Any], share: float = 0.5) -> Destination:
+    """A receive that breaks on the way; the next one has no progress callback and so does not."""
+    source = lanes.transport()
+    proxy = lanes.proxy(source.metadata())
+    destination = lanes.destination(template, lanes=1, progress=cut_at(proxy, share)).start(proxy.metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination.join()
+    assert isinstance(destination.error, PeerFailure)
+    source.shutdown()
+    return destination
+
+
+def test_what_has_changed_since_is_moved_again(lanes: Lanes) -> None:
+    state, template = make_state(), make_state(2)
+    destination = broken_heal(lanes, state, template)
+    template["large"][0][5] += 1  # what had landed first
+    other = make_state()
+    other["large"][0][MIB] += 1  # and the other source differs there
+    source = lanes.transport()
+    source.send_checkpoint([1], STEP, envelope(other), TIMEOUT)
+    destination.start(source.metadata()).join()
+    source.disallow_checkpoint()
+    assert destination.sound(other)
+    assert 0 < destination.report.nbytes_kept < destination.report.nbytes_total
+
+
+def test_another_step_begins_anew(lanes: Lanes) -> None:
+    state = make_state()
+    destination = broken_heal(lanes, state, make_state(2))
+    source = lanes.transport()
+    source.send_checkpoint([1], STEP + 1, envelope(state), TIMEOUT)
+    destination.start(source.metadata(), step=STEP + 1).join()
+    source.disallow_checkpoint()
+    assert destination.sound(state)
+    assert destination.report.nbytes_kept == 0
+
+
+def test_unchanged_bytes_stay(lanes: Lanes) -> None:
+    state, template = make_state(large=6), make_state(large=6)
+    template["large"][2].zero_()
+    template["small"]["bias 3"].zero_()
+    source = lanes.transport()
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination = lanes.destination(template, skip_unchanged=True).start(source.metadata()).join()
+    source.disallow_checkpoint()
+    assert destination.sound(state)
+    small = sum(tensor.numel() for tensor in state["small"].values())
+    assert destination.report.peers[0].nbytes == 6 * MIB + small
+    assert destination.report.complete
+
+
+# --------------------------------------------------------------------------------------------- chain
+
+
+@pytest.mark.parametrize("topology", ["chain", "star"])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "fresh"])
+def test_several_destinations(lanes: Lanes, topology: str, in_place: bool) -> None:
+    state = make_state()
+    source = lanes.transport(topology=topology)
+    destinations = [lanes.destination(make_state(2) if in_place else None) for _ in range(4)]
+    for destination in destinations:
+        destination.start(source.metadata())
+    source.send_checkpoint([1, 2, 3, 4], STEP, envelope(state), TIMEOUT)
+    for destination in destinations:
+        assert destination.join().sound(state), destination.error
+    threads = [threading.Thread(target=d.transport.disallow_checkpoint) for d in destinations]
+    for thread in threads:
+        thread.start()
+    source.disallow_checkpoint()
+    for thread in threads:
+        thread.join()
+    report = source.last_report
+    assert report is not None
+    assert report.complete
+    assert {peer.rank for peer in report.peers} == {-1}
+    copies = 1 if topology == "chain" else 4
+    assert copies <= report.nbytes_wire / report.nbytes_total < copies + 0.1
+
+
+def test_a_chain_whose_middle_is_cut_off(lanes: Lanes) -> None:
+    """Those behind it turn to others, and the source sends little more than one copy."""
+    state = make_state(large=8)
+    source = lanes.transport()
+    source.send_checkpoint([1, 2, 3], STEP, envelope(state), TIMEOUT)
+    destinations = []
+    for position in range(3):
+        # One after the other, so that their order is known; all of them fetch slowly.
+        destination = lanes.destination(make_state(2, large=8), lanes=2)
+        metadata = lanes.proxy(source.metadata(), slowly(20)).metadata
+        if position < 2:
+            mine = lanes.proxy(destination.transport.metadata(), slowly(20))
+            destination.transport._self = destination.transport._self._replace(metadata=mine.metadata)
+            if position == 1:
+                middle = mine
+        destinations.append(destination.start(metadata))
+        offer = source._offer
+        assert offer is not None
+        wait_until(lambda position=position, offer=offer: len(offer._chain) == position + 1)
+    wait_until(lambda: middle.nbytes > 4 * MIB)
+    middle.cut()
+    for destination in destinations:
+        assert destination.join().sound(state), destination.error
+    for destination in destinations:
+        destination.transport.disallow_checkpoint()
+    source.disallow_checkpoint()
+    report = source.last_report
+    assert report is not None
+    assert report.complete
+    assert report.nbytes_wire < 1.1 * report.nbytes_total
+
+
+def test_a_relay_that_changes_its_memory_is_found(lanes: Lanes) -> None:
+    state = make_state()
+    source = lanes.transport()
+    source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
+    first = lanes.destination(make_state(2)).start(source.metadata()).join()
+    assert first.sound(state)
+    for tensor in first.template["large"]:  # type: ignore[index]
+        tensor.zero_()
+    second = lanes.destination(make_state(2)).start(source.metadata()).join()
+    assert second.sound(state)
+    assert second.report.num_repaired > 0
+    first.transport.disallow_checkpoint()
+    source.disallow_checkpoint()
+
+
+def test_a_relay_serves_until_disallow(lanes: Lanes) -> None:
+    state = make_state()
+    source = lanes.transport()
+    source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
+    first = lanes.destination(make_state(2)).start(source.metadata()).join()
+    before = source.last_report
+    assert before is not None
+    first.transport.disallow_checkpoint()
+    # It passes nothing on any more, so the second one is served by the source.
+    second = lanes.destination(make_state(2)).start(source.metadata()).join()
+    assert second.sound(state)
+    source.disallow_checkpoint()
+    assert before.nbytes_wire > 1.9 * before.nbytes_total
+
+
+# ----------------------------------------------------------------------------------------- strangers
+
+
+@pytest.mark.timeout(120)
+def test_a_thousand_strangers(lanes: Lanes) -> None:
+    """Whoever says something wrong is put out at once, whoever says nothing after some seconds, or by the next ones."""
+    source, state = lanes.transport(), make_state()
+    destination = lanes.destination(make_state(2))
+    received: list[bytes] = []
+    talking = [threading.Thread(target=talk, args=(source.metadata(), received)) for _ in range(4)]
+    silent = [threading.Thread(target=be_silent, args=(source.metadata(), received, part)) for part in (b"", PART)]
+
+    def heal_once(step: int) -> None:
+        destination.start(source.metadata(), step=step)
+        source.send_checkpoint([1], step, envelope(state), TIMEOUT)
+        assert destination.join().error is None
+        source.disallow_checkpoint()
+        destination.transport.disallow_checkpoint()
+
+    heal_once(1)
+    memory = resident()
+    for thread in (*talking, *silent):
+        thread.start()
+    step = 2
+    while any(thread.is_alive() for thread in (*talking, *silent)):
+        heal_once(step)
+        step += 1
+    for thread in (*talking, *silent):
+        thread.join()
+    assert step > 4
+    assert destination.result["user"]["default"]["lr"] == state["lr"]
+    assert (len(received), set(received)) == (1000, {b""})
+    assert resident() - memory < 30 * MIB
+
+
+PART = b"FTLN-knock\x01" + bytes(20)
+
+
+def talk(metadata: str, received: list[bytes]) -> None:
+    """100 strangers who say something wrong."""
+    for i in range(100):
+        said = [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10, os.urandom(75), next(knock(os.urandom(32)))][i % 3]
+        with socket.create_connection(("127.0.0.1", Invitation.decode(metadata).port), timeout=10) as connection:
+            connection.sendall(said)  # type: ignore[arg-type]
+            received.append(heard(connection))
+
+
+def be_silent(metadata: str, received: list[bytes], part: bytes) -> None:
+    """300 strangers who say nothing, or begin and do not go on."""
+    port = Invitation.decode(metadata).port
+    connections = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(300)]
+    for connection in connections:
+        try:
+            connection.sendall(part)
+        except OSError:
+            pass
+    for connection in connections:
+        received.append(heard(connection))
+        connection.close()
+
+
+def heard(connection: socket.socket) -> bytes:
+    try:
+        return connection.recv(1 << 20)
+    except ConnectionError:
+        return b""
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_a_wrong_secret(lanes: Lanes) -> None:
+    source = lanes.transport()
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    invitation = Invitation.decode(source.metadata())
+    wrong = invitation._replace(secret=bytes(32), addresses=("127.0.0.1",)).encode()
+    destination = lanes.destination(make_state(2)).start(wrong).join()
+    assert isinstance(destination.error, PeerFailure)
+    assert destination.seconds < 1.0
+    report = source.last_report
+    assert report is not None
+    assert report.nbytes_wire == 0
+    lanes.transports[0].shutdown()
+
+
+def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
+    from ft_transport._conversation import Frame, encode
+    from ft_transport._deadline import Deadline
+    from ft_transport._lanes import Patience, dial
+
+    source = lanes.transport()
+    first = encode(Frame.ATTACH, 1, STEP, body=[bytes(16)])
+    patience = Patience(Deadline(TIMEOUT), STALL)
+    connection = dial(Invitation.decode(source.metadata()), first, patience, None)
+    try:
+        with pytest.raises(PeerFailure, match="closed by the peer"):
+            connection.read(1, patience)
+    finally:
+        connection.close()
+
+
+# ----------------------------------------------------------------------------------------------- TLS
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two contexts for mutual TLS, as ``docs/security.md`` makes them."""
+    import ssl
+
+    folder = tmp_path_factory.mktemp("tls")
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=replicas "
+        f"-keyout {folder}/key.pem -out {folder}/cert.pem"
+    )
+    try:
+        subprocess.run(command.split(), check=True, capture_output=True)
+    except FileNotFoundError:
+        pytest.skip("no openssl here")
+    listening = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    dialling = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    dialling.check_hostname = False
+    for context in (listening, dialling):
+        context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+        context.load_verify_locations(folder / "cert.pem")
+        context.verify_mode = ssl.CERT_REQUIRED
+    return listening, dialling
+
+
+@pytest.mark.parametrize("topology", ["chain", "star"])
+def test_tls(lanes: Lanes, contexts: Any, topology: str) -> None:
+    state = make_state()
+    source = lanes.transport(ssl_context=contexts, topology=topology)
+    destinations = [lanes.destination(make_state(2), ssl_context=contexts) for _ in range(2)]
+    seen = bytearray()
+
+    def listen(number: int, way: str, position: int, data: bytes) -> bytes:
+        seen.extend(data)
+        return data
+
+    proxy = lanes.proxy(source.metadata(), listen)
+    for destination in destinations:
+        destination.start(proxy.metadata)
+    source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
+    for destination in destinations:
+        assert destination.join().sound(state), destination.error
+    for transport in (source, *(destination.transport for destination in destinations)):
+        transport.disallow_checkpoint()
+    for tensor in state["large"]:
+        assert bytes(tensor[:64].tolist()) not in seen
+    assert b"FTLN" not in seen
+
+
+def test_tls_on_one_side_only(lanes: Lanes, contexts: Any) -> None:
+    for mine, theirs in ((contexts, None), (None, contexts)):
+        source = lanes.transport(ssl_context=mine)
+        destination = lanes.destination(make_state(2), ssl_context=theirs).start(source.metadata()).join()
+        assert isinstance(destination.error, RemoteProtocolError)
+        assert "give both an ssl_context, or neither" in str(destination.error)
+
+
+def test_tls_without_the_certificate(lanes: Lanes, contexts: Any) -> None:
+    import ssl
+
+    source, state = lanes.transport(ssl_context=contexts), make_state()
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    bare.check_hostname = False
+    bare.verify_mode = ssl.CERT_NONE
+    invitation = Invitation.decode(source.metadata())._replace(addresses=("127.0.0.1",))
+    destination = lanes.destination(make_state(2), ssl_context=(contexts[0], bare)).start(invitation.encode()).join()
+    assert isinstance(destination.error, PeerFailure)
+    source.shutdown()
+
+
+# --------------------------------------------------------------------------------------------- again
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_thousand_heals_leave_nothing(lanes: Lanes) -> None:
+    state, template = ({"a": torch.rand(100_000), "b": {str(i): torch.rand(10) for i in range(20)}} for _ in range(2))
+    source = lanes.transport()
+    destination = lanes.destination(template, lanes=2)
+
+    def heal_once(step: int) -> None:
+        destination.start(source.metadata(), step=step)
+        source.send_checkpoint([1], step, envelope(state), TIMEOUT)
+        assert destination.join().error is None
+        source.disallow_checkpoint()
+        destination.transport.disallow_checkpoint()
+
+    for step in range(100):
+        heal_once(step)
+    before, memory = residue(), resident()
+    for step in range(900):
+        heal_once(1000 + step)
+    after = residue()
+    assert after.threads == before.threads
+    assert after.native_threads <= before.native_threads
+    assert after.descriptors <= before.descriptors
+    assert resident() - memory < 30 * MIB

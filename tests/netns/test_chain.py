@@ -1,0 +1,26 @@
+"""A chain heals seven replicas in hardly more time than one, over links of 1 Gbit/s each, and when one of them dies."""
+
+from __future__ import annotations
+
+import pytest
+
+from .shaped_links import measure, replicas, rights
+
+NUMBER = 7
+MEGABYTES = 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_time_hardly_depends_on_the_number() -> None:
+    if reason := rights():
+        pytest.skip(reason)
+    with replicas(NUMBER, "1gbit") as ranks:
+        one = measure(ranks, 1, MEGABYTES)
+        all_ = measure(ranks, NUMBER, MEGABYTES)
+        broken = measure(ranks, NUMBER, MEGABYTES, victim=NUMBER // 2 + 1)
+    print(one, all_, broken)
+    assert (one.num_healed, all_.num_healed, broken.num_healed) == (1, NUMBER, NUMBER - 1)
+    assert all_.seconds <= 1.3 * one.seconds
+    assert broken.seconds <= 1.6 * one.seconds
+    assert all_.copies < 1.1

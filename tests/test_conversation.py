@@ -1,0 +1,249 @@
+"""The table of the lanes' protocol, the frames, and what ``docs/protocol.md`` says of both."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ft_transport._conversation import (
+    BODIES,
+    HEADER_BYTES,
+    TABLE,
+    Conversation,
+    Frame,
+    Header,
+    Role,
+    State,
+    decode_body,
+    decode_header,
+    encode,
+    encode_header,
+)
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
+
+SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
+PROTOCOL = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
+
+# One body of each frame, as both sides make them.
+EXAMPLES: dict[Frame, Any] = {
+    Frame.HELLO: [b"i" * 16, "host pid 1"],
+    Frame.WAIT: None,
+    Frame.MANIFEST: b"any bytes",
+    Frame.READY: ["ft-lanes://…", b"r" * 16, b"\x05"],
+    Frame.REFUSE: ["a.b: expected float32 (3,), source has float32 (4,)", "another"],
+    Frame.ROUTE: [None, b"s" * 16],
+    Frame.PROGRESS: None,
+    Frame.REROUTE: [b"s" * 16, "the connection broke"],
+    Frame.DONE: None,
+    Frame.BYE: None,
+    Frame.FAILED: ["why"],
+    Frame.ATTACH: [b"s" * 16],
+    Frame.WANT: None,
+    Frame.REPAIR: None,
+    Frame.CHECK: [(1 << 64) - 1],
+    Frame.SAME: None,
+}
+
+
+# -------------------------------------------------------------------------------------------- frames
+
+
+def read(data: bytes) -> tuple[Header, Any]:
+    header = decode_header(data[:HEADER_BYTES])
+    return header, decode_body(header, data[HEADER_BYTES:])
+
+
+def as_tuple(body: Any) -> Any:
+    return tuple(body) if isinstance(body, list) else body
+
+
+@pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: frame.name)
+def test_round_trip(frame: Frame) -> None:
+    header, body = read(encode(frame, 3, 1 << 40, 17, EXAMPLES[frame]))
+    assert (header.frame, header.attempt, header.step, header.number) == (frame, 3, 1 << 40, 17)
+    assert body == as_tuple(EXAMPLES[frame])
+
+
+def test_every_frame_has_an_example_and_a_body() -> None:
+    assert set(EXAMPLES) | {Frame.MESSAGE} == set(Frame)
+    assert set(BODIES) | {Frame.MANIFEST, Frame.MESSAGE} == set(Frame)
+
+
+@pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: frame.name)
+def test_any_flipped_bit_is_found(frame: Frame) -> None:
+    data = encode(frame, 1, 7, 2, EXAMPLES[frame])
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(RemoteProtocolError):
+            read(bytes(damaged))
+
+
+@pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: frame.name)
+def test_trailing_and_missing_bytes_are_found(frame: Frame) -> None:
+    data = encode(frame, 1, 7, 2, EXAMPLES[frame])
+    with pytest.raises(RemoteProtocolError):
+        read(data + b"\0")
+    if len(data) > HEADER_BYTES:
+        with pytest.raises(RemoteProtocolError):
+            read(data[:-1])
+
+
+@given(st.binary(min_size=HEADER_BYTES, max_size=HEADER_BYTES))
+def test_garbage_is_no_header(data: bytes) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode_header(data)
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (Header(Frame.READY, 1, 1, nbytes=1 << 21), "READY of 2097152 bytes"),
+        (Header(Frame.MANIFEST, 1, 1, nbytes=(256 << 20) + 1), "MANIFEST of"),
+        (Header(99, 1, 1), "unknown frame 99"),  # type: ignore[arg-type]
+    ],
+)
+def test_headers_out_of_bounds(header: Header, reason: str) -> None:
+    with pytest.raises(RemoteProtocolError, match=reason):
+        decode_header(encode_header(header))
+
+
+@pytest.mark.parametrize(
+    ("frame", "body"),
+    [
+        (Frame.HELLO, ["i", "n"]),
+        (Frame.HELLO, [b"i"]),
+        (Frame.READY, ["m", b"", 3]),
+        (Frame.ROUTE, [b"", b""]),
+        (Frame.FAILED, "why"),
+        (Frame.FAILED, [b"why"]),
+        (Frame.CHECK, [True]),
+        (Frame.CHECK, {"a": 1}),
+        (Frame.WANT, []),
+    ],
+)
+def test_bodies_of_other_types_are_refused(frame: Frame, body: Any) -> None:
+    with pytest.raises(RemoteProtocolError, match=frame.name):
+        read(encode(frame, 1, 1, 0, body))
+
+
+# --------------------------------------------------------------------------------------------- table
+
+
+def path_to(goal: State) -> list[tuple[Role, Frame]]:
+    """Frames that lead from OPEN to a state, the fewest."""
+    paths: dict[State, list[tuple[Role, Frame]]] = {State.OPEN: []}
+    while goal not in paths:
+        for state, path in list(paths.items()):
+            for sent, following in TABLE[state].items():
+                paths.setdefault(following, [*path, sent])
+    return paths[goal]
+
+
+def deliver(ends: dict[Role, Conversation], sender: Role, frame: Frame, number: int = 0) -> None:
+    ends[sender].sent(frame, number)
+    receiver = DESTINATION if sender is SOURCE else SOURCE
+    ends[receiver].received(Header(frame, 1, 7, number))
+
+
+def both_in(state: State) -> dict[Role, Conversation]:
+    ends = {role: Conversation(role, 1, 7) for role in Role}
+    for sender, frame in path_to(state):
+        deliver(ends, sender, frame)
+    assert {end.state for end in ends.values()} == {state}
+    return ends
+
+
+@pytest.mark.parametrize(("state", "sender", "frame"), list(itertools.product(State, Role, Frame)))
+def test_the_table_decides(state: State, sender: Role, frame: Frame) -> None:
+    ends = both_in(state)
+    answers = frame in (Frame.MESSAGE, Frame.SAME)
+    following = TABLE[state].get((sender, frame))
+    if following is not None and not answers:
+        deliver(ends, sender, frame)
+        assert {end.state for end in ends.values()} == {following}
+        return
+    with pytest.raises(LocalProtocolError, match=frame.name):
+        ends[sender].sent(frame)
+    receiver = DESTINATION if sender is SOURCE else SOURCE
+    with pytest.raises(RemoteProtocolError, match=frame.name):
+        ends[receiver].received(Header(frame, 1, 7))
+    assert {end.state for end in ends.values()} == {state}
+
+
+def test_every_state_can_be_reached_and_left() -> None:
+    assert set(TABLE) == set(State)
+    for state in State:
+        path_to(state)
+        leads_on = any(following is not state for following in TABLE[state].values())
+        assert leads_on or state in (State.CLOSED, State.LANE)
+
+
+def test_frames_that_cross_are_allowed_on_both_sides() -> None:
+    """One side may send before it has read what the other has sent: whatever moves on must bear what still comes."""
+    late = {
+        State.ROUTING: [(DESTINATION, Frame.PROGRESS), (SOURCE, Frame.WAIT)],
+        State.MOVING: [(DESTINATION, Frame.PROGRESS), (SOURCE, Frame.WAIT)],
+        State.DONE: [(SOURCE, Frame.WAIT), (SOURCE, Frame.FAILED)],
+    }
+    for state, crossing in late.items():
+        assert set(crossing) <= set(TABLE[state])
+
+
+def test_answers_come_in_the_order_of_the_questions() -> None:
+    ends = both_in(State.LANE)
+    for number, frame in enumerate((Frame.WANT, Frame.CHECK, Frame.REPAIR)):
+        deliver(ends, DESTINATION, frame, number)
+    deliver(ends, SOURCE, Frame.WAIT)
+    deliver(ends, SOURCE, Frame.MESSAGE, 0)
+    with pytest.raises(RemoteProtocolError, match="MESSAGE 2 is out of order"):
+        ends[DESTINATION].received(Header(Frame.MESSAGE, 1, 7, 2))
+    deliver(ends, SOURCE, Frame.SAME, 1)
+    with pytest.raises(RemoteProtocolError, match="SAME 2"):  # it was not offered
+        ends[DESTINATION].received(Header(Frame.SAME, 1, 7, 2))
+    deliver(ends, SOURCE, Frame.MESSAGE, 2)
+    with pytest.raises(RemoteProtocolError, match="MESSAGE 2"):
+        ends[DESTINATION].received(Header(Frame.MESSAGE, 1, 7, 2))
+
+
+@pytest.mark.parametrize(("attempt", "step"), [(2, 7), (1, 8)])
+def test_frames_of_another_attempt_or_step_are_refused(attempt: int, step: int) -> None:
+    source = Conversation(SOURCE, 1, 7)
+    with pytest.raises(RemoteProtocolError, match="expected a frame of step 7, attempt 1"):
+        source.received(Header(Frame.HELLO, attempt, step))
+
+
+# ----------------------------------------------------------------------------------------- documents
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The rows of the first table under a heading of the protocol's page."""
+    text = PROTOCOL.read_text()
+    section = re.split(r"^#+ ", text[text.index(f"\n## {heading}\n") + 4 :], maxsplit=1, flags=re.MULTILINE)[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_documented_frames_are_these() -> None:
+    assert [(int(number), name) for number, name, *_ in rows("Frames of lanes")] == [
+        (frame.value, frame.name) for frame in Frame
+    ]
+
+
+def test_the_documented_table_is_this_one() -> None:
+    documented = {
+        (state.strip("`"), sender, name.strip(), following.strip("`"))
+        for state, sender, names, following in rows("States of lanes")
+        for name in names.split(",")
+    }
+    assert documented == {
+        (state.value, sender.value, frame.name, following.value)
+        for state, entries in TABLE.items()
+        for (sender, frame), following in entries.items()
+    }
