@@ -814,7 +814,8 @@ def test_a_wrong_secret(lanes: Lanes) -> None:
 def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
     from ft_transport._conversation import Frame, encode
     from ft_transport._deadline import Deadline
-    from ft_transport._lanes import Patience, dial
+    from ft_transport._doors import dial
+    from ft_transport._lanes import Patience
 
     source = lanes.transport()
     first = encode(Frame.ATTACH, 1, STEP, body=[bytes(16)])
