@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._conversation import Conversation, Frame, Header, Role, encode
+from ft_transport._doors import Contexts, dial
 from ft_transport._landing import Landing
 from ft_transport._lane_options import CPU, LaneOptions
-from ft_transport._lanes import Bell, Connection, Contexts, Patience, Silence, dial
+from ft_transport._lanes import Bell, Connection, Patience, Silence
 from ft_transport._layout import Layout
 from ft_transport._meeting import Invitation
 from ft_transport._memory import Bucket, aligned, memory_at

@@ -23,10 +23,11 @@ from ft_transport._conversation import Conversation, Frame, Header, Role, encode
 from ft_transport._deadline import Deadline
 from ft_transport._desk import Desk
 from ft_transport._digest import digest_bytes
+from ft_transport._doors import Contexts, dial
 from ft_transport._fetch import Fetcher, Route, Sink
 from ft_transport._landing import Landing
 from ft_transport._lane_options import CPU, LaneOptions, settled_stream
-from ft_transport._lanes import HEARTBEAT, Bell, Contexts, Patience, Silence, dial
+from ft_transport._lanes import HEARTBEAT, Bell, Patience, Silence
 from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
 from ft_transport._meeting import Invitation

@@ -25,7 +25,7 @@ from ft_transport._supply import Supply
 from ft_transport._talk import Talk
 from ft_transport._transfer import tell_progress
 from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
-from ft_transport.report import PeerReport, Progress, TransferReport
+from ft_transport.report import Outcome, PeerReport, Progress, TransferReport
 
 __all__ = ["Offer"]
 
@@ -174,7 +174,7 @@ class Offer:
 
     def _run(self, guest: _Guest) -> None:
         peer, talk = guest.peer, guest.talk
-        outcome = "failed"
+        outcome: Outcome = "failed"
         try:
             self._serve(guest)
             outcome = "complete"
@@ -191,7 +191,7 @@ class Offer:
                 peer.nbytes_wire += guest.supply.nbytes_wire
             talk.connection.close()
             with self._changed:
-                peer.outcome = outcome  # type: ignore[assignment]
+                peer.outcome = outcome
                 self._settle()
                 self._changed.notify_all()
 
@@ -317,7 +317,7 @@ class _Failure(TransferError):
     """One side has given up for a reason of its own."""
 
 
-def _outcome(exc: Exception, patience: Patience) -> str:
+def _outcome(exc: Exception, patience: Patience) -> Outcome:
     if isinstance(exc, _Refused):
         return "refused"
     if isinstance(exc, (TransferTimeout, Silence)):

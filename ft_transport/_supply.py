@@ -60,12 +60,10 @@ class Supply:
         stream: The accelerator's stream to gather in, None without one.
 
     Attributes:
-        nbytes: Payload bytes sent.
         nbytes_wire: All bytes of the lanes that have ended.
     """
 
     def __init__(self, stock: Stock, patience: Patience, stream: Any = None) -> None:
-        self.nbytes = 0
         self.nbytes_wire = 0
         self._stock = stock
         self._patience = patience
@@ -124,8 +122,6 @@ class Supply:
                 continue
             digest = self._stock.digest(message) if self._stock.verified else 0
             self._stock.note_digest(message, talk.say_message(message, view, digest, patience))
-            with self._changed:
-                self.nbytes += self._stock.sizes[message]
             self._patience.moved()
 
     def _digest(self, message: int, view: memoryview) -> int:

@@ -22,11 +22,11 @@ from torchft.checkpointing.transport import CheckpointTransport
 from ft_transport._call import Call
 from ft_transport._deadline import Deadline
 from ft_transport._desk import Desk
+from ft_transport._doors import Listener, interfaces, resolve
 from ft_transport._landing import mark_changed
 from ft_transport._lane_destination import Kept, Reception, Self
 from ft_transport._lane_options import CPU, LaneOptions
 from ft_transport._lane_source import Offer
-from ft_transport._lanes import Listener, interfaces, resolve
 from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
 from ft_transport._relay import Relay
 from ft_transport.errors import LocalProtocolError

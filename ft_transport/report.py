@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["PeerReport", "Progress", "ProgressCallback", "TransferReport"]
+__all__ = ["Outcome", "PeerReport", "Progress", "ProgressCallback", "TransferReport"]
 
 Role = Literal["source", "destination"]
 Outcome = Literal["pending", "complete", "refused", "failed", "dead", "timed out"]

@@ -596,11 +596,11 @@ def broken_heal(lanes: Lanes, state: dict[str, Any], template: dict[str, Any], s
 
 
 def test_what_has_changed_since_is_moved_again(lanes: Lanes) -> None:
-    state, template = make_state(), make_state(2)
+    state, template = make_state(large=6), make_state(2, large=6)
     destination = broken_heal(lanes, state, template)
-    template["large"][0][5] += 1  # what had landed first
-    other = make_state()
-    other["large"][0][MIB] += 1  # and the other source differs there
+    template["large"][1][5] += 1  # had landed
+    other = make_state(large=6)
+    other["large"][0][MIB] += 1  # had landed, and the other source differs there
     source = lanes.transport()
     source.send_checkpoint([1], STEP, envelope(other), TIMEOUT)
     destination.start(source.metadata()).join()
@@ -751,6 +751,7 @@ def test_a_thousand_strangers(lanes: Lanes) -> None:
     while any(thread.is_alive() for thread in (*talking, *silent)):
         heal_once(step)
         step += 1
+        assert len(source._listener._greetings) <= 64
     for thread in (*talking, *silent):
         thread.join()
     assert step > 4
@@ -813,7 +814,8 @@ def test_a_wrong_secret(lanes: Lanes) -> None:
 def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
     from ft_transport._conversation import Frame, encode
     from ft_transport._deadline import Deadline
-    from ft_transport._lanes import Patience, dial
+    from ft_transport._doors import dial
+    from ft_transport._lanes import Patience
 
     source = lanes.transport()
     first = encode(Frame.ATTACH, 1, STEP, body=[bytes(16)])
