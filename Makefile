@@ -39,6 +39,7 @@ $(FUZZ_READY): $(READY)
 	@touch $@
 
 fuzz: $(FUZZ_READY)
+	FT_TRANSPORT_ALL_MUTATIONS=1 $(BIN)/python -m pytest -q --timeout 600 tests/test_hostile.py
 	$(BIN)/python tests/fuzz/fuzz_manifest.py --seconds $(SECONDS) $(ARGS)
 
 clean:

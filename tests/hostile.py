@@ -12,10 +12,12 @@ import datetime
 import decimal
 import enum
 import fractions
+import itertools
+import os
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from pathlib import PurePosixPath
 from typing import Any
@@ -198,6 +200,15 @@ def distributed(mesh: DeviceMesh) -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------------- a receive
+
+
+# Of mutations that there are tens of thousands of, the suite tries one in so many; `make fuzz` tries all.
+ONE_IN = 1 if os.environ.get("FT_TRANSPORT_ALL_MUTATIONS") else 5
+
+
+def some(mutations: Iterable[Any]) -> Iterator[Any]:
+    """Every so-many-th mutation, so that over many places each variant is tried somewhere."""
+    return itertools.islice(mutations, 0, None, ONE_IN)
 
 
 def receive(data: bytes, template: object = None) -> str:

@@ -7,12 +7,13 @@ to cost time, it is large enough that without its bound the test would not end; 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import pickle
 import tempfile
 import tracemalloc
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import msgpack
 import pytest
 import torch
 from helpers import noise
-from hostile import ALLOWED, CPU, STATES, WARNINGS, Holder, distributed, process_group, receive
+from hostile import ALLOWED, CPU, STATES, WARNINGS, Holder, distributed, process_group, receive, some
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import DeviceMesh
@@ -209,14 +210,13 @@ def parent_of(body: Any, path: tuple[int, ...]) -> Any:
 def test_every_node_replaced_by_every_evil(name: str) -> None:
     honest = body_of(STATES[name])
     assert receive(frame(honest), STATES[name]) == ""
-    for path in places(honest):
-        for evil in EVIL:
-            body = copy.deepcopy(honest)
-            if path:
-                parent_of(body, path)[path[-1]] = evil
-            else:
-                body = evil
-            receive(frame(body), STATES[name])
+    for path, evil in some(itertools.product(places(honest), EVIL)):
+        body = copy.deepcopy(honest)
+        if path:
+            parent_of(body, path)[path[-1]] = evil
+        else:
+            body = evil
+        receive(frame(body), STATES[name])
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -249,22 +249,26 @@ def test_every_truncation_is_refused(name: str) -> None:
         refused(data[:length])
 
 
+CHANGES: list[Callable[[int], int]] = [
+    *(lambda byte, flip=flip: byte ^ flip for flip in (1, 0x80)),
+    *(lambda byte, value=value: value for value in (0, 0xFF, 0xC0, 0xDD, 0xC6)),
+    lambda byte: (byte + 1) % 256,
+]
+
+
 @pytest.mark.parametrize("name", STATES)
 def test_every_byte_changed(name: str) -> None:
     data = honest_frame(STATES[name])
-    for place in range(len(data)):
-        for byte in (data[place] ^ 1, data[place] ^ 0x80, 0, 0xFF, 0xC0, 0xDD, 0xC6, (data[place] + 1) % 256):
-            receive(data[:place] + bytes([byte]) + data[place + 1 :], STATES[name])
+    for place, change in some(itertools.product(range(len(data)), CHANGES)):
+        receive(data[:place] + bytes([change(data[place])]) + data[place + 1 :], STATES[name])
 
 
 def test_frames_spliced_from_two() -> None:
     frames = [honest_frame(state) for state in STATES.values()]
-    for one in frames:
-        for other in frames:
-            for begin in range(0, min(len(one), len(other)), 7):
-                for end in (begin, begin + 1, begin + 9):
-                    receive(one[:begin] + other[end:])
-            refused(one + other)
+    for one, other in itertools.product(frames, frames):
+        for begin, more in some(itertools.product(range(0, min(len(one), len(other)), 7), (0, 1, 9))):
+            receive(one[:begin] + other[begin + more :])
+        refused(one + other)
 
 
 # ------------------------------------------------------------------------------------------- other frames
@@ -887,21 +891,21 @@ def test_every_node_of_a_context_replaced_by_every_evil(kind: str, mesh: DeviceM
     honest = body_of(state)
     for template in (None, state, {"other": noise(2, 1), **state}):
         assert receive(frame(honest), template) == ""
-        for path in places(honest):
-            for evil in (
-                *EVIL,
-                "shard",
-                "partial",
-                "rank:7/cpu",
-                "worker/cuda:0",
-                3,
-                ["()", 0, 0],
-                ["()", ["()", "shard", 99]],
-            ):
-                if path and path[0] in (2, 3):
-                    body = copy.deepcopy(honest)
-                    parent_of(body, path)[path[-1]] = evil
-                    receive(frame(body), template)
+        evils = (
+            *EVIL,
+            "shard",
+            "partial",
+            "rank:7/cpu",
+            "worker/cuda:0",
+            3,
+            ["()", 0, 0],
+            ["()", ["()", "shard", 99]],
+        )
+        for path, evil in some(itertools.product(places(honest), evils)):
+            if path and path[0] in (2, 3):
+                body = copy.deepcopy(honest)
+                parent_of(body, path)[path[-1]] = evil
+                receive(frame(body), template)
 
 
 @pytest.mark.parametrize("kind", ["dtensor", "sharded"])
