@@ -17,7 +17,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from ft_transport._geometry import Geometry
-from ft_transport._kinds import sizes
+from ft_transport._kinds_python import sizes
 from ft_transport._leaves import Kind, Surroundings, check_grad, register_kind
 from ft_transport._values import dtype_name, dtype_of, expect
 
