@@ -10,7 +10,7 @@ SECONDS ?= 600
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
-	@echo "make test    lint, types, and all tests (under ten minutes)"
+	@echo "make test    lint, types, and all tests (a quarter of an hour on two slow cores)"
 	@echo "make lint    ruff and mypy --strict alone"
 	@echo "make bench   side by side with torchft's and torch's transports; ARGS='...' is passed on"
 	@echo "make fuzz    attack what reads the wire, guided by coverage, for ten minutes; SECONDS=60 for one"
