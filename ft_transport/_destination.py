@@ -18,7 +18,7 @@ from ft_transport._landing import Landing
 from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
 from ft_transport._memory import Bucket, aligned, no_collection
-from ft_transport._template import compare, match_template
+from ft_transport._template import fit
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import Progress, TransferReport
@@ -127,13 +127,7 @@ def _plan(
     report: TransferReport,
 ) -> Landing:
     """Check the state against the template, and decide where each byte lands."""
-    matched = match_template(manifest, state_dict(), report) if state_dict is not None else {}
-    targets, reasons = compare(manifest, matched, report)
-    if options.strict:
-        reasons += [f"{path}: expected in the template, source has it" for path in report.missing]
-        reasons += [f"{path}: expected from the source, template has it" for path in report.unused]
-    if reasons:
-        raise RemoteProtocolError("; ".join(reasons))
+    matched, targets = fit(manifest, state_dict, options.strict, report)
     landing = Landing(manifest, layout, matched, targets, options.device, report)
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)

@@ -34,7 +34,7 @@ from ft_transport._meeting import Invitation
 from ft_transport._memory import no_collection
 from ft_transport._relay import Relay
 from ft_transport._talk import Talk
-from ft_transport._template import compare, match_template
+from ft_transport._template import fit
 from ft_transport._transfer import tell_progress
 from ft_transport._work import Work
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
@@ -267,13 +267,7 @@ class Reception:
 
     def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
         report, options = self._report, self._options
-        matched = match_template(manifest, state_dict(), report) if state_dict is not None else {}
-        targets, reasons = compare(manifest, matched, report)
-        if options.strict:
-            reasons += [f"{path}: expected in the template, source has it" for path in report.missing]
-            reasons += [f"{path}: expected from the source, template has it" for path in report.unused]
-        if reasons:
-            raise RemoteProtocolError("; ".join(reasons))
+        matched, targets = fit(manifest, state_dict, options.strict, report)
         return Landing(manifest, layout, matched, targets, CPU, report, fresh_device=options.fresh_device)
 
     def _sink(self, plan: _Plan, earlier: Kept | None) -> Sink:

@@ -7,7 +7,7 @@ collected, all of them. A template leaf that cannot be written without harm is l
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ft_transport._tree import Node, Path, flatten, format_path, paths_of
 from ft_transport.errors import RemoteProtocolError
 from ft_transport.report import TransferReport
 
-__all__ = ["Slot", "Targets", "compare", "match_template", "same_strides"]
+__all__ = ["Slot", "Targets", "compare", "fit", "match_template", "same_strides"]
 
 # Index of a leaf, and position of one of its views.
 Slot = tuple[int, int]
@@ -30,6 +30,27 @@ Targets = dict[Slot, torch.Tensor]
 
 # Bounds the registered keys of torchft's envelope that are tried as the place of the callback's tree.
 MAX_KEYS = 100
+
+
+def fit(
+    manifest: Manifest, state_dict: Callable[[], object] | None, strict: bool, report: TransferReport
+) -> tuple[dict[int, object], Targets]:
+    """Find the template in what the source sends, and check that it can take it.
+
+    Returns:
+        As :func:`match_template` and :func:`compare`.
+
+    Raises:
+        RemoteProtocolError: It cannot; every path is listed.
+    """
+    matched = match_template(manifest, state_dict(), report) if state_dict is not None else {}
+    targets, reasons = compare(manifest, matched, report)
+    if strict:
+        reasons += [f"{path}: expected in the template, source has it" for path in report.missing]
+        reasons += [f"{path}: expected from the source, template has it" for path in report.unused]
+    if reasons:
+        raise RemoteProtocolError("; ".join(reasons))
+    return matched, targets
 
 
 # --------------------------------------------------------------------------------------------- match
