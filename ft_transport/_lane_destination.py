@@ -46,6 +46,8 @@ logger = logging.getLogger("ft_transport")
 
 # How often all lanes to the source may break before the receive does.
 _MAX_BREAKS = 3
+# Fresh memory that is prepared between two looks at the source, some tens of milliseconds.
+_POPULATE_BYTES = 64 << 20
 # How long the source may take to say goodbye, or to read why this side gives up.
 _LAST_WORDS = timedelta(seconds=1)
 
@@ -175,7 +177,7 @@ class Reception:
             with peer.enter("move", "destination"):
                 self._move(talk, plan, sink)
             with peer.enter("verify", "destination"):
-                self._say_done(talk)
+                self._say_done(talk, verified=sink.verified)
             with peer.enter("rebuild", "destination"), no_collection():
                 self._report.torn = self._report.torn or plan.landing.copies
                 state = plan.landing.rebuild()
@@ -298,7 +300,7 @@ class Reception:
             while not work.complete:
                 route, self._route = self._route, None
                 assert route is not None
-                error = self._fetch(talk, route, sink)
+                error = self._fetch(talk, route, plan, sink)
                 if work.complete:
                     break
                 if not route.from_source and self._lost is None:
@@ -316,13 +318,14 @@ class Reception:
                 known = self.kept.digests if self.kept is not None and self._resumes(self.kept, plan) else {}
                 self.kept = Kept(self._step, plan.digest, known | work.digests)
 
-    def _fetch(self, talk: Talk, route: Route, sink: Sink) -> TransferError:
+    def _fetch(self, talk: Talk, route: Route, plan: _Plan, sink: Sink) -> TransferError:
         """Fetch from one supplier until everything is here or its lanes have ended; gives why they have."""
         fetcher = Fetcher(sink, self._bell, self._options, self._attempt, self._step, self._stream)
         try:
             fetcher.open(route, self._me.contexts, self._patience)
             while not sink.todo.complete and fetcher.alive:
-                self._pump(talk)
+                more = plan.landing.populate(_POPULATE_BYTES)
+                self._pump(talk, timedelta(0) if more else HEARTBEAT)
                 if fetcher.fatal is not None:
                     raise fetcher.fatal
         finally:
@@ -393,7 +396,7 @@ class Reception:
 
     # --------------------------------------------------------------------------------------- end
 
-    def _say_done(self, talk: Talk) -> None:
+    def _say_done(self, talk: Talk, *, verified: bool) -> None:
         self._tell_progress()
         try:
             if self._lost is not None:
@@ -403,6 +406,8 @@ class Reception:
             while talk.hear(patience)[0].frame is not Frame.BYE:
                 patience.check()
         except TransferError as exc:
+            if not verified:
+                raise  # without digests only the source knows whether its memory was still the state's
             # Everything is here and agrees: that the source cannot be told any more is the source's loss alone.
             logger.warning("the source could not be told that its state arrived: %s", exc)
 

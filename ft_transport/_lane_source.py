@@ -41,6 +41,7 @@ class SourceStock:
     def __init__(self, outbound: Outbound) -> None:
         self.sizes = outbound.layout.sizes
         self.verified = bool(outbound.header.digest)
+        self.steady = True
         self._gatherer = outbound.gatherer
         self._digests: dict[int, int] = {}
         self._copies: dict[int, memoryview] = {}

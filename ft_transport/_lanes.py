@@ -9,15 +9,19 @@ shuts the connection down; only the connection's owner closes it, so a descripto
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import selectors
 import socket
 import ssl
 import struct
+import sys
+import termios
 from collections.abc import Sequence
 from datetime import timedelta
 
 from ft_transport._deadline import Deadline
+from ft_transport._splice import SPLICE_FROM, Splicer
 from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
 
 __all__ = ["HEARTBEAT", "Bell", "Connection", "Patience", "Silence"]
@@ -96,6 +100,8 @@ class Connection:
         self.nbytes_wire = 0
         self._socket = sock
         self._tls = isinstance(sock, ssl.SSLSocket)
+        self._splicer: Splicer | None = None
+        self._can_splice = not self._tls
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls:
             sock.settimeout(HEARTBEAT.total_seconds())
@@ -105,8 +111,11 @@ class Connection:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
 
-    def write(self, parts: Sequence[bytes | View], patience: Patience) -> None:
+    def write(self, parts: Sequence[bytes | View], patience: Patience, *, more: bool = False) -> None:
         """Write all parts, one behind the other.
+
+        Args:
+            more: More follows at once: the system may wait for it.
 
         Raises:
             PeerFailure: The connection broke, or the peer takes nothing any more.
@@ -114,9 +123,10 @@ class Connection:
         After an error: some, all or none of it may have left.
         """
         views = [View(part) for part in parts if len(part)]
+        flags = socket.MSG_MORE if more else 0
         while views:
             try:
-                written = self._socket.send(views[0]) if self._tls else self._socket.sendmsg(views)
+                written = self._socket.send(views[0]) if self._tls else self._socket.sendmsg(views, (), flags)
             except (BlockingIOError, TimeoutError):
                 patience.check()
                 continue
@@ -128,6 +138,37 @@ class Connection:
                 written -= len(views.pop(0))
             if written:
                 views[0] = views[0][written:]
+
+    def write_steady(self, view: View, patience: Patience) -> None:
+        """Write memory without a copy, where the system can; raises as :meth:`write`.
+
+        It must stay as it is until the peer has read it, or this connection is closed.
+        """
+        splicer = self._have_splicer() if len(view) >= SPLICE_FROM else None
+        while splicer is not None and (len(view) or not splicer.empty):
+            if splicer.empty:
+                try:
+                    view = view[splicer.fill(view) :]
+                except OSError:
+                    break  # memory of a device, say
+            try:
+                self.nbytes_wire += splicer.drain(self._socket.fileno())
+            except BlockingIOError:
+                patience.check()
+                continue
+            except OSError as exc:
+                raise self._broken(exc) from None
+            patience.moved()
+        if len(view):
+            self.write([view], patience, more=True)
+
+    def _have_splicer(self) -> Splicer | None:
+        if self._can_splice and self._splicer is None:
+            try:
+                self._splicer = Splicer()
+            except OSError:
+                self._can_splice = False
+        return self._splicer
 
     def read_into(self, view: View, patience: Patience) -> None:
         """Fill ``view``; raises as :meth:`write`, and if the peer has closed the connection."""
@@ -198,7 +239,16 @@ class Connection:
             socket.socket.shutdown(self._socket, how)
 
     def close(self) -> None:
-        """Give the descriptor back. The owner only, once no thread uses it."""
+        """Give the descriptor back. The owner only, once no thread uses it.
+
+        Memory that was written by :meth:`write_steady` is not read any more afterwards.
+        """
+        splicer, self._splicer = self._splicer, None
+        if splicer is not None:
+            splicer.close()
+            if int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
+                # Some of it has not arrived: drop it, rather than send it once this side goes on.
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
         self._socket.close()
 
 

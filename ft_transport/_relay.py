@@ -52,6 +52,8 @@ class Relay:
         self.ident = secrets.token_bytes(16)
         self.sizes = layout.sizes
         self.verified = verified
+        # Training goes on with this memory once this side has the state, whatever the next one still reads.
+        self.steady = verified
         self._desk = desk
         self._landing = landing
         self._work = work

@@ -29,10 +29,12 @@ class Stock(Protocol):
     Attributes:
         sizes: Bytes of each message.
         verified: Whether messages have digests.
+        steady: Whether their memory stays as it is until its reader has it, or learns that the transfer has failed.
     """
 
     sizes: list[int]
     verified: bool
+    steady: bool
 
     def await_message(self, message: int) -> bool:
         """Wait for a message, no longer than a heartbeat; gives whether it is there."""
@@ -121,7 +123,9 @@ class Supply:
                 talk.say(Frame.SAME, patience, message)
                 continue
             digest = self._stock.digest(message) if self._stock.verified else 0
-            self._stock.note_digest(message, talk.say_message(message, view, digest, patience))
+            # What is in the bucket is overwritten by the next message, perhaps before the peer has it.
+            steady = self._stock.steady and bucket.untouched
+            self._stock.note_digest(message, talk.say_message(message, view, digest, patience, steady=steady))
             self._patience.moved()
 
     def _digest(self, message: int, view: memoryview) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import xxhash
@@ -66,29 +67,31 @@ class Talk:
         self.conversation.received(header)
         return header
 
-    def say_message(self, number: int, view: memoryview, digest: int | None, patience: Patience) -> int:
+    def say_message(
+        self, number: int, view: memoryview, digest: int | None, patience: Patience, *, steady: bool = False
+    ) -> int:
         """Send a message and then its digest, which is taken on the way where it is not known yet; gives the digest.
+
+        Args:
+            steady: Whether the memory stays as it is until the peer has it: then it is not copied.
 
         Raises:
             PeerFailure, TransferTimeout: As ``Connection.write``.
         """
-        conversation = self.conversation
+        conversation, connection = self.conversation, self.connection
         conversation.sent(Frame.MESSAGE, number)
         header = Header(Frame.MESSAGE, conversation.attempt, conversation.step, number, len(view))
-        parts: list[bytes | memoryview] = [encode_header(header)]
-        if digest is None:
-            hashed = xxhash.xxh3_64()
-            for begin in range(0, len(view), _PIECE_BYTES):
-                piece = view[begin : begin + _PIECE_BYTES]
+        connection.write([encode_header(header)], patience, more=True)
+        hashed = xxhash.xxh3_64()
+        for piece in _pieces(view, whole=digest is not None):
+            if digest is None:
                 hashed.update(piece)
-                if begin:
-                    self.connection.write(parts, patience)
-                    parts = []
-                parts.append(piece)
-            digest = hashed.intdigest()
-        else:
-            parts.append(view)
-        self.connection.write([*parts, TRAILER.pack(digest)], patience)
+            if steady:
+                connection.write_steady(piece, patience)
+            else:
+                connection.write([piece], patience, more=True)
+        digest = hashed.intdigest() if digest is None else digest
+        connection.write([TRAILER.pack(digest)], patience)
         return digest
 
     def hear_message(self, header: Header, view: memoryview, *, verify: bool, patience: Patience) -> int | None:
@@ -102,13 +105,17 @@ class Talk:
         if header.nbytes != len(view):
             raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {header.nbytes}")
         hashed = xxhash.xxh3_64()
-        for begin in range(0, len(view), _PIECE_BYTES):
-            piece = view[begin : begin + _PIECE_BYTES]
+        for piece in _pieces(view, whole=not verify):
             self.connection.read_into(piece, patience)
             if verify:
                 hashed.update(piece)
         (expected,) = TRAILER.unpack(self.connection.read(TRAILER.size, patience))
         return expected if not verify or hashed.intdigest() == expected else None
+
+
+def _pieces(view: memoryview, *, whole: bool) -> Iterator[memoryview]:
+    step = len(view) if whole else _PIECE_BYTES
+    return (view[begin : begin + step] for begin in range(0, len(view), step or 1))
 
 
 def fingerprint(view: memoryview) -> int:

@@ -63,7 +63,8 @@ ALLOWED: dict[str, set[str]] = {
     # Over lanes.
     "_conversation": {"_digest", "errors"},
     "_meeting": {"_conversation", "errors"},
-    "_lanes": {"_deadline", "errors"},
+    "_splice": set(),
+    "_lanes": {"_deadline", "_splice", "errors"},
     "_doors": {"_deadline", "_lanes", "_meeting", "errors"},
     "_talk": {"_conversation", "_lanes", "errors"},
     "_work": set(),
