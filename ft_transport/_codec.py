@@ -12,8 +12,9 @@ import struct
 import sys
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from enum import IntEnum
+from itertools import repeat
 from typing import Any, NamedTuple, NoReturn
 
 import msgpack
@@ -23,7 +24,7 @@ from ft_transport._digest import NUM_SAMPLES
 from ft_transport._geometry import Geometry, checked_geometry, merge
 from ft_transport._layout import Limits
 from ft_transport._leaves import VALUE, Part, check_parts
-from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, covered
+from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, covered, made
 from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
 from ft_transport._values import (
     allowed_class,
@@ -241,7 +242,7 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
             raise RemoteProtocolError(f"{_path_of_container(tree, index)}: {reason}", phase="agree")
         if len(leaves) != num_leaves:
             raise ValueError(f"expected {num_leaves} leaves, got {len(leaves)}")
-        manifest = Manifest(tree, [], [_decode_storage(*storage) for storage in storages])
+        manifest = Manifest(tree, [], _decode_storages(storages))
         _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
         manifest.shared = _decode_shared(shared, tree)
         _check_storages(manifest, header.limits)
@@ -396,7 +397,7 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
     the index of an earlier leaf that is the same object.
     """
     leaves, storages = manifest.leaves, manifest.storages
-    sizes, num_shapes = [nbytes for nbytes, _ in storages], len(shapes)
+    plain = _decode_plain([leaf for leaf in data if type(leaf) is tuple and len(leaf) == 3], shapes, storages)
     for index, leaf in enumerate(data):
         try:
             if type(leaf) is int:
@@ -405,13 +406,8 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
                 manifest.same[index] = manifest.same.get(leaf, leaf)
                 leaves.append(leaves[leaf])
             elif len(leaf) == 3:
-                storage, number, offset = leaf
-                if type(storage) is type(number) is type(offset) is int and 0 <= number < num_shapes and offset >= 0:
-                    shape = shapes[number]
-                    if shape.numel and storage >= 0 and offset * shape.itemsize + shape.span <= sizes[storage]:
-                        leaves.append(Leaf("tensor", (View(storage, shape, offset),)))
-                        continue
-                leaves.append(Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
+                # Without its place in the batch: what is wrong with it, if it is this one.
+                leaves.append(next(plain) if plain else Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
             elif len(leaf) == 1:
                 leaves.append(Leaf(VALUE, (), decode_value(leaf[0])))
             else:
@@ -421,6 +417,27 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
             if isinstance(exc, ValueError):
                 reason = str(exc)
             raise RemoteProtocolError(f"{format_path(manifest.paths[index])}: {reason}", phase="agree") from exc
+
+
+def _decode_plain(
+    data: list[Any], shapes: list[Geometry], storages: list[Storage]
+) -> Iterator[Leaf] | None:
+    """Plain tensors with elements, all at once; None if anything about any of them needs a closer look."""
+    if not data:
+        return None
+    which, numbers, offsets = zip(*data, strict=True)
+    if {*map(type, which), *map(type, numbers), *map(type, offsets)} != {int}:
+        return None
+    if min(which) < 0 or min(numbers) < 0 or min(offsets) < 0:
+        return None
+    if max(which) >= len(storages) or max(numbers) >= len(shapes):
+        return None
+    geometries = [shapes[number] for number in numbers]
+    for storage, shape, offset in zip(which, geometries, offsets, strict=True):
+        if not shape.numel or offset * shape.itemsize + shape.span > storages[storage].nbytes:
+            return None
+    views = made(View, zip(which, geometries, offsets, strict=True))
+    return iter(made(Leaf, zip(repeat("tensor"), zip(views, strict=True), repeat(None), repeat(()))))
 
 
 def _decode_composite(data: Any, shapes: list[Geometry], storages: list[Storage]) -> Leaf:
@@ -466,33 +483,30 @@ def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
 _QUANTIZED = frozenset({"qint8", "quint8", "qint32", "quint4x2", "quint2x4"})
 
 
-def _decode_storage(nbytes: Any, device_type: Any) -> Storage:
-    if type(nbytes) is not int or type(device_type) is not str or not 0 <= nbytes <= sys.maxsize:
-        raise ValueError(f"a storage of {nbytes!r} bytes on {device_type!r}")
-    return Storage(nbytes, device_type)
+def _decode_storages(data: Any) -> list[Storage]:
+    if not data:
+        return []
+    sizes, device_types = zip(*[(nbytes, device_type) for nbytes, device_type in data], strict=True)
+    if {*map(type, sizes)} != {int} or {*map(type, device_types)} != {str}:
+        raise ValueError("a storage whose size is no integer, or whose device is no text")
+    if min(sizes) < 0 or max(sizes) > sys.maxsize:
+        raise ValueError(f"storages of {min(sizes)} to {max(sizes)} bytes")
+    return made(Storage, zip(sizes, device_types, strict=True))
 
 
 def _check_storages(manifest: Manifest, limits: Limits) -> None:
     """Every storage is no larger than what its views refer to, and the messages are not too many."""
-    num_cuts = num_views = 0
-    step = limits.message_bytes - limits.message_bytes % 64
-    # Of most storages there is one view, and no list is needed.
-    extents: list[Any] = [()] * len(manifest.storages)
-    for leaf in manifest.leaves:
-        num_views += len(leaf.views)
-        if num_views > MAX_NODES:
-            raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
-        for storage, shape, offset in leaf.views:
-            if storage >= 0:
-                begin = offset * shape.itemsize
-                extent = begin, begin + shape.span
-                if not extents[storage]:
-                    extents[storage] = (extent,)
-                elif len(extents[storage]) == 1:
-                    extents[storage] = [*extents[storage], extent]
-                else:
-                    extents[storage].append(extent)
+    num_views = sum([len(leaf.views) for leaf in manifest.leaves])
+    if num_views > MAX_NODES:
+        raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
+    views = [view for leaf in manifest.leaves for view in leaf.views if view.storage >= 0]
+    extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
+    for storage, shape, offset in views:
+        begin = offset * shape.itemsize
+        extents[storage].append((begin, begin + shape.span))
     _check_gaps(manifest)
+    step = limits.message_bytes - limits.message_bytes % 64
+    num_cuts = 0
     for (nbytes, _), found in zip(manifest.storages, extents, strict=True):
         ranges = merge(found) if len(found) > 1 else found
         referenced = 0

@@ -10,6 +10,7 @@ Not here: the kinds that the package brings (``_kinds``, ``_kinds_distributed``)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -161,14 +162,16 @@ def register_kind(kind: Kind) -> None:
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a ``torch.Tensor`` or ``Parameter`` is nothing but strided bytes."""
     return (
-        tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_nested
-        and not tensor.is_meta
-        and (not tensor.__dict__ or not attributes_of(tensor))
+        _traits(tensor) == _OF_PLAIN
         and not tensor.is_neg()
+        and (not tensor.__dict__ or not attributes_of(tensor))
         and not (tensor.dtype.is_complex and tensor.is_conj())
     )
+
+
+# Looked up in one call, because this is asked of every tensor.
+_traits = attrgetter("layout", "is_quantized", "is_nested", "is_meta")
+_OF_PLAIN = (torch.strided, False, False, False)
 
 
 def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:

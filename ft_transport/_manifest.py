@@ -11,15 +11,17 @@ Not here: which bytes travel in which message (``_layout``), how a manifest is e
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, count, islice, repeat
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from ft_transport import _kinds, _kinds_distributed
 from ft_transport._geometry import Geometry, geometry, index_of
-from ft_transport._leaves import PLAIN, VALUE, Part, take_apart
+from ft_transport._leaves import PLAIN, VALUE, Part, is_plain, take_apart
 from ft_transport._memory import Block, indexed
 from ft_transport._tree import Node, Path, flatten, format_path, paths_of, unflatten
 from ft_transport._values import ATOMIC
@@ -35,8 +37,11 @@ __all__ = [
     "covered",
     "describe",
     "disjoint",
+    "made",
     "range_index",
 ]
+
+_T = TypeVar("_T")
 
 # Whoever describes a state needs every kind of leaf that the package brings.
 _ = _kinds, _kinds_distributed
@@ -162,9 +167,44 @@ def disjoint(views: Sequence[View]) -> bool:
 # ------------------------------------------------------------------------------------------- describe
 
 
-# A plain tensor before it has its storage in the manifest: which leaf, which of its tensors, the tensor, its view of
-# the storage that it is in.
-_Slot = tuple[int, int, torch.Tensor, View]
+class _Columns:
+    """What torch knows of some plain tensors, column by column: for many small ones, calls are all that costs.
+
+    Attributes:
+        geometries: Of each.
+        offsets: Of its first element in its storage, in elements.
+        storages: Identity of its storage.
+        capacities: Bytes of its storage.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.tensors = tensors
+        shapes, dtypes = map(attrgetter("shape"), tensors), map(attrgetter("dtype"), tensors)
+        offset_of: Callable[[torch.Tensor], Any] = torch.Tensor.storage_offset
+        self.geometries = list(map(geometry, dtypes, shapes, map(torch.Tensor.stride, tensors)))
+        self.offsets: list[int] = list(map(offset_of, tensors))
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        self.storages = list(map(attrgetter("_cdata"), storages))
+        self.capacities = list(map(torch.UntypedStorage.nbytes, storages))
+        self._alive = storages  # an identity is one as long as its owner lives
+
+    def view(self, index: int) -> View:
+        """The view of a tensor in its own storage."""
+        return View(-1, self.geometries[index], self.offsets[index])
+
+    def without_memory(self) -> int | None:
+        """The first tensor whose elements do not lie in its storage, None if there is none."""
+        addresses = map(torch.Tensor.data_ptr, self.tensors)
+        rows = zip(self.geometries, self.offsets, self.capacities, addresses, strict=True)
+        for index, (shape, offset, capacity, address) in enumerate(rows):
+            if shape.numel and (offset * shape.itemsize + shape.span > capacity or not address):
+                return index
+        return None
+
+
+def made(cls: type[_T], rows: Iterable[tuple[Any, ...]]) -> list[_T]:
+    """Many tuples of a class at once, in a loop that is not Python's."""
+    return list(map(tuple.__new__, repeat(cls), rows))  # type: ignore[arg-type]
 
 
 def describe(state_dict: object) -> tuple[Manifest, Blocks]:
@@ -178,124 +218,144 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
     """
     nodes, values, shared = flatten(state_dict)
     manifest = Manifest(nodes, [], [], shared=shared)
-    described = _take_all_apart(values, manifest)
-    # Most storages have one view, which is placed at once; the others wait until all their views are known.
-    storages = [tensor.untyped_storage() for _, tensors in described for tensor in tensors if tensor.numel()]
-    keys = [storage._cdata for storage in storages]
-    several = {key for key, count in Counter(keys).items() if count > 1} if len(set(keys)) < len(keys) else ()
-    groups: dict[int, list[_Slot]] = {}
-    blocks: Blocks = {}
-    next_storage = iter(storages)
-    leaves = manifest.leaves
-    for index, (part, tensors) in enumerate(described):
-        views = []
-        for position, tensor in enumerate(tensors):
-            shape = geometry(tensor.dtype, tensor.shape, tensor.stride())
-            offset: Any = tensor.storage_offset()
-            if shape.numel:
-                found = next(next_storage)
-                key = found._cdata
-                if offset * shape.itemsize + shape.span > found.nbytes() or not tensor.data_ptr():
-                    path = format_path(manifest.paths[index])
-                    raise LocalProtocolError(f"{path}: a tensor of {shape} has no memory", phase="describe")
-            if shape.numel and key not in several and shape.dense:
-                views.append(_place_alone(tensor, shape, offset, manifest.storages, blocks))
-                continue
-            view = View(-1, shape, offset)
-            views.append(view)
-            if shape.numel:
-                groups.setdefault(key, []).append((index, position, tensor, view))
-        leaves.append(Leaf("tensor", (views[0],)) if part is PLAIN else Leaf(part.kind, tuple(views), *part[1:]))
-    for group in groups.values():
-        _place(group, manifest, blocks)
+    parts, tensors, counts = _take_all_apart(values, manifest)
+    columns = _Columns(tensors)
+    if (bad := columns.without_memory()) is not None:
+        owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
+        path = format_path(manifest.paths[owner])
+        raise LocalProtocolError(f"{path}: a tensor of {columns.geometries[bad]} has no memory", phase="describe")
+    views, blocks = _place_all(columns, manifest.storages)
+    manifest.leaves = _leaves(parts, views, counts)
     for index, first in manifest.same.items():
-        leaves[index] = leaves[first]
+        manifest.leaves[index] = manifest.leaves[first]
     return manifest, blocks
 
 
-def _take_all_apart(values: Sequence[object], manifest: Manifest) -> list[tuple[Part, Sequence[torch.Tensor]]]:
-    """Take every leaf apart; of leaves that are one object only the first has tensors."""
-    described: list[tuple[Part, Sequence[torch.Tensor]]] = []
+def _leaves(parts: Sequence[Part], views: list[View], counts: Sequence[int]) -> list[Leaf]:
+    if len(views) == len(parts) and all(map(operator.is_, parts, repeat(PLAIN))):
+        return made(Leaf, zip(repeat("tensor"), zip(views, strict=False), repeat(None), repeat(())))
+    rest = iter(views)
+    return [
+        Leaf("tensor", (next(rest),))
+        if part is PLAIN
+        else Leaf(part.kind, tuple(islice(rest, count)) if count else (), *part[1:])
+        for part, count in zip(parts, counts, strict=True)
+    ]
+
+
+def _take_all_apart(
+    values: Sequence[object], manifest: Manifest
+) -> tuple[list[Part], list[torch.Tensor], list[int]]:
+    """Take every leaf apart; of leaves that are one object only the first has tensors.
+
+    Returns:
+        A part for each leaf, the plain tensors of all leaves, and how many of these each leaf has.
+    """
+    parts: list[Part] = []
+    tensors: list[torch.Tensor] = []
+    counts: list[int] = []
     refused: dict[int, str] = {}
     seen: dict[int, int] = {}
     for index, value in enumerate(values):
+        part: Part = PLAIN
+        inner: Sequence[Any] = (value,)
         if type(value) in ATOMIC:
-            described.append((Part(VALUE, value), ()))
+            part, inner = Part(VALUE, value), ()
         elif (first := seen.setdefault(id(value), index)) != index:
             manifest.same[index] = first
-            described.append((Part(VALUE), ()))
-        else:
+            part, inner = Part(VALUE), ()
+        elif not (type(value) is torch.Tensor and is_plain(value) and not value.requires_grad):
             try:
-                described.append(take_apart(value))
+                part, inner = take_apart(value)
             except Exception as exc:  # a kind's, or a class's own code when it is pickled, which may raise anything
                 refused[index] = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
+        parts.append(part)
+        tensors += inner
+        counts.append(len(inner))
     if refused:
         paths = manifest.paths
         text = "; ".join(f"{format_path(paths[index])}: {reason}" for index, reason in refused.items())
         raise LocalProtocolError(text, phase="describe")
-    return described
+    return parts, tensors, counts
 
 
-def _place_alone(
-    tensor: torch.Tensor, shape: Geometry, offset: int, storages: list[Storage], blocks: Blocks
-) -> View:
-    """Give the only view of a storage, one without gaps, a storage in the manifest; as :func:`_place` would."""
-    storage = len(storages)
-    begin = offset * shape.itemsize % ALIGNMENT if offset else 0
-    blocks[storage, begin] = Block(tensor)
-    storages.append(Storage(begin + shape.span, "cpu" if tensor.is_cpu else tensor.device.type))
-    return View(storage, shape, begin // shape.itemsize)
+def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], Blocks]:
+    """Give every view a place in the manifest's storages, and say where its bytes are."""
+    tensors, geometries, offsets = columns.tensors, columns.geometries, columns.offsets
+    groups: dict[int, list[int]] = {}
+    for index, (key, shape) in enumerate(zip(columns.storages, geometries, strict=True)):
+        if shape.numel:
+            groups.setdefault(key, []).append(index)
+    # Most storages have one view, one without gaps; what follows is what _place would do for each.
+    alone = [group[0] for group in groups.values() if len(group) == 1 and geometries[group[0]].dense]
+    shapes = [geometries[index] for index in alone]
+    begins = [
+        offsets[index] * shape.itemsize % ALIGNMENT if offsets[index] else 0
+        for index, shape in zip(alone, shapes, strict=True)
+    ]
+    ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
+    devices = ["cpu" if tensors[index].is_cpu else tensors[index].device.type for index in alone]
+    storages += made(Storage, zip(ends, devices, strict=True))
+    memory = made(Block, zip([tensors[index] for index in alone], repeat(True), repeat(None)))
+    blocks = dict(zip(enumerate(begins), memory, strict=True))
+    placed = [begin // shape.itemsize for begin, shape in zip(begins, shapes, strict=True)]
+    lone_views = made(View, zip(count(), shapes, placed))
+    if len(alone) == len(tensors):
+        return lone_views, blocks
+    views = made(View, zip(repeat(-1), geometries, offsets))
+    for index, view in zip(alone, lone_views, strict=True):
+        views[index] = view
+    for group in groups.values():
+        if len(group) > 1 or not geometries[group[0]].dense:
+            _place(group, columns, views, storages, blocks)
+    return views, blocks
 
 
-def _clusters(group: list[_Slot]) -> list[tuple[int, int, list[_Slot]]]:
-    """The byte ranges that the views of one storage refer to, in order, each with the views in it."""
-    clusters: list[tuple[int, int, list[_Slot]]] = []
-    for begin, end, slot in sorted([(slot[3].begin, slot[3].end, slot) for slot in group], key=lambda found: found[:2]):
+def _clusters(group: list[int], columns: _Columns) -> list[tuple[int, int, list[int]]]:
+    """The byte ranges that the views of one storage refer to, in order, each with the tensors in it."""
+    clusters: list[tuple[int, int, list[int]]] = []
+    extents = [(view.begin, view.end, index) for index in group for view in [columns.view(index)]]
+    for begin, end, index in sorted(extents, key=itemgetter(0, 1)):
         if clusters and begin < clusters[-1][1]:
             first, reached, members = clusters[-1]
-            members.append(slot)
+            members.append(index)
             clusters[-1] = first, max(reached, end), members
         else:
-            clusters.append((begin, end, [slot]))
+            clusters.append((begin, end, [index]))
     return clusters
 
 
-def _set_view(manifest: Manifest, slot: _Slot, view: View) -> None:
-    index, position, _, _ = slot
-    leaf = manifest.leaves[index]
-    views = (view,) if len(leaf.views) == 1 else (*leaf.views[:position], view, *leaf.views[position + 1 :])
-    manifest.leaves[index] = Leaf(leaf.kind, views, leaf.context, leaf.parts)
-
-
-def _place(group: list[_Slot], manifest: Manifest, blocks: Blocks) -> None:
-    """Give the views of ``group`` one storage in the manifest, which holds only what they refer to."""
-    _, _, tensor, first = group[0]
-    storage = len(manifest.storages)
-    if first.geometry.closes_gaps and all(view == first for _, _, _, view in group):
+def _place(
+    group: list[int], columns: _Columns, views: list[View], storages: list[Storage], blocks: Blocks
+) -> None:
+    """Give the views of one storage one in the manifest, which holds only what they refer to."""
+    tensor, first = columns.tensors[group[0]], columns.view(group[0])
+    storage = len(storages)
+    if first.geometry.closes_gaps and all(columns.view(index) == first for index in group):
         view, blocks[storage, 0] = _without_gaps(tensor, first, storage)
         nbytes = view.end
-        for slot in group:
-            _set_view(manifest, slot, view)
+        for index in group:
+            views[index] = view
     else:
         nbytes = last_end = 0
-        for begin, end, members in _clusters(group):
+        for begin, end, members in _clusters(group, columns):
             # Gaps are closed by multiples of 64 bytes, so that a whole storage keeps its offsets and all stay aligned.
             new_begin = nbytes + (begin - last_end) % ALIGNMENT
-            blocks[storage, new_begin] = _block(members, begin, end)
-            for slot in members:
-                view = slot[3]
-                shift = (new_begin - begin) // view.geometry.itemsize
-                _set_view(manifest, slot, View(storage, view.geometry, view.offset + shift))
+            blocks[storage, new_begin] = _block(members, columns, begin, end)
+            for index in members:
+                shape = columns.geometries[index]
+                views[index] = View(storage, shape, columns.offsets[index] + (new_begin - begin) // shape.itemsize)
             nbytes, last_end = new_begin + end - begin, end
-    manifest.storages.append(Storage(nbytes, tensor.device.type))
+    storages.append(Storage(nbytes, tensor.device.type))
 
 
-def _block(members: list[_Slot], begin: int, end: int) -> Block:
-    for _, _, tensor, view in members:
+def _block(members: list[int], columns: _Columns, begin: int, end: int) -> Block:
+    views = [columns.view(index) for index in members]
+    for index, view in zip(members, views, strict=True):
         if view.geometry.dense and view.begin == begin and view.end == end:
-            return Block(tensor)
-    tensor = members[0][2]
-    found = range_index([view for _, _, _, view in members], begin, end)
+            return Block(columns.tensors[index])
+    tensor = columns.tensors[members[0]]
+    found = range_index(views, begin, end)
     if found is not None:
         return indexed(tensor.detach(), begin, end, *found)
     flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
