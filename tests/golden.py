@@ -15,7 +15,9 @@ import states
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
+from ft_transport import _conversation as lanes
 from ft_transport._codec import VERSION, Frame, Header, encode_frame, encode_manifest
+from ft_transport._digest import digest_bytes
 from ft_transport._layout import Limits
 from ft_transport._manifest import describe
 
@@ -29,6 +31,27 @@ BODIES: dict[Frame, tuple[Any, ...]] = {
     Frame.DIGESTS: (0, 1, 127, 128, 1 << 32, (1 << 64) - 1),
     Frame.DONE: (),
     Frame.FAILED: ("",),
+}
+
+
+# One body of each frame of a lane, as both sides make them; a message is not made by ``encode``.
+LANE_BODIES: dict[lanes.Frame, Any] = {
+    lanes.Frame.HELLO: [b"i" * 16, "host pid 1"],
+    lanes.Frame.WAIT: None,
+    lanes.Frame.MANIFEST: b"any bytes",
+    lanes.Frame.READY: ["ft-lanes://…", b"r" * 16, b"\x05"],
+    lanes.Frame.REFUSE: ["a.b: expected float32 (3,), source has float32 (4,)", "another"],
+    lanes.Frame.ROUTE: [None, b"s" * 16],
+    lanes.Frame.PROGRESS: None,
+    lanes.Frame.REROUTE: [b"s" * 16, "the connection broke"],
+    lanes.Frame.DONE: None,
+    lanes.Frame.BYE: None,
+    lanes.Frame.FAILED: ["why"],
+    lanes.Frame.ATTACH: [b"s" * 16],
+    lanes.Frame.WANT: None,
+    lanes.Frame.REPAIR: None,
+    lanes.Frame.CHECK: [(1 << 64) - 1],
+    lanes.Frame.SAME: None,
 }
 
 
@@ -84,9 +107,23 @@ def encode(state: Any) -> bytes:
     return encode_manifest(describe(state)[0], HEADER)
 
 
+def lane_frames() -> dict[str, bytes]:
+    """Every frame of a lane by name."""
+    found = {frame.name: lanes.encode(frame, 3, 1 << 40, 17, body) for frame, body in LANE_BODIES.items()}
+    header = lanes.encode_header(lanes.Header(lanes.Frame.MESSAGE, 3, 1 << 40, 17, 5))
+    return {**found, "MESSAGE": header + b"bytes" + lanes.TRAILER.pack(digest_bytes(b"bytes"))}
+
+
+def lane_frames_file() -> Path:
+    """The golden file of the lanes' frames: a name and the bytes in hexadecimal on each line."""
+    return DATA / f"lanes_v{lanes.VERSION}_frames.txt"
+
+
 def frames(mesh: DeviceMesh) -> dict[str, bytes]:
     """Every golden file by name."""
     found = {f"v{VERSION}_{kind.name.lower()}.bin": encode_frame(kind, body) for kind, body in BODIES.items()}
+    lines = [f"{name} {data.hex()}\n" for name, data in lane_frames().items()]
+    found[lane_frames_file().name] = "".join(lines).encode()
     for name, state in manifests(mesh).items():
         found[f"v{VERSION}_manifest_{name.replace(' ', '_')}.bin"] = encode(state)
     return found

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden import LANE_BODIES as EXAMPLES
+from golden import lane_frames, lane_frames_file
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +17,7 @@ from ft_transport._conversation import (
     BODIES,
     HEADER_BYTES,
     TABLE,
+    TRAILER,
     Conversation,
     Frame,
     Header,
@@ -25,31 +28,11 @@ from ft_transport._conversation import (
     encode,
     encode_header,
 )
+from ft_transport._digest import digest_bytes
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 SOURCE, DESTINATION = Role.SOURCE, Role.DESTINATION
 PROTOCOL = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
-
-# One body of each frame, as both sides make them.
-EXAMPLES: dict[Frame, Any] = {
-    Frame.HELLO: [b"i" * 16, "host pid 1"],
-    Frame.WAIT: None,
-    Frame.MANIFEST: b"any bytes",
-    Frame.READY: ["ft-lanes://…", b"r" * 16, b"\x05"],
-    Frame.REFUSE: ["a.b: expected float32 (3,), source has float32 (4,)", "another"],
-    Frame.ROUTE: [None, b"s" * 16],
-    Frame.PROGRESS: None,
-    Frame.REROUTE: [b"s" * 16, "the connection broke"],
-    Frame.DONE: None,
-    Frame.BYE: None,
-    Frame.FAILED: ["why"],
-    Frame.ATTACH: [b"s" * 16],
-    Frame.WANT: None,
-    Frame.REPAIR: None,
-    Frame.CHECK: [(1 << 64) - 1],
-    Frame.SAME: None,
-}
-
 
 # -------------------------------------------------------------------------------------------- frames
 
@@ -68,6 +51,20 @@ def test_round_trip(frame: Frame) -> None:
     header, body = read(encode(frame, 3, 1 << 40, 17, EXAMPLES[frame]))
     assert (header.frame, header.attempt, header.step, header.number) == (frame, 3, 1 << 40, 17)
     assert body == as_tuple(EXAMPLES[frame])
+
+
+def test_frames_are_written_and_read_as_they_were() -> None:
+    """Golden bytes: if this fails, the wire of the lanes has changed, which needs a new version of it."""
+    lines = dict(line.split() for line in lane_frames_file().read_text().splitlines())
+    assert lines == {name: data.hex() for name, data in lane_frames().items()}
+    for frame, expected in EXAMPLES.items():
+        header, body = read(bytes.fromhex(lines[frame.name]))
+        assert (header.frame, header.attempt, header.step, header.number) == (frame, 3, 1 << 40, 17)
+        assert body == as_tuple(expected)
+    data = bytes.fromhex(lines["MESSAGE"])
+    header, payload = decode_header(data[:HEADER_BYTES]), data[HEADER_BYTES:-8]
+    assert (header.frame, header.number, header.nbytes, payload) == (Frame.MESSAGE, 17, 5, b"bytes")
+    assert TRAILER.unpack(data[-8:]) == (digest_bytes(payload),)
 
 
 def test_every_frame_has_an_example_and_a_body() -> None:

@@ -83,13 +83,9 @@ def test_closing_drops_what_has_not_arrived(pair: tuple[Connection, Connection])
         ours.write_steady(view, patience(0.6))  # nobody reads
     ours.close()
     keep.fill_(7)
-    arrived = 0
-    with pytest.raises(PeerFailure):
-        while True:
-            read(theirs, 1 << 10)
-            arrived += 1 << 10
-    # Some megabytes were in the two systems' queues; what was in ours is gone.
-    assert arrived < NBYTES
+    # Some of it had arrived; what had not, is gone.
+    with pytest.raises(PeerFailure, match="broke|closed"):
+        read(theirs, NBYTES)
 
 
 def test_without_splice(pair: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +123,7 @@ def test_a_closed_peer_is_a_failure(pair: tuple[Connection, Connection]) -> None
     theirs.close()
     keep, view = state()
     with pytest.raises(PeerFailure):
-        for _ in range(3):
-            ours.write_steady(view, patience())
+        ours.write_steady(view, patience())
     del keep
 
 
