@@ -83,9 +83,10 @@ def test_closing_drops_what_has_not_arrived(pair: tuple[Connection, Connection])
         ours.write_steady(view, patience(0.6))  # nobody reads
     ours.close()
     keep.fill_(7)
-    # Some of it had arrived; what had not, is gone.
-    with pytest.raises(PeerFailure, match="broke|closed"):
+    with pytest.raises(PeerFailure):
         read(theirs, NBYTES)
+    # What had not arrived is gone.
+    assert theirs.nbytes_wire < ours.nbytes_wire
 
 
 def test_without_splice(pair: tuple[Connection, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
