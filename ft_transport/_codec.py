@@ -11,10 +11,11 @@ import math
 import struct
 import sys
 from bisect import bisect_left
-from collections import OrderedDict, defaultdict, deque, namedtuple
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Hashable, Iterator
 from enum import IntEnum
 from itertools import repeat
+from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 import msgpack
@@ -486,7 +487,9 @@ _QUANTIZED = frozenset({"qint8", "quint8", "qint32", "quint4x2", "quint2x4"})
 def _decode_storages(data: Any) -> list[Storage]:
     if not data:
         return []
-    sizes, device_types = zip(*[(nbytes, device_type) for nbytes, device_type in data], strict=True)
+    if {*map(len, data)} != {2}:
+        raise ValueError("a storage that is no pair")
+    sizes, device_types = zip(*data, strict=True)
     if {*map(type, sizes)} != {int} or {*map(type, device_types)} != {str}:
         raise ValueError("a storage whose size is no integer, or whose device is no text")
     if min(sizes) < 0 or max(sizes) > sys.maxsize:
@@ -500,23 +503,32 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
     if num_views > MAX_NODES:
         raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
     views = [view for leaf in manifest.leaves for view in leaf.views if view.storage >= 0]
-    extents: list[list[tuple[int, int]]] = [[] for _ in manifest.storages]
-    for storage, shape, offset in views:
-        begin = offset * shape.itemsize
-        extents[storage].append((begin, begin + shape.span))
     _check_gaps(manifest)
+    num_of = Counter(map(itemgetter(0), views))
+    if len(num_of) < len(manifest.storages):
+        raise ValueError(f"{len(manifest.storages)} storages, of which {len(num_of)} are referred to")
     step = limits.message_bytes - limits.message_bytes % 64
     num_cuts = 0
-    for (nbytes, _), found in zip(manifest.storages, extents, strict=True):
-        ranges = merge(found) if len(found) > 1 else found
-        referenced = 0
-        for begin, end in ranges:
-            referenced += end - begin + 2 * ALIGNMENT
-            num_cuts += (end - begin) // step
-        if nbytes > referenced or not ranges:
-            raise ValueError(f"a storage of {nbytes} bytes, of which {referenced} are referred to")
-        if num_cuts > MAX_CUTS:
-            raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")
+    # Storages with several views: the extents of these.
+    shared: dict[int, list[tuple[int, int]]] = {}
+    for storage, shape, offset in views:
+        if num_of[storage] > 1:
+            begin = offset * shape.itemsize
+            shared.setdefault(storage, []).append((begin, begin + shape.span))
+        else:
+            num_cuts += shape.span // step
+            _check_size(manifest.storages[storage].nbytes, shape.span, 1)
+    for storage, extents in shared.items():
+        ranges = merge(extents)
+        num_cuts += sum((end - begin) // step for begin, end in ranges)
+        _check_size(manifest.storages[storage].nbytes, sum(end - begin for begin, end in ranges), len(ranges))
+    if num_cuts > MAX_CUTS:
+        raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")
+
+
+def _check_size(nbytes: int, referenced: int, num_ranges: int) -> None:
+    if nbytes > referenced + 2 * ALIGNMENT * num_ranges:
+        raise ValueError(f"a storage of {nbytes} bytes, of which {referenced} are referred to")
 
 
 def _check_gaps(manifest: Manifest) -> None:

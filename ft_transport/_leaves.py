@@ -169,6 +169,17 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def all_plain(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether these ``torch.Tensor`` are all plain, have no attributes, and none requires grad."""
+    return (
+        {*map(_traits, tensors)} == {_OF_PLAIN}
+        and not any(map(attrgetter("requires_grad"), tensors))
+        and not any(map(attrgetter("__dict__"), tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not any(map(torch.Tensor.is_conj, tensors))
+    )
+
+
 # Looked up in one call, because this is asked of every tensor.
 _traits = attrgetter("layout", "is_quantized", "is_nested", "is_meta")
 _OF_PLAIN = (torch.strided, False, False, False)

@@ -21,7 +21,7 @@ import torch
 
 from ft_transport import _kinds, _kinds_distributed
 from ft_transport._geometry import Geometry, geometry, index_of
-from ft_transport._leaves import PLAIN, VALUE, Part, is_plain, take_apart
+from ft_transport._leaves import PLAIN, VALUE, Part, all_plain, take_apart
 from ft_transport._memory import Block, indexed
 from ft_transport._tree import Node, Path, flatten, format_path, paths_of, unflatten
 from ft_transport._values import ATOMIC
@@ -256,6 +256,8 @@ def _take_all_apart(
     counts: list[int] = []
     refused: dict[int, str] = {}
     seen: dict[int, int] = {}
+    tensor_class = torch.Tensor
+    tensors_are_plain = all_plain([value for value in values if type(value) is tensor_class])
     for index, value in enumerate(values):
         part: Part = PLAIN
         inner: Sequence[Any] = (value,)
@@ -264,7 +266,7 @@ def _take_all_apart(
         elif (first := seen.setdefault(id(value), index)) != index:
             manifest.same[index] = first
             part, inner = Part(VALUE), ()
-        elif not (type(value) is torch.Tensor and is_plain(value) and not value.requires_grad):
+        elif type(value) is not tensor_class or not tensors_are_plain:
             try:
                 part, inner = take_apart(value)
             except Exception as exc:  # a kind's, or a class's own code when it is pickled, which may raise anything
@@ -288,18 +290,16 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
             groups.setdefault(key, []).append(index)
     # Most storages have one view, one without gaps; what follows is what _place would do for each.
     alone = [group[0] for group in groups.values() if len(group) == 1 and geometries[group[0]].dense]
+    memory = [tensors[index] for index in alone]
     shapes = [geometries[index] for index in alone]
-    begins = [
-        offsets[index] * shape.itemsize % ALIGNMENT if offsets[index] else 0
-        for index, shape in zip(alone, shapes, strict=True)
-    ]
-    ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
-    devices = ["cpu" if tensors[index].is_cpu else tensors[index].device.type for index in alone]
-    storages += made(Storage, zip(ends, devices, strict=True))
-    memory = made(Block, zip([tensors[index] for index in alone], repeat(True), repeat(None)))
-    blocks = dict(zip(enumerate(begins), memory, strict=True))
-    placed = [begin // shape.itemsize for begin, shape in zip(begins, shapes, strict=True)]
-    lone_views = made(View, zip(count(), shapes, placed))
+    begins = [offsets[index] * geometries[index].itemsize % ALIGNMENT if offsets[index] else 0 for index in alone]
+    ends = list(map(operator.add, begins, map(attrgetter("span"), shapes)))
+    all_on_cpu = all(map(attrgetter("is_cpu"), memory))
+    devices = repeat("cpu") if all_on_cpu else [tensor.device.type for tensor in memory]
+    storages += made(Storage, zip(ends, devices, strict=False))
+    blocks = dict(zip(enumerate(begins), made(Block, zip(memory, repeat(True), repeat(None))), strict=True))
+    first_elements = map(operator.floordiv, begins, map(attrgetter("itemsize"), shapes))
+    lone_views = made(View, zip(count(), shapes, first_elements))
     if len(alone) == len(tensors):
         return lone_views, blocks
     views = made(View, zip(repeat(-1), geometries, offsets))
