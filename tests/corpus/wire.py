@@ -180,7 +180,46 @@ class Plain(Wire):
         return transport.recv_checkpoint(0)
 
 
-TRANSPORTS: dict[str, type[Wire]] = {cls.name: cls for cls in (Torchft, Plain)}
+class Lanes(Wire):
+    """``ft_transport.LaneTransport``: one source for all transfers, each of which has a destination of its own."""
+
+    name = "LaneTransport"
+
+    def __init__(self, store: dist.TCPStore, helper: ThreadPoolExecutor) -> None:
+        super().__init__(store, helper)
+        self._destinations: list[ft_transport.LaneTransport[Any]] = []
+
+    def transfer(self, state: object, template: Template = None, *, settle: bool = False, **options: Any) -> Outcome:
+        try:
+            return super().transfer(state, template, settle=settle, **options)
+        finally:
+            while self._destinations:
+                self._destinations.pop().shutdown()
+
+    def _connect(self) -> list[Any]:
+        return [ft_transport.LaneTransport[Any](TIMEOUT, CPU, blocking=True), None]
+
+    def _disconnect(self, group: Any) -> None:
+        if group is not None:
+            group.shutdown()
+
+    def _make(self, group: Any, template: Template, **options: Any) -> Any:
+        if group is not None:
+            return group
+        self._destinations.append(ft_transport.LaneTransport(TIMEOUT, CPU, state_dict=template, **options))
+        return self._destinations[-1]
+
+    def _send(self, transport: Any, state: object) -> None:
+        transport.send_checkpoint([1], STEP, state, TIMEOUT)
+
+    def _recv(self, transport: Any) -> object:
+        return transport.recv_checkpoint(0, self._groups[0].metadata(), STEP, TIMEOUT)
+
+    def _settle(self, transport: Any) -> None:
+        transport.disallow_checkpoint()
+
+
+TRANSPORTS: dict[str, type[Wire]] = {cls.name: cls for cls in (Torchft, Plain, Lanes)}
 
 
 @contextlib.contextmanager
