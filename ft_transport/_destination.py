@@ -128,7 +128,7 @@ def _plan(
 ) -> Landing:
     """Check the state against the template, and decide where each byte lands."""
     matched, targets = fit(manifest, state_dict, options.strict, report)
-    landing = Landing(manifest, layout, matched, targets, options.device, report)
+    landing = Landing(manifest, layout, matched, targets, options.device, report, shadow=options.shadow)
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)
     report.nbytes_total = layout.nbytes

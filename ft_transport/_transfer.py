@@ -47,12 +47,14 @@ class Options:
             where there are cores to spare for it, else of a sample of large messages.
         strict: Whether missing and unused template leaves are an error.
         progress: Called after each flight, from the thread that serves the peer.
+        shadow: As a destination, receive beside the template, and copy into it once everything agrees.
     """
 
     device: torch.device
     verify: bool | None = None
     strict: bool = False
     progress: ProgressCallback | None = None
+    shadow: bool = False
 
     @property
     def limits(self) -> Limits:
