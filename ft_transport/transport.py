@@ -173,6 +173,8 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
                 outbound = Outbound(state_dict, report.step, self._options, report)
         except Exception as exc:
             reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+            for peer in report.peers:
+                peer.outcome, peer.reason = "failed", reason
             for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
             raise
         errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
