@@ -61,9 +61,10 @@ def receive(
         with peer.enter("move", "destination"):
             flights = _Flights(control, header, layout, landing, options, report)
             flights.receive()
+        with peer.enter("verify", "destination"):
+            # Nothing is under way any more: a source that gives up here need not break the channel.
             expected = control.recv_frame(Frame.DIGESTS)
             flights.confirm()
-        with peer.enter("verify", "destination"):
             if header.digest:
                 _verify(flights.digests, expected)
             _say_done(control)

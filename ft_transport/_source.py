@@ -23,7 +23,7 @@ from ft_transport._manifest import Blocks, describe
 from ft_transport._memory import Block, Bucket, aligned, copy_blocks, memory_at, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport._versions import Versions
-from ft_transport.errors import TransferError
+from ft_transport.errors import LocalProtocolError, TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 __all__ = ["Gatherer", "Outbound", "serve", "tell_failure"]
@@ -150,7 +150,7 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
         with peer.enter("move", "source"):
             _Flights(control, outbound, peer).send()
         with peer.enter("verify", "source"):
-            outbound.versions.check()
+            _check_unchanged(control, outbound)
             control.send_frame(encode_frame(Frame.DIGESTS, outbound.digests()))
             control.recv_frame(Frame.DONE)
         peer.outcome = "complete"
@@ -160,6 +160,15 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
     finally:
         channel.drop()
         peer.nbytes_wire = channel.nbytes_wire
+
+
+def _check_unchanged(control: Control, outbound: Outbound) -> None:
+    """Void the transfer if the state has changed meanwhile."""
+    try:
+        outbound.versions.check()
+    except LocalProtocolError as exc:
+        control.give_up(exc.message)
+        raise
 
 
 class _Flight(NamedTuple):

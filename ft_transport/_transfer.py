@@ -88,6 +88,8 @@ def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
         peer.outcome = "failed" if control.channel.broken else "dead"
     elif control.refused:
         peer.outcome = "refused"
+    elif control.gave_up:
+        peer.outcome = "failed"
     elif peer.phase == "rebuild":
         peer.outcome = "failed"  # the source has its DONE and listens no more
     else:
