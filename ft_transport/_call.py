@@ -7,6 +7,7 @@ import threading
 import time
 from typing import Protocol
 
+from ft_transport._torn import Guard
 from ft_transport.errors import LocalProtocolError, TransferError
 from ft_transport.report import TransferReport
 
@@ -17,6 +18,7 @@ logger = logging.getLogger("ft_transport")
 
 class _Transport(Protocol):
     _busy: threading.Lock
+    _guard: Guard
     _last_report: TransferReport | None
 
 
@@ -47,11 +49,11 @@ class Call:
         report = self._report
         if isinstance(exc, Exception) and not isinstance(exc, TransferError):
             wrapped = LocalProtocolError(f"{cls.__name__ if cls else ''}: {exc}")
-            _fill_in(wrapped, report)
+            _fill_in(wrapped, report, self._transport._guard)
             self._finish(wrapped)
             raise wrapped from exc
         if isinstance(exc, TransferError):
-            _fill_in(exc, report)
+            _fill_in(exc, report, self._transport._guard)
         if exc is not None or not self._goes_on:
             self._finish(exc)
 
@@ -61,7 +63,7 @@ class Call:
         logger.log(logging.INFO if complete else logging.WARNING, "%s", self._report.summary())
 
 
-def _fill_in(error: TransferError, report: TransferReport) -> None:
+def _fill_in(error: TransferError, report: TransferReport, guard: Guard) -> None:
     """Say where in the transfer an error happened, as far as the one who raised it did not."""
     if error.step is None:
         error.step = report.step
@@ -72,4 +74,4 @@ def _fill_in(error: TransferError, report: TransferReport) -> None:
             error.peer_rank = worst.rank
         error.nbytes_done = worst.nbytes
     error.nbytes_total = report.nbytes_total
-    error.torn = report.torn
+    error.torn = guard.torn

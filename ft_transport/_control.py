@@ -42,6 +42,7 @@ class Control:
     Attributes:
         peer_gave_up: Whether the peer has said that it will not go on.
         refused: Whether the destination has said, on either side of the conversation, that it refuses the state.
+        gave_up: Whether this side has said, where the peer listens, that it will not go on.
     """
 
     def __init__(self, channel: Channel, device: torch.device, deadline: Deadline) -> None:
@@ -49,6 +50,7 @@ class Control:
         self.deadline = deadline
         self.peer_gave_up = False
         self.refused = False
+        self.gave_up = False
         self._mid_frame = False
         self._device = device
         # Sends of frames, reclaimed when the peer has answered.
@@ -150,6 +152,12 @@ class Control:
             self.peer_gave_up = True
             raise PeerFailure(f"the peer gave up: {reasons}")
         raise RemoteProtocolError(f"a frame out of order: {kind.name}")
+
+    def give_up(self, reason: str) -> None:
+        """Tell the peer, which waits for a frame, why it will not come. The channel stays whole."""
+        self.send_frame(encode_frame(Frame.FAILED, [reason]))
+        self.flush()
+        self.gave_up = True
 
     def last_words(self, reason: str) -> None:
         """Tell the peer why, if it still listens, and break the channel. Never raises."""

@@ -61,9 +61,10 @@ def receive(
         with peer.enter("move", "destination"):
             flights = _Flights(control, header, layout, landing, options, report)
             flights.receive()
+        with peer.enter("verify", "destination"):
+            # Nothing is under way any more: a source that gives up here need not break the channel.
             expected = control.recv_frame(Frame.DIGESTS)
             flights.confirm()
-        with peer.enter("verify", "destination"):
             if header.digest:
                 _verify(flights.digests, expected)
             _say_done(control)
@@ -128,7 +129,7 @@ def _plan(
 ) -> Landing:
     """Check the state against the template, and decide where each byte lands."""
     matched, targets = fit(manifest, state_dict, options.strict, report)
-    landing = Landing(manifest, layout, matched, targets, options.device, report)
+    landing = Landing(manifest, layout, matched, targets, options.device, report, shadow=options.shadow)
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)
     report.nbytes_total = layout.nbytes

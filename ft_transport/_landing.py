@@ -51,6 +51,7 @@ class Landing:
         fresh_on_cpu: Allocate every fresh leaf on the CPU.
         surroundings: What the receiver has, but for the meshes, which come from the template.
         fresh_device: Where fresh leaves that were on an accelerator live, if not on ``device``.
+        shadow: Let no message land in the template: :meth:`rebuild` copies to it.
 
     Attributes:
         in_place: Whether any byte lands in the template's memory while messages move.
@@ -72,6 +73,7 @@ class Landing:
         fresh_on_cpu: bool = False,
         surroundings: Surroundings | None = None,
         fresh_device: torch.device | None = None,
+        shadow: bool = False,
     ) -> None:
         self.in_place = False
         self._manifest = manifest
@@ -83,6 +85,7 @@ class Landing:
         self._fresh_on_cpu = fresh_on_cpu
         self._surroundings = surroundings or Surroundings()
         self._fresh_device = fresh_device or device
+        self._shadow = shadow
         self._fresh_ranges: set[int] = set()
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
@@ -106,22 +109,27 @@ class Landing:
                 if view.storage >= 0:
                     which = view.storage if simple else self._layout.range_of(view.storage, view.begin)
                     members[which].append(((index, position), view))
-        in_place = 0
+        in_place = copied = 0
         for which, (piece, group) in enumerate(zip(ranges, members, strict=True)):
             gaps = self._layout.gaps.get(which)
-            if gaps is not None:
+            if self._shadow or not self._targets:
+                block = None
+            elif gaps is not None:
                 block = self._in_place_with_gaps(piece, gaps, group)
             else:
-                block = self._in_place(piece, group) if self._targets else None
+                block = self._in_place(piece, group)
             if block is None:
                 block = self._fresh(piece, group, gaps)
                 self._fresh_ranges.add(which)
+                if any(slot in self._targets for slot, _ in group):
+                    copied += piece.end - piece.begin
             else:
                 in_place += piece.end - piece.begin
             self._blocks.append(block)
         self._try_to_rebuild()
         report.nbytes_in_place += in_place
         report.nbytes_fresh += self._layout.nbytes - in_place
+        report.nbytes_copied += copied
         self.in_place = in_place > 0
 
     def _try_to_rebuild(self) -> None:

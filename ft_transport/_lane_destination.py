@@ -270,7 +270,9 @@ class Reception:
     def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
         report, options = self._report, self._options
         matched, targets = fit(manifest, state_dict, options.strict, report)
-        return Landing(manifest, layout, matched, targets, CPU, report, fresh_device=options.fresh_device)
+        return Landing(
+            manifest, layout, matched, targets, CPU, report, fresh_device=options.fresh_device, shadow=options.shadow
+        )
 
     def _sink(self, plan: _Plan, earlier: Kept | None) -> Sink:
         """Where the messages land, with those that may be there already."""
@@ -403,8 +405,12 @@ class Reception:
                 raise self._lost
             patience = Patience(self._deadline, _LAST_WORDS)
             talk.say(Frame.DONE, patience, self._nbytes_here)
-            while talk.hear(patience)[0].frame is not Frame.BYE:
+            while (heard := talk.hear(patience))[0].frame is not Frame.BYE:
+                if heard[0].frame is Frame.FAILED:
+                    raise _GaveUp(f"the source gave up: {'; '.join(heard[1])}")
                 patience.check()
+        except _GaveUp:
+            raise  # what is here is whole and agrees, but is not what the source stands for
         except TransferError as exc:
             if not verified:
                 raise  # without digests only the source knows whether its memory was still the state's

@@ -24,7 +24,7 @@ from ft_transport._source import Outbound
 from ft_transport._supply import Supply
 from ft_transport._talk import Talk
 from ft_transport._transfer import tell_progress
-from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
 from ft_transport.report import Outcome, PeerReport, Progress, TransferReport
 
 __all__ = ["Offer"]
@@ -43,6 +43,7 @@ class SourceStock:
         self.verified = bool(outbound.header.digest)
         self.steady = True
         self._gatherer = outbound.gatherer
+        self._versions = outbound.versions
         self._digests: dict[int, int] = {}
         self._copies: dict[int, memoryview] = {}
         small, room = [], SMALL_BYTES
@@ -55,6 +56,10 @@ class SourceStock:
         self._bucket.reset(SMALL_BYTES - room)
         for message in small:
             self._copies[message] = self._gatherer.view(message, self._bucket)
+
+    def check_unchanged(self) -> None:
+        """Raises LocalProtocolError if the state has changed since; see ``_versions``."""
+        self._versions.check()
 
     def await_message(self, message: int) -> bool:
         return True
@@ -79,6 +84,7 @@ class _Guest:
         relay: Identity of its supply there.
         ident: Identity of the supply that it has here.
         avoided: Identities of supplies that have failed it.
+        done: It has everything, and the state has not changed: whatever happens now, it is not told to discard it.
     """
 
     talk: Talk
@@ -89,6 +95,7 @@ class _Guest:
     relay: bytes = b""
     ident: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     avoided: set[bytes] = field(default_factory=set)
+    done: bool = False
     thread: threading.Thread | None = None
 
 
@@ -120,6 +127,7 @@ class Offer:
         self._threads: list[threading.Thread] = []
         self._over = False
         self._failure = ""
+        self._error: LocalProtocolError | None = None  # the source's own, once destinations are served
         self._frame = b""
         self._stock: SourceStock | None = None
         self._stream: Any = None
@@ -141,6 +149,11 @@ class Offer:
             raise
         finally:
             self._desk.open(self)
+
+    def refuse(self, reason: str) -> None:
+        """In the place of :meth:`open`: let destinations in, and tell them why there is no state for them."""
+        self._failure = reason
+        self._desk.open(self)
 
     # ------------------------------------------------------------------------------------ guests
 
@@ -182,7 +195,7 @@ class Offer:
         except Exception as exc:
             peer.reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
             outcome = _outcome(exc, guest.patience)
-            if outcome in ("failed", "timed out"):
+            if outcome in ("failed", "timed out") and not guest.done:
                 _say_failed(talk, peer.reason)
         finally:
             self._desk.unregister(guest.ident)
@@ -211,6 +224,8 @@ class Offer:
             while talk.conversation.state is State.ROUTING:
                 self._route(guest)
                 self._hear(guest, until=State.DONE)
+        self._check_unchanged()
+        guest.done = True
         talk.say(Frame.BYE, patience)
         talk.connection.finish(Patience(self._deadline, HEARTBEAT))
 
@@ -223,6 +238,7 @@ class Offer:
             if header.frame is Frame.PROGRESS or header.frame is Frame.DONE:
                 self._progress(peer, header.number)
                 if talk.conversation.state is State.MOVING:
+                    self._check_unchanged()
                     talk.say(Frame.WAIT, patience)  # the source is alive, too
             elif header.frame is Frame.REFUSE:
                 raise _Refused(f"the destination refuses this state: {'; '.join(body)}")
@@ -238,6 +254,15 @@ class Offer:
                 logger.warning("%s turns to another supplier: %s", peer.label, reason)
             if talk.conversation.state in (until, State.ROUTING):
                 return
+
+    def _check_unchanged(self) -> None:
+        """Raises LocalProtocolError, which is the whole offer's too, if the state has changed."""
+        assert self._stock is not None, "only once nobody is served any more"
+        try:
+            self._stock.check_unchanged()
+        except LocalProtocolError as exc:
+            self._error = exc
+            raise
 
     def _progress(self, peer: PeerReport, nbytes: int) -> None:
         nbytes = min(nbytes, self.report.nbytes_total)
@@ -266,7 +291,7 @@ class Offer:
             return
         self._over = True
         self._stock = None
-        self.report.finish(time.perf_counter() - self._begin, None)
+        self.report.finish(time.perf_counter() - self._begin, self._error)
         logger.log(logging.INFO if self.report.complete else logging.WARNING, "%s", self.report.summary())
 
     def tick(self) -> None:

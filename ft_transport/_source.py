@@ -22,7 +22,8 @@ from ft_transport._layout import Layout, Piece, lay_out
 from ft_transport._manifest import Blocks, describe
 from ft_transport._memory import Block, Bucket, aligned, copy_blocks, memory_at, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
-from ft_transport.errors import TransferError
+from ft_transport._versions import Versions
+from ft_transport.errors import LocalProtocolError, TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 __all__ = ["Gatherer", "Outbound", "serve", "tell_failure"]
@@ -96,6 +97,9 @@ class Outbound:
         options: The caller's choices.
         report: Filled with what the state is.
 
+    Attributes:
+        versions: Tells whether the state has changed since.
+
     Raises:
         LocalProtocolError: A leaf cannot travel; every such path is named.
     """
@@ -107,6 +111,7 @@ class Outbound:
             manifest, blocks = describe(state_dict)
             self.layout = lay_out(manifest, options.limits)
             self.frame = encode_manifest(manifest, self.header)
+        self.versions = Versions(manifest, self.layout, blocks)
         self.gatherer = Gatherer(self.layout, blocks, options.device)
         self._digests: dict[int, int] = {}
         report.num_leaves = len(manifest.leaves)
@@ -145,6 +150,7 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
         with peer.enter("move", "source"):
             _Flights(control, outbound, peer).send()
         with peer.enter("verify", "source"):
+            _check_unchanged(control, outbound)
             control.send_frame(encode_frame(Frame.DIGESTS, outbound.digests()))
             control.recv_frame(Frame.DONE)
         peer.outcome = "complete"
@@ -154,6 +160,15 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
     finally:
         channel.drop()
         peer.nbytes_wire = channel.nbytes_wire
+
+
+def _check_unchanged(control: Control, outbound: Outbound) -> None:
+    """Void the transfer if the state has changed meanwhile."""
+    try:
+        outbound.versions.check()
+    except LocalProtocolError as exc:
+        control.give_up(exc.message)
+        raise
 
 
 class _Flight(NamedTuple):

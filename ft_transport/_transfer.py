@@ -47,12 +47,14 @@ class Options:
             where there are cores to spare for it, else of a sample of large messages.
         strict: Whether missing and unused template leaves are an error.
         progress: Called after each flight, from the thread that serves the peer.
+        shadow: As a destination, receive beside the template, and copy into it once everything agrees.
     """
 
     device: torch.device
     verify: bool | None = None
     strict: bool = False
     progress: ProgressCallback | None = None
+    shadow: bool = False
 
     @property
     def limits(self) -> Limits:
@@ -86,6 +88,8 @@ def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
         peer.outcome = "failed" if control.channel.broken else "dead"
     elif control.refused:
         peer.outcome = "refused"
+    elif control.gave_up:
+        peer.outcome = "failed"
     elif peer.phase == "rebuild":
         peer.outcome = "failed"  # the source has its DONE and listens no more
     else:

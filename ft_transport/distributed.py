@@ -38,6 +38,7 @@ from ft_transport._manifest import Blocks, Leaf, Manifest, Storage, View, descri
 from ft_transport._memory import Bucket, aligned, no_collection, storage_as
 from ft_transport._source import Gatherer
 from ft_transport._template import compare, match_template
+from ft_transport._torn import Guard
 from ft_transport._transfer import NUM_BUCKETS
 from ft_transport._tree import LEAF, Node, Path, format_path
 from ft_transport._values import Load, imported_class
@@ -226,6 +227,12 @@ class PGTransport:
         self._device = torch.device(device)
         self._state_dict = state_dict
         self.last_report: TransferReport | None = None
+        self._guard = Guard()
+
+    @property
+    def torn(self) -> bool:
+        """Whether the template holds a mix of two states, which it cannot send. The next complete receive heals it."""
+        return self._guard.torn
 
     def send_checkpoint(self, dst_ranks: list[int], state_dict: object) -> None:
         """Send ``state_dict`` to all ``dst_ranks`` at once.
@@ -236,6 +243,7 @@ class PGTransport:
 
         Raises:
             LocalProtocolError: A leaf cannot travel; nothing was sent.
+            TornStateError: This rank is torn; nothing was sent.
             TransferTimeout: The time-out passed before every destination had taken everything.
             PeerFailure: A destination is gone. The others have what they took.
 
@@ -257,6 +265,7 @@ class PGTransport:
         deadline = Deadline(self._timeout)
         channels = [GroupChannel(self._pg, peer.rank, self._device) for peer in report.peers]
         try:
+            self._guard.check_source()
             with report.phase("describe"), no_collection():
                 meta, blocks = _describe(state_dict)
                 manifest = _from_meta(meta)
@@ -313,10 +322,11 @@ class PGTransport:
         start, error = time.perf_counter(), None
         channel = GroupChannel(self._pg, src_rank, self._device)
         try:
-            return self._recv(channel, report)
+            with self._guard.receiving(report):
+                return self._recv(channel, report)
         except BaseException as exc:
             if isinstance(exc, TransferError):
-                exc.torn = report.torn
+                exc.torn = self.torn
             error = exc
             channel.abort()
             raise

@@ -28,7 +28,7 @@ class TransferError(Exception):
         phase: Where it happened: ``"describe"``, ``"agree"``, ``"move"``, ``"verify"`` or ``"rebuild"``.
         step: Step of the transfer, None where the API has no steps.
         peer_rank: The other side, None where no single peer is meant.
-        torn: Whether the destination's template holds a mix of two states.
+        torn: Whether the template of the replica that raises it holds a mix of two states.
         nbytes_done: Payload bytes that had been moved.
         nbytes_total: Payload bytes of the whole state, 0 while it is not known.
     """
@@ -59,7 +59,7 @@ class TransferError(Exception):
             f"step {self.step}" if self.step is not None else "",
             f"peer rank {self.peer_rank}" if self.peer_rank is not None else "",
             f"{self.nbytes_done} of {self.nbytes_total} bytes" if self.nbytes_total else "",
-            "the destination is torn" if self.torn else "",
+            "this replica is torn" if self.torn else "",
         ]
         context = ", ".join(part for part in where if part)
         return f"{self.message} [{context}]" if context else self.message

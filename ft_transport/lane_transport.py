@@ -29,7 +29,8 @@ from ft_transport._lane_options import CPU, LaneOptions
 from ft_transport._lane_source import Offer
 from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
 from ft_transport._relay import Relay
-from ft_transport.errors import LocalProtocolError
+from ft_transport._torn import Guard
+from ft_transport.errors import LocalProtocolError, TornStateError
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["LaneTransport"]
@@ -65,6 +66,9 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
         strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
         progress: Called while bytes move, from a thread that serves the transfer.
+        shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
+            nothing that happens on the wire can tear the replica. Costs memory for another state while it is received,
+            and the copy. A receive that broke is not resumed then, but begins anew.
 
     Raises:
         LocalProtocolError: It cannot listen on the port.
@@ -92,6 +96,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         verify: bool = True,
         strict: bool = False,
         progress: ProgressCallback | None = None,
+        shadow: bool = False,
     ) -> None:
         for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
             if value <= timedelta(0):
@@ -100,6 +105,8 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
             raise ValueError(f"lanes: expected 1 to 16, got {lanes}")
         if topology not in ("chain", "star"):
             raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
+        if shadow and skip_unchanged:
+            raise ValueError("skip_unchanged: expected False with shadow, which never looks at the template")
         self._timeout = timeout
         self._state_dict = state_dict
         self._blocking = blocking
@@ -108,6 +115,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
             verify=verify,
             strict=strict,
             progress=progress,
+            shadow=shadow,
             fresh_device=torch.device(device),
             stall=stall_timeout,
             lanes=lanes,
@@ -115,6 +123,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
             skip_unchanged=skip_unchanged,
         )
         self._busy = threading.Lock()
+        self._guard = Guard()
         self._last_report: TransferReport | None = None
         self._changed: list[torch.Tensor] = []
         self._offer: Offer | None = None
@@ -133,16 +142,41 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         """
         return self._last_report
 
+    @property
+    def torn(self) -> bool:
+        """Whether the template holds a mix of two states: from the first byte that lands in it until all agree.
+
+        A failed receive leaves it so; the next complete one heals it. Do not use the state while it is torn: save no
+        checkpoint of it. May be read from any thread.
+        """
+        return self._guard.torn
+
+    def restored(self) -> None:
+        """Say that the whole template holds one state again, which came from elsewhere: a durable checkpoint.
+
+        Raises:
+            LocalProtocolError: A receive is under way.
+        """
+        self._guard.restored()
+        self._kept = None
+
     def metadata(self) -> str:
-        """What the Manager hands to the recovering side: addresses, port, and a secret. Keep it out of logs."""
+        """What the Manager hands to the recovering side: addresses, port, and a secret. Keep it out of logs.
+
+        torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
+        """
+        self._guard.begin_quorum()
         return self._self.metadata
 
     def disallow_checkpoint(self) -> None:
-        """Wait until the state is no longer read; afterwards it may change. Never raises.
+        """Wait until the state is no longer read; afterwards it may change.
 
         Waits for destinations that are being served, until the deadline of their transfer at most, and ends what is
         left then. Tells autograd about the tensors that the newest receive has written to (see
         ``PGTransport.disallow_checkpoint``).
+
+        Raises:
+            TornStateError: As ``PGTransport.disallow_checkpoint``, after all that. Nothing else.
         """
         changed, self._changed = self._changed, []
         try:
@@ -155,6 +189,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         except Exception:
             logger.exception("the transfer could not be ended as it should")
         mark_changed(changed)
+        self._guard.check_step()
 
     def _end(self) -> None:
         """End what an earlier call has left under way; nothing reads the state any more then."""
@@ -196,6 +231,10 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
 
         Raises:
             LocalProtocolError: A leaf cannot travel. Nothing was sent, and the destinations are told.
+            TornStateError: This replica is torn. As above.
+
+        If the state changes before :meth:`disallow_checkpoint` has returned (in-place operations of torch on its large
+        tensors are seen), destinations that are not done fail, and ``last_report.error`` names the paths.
 
         After an error: nothing reads the state any more.
         Threading: torchft's quorum thread; one call at a time.
@@ -208,6 +247,11 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
             deadline = Deadline(min(timeout, self._timeout))
             offer = self._offer = Offer(self._options, deadline, report, self._self.desk)
+            try:
+                self._guard.check_source()
+            except TornStateError as exc:
+                offer.refuse(exc.message)
+                raise
             offer.open(state_dict)
             if self._blocking:
                 offer.drain()
@@ -242,7 +286,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("destination", type(self).__name__, step)
-        with Call(self, report):
+        with Call(self, report), self._guard.receiving(report):
             self._end()
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))

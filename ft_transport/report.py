@@ -99,10 +99,11 @@ class TransferReport:
         not_in_place: For each template leaf that could not take its bytes: path and reason.
         missing: Paths that the source has and the template lacks; they were allocated.
         unused: Paths that the template has and the source lacks; they were left alone.
-        torn: Whether the transfer broke after the first byte had landed in the template.
+        torn: Whether this transfer broke after the first byte had landed in the template.
         error: The error that ended the transfer, empty when there was none.
         nbytes_kept: Bytes that were in place already and did not travel.
         num_repaired: Messages that came damaged and were sent again.
+        nbytes_copied: Bytes of ``nbytes_fresh`` that were copied into the template once all had arrived and agreed.
     """
 
     role: Role
@@ -125,6 +126,7 @@ class TransferReport:
     error: str = ""
     nbytes_kept: int = 0
     num_repaired: int = 0
+    nbytes_copied: int = 0
 
     @property
     def complete(self) -> bool:

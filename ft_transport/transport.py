@@ -22,6 +22,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
 from ft_transport._source import Outbound, serve, tell_failure
+from ft_transport._torn import Guard
 from ft_transport._transfer import Options, for_each
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
@@ -48,6 +49,9 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             and of one block in 32 of larger ones, because there the digests would take time from the transfer.
         strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
         progress: Called while bytes move, from the thread that moves them.
+        shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
+            nothing that happens on the wire can tear the replica. Costs memory for another state while it is received,
+            and the copy.
 
     Threading: one call at a time; torchft uses its quorum thread.
     """
@@ -62,14 +66,18 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         verify: bool | None = None,
         strict: bool = False,
         progress: ProgressCallback | None = None,
+        shadow: bool = False,
     ) -> None:
         if timeout <= timedelta(0):
             raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
         self._pg = pg
         self._timeout = timeout
         self._state_dict = state_dict
-        self._options = Options(torch.device(device), verify=verify, strict=strict, progress=progress)
+        self._options = Options(
+            torch.device(device), verify=verify, strict=strict, progress=progress, shadow=shadow
+        )
         self._busy = threading.Lock()
+        self._guard = Guard()
         self._last_report: TransferReport | None = None
         self._changed: list[torch.Tensor] = []
 
@@ -78,8 +86,29 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         """The report of the newest transfer, None before the first. Complete once that call is over."""
         return self._last_report
 
+    @property
+    def torn(self) -> bool:
+        """Whether the template holds a mix of two states: from the first byte that lands in it until all agree.
+
+        A failed receive leaves it so; the next complete one heals it. Do not use the state while it is torn: save no
+        checkpoint of it. May be read from any thread.
+        """
+        return self._guard.torn
+
+    def restored(self) -> None:
+        """Say that the whole template holds one state again, which came from elsewhere: a durable checkpoint.
+
+        Raises:
+            LocalProtocolError: A receive is under way.
+        """
+        self._guard.restored()
+
     def metadata(self) -> str:
-        """What the Manager hands to the recovering side. The group is all that is needed, so: nothing."""
+        """What the Manager hands to the recovering side. The group is all that is needed, so: nothing.
+
+        torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
+        """
+        self._guard.begin_quorum()
         return "<n/a>"
 
     def disallow_checkpoint(self) -> None:
@@ -89,9 +118,14 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         torchft discards, would raise. A graph that lives on after this call errs if it is used.
 
         Nothing is waited for: :meth:`send_checkpoint` returns when the state is no longer read.
+
+        Raises:
+            TornStateError: The replica is torn, and no receive was tried since the newest :meth:`metadata`: the quorum
+                takes it for healthy, and its optimizer must not step. Raised again each time, until it is healed.
         """
         changed, self._changed = self._changed, []
         mark_changed(changed)
+        self._guard.check_step()
 
     def shutdown(self, wait: bool = True) -> None:
         """Nothing to stop: no thread outlives a call. The group is the Manager's."""
@@ -111,10 +145,12 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
 
         Raises:
             LocalProtocolError: A leaf cannot travel, or a rank is not in the group. Nothing was sent, and the
-                destinations have been told.
+                destinations have been told. Or: the state has changed while it was sent (in-place operations of torch
+                on its large tensors are seen), and destinations that were not done have been told.
             TransferTimeout: The deadline passed for at least one destination. What the others got is theirs, but
                 the group must be configured anew.
             PeerFailure: The group was unusable from the start.
+            TornStateError: This replica is torn. Nothing was sent, and the destinations have been told.
 
         After an error: nothing reads the state any more.
         Threading: torchft's quorum thread; one call at a time.
@@ -132,10 +168,13 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         device = self._options.device
         channels = [GroupChannel(self._pg, peer.rank, device, lock) for peer in report.peers]
         try:
+            self._guard.check_source()
             with report.phase("describe"):
                 outbound = Outbound(state_dict, report.step, self._options, report)
         except Exception as exc:
             reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+            for peer in report.peers:
+                peer.outcome, peer.reason = "failed", reason
             for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
             raise
         errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
@@ -168,7 +207,7 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("destination", type(self).__name__, step)
-        with Call(self, report):
+        with Call(self, report), self._guard.receiving(report):
             _check_ranks(self._pg, [src_rank])
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))

@@ -43,7 +43,7 @@ def test_every_field_survives_pickle(cls: type[TransferError], protocol: int) ->
 
 def test_the_text_has_the_context() -> None:
     error = TransferError("lost", phase="move", step=0, peer_rank=0, torn=True, nbytes_done=5, nbytes_total=9)
-    assert str(error) == "lost [phase move, step 0, peer rank 0, 5 of 9 bytes, the destination is torn]"
+    assert str(error) == "lost [phase move, step 0, peer rank 0, 5 of 9 bytes, this replica is torn]"
     assert str(TransferError("lost")) == "lost"
 
 

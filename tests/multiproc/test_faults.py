@@ -69,7 +69,7 @@ class Case:
         second: A second victim of the same fault.
         fault: "kill", "stop", or "" for none.
         twist: What is wrong with the transfer itself: ``victim``'s "template" or "step" is another one, the state
-            contains "code", or is "changing" all the time.
+            contains "code", or is "changing" all the time, past autograd's count too ("changing unseen").
         patience: Seconds that a rank gives its call, where that is not DEADLINE.
         topology: Of the lanes, or "" over the group.
     """
@@ -330,18 +330,18 @@ def _outcome(transport: PGTransport[Any] | LaneTransport[Any], call: Callable[[]
 
 @contextmanager
 def _twisted(case: Case, state: dict[str, Any]) -> Iterator[None]:
-    """Make the state one that cannot travel ("code"), or change all of it again and again ("changing")."""
+    """Make the state one that cannot travel ("code"), or change all of it again and again ("changing …")."""
     over = threading.Event()
 
     def change() -> None:
         while not over.is_set():
             for tensor in tensors(state):
-                tensor.bitwise_xor_(1)
+                (tensor.data if case.twist == "changing unseen" else tensor).bitwise_xor_(1)
 
     if case.twist == "code":
         state["model"] = {"hook": lambda: None}
     thread = threading.Thread(target=change)
-    if case.twist == "changing":
+    if case.twist.startswith("changing"):
         thread.start()
     try:
         yield
@@ -838,6 +838,24 @@ def test_state_that_cannot_travel(stage: Stage) -> None:
 @pytest.mark.timeout(60)
 def test_state_that_changes(stage: Stage) -> None:
     case = stage.case(twist="changing")
+    outcomes = stage.run(case)
+    show(case, outcomes)
+    source = outcomes[0]
+    assert isinstance(source.error, LocalProtocolError)
+    assert "the state changed while it was sent: large.0" in source.error.message
+    for rank in DESTINATIONS:
+        error = outcomes[rank].error
+        assert isinstance(error, PeerFailure)
+        assert "the state changed while it was sent: large.0" in error.message
+        assert error.torn
+        assert source.peer(rank)["outcome"] == "failed"
+        assert learned(source, rank) <= outcomes[rank].ended + ANSWER
+    stage.assert_nothing_left([0, *DESTINATIONS])
+
+
+@pytest.mark.timeout(60)
+def test_state_that_changes_past_autograd(stage: Stage) -> None:
+    case = stage.case(twist="changing unseen")
     outcomes = stage.run(case)
     show(case, outcomes)
     source = outcomes[0]
