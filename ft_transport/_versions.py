@@ -44,11 +44,14 @@ class Versions:
         self._blocks = blocks
         self._stepped: set[tuple[int, int]] = set()
         limit = layout.stage_below
-        large = [(storage, begin) for storage, begin, end in layout.ranges if end - begin >= limit]
-        tensors = [(key, blocks[key].memory) for key in large]
-        # An inference tensor has no count.
-        self._tensors = [(key, tensor) for key, tensor in tensors if not tensor.is_inference()]
-        self._noted = self._count()
+        self._keys = [(storage, begin) for storage, begin, end in layout.ranges if end - begin >= limit]
+        self._tensors = [blocks[key].memory for key in self._keys]
+        try:
+            self._noted = self._count()
+        except RuntimeError:  # an inference tensor has no count
+            self._keys = [key for key in self._keys if not blocks[key].memory.is_inference()]
+            self._tensors = [blocks[key].memory for key in self._keys]
+            self._noted = self._count()
         _watch(self)
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -61,7 +64,7 @@ class Versions:
                     self._stepped.add(places[local.data_ptr()])
 
     def _count(self) -> list[int]:
-        return [tensor._version for _, tensor in self._tensors]
+        return [tensor._version for tensor in self._tensors]
 
     def check(self) -> None:
         """Call when all bytes have been read.
@@ -72,8 +75,8 @@ class Versions:
         now = self._count()
         if now == self._noted and not self._stepped:
             return
-        pairs = zip(self._tensors, self._noted, now, strict=True)
-        paths = self._paths(self._stepped | {key for (key, _), before, after in pairs if before != after})
+        counts = zip(self._keys, self._noted, now, strict=True)
+        paths = self._paths(self._stepped | {key for key, before, after in counts if before != after})
         more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
         raise LocalProtocolError(
             f"the state changed while it was sent: {', '.join(paths[:_MAX_NAMED])}{more}; it must not, before "
