@@ -19,8 +19,10 @@ from .striker import claim
 
 __all__ = ["Director"]
 
-# Seconds that a fault waits for a heal that fits; then it strikes a replica that trains.
-_PATIENCE = 2.5
+# Seconds that a fault waits for a heal that fits, while all replicas train, and while a heal is to be expected; then it
+# strikes a replica that trains, which makes for a heal.
+_PATIENCE = 1.0
+_MUCH_PATIENCE = 8.0
 # Faults that wait at the same time.
 _MAX_ARMED = 3
 # Seconds without an event after which a replica that is not frozen counts as hanging.
@@ -69,7 +71,8 @@ class Director:
         self._show = show
         self._roster = Roster(settings.replicas)
         self._due = list(reversed(faults))
-        self._armed: dict[int, tuple[Fault, float]] = {}  # with the time at which it stops waiting
+        self._armed: dict[int, tuple[Fault, float]] = {}  # with the time at which it was
+        self._rested = 0.0  # when all replicas began to train
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._counts = {"strike": 0, "commit": 0, "heal": 0}
@@ -153,13 +156,16 @@ class Director:
         now = self._cluster.now()
         while self._due and self._due[-1].at <= now and len(self._armed) < _MAX_ARMED:
             fault = self._due.pop()
-            patience = 0.0 if fault.phase == "train" else _PATIENCE
-            self._armed[fault.number] = fault, now + patience
+            self._armed[fault.number] = fault, now
             if fault.phase != "train":
                 self._cluster.tell({"arm": dataclasses.asdict(fault)})
-        for fault, limit in list(self._armed.values()):
-            if limit <= now:
+        if not all(row.current for row in self._roster.rows):
+            self._rested = now
+        for fault, since in list(self._armed.values()):
+            waited = now - max(since, self._rested) > _PATIENCE or now - since > _MUCH_PATIENCE
+            if waited or fault.phase == "train":
                 self._strike_in_training(fault)
+                return
 
     def _disarm(self, fault: Fault) -> None:
         if self._armed.pop(fault.number, None) is not None:
@@ -173,6 +179,7 @@ class Director:
             if self._roster.rows[victim].current and self._may(kind, victim):
                 if claim(self._folder, fault.number):
                     self._disarm(fault)
+                    self._rested = self._cluster.now()
                     self._strike(fault, kind, victim, role="trainer", phase="train", share=0.0)
                 return
 

@@ -20,7 +20,7 @@ from unittest.mock import patch
 from .events import Event, decode
 from .replica import Birth, main
 
-__all__ = ["Cluster", "Member"]
+__all__ = ["Cluster", "Member", "warm_up"]
 
 ROOT = Path(__file__).resolve().parents[2]
 # Loopback by its own name: nothing depends on what the host name resolves to. Two arenas, and freed memory given
@@ -130,11 +130,19 @@ class Cluster:
         return [m.process.pid for m in self.members.values() if m.process.is_alive() and m.process.pid]
 
 
+def warm_up() -> None:
+    """Return when the server that replicas are forked from has imported everything."""
+    process = _context().Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
 @functools.cache
 def _context() -> ForkServerContext:
     """Replicas are forked from a server that has imported everything, where no thread runs: it takes milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([main.__module__, "torchft.manager", "ft_transport.lane_transport"])
+    # An optimizer's first step imports the last of these, which takes two seconds.
+    context.set_forkserver_preload([main.__module__, "ft_transport.lane_transport", "torch._dynamo"])
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     with patch.dict(os.environ, {**_ENVIRONMENT, "PYTHONPATH": path}):
         forkserver.ensure_running()

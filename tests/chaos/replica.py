@@ -109,7 +109,7 @@ class _Replica:
         self._generator = torch.Generator().manual_seed(int(digest(numbers), 16) >> 2)
         self._state = State(settings.layers, int(digest(numbers), 16) >> 2)
         self._striker = Striker(voice, birth.folder)
-        self._group = Group(timedelta(seconds=settings.group))
+        self._group = Group(timedelta(seconds=settings.group), voice)
         self._transport = Watched(settings, self._group, self._state.state_dict, voice, self._striker)
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         manager_timeout = timedelta(seconds=settings.manager)
@@ -168,8 +168,7 @@ class _Replica:
             self._voice.tell("commit", step=step, digest=self._digest(), **where)
             return
         if error is not None:
-            # The others of a broken ring would wait for their time-out: only its neighbours notice a death.
-            self._group.abort()
+            self._group.break_off()
         text = "" if error is None else f"{error.original_exception}"[:200]
         cause = "send" if transport.send_error else "receive" if transport.receive_error else "group" if text else "few"
         sending = transport.sending

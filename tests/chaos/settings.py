@@ -42,6 +42,6 @@ class Settings:
     group: float = 3.0
     manager: float = 5.0
     quorum: float = 60.0
-    join: float = 4.0
+    join: float = 20.0
     heartbeat: float = 1.0
     pace: int = 50_000_000

@@ -8,7 +8,7 @@ from pathlib import Path
 from torchft.coordination import LighthouseServer
 
 from .director import Director
-from .processes import Cluster
+from .processes import Cluster, warm_up
 from .replica import Birth
 from .schedule import Plan, draw
 from .settings import Settings
@@ -18,6 +18,7 @@ __all__ = ["play"]
 
 def play(plan: Plan, settings: Settings, output: Path) -> int:
     """One run; gives the exit status. However it ends, no process is left and the report is written."""
+    warm_up()
     lighthouse = LighthouseServer(
         bind="[::]:0",
         min_replicas=settings.min_replicas,

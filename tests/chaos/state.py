@@ -24,7 +24,7 @@ class State:
         torch.manual_seed(seed)
         linear = [torch.nn.Linear(WIDTH, WIDTH) for _ in range(layers)]
         self.model = torch.nn.Sequential(*linear, torch.nn.BatchNorm1d(WIDTH))
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         self.scalars: dict[str, Any] = {"tokens": 0, "losses": [0.0] * 8, "schedule": "warm up", "best": None}
         # A fresh optimizer has no state to land in.
         self.apply(torch.rand(WIDTH))

@@ -76,6 +76,7 @@ class Striker:
                 continue
             if claim(self._folder, fault.number):
                 self._strike(fault, phase, share)
+                return  # one at a time: who has been killed cannot be struck again
 
     def _strike(self, fault: Fault, phase: str, share: float) -> None:
         with self._lock:

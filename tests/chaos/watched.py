@@ -34,15 +34,33 @@ class Group(ProcessGroupGloo):
         members: Replica of each rank.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, timeout: timedelta, voice: Voice) -> None:
         super().__init__(timeout=timeout)
+        self._voice = voice
         self.quorum = -1
         self.members: list[int] = []
 
     def configure(self, store_addr: str, replica_id: str, rank: int, world_size: int, *more: Any, **named: Any) -> None:
         quorum, _, _, members = more
         self.quorum, self.members = quorum, list(members)
-        super().configure(store_addr, replica_id, rank, world_size, *more, **named)
+        with self._voice.call("configure", quorum=quorum, members=self.members):
+            super().configure(store_addr, replica_id, rank, world_size, *more, **named)
+
+
+    def break_off(self) -> None:
+        """Leave the group for good, so that all others notice at once.
+
+        In gloo's ring only the neighbours of a rank that died notice it, and a third one would wait for its time-out. A
+        wait that expires closes all pairs of this rank; ``abort`` alone does not.
+        """
+        for rank in range(len(self.members)):
+            if rank == self._rank or self._pg is None:
+                continue
+            try:
+                self.recv([torch.empty(1)], rank, 0).wait(timedelta(milliseconds=1))
+            except RuntimeError:
+                pass  # as meant, or that one was gone already
+        self.abort()
 
 
 class Watched(CheckpointTransport[dict[str, Any]]):
