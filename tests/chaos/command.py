@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(plan: Plan, settings: Settings, output: Path) -> int:
     shutil.rmtree(output, ignore_errors=True)
-    (output / "claims").mkdir(parents=True)
+    output.mkdir(parents=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     print(f"seed {plan.seed}: {plan.seconds:g} s, {len(draw(plan))} faults planned, {settings.transport}", flush=True)

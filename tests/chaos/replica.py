@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -32,7 +33,7 @@ __all__ = ["EXIT_TORN", "Birth", "main"]
 
 EXIT_TORN = 70
 # Seconds between two looks at what this process holds.
-_HEALTH_INTERVAL = 1.0
+_HEALTH_INTERVAL = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Birth:
     Attributes:
         settings: Of the job.
         lighthouse: Its address.
-        folder: For logs and claims.
+        folder: For logs.
+        claims: Where faults are claimed.
         origin: Time of the start of the run.
         seed: Of the run.
         replica: Index.
@@ -52,6 +54,7 @@ class Birth:
     settings: Settings
     lighthouse: str
     folder: Path
+    claims: Path
     origin: float
     seed: int
     replica: int
@@ -108,7 +111,7 @@ class _Replica:
         numbers = f"{birth.seed} {birth.replica} {birth.incarnation}"
         self._generator = torch.Generator().manual_seed(int(digest(numbers), 16) >> 2)
         self._state = State(settings.layers, int(digest(numbers), 16) >> 2)
-        self._striker = Striker(voice, birth.folder)
+        self._striker = Striker(voice, birth.claims)
         self._group = Group(timedelta(seconds=settings.group), voice)
         self._transport = Watched(settings, self._group, self._state.state_dict, voice, self._striker)
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
@@ -132,6 +135,8 @@ class _Replica:
             checkpoint_transport=self._transport,
         )
         ports = [port for port in (self._transport.port, self._store.port) if port]
+        gc.collect()
+        gc.freeze()  # so that later collections look at what has been made since
         voice.tell("joined", pid=os.getpid(), ports=ports, digest=self._digest())
 
     def hear(self, command: dict[str, Any]) -> None:
@@ -187,7 +192,10 @@ class _Replica:
 
 
 def _health() -> dict[str, Any]:
-    """What this process holds, between two steps."""
+    """What this process holds between two steps, without what only awaits the collector: a failed step's exception
+    holds the group that failed, in cycles.
+    """
+    gc.collect()
     names = sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("ft_transport"))
     with open("/proc/self/statm") as statm:
         rss = int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
