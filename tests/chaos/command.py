@@ -22,7 +22,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--minutes", type=float, default=10.0, help="how long faults come (default: %(default)s)")
     add("--seed", type=int, help="of the schedule; one is chosen, and printed, if there is none")
-    add("--gap", type=float, default=3.0, help="mean seconds between two faults (%(default)s)")
+    add("--gap", type=float, default=Plan.gap, help="mean seconds for each fault (%(default)s)")
     add("--transport", choices=("lanes", "pg"), default="lanes", help="what moves the states (%(default)s)")
     add("--sync-quorum", action="store_true", help="heal before forward, and not beside it")
     add("--layers", type=int, default=Settings.layers, help="size of the state, 12.6 MB each (%(default)s)")

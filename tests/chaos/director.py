@@ -19,10 +19,10 @@ from .striker import claim
 
 __all__ = ["Director"]
 
-# Seconds that a fault waits for a heal that fits, while all replicas train, and while a heal is to be expected; then it
-# strikes a replica that trains, which makes for a heal.
-_PATIENCE = 1.0
-_MUCH_PATIENCE = 8.0
+# Seconds for which all replicas train before one is killed, so that there is a heal for a fault to strike.
+_PATIENCE = 0.5
+# Seconds after which a fault that has not found its heal does without: it strikes a replica that trains.
+_MUCH_PATIENCE = 15.0
 # Faults that wait at the same time.
 _MAX_ARMED = 3
 # Seconds without an event after which a replica that is not frozen counts as hanging.
@@ -162,26 +162,36 @@ class Director:
         if not all(row.current for row in self._roster.rows):
             self._rested = now
         for fault, since in list(self._armed.values()):
-            waited = now - max(since, self._rested) > _PATIENCE or now - since > _MUCH_PATIENCE
-            if waited or fault.phase == "train":
+            if fault.phase == "train" or now - since > _MUCH_PATIENCE:
                 self._strike_in_training(fault)
                 return
+        if self._armed and now - self._rested > _PATIENCE:
+            self._open(next(fault for fault, _ in self._armed.values()))
 
     def _disarm(self, fault: Fault) -> None:
         if self._armed.pop(fault.number, None) is not None:
             self._cluster.tell({"disarm": fault.number})
 
+    def _open(self, fault: Fault) -> None:
+        """Kill a replica that trains, so that there is a heal; the fault waits on."""
+        victim = self._victim(fault, "kill")
+        if victim is not None:
+            self._rested = self._cluster.now()
+            self._strike(fault, "kill", victim, role="trainer", phase="train", share=0.0, opens=True)
+
     def _strike_in_training(self, fault: Fault) -> None:
         """Strike the fault's own replica, or the next one that may be struck now; else wait on."""
-        order = [(fault.replica + i) % self._settings.replicas for i in range(self._settings.replicas)]
         kind = "kill" if fault.kind.startswith("cut") else fault.kind
-        for victim in order:
-            if self._roster.rows[victim].current and self._may(kind, victim):
-                if claim(self._folder, fault.number):
-                    self._disarm(fault)
-                    self._rested = self._cluster.now()
-                    self._strike(fault, kind, victim, role="trainer", phase="train", share=0.0)
-                return
+        victim = self._victim(fault, kind)
+        if victim is not None and claim(self._folder, fault.number):
+            self._disarm(fault)
+            self._rested = self._cluster.now()
+            self._strike(fault, kind, victim, role="trainer", phase="train", share=0.0)
+
+    def _victim(self, fault: Fault, kind: str) -> int | None:
+        """The fault's own replica, or the next one that trains and may be struck."""
+        order = [(fault.replica + i) % self._settings.replicas for i in range(self._settings.replicas)]
+        return next((i for i in order if self._roster.rows[i].current and self._may(kind, i)), None)
 
     def _may(self, kind: str, victim: int) -> bool:
         """Whether a strike leaves somebody with the newest state, and spares whom the plan spares."""

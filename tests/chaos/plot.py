@@ -50,7 +50,7 @@ def draw(events: list[Event], settings: Settings, promises: list[Promise], path:
         axes = upper.subplots(staves, 1, squeeze=False)[:, 0]
         for number, axis in enumerate(axes):
             _draw_stave(axis, events, settings.replicas, number * stave, (number + 1) * stave)
-        upper.legend(handles=_handles(), loc="outside lower center", ncols=7, frameon=False)
+        upper.legend(handles=_handles(), loc="outside lower center", ncols=8, frameon=False)
         left, middle, right = lower.subplots(1, 3)
         _draw_recoveries(left, [seconds for _, seconds in recoveries(events)])
         _draw_shares(middle, events)
@@ -97,6 +97,7 @@ def _sort(event: Event) -> str:
 
 def _handles() -> Sequence[Patch | Line2D]:
     patches = [Patch(color=color, label=label) for label, color in STATES.values()]
+    patches.append(Patch(facecolor="white", edgecolor=MUTED, lw=0.6, label="dead, or starts"))
     marks = [
         Line2D([], [], marker=mark, color=color, lw=0, ms=7, label=f"{label} (hollow: not in a heal)" if name == "kill" else label)
         for name, (label, mark, color) in MARKS.items()
@@ -113,8 +114,8 @@ def _draw_recoveries(axis: Axes, seconds: list[float]) -> None:
     for share, name in ((0.5, "median"), (0.99, "p99")):
         at = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
         axis.plot(at, share, "o", color="#1a7f37", ms=7, mec="white")
-        axis.annotate(f"{name} {at:.1f} s", (at, share), (8, -12), textcoords="offset points")
-    axis.set_xlim(0, ordered[-1] * 1.15)
+        axis.annotate(f"{name} {at:.1f} s", (at, share), (7, -13), textcoords="offset points")
+    axis.set_xlim(0, ordered[-1] * 1.25)
     axis.set_ylim(0, 1.03)
     axis.set_ylabel(f"share of {len(ordered)} kills")
     axis.grid(color=GRID, lw=0.8)
@@ -123,14 +124,18 @@ def _draw_recoveries(axis: Axes, seconds: list[float]) -> None:
 
 def _draw_shares(axis: Axes, events: list[Event]) -> None:
     moved = [event for event in strikes(events) if event["phase"] == "move"]
-    axis.set_title(f"Where in a heal: {len(moved)} strikes while bytes moved", loc="left", fontsize=11)
+    axis.set_title(f"Where in a heal: {len(moved)} strikes while bytes moved, at the …", loc="left", fontsize=11)
     groups = {role: [event["share"] for event in moved if event["role"] == role] for role in ROLES}
-    labels = [f"at the {role} ({len(shares)})" for role, shares in groups.items()]
-    axis.hist(list(groups.values()), bins=20, range=(0, 1), stacked=True, color=list(ROLES.values()), label=labels)
+    labels = [f"{role} ({len(shares)})" for role, shares in groups.items()]
+    counts, _, _ = axis.hist(
+        list(groups.values()), bins=10, range=(0, 1), stacked=True, color=list(ROLES.values()), label=labels, rwidth=0.9
+    )
+    axis.set_ylim(0, max(1.0, 1.35 * max(counts[-1])))
+    axis.yaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("share of the state's bytes that had moved")
     axis.set_ylabel("strikes")
     axis.set_xlim(0, 1)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="upper left", ncols=3, columnspacing=1.0, handlelength=1.0, fontsize=9)
 
 
 def _draw_steps(axis: Axes, events: list[Event]) -> None:

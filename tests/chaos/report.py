@@ -65,7 +65,7 @@ def page(found: dict[str, Any], plan: Plan, settings: Settings, promises: list[P
         "## Strikes, by what was going on and who was struck",
         _strikes(found["by phase"]),
         "## Figures",
-        _figures(found),
+        _figures(found, promises),
         "## Steps that a replica did not commit, by what broke them",
         _lost(found["steps"]["lost by a replica"]),
     ]
@@ -112,21 +112,22 @@ def _strikes(by_phase: dict[str, dict[str, dict[str, int]]]) -> str:
     rows = []
     for phase, name in phases.items():
         for role, kinds in sorted(by_phase.get(phase, {}).items()):
-            kills = kinds.get("kill", 0) + kinds.get("stop and kill", 0)
             cuts = kinds.get("cut one", 0) + kinds.get("cut all", 0)
-            stops = f"{kinds.get('stop', 0)} ({kinds.get('stop and kill', 0)} more were killed then)"
-            rows.append([name, role, str(kills), stops, str(cuts)])
-    return _table(["what was going on", "struck", "kills", "stops", "cuts"], rows)
+            numbers = [kinds.get("kill", 0), kinds.get("stop", 0), kinds.get("stop and kill", 0), cuts]
+            rows.append([name, role, *map(str, numbers)])
+    return _table(["what was going on", "struck", "killed", "stopped", "stopped, then killed", "cut off"], rows)
 
 
-def _figures(found: dict[str, Any]) -> str:
+def _figures(found: dict[str, Any], promises: list[Promise]) -> str:
     heals, recover, steps = found["heals"], found["seconds to recover"], found["steps"]
     resumed = f"{heals['resumed']}"
     if heals["resumed"]:
         kept, total = heals["resumed nbytes_kept"], heals["resumed nbytes_total"]
         resumed += f"; {_megabytes(kept)} of their {_megabytes(total)} ({kept / total:.0%}) were in place already"
     failed = ", ".join(f"{number} {outcome}" for outcome, number in sorted(heals["failed"].items())) or "none"
+    wrong = sum(len(promise.broken) for promise in promises if promise.name in ("agreement", "wrong states accepted"))
     rows = [
+        ["wrong states accepted", str(wrong)],
         ["heals begun / complete / ended by a kill", f"{heals['begun']} / {heals['complete']} / {heals['ended by a kill']}"],
         ["receives that failed, by outcome", failed],
         ["left the destination torn", f"{heals['torn']}; {found['stopped torn']} of them stopped, the others healed"],
