@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .events import Event, told
 from .settings import Settings
@@ -98,7 +99,7 @@ def _heals(events: list[Event]) -> Promise:
 
 
 def _lost_steps(events: list[Event]) -> Promise:
-    """A step that a majority of its quorum committed is not committed anew with another state, while one that has it lives."""
+    """A step that a majority of its quorum committed is not committed anew, while one of them lives."""
     by_step: dict[int, dict[str, list[Event]]] = defaultdict(lambda: defaultdict(list))
     for event in told(events, "commit"):
         by_step[event["step"]][event["digest"]].append(event)
@@ -107,7 +108,7 @@ def _lost_steps(events: list[Event]) -> Promise:
     broken = []
     for step, digests in by_step.items():
         groups = sorted(digests.values(), key=lambda found: found[0].time)
-        for earlier, later in zip(groups, groups[1:], strict=False):
+        for earlier, later in pairwise(groups):
             begin = later[0].time
             majority = 2 * len({e.replica for e in earlier}) > len(earlier[0]["members"])
             alive = [e for e in earlier if ends.get(e.life, begin + 1) > begin and not _within(frozen, e, begin)]
@@ -120,14 +121,16 @@ def _lost_steps(events: list[Event]) -> Promise:
 
 def _sources(events: list[Event]) -> Promise:
     failed = told(events, "failed")
-    broken = [f"{e.time:.2f} s: replica {e.replica}, step {e['step']}: {e['error']}" for e in failed if e["cause"] == "send"]
+    own = [event for event in failed if event["cause"] == "send"]
+    broken = [f"{event.time:.2f} s: replica {event.replica}, step {event['step']}: {event['error']}" for event in own]
     text = "a transfer costs its source no step: steps lost to a transfer on the source's side"
     return Promise("steps lost by sources", text, broken, len(failed))
 
 
 def _everyone_back(events: list[Event], settings: Settings) -> Promise:
     """Each replica trains together with all others at the end, and each that was started has healed or was struck."""
-    broken = [f"{e.time:.0f} s: not all replicas train together again" for e in told(events, "finishing") if not e["together"]]
+    apart = [event for event in told(events, "finishing") if not event["together"]]
+    broken = [f"{event.time:.0f} s: not all replicas train together again" for event in apart]
     calm = next((event.time for event in events if event.name == "calm"), 0.0)
     for replica in range(settings.replicas):
         if not any(e.replica == replica and e.time > calm for e in told(events, "commit")):
@@ -137,6 +140,10 @@ def _everyone_back(events: list[Event], settings: Settings) -> Promise:
     for event in told(events, "started"):
         if event.life not in struck | healed and event.time < calm:
             broken.append(f"replica {event.replica}, started at {event.time:.2f} s, neither committed nor was struck")
+    last = {event.life: event.time for event in events if event.name in ("commit", "strike", "gone")}
+    for event in told(events, "continued"):
+        if last.get(event.life, 0.0) < event.time:
+            broken.append(f"replica {event.replica}, woken at {event.time:.2f} s, neither committed nor was struck")
     text = "every replica that came back healed, or was struck again before"
     return Promise("everyone healed", text, broken, len(told(events, "started")))
 
@@ -190,7 +197,8 @@ def _deadlines(events: list[Event], settings: Settings) -> Promise:
 
 
 def _no_hang(events: list[Event]) -> Promise:
-    broken = [f"{e.time:.2f} s: replica {e.replica}, silent for {e['seconds']} s, in {e['calls']}" for e in told(events, "hangs")]
+    hangs = told(events, "hangs")
+    broken = [f"{e.time:.2f} s: replica {e.replica}, silent for {e['seconds']} s, in {e['calls']}" for e in hangs]
     return Promise("no hang", "no replica stands still", broken, len(told(events, "started")))
 
 
@@ -209,7 +217,7 @@ def _ends(events: list[Event]) -> Promise:
             continue
         if event["status"] != -9 or event.life not in killed | hung:
             text = why["error"] if why is not None else "for no known reason"
-            broken.append(f"{event.time:.2f} s: replica {event.replica} ended by itself (status {event['status']}): {text}")
+            broken.append(f"{event.time:.2f} s: replica {event.replica}, status {event['status']}: {text}")
     text = "no replica ends by itself, but torn with nobody left to heal from"
     return Promise("no crash", text, broken, len(told(events, "gone")))
 
@@ -219,8 +227,7 @@ def _leaks(events: list[Event]) -> Promise:
     lives: dict[tuple[int, int], list[Event]] = defaultdict(list)
     for event in told(events, "health"):
         lives[event.life].append(event)
-    run = events[-1].time if events else 0.0
-    settled = min(60.0, run / 4)
+    settled = min(60.0, events[-1].time / 4) if events else 0.0
     broken, checked = [], 0
     for life, looks in lives.items():
         # Over lanes, one thread listens as long as the transport lives.
@@ -228,14 +235,19 @@ def _leaks(events: list[Event]) -> Promise:
         if ours:
             broken.append(f"replica {life[0]}, at {looks[-1].time:.0f} s: threads {ours} between two steps")
         after = [look for look in looks if look.time >= looks[0].time + settled]
-        if len(after) < 2:
-            continue
-        checked += 1
-        for what, slack in SLACK.items():
-            if after[-1][what] > after[0][what] + slack:
-                broken.append(f"replica {life[0]}: {what} {after[0][what]} at {after[0].time:.0f} s, {after[-1][what]} at {after[-1].time:.0f} s")
+        if len(after) > 1:
+            checked += 1
+            broken += [f"replica {life[0]}: {text}" for text in _grown(after[0], after[-1])]
     for event in told(events, "left"):
         if event["threads"]:
             broken.append(f"replica {event.replica}: threads {event['threads']} after shutdown")
     text = "threads, descriptors and memory of a replica do not grow from its first minute to its end"
     return Promise("no leak", text, broken, checked)
+
+
+def _grown(first: Event, last: Event) -> list[str]:
+    return [
+        f"{what} {first[what]} at {first.time:.0f} s, {last[what]} at {last.time:.0f} s"
+        for what, slack in SLACK.items()
+        if last[what] > first[what] + slack
+    ]

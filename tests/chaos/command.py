@@ -43,9 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in draw(plan):
             print(f"{fault}  (spared: replica {spared(plan, fault.at)})")
         return 0
-    settings = Settings(
-        transport=options.transport, async_quorum=not options.sync_quorum, layers=options.layers
-    )
+    settings = Settings(transport=options.transport, async_quorum=not options.sync_quorum, layers=options.layers)
     return _run(plan, settings, options.output)
 
 
@@ -66,5 +64,3 @@ def _divert(path: Path) -> None:
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
     with path.open("wb") as log:
         os.dup2(log.fileno(), 2)
-
-

@@ -27,8 +27,6 @@ _MUCH_PATIENCE = 15.0
 _MAX_ARMED = 3
 # Seconds without an event after which a replica that is not frozen counts as hanging.
 _SILENT = 30.0
-# How much longer than its time-out a call may take: what the transport promises.
-GRACE = 1.0
 # Steps that all replicas commit together, after the last fault, before the run ends; and seconds until they have.
 _CALM_STEPS = 20
 _CALM_SECONDS = 60.0

@@ -46,8 +46,8 @@ def encode(event: Event) -> str:
 def decode(line: str) -> Event:
     """The event of a line."""
     fields = json.loads(line)
-    head = [fields.pop(key) for key in ("time", "replica", "incarnation", "event")]
-    return Event(*head, fields)
+    time, replica, incarnation, name = (fields.pop(key) for key in ("time", "replica", "incarnation", "event"))
+    return Event(time, replica, incarnation, name, fields)
 
 
 def read(path: Path) -> list[Event]:

@@ -20,6 +20,7 @@ _BEFORE = 8.0
 REASONS = (
     "a transfer on the source's side",
     "its own receive failed",
+    "it was torn, and asked to serve",
     "too few held the newest state",
     "other",
     "a member of the group was struck",
@@ -125,7 +126,7 @@ def _reasons(events: list[Event]) -> list[str]:
     broken = {e["quorum"] for e in told(events, "end") if e["call"] == "receive" and e["error"]}
     found = []
     for event in told(events, "failed"):
-        cause = REASONS[("send", "receive", "few", "group").index(event["cause"])]
+        cause = REASONS[("send", "receive", "torn", "few", "group").index(event["cause"])]
         if event["cause"] == "group":
             near = [e for e in struck if event.time - _BEFORE < e.time < event.time]
             if any(e.replica in event["members"] for e in near):
@@ -140,9 +141,8 @@ def _longest(events: list[Event], settings: Settings) -> dict[str, Any]:
     longest: dict[str, float] = {}
     for event, seconds in call_times(events):
         longest[event["call"]] = max(seconds, longest.get(event["call"], 0.0))
-    return {
-        name: {"seconds": round(longest.get(name, 0.0), 3), "time-out": limit} for name, limit in limits(settings).items()
-    }
+    allowed = limits(settings)
+    return {name: {"seconds": round(longest.get(name, 0.0), 3), "time-out": allowed[name]} for name in allowed}
 
 
 def _spread(values: list[float]) -> dict[str, float | None]:

@@ -27,7 +27,7 @@ STATES = {
     "frozen": ("stopped", "#6aa5e3"),
 }
 MARKS = {
-    "kill": ("killed", "X", "#d1242f"),
+    "kill": ("killed (hollow: not in a heal)", "X", "#d1242f"),
     "stop": ("stopped", "s", "#1f6fc4"),
     "cut": ("connections cut", "D", "#8250df"),
 }
@@ -98,10 +98,7 @@ def _sort(event: Event) -> str:
 def _handles() -> Sequence[Patch | Line2D]:
     patches = [Patch(color=color, label=label) for label, color in STATES.values()]
     patches.append(Patch(facecolor="white", edgecolor=MUTED, lw=0.6, label="dead, or starts"))
-    marks = [
-        Line2D([], [], marker=mark, color=color, lw=0, ms=7, label=f"{label} (hollow: not in a heal)" if name == "kill" else label)
-        for name, (label, mark, color) in MARKS.items()
-    ]
+    marks = [Line2D([], [], marker=mark, color=color, lw=0, ms=7, label=label) for label, mark, color in MARKS.values()]
     return [*patches, *marks]
 
 

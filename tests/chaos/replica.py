@@ -175,9 +175,8 @@ class _Replica:
         if error is not None:
             self._group.break_off()
         text = "" if error is None else f"{error.original_exception}"[:200]
-        cause = "send" if transport.send_error else "receive" if transport.receive_error else "group" if text else "few"
-        sending = transport.sending
-        self._voice.tell("failed", step=manager.current_step(), cause=cause, error=text, sending=sending, **where)
+        cause = transport.cause or ("group" if text else "few")
+        self._voice.tell("failed", step=manager.current_step(), cause=cause, error=text, **where)
 
     def _digest(self) -> str:
         return digest(self._state.state_dict(), self._manager.state_dict())

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 from .checks import Promise
@@ -128,7 +127,7 @@ def _figures(found: dict[str, Any], promises: list[Promise]) -> str:
     wrong = sum(len(promise.broken) for promise in promises if promise.name in ("agreement", "wrong states accepted"))
     rows = [
         ["wrong states accepted", str(wrong)],
-        ["heals begun / complete / ended by a kill", f"{heals['begun']} / {heals['complete']} / {heals['ended by a kill']}"],
+        ["heals begun", f"{heals['begun']}; {heals['complete']} complete, {heals['ended by a kill']} ended by a kill"],
         ["receives that failed, by outcome", failed],
         ["left the destination torn", f"{heals['torn']}; {found['stopped torn']} of them stopped, the others healed"],
         ["resumed", resumed],

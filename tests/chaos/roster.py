@@ -69,7 +69,8 @@ class Roster:
         elif event.name == "continued":
             row.frozen = False
             # Its time begins anew.
-            row.calls = {number: Event(event.time, *call.life, "begin", call.fields) for number, call in row.calls.items()}
+            again = [Event(event.time, *call.life, "begin", call.fields) for call in row.calls.values()]
+            row.calls = {call["number"]: call for call in again}
         elif event.name == "gone":
             self.rows[event.replica] = Row(heard=event.time)
 

@@ -38,7 +38,7 @@ class State:
         self.scalars = state["scalars"]
 
     def apply(self, direction: torch.Tensor) -> None:
-        """Make the step that a vector of ``WIDTH`` numbers stands for: all replicas reduce it, and not every gradient."""
+        """Make the step that a vector of ``WIDTH`` numbers stands for: that is all that replicas have to reduce."""
         for number, parameter in enumerate(self.model.parameters()):
             if parameter.grad is None:
                 parameter.grad = torch.empty_like(parameter)

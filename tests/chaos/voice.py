@@ -58,7 +58,10 @@ class Voice:
 
 
 def listen(descriptor: int, hear: Callable[[dict[str, Any]], None]) -> None:
-    """Give each command of the director to ``hear``, in a thread of its own. Ends the process when the director is gone."""
+    """Give each command of the director to ``hear``, in a thread of its own.
+
+    Ends the process when the director is gone.
+    """
 
     def run() -> None:
         with os.fdopen(descriptor) as lines:

@@ -11,7 +11,7 @@ import torch
 from torchft.checkpointing.transport import CheckpointTransport
 from torchft.process_group import ProcessGroupGloo
 
-from ft_transport import LaneTransport, PGTransport, Progress
+from ft_transport import LaneTransport, PGTransport, Progress, TornStateError
 
 from . import sockets
 from .settings import Settings
@@ -46,7 +46,6 @@ class Group(ProcessGroupGloo):
         with self._voice.call("configure", quorum=quorum, members=self.members):
             super().configure(store_addr, replica_id, rank, world_size, *more, **named)
 
-
     def break_off(self) -> None:
         """Leave the group for good, so that all others notice at once.
 
@@ -67,9 +66,8 @@ class Watched(CheckpointTransport[dict[str, Any]]):
     """Passes every call on.
 
     Attributes:
-        sending: Whether this step's quorum made this replica a source.
-        send_error: What the newest send raised, empty if nothing.
-        receive_error: The same for the newest receive.
+        cause: Which call has raised in this step: ``"send"``, ``"torn"`` for one that refused to serve a torn state,
+            ``"receive"``, or empty for none.
         port: That the transport listens on, 0 if it does not.
     """
 
@@ -81,8 +79,7 @@ class Watched(CheckpointTransport[dict[str, Any]]):
         voice: Voice,
         striker: Striker,
     ) -> None:
-        self.sending = False
-        self.send_error = self.receive_error = ""
+        self.cause = ""
         self.port = 0
         self._settings = settings
         self._group = group
@@ -102,7 +99,7 @@ class Watched(CheckpointTransport[dict[str, Any]]):
 
     def new_step(self) -> None:
         """Forget what the step before did."""
-        self.sending, self.send_error, self.receive_error = False, "", ""
+        self.cause = ""
 
     def metadata(self) -> str:
         return self._inner.metadata()
@@ -119,14 +116,13 @@ class Watched(CheckpointTransport[dict[str, Any]]):
             self._inner.shutdown(wait)
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: dict[str, Any], timeout: timedelta) -> None:
-        self.sending = True
         members = self._group.members
         to = [members[rank] for rank in dst_ranks]
         with self._voice.call("send", step=step, quorum=self._group.quorum, to=to) as result:
             try:
                 self._inner.send_checkpoint(dst_ranks, step, state_dict, timeout)
             except Exception as exc:
-                self.send_error = f"{type(exc).__name__}: {exc}"[:300]
+                self.cause = "torn" if isinstance(exc, TornStateError) else "send"
                 raise
             finally:
                 report = self._inner.last_report
@@ -139,8 +135,8 @@ class Watched(CheckpointTransport[dict[str, Any]]):
             self._striker.begin(_port(metadata), **where)
             try:
                 received = self._inner.recv_checkpoint(src_rank, metadata, step, timeout)
-            except Exception as exc:
-                self.receive_error = f"{type(exc).__name__}: {exc}"[:300]
+            except Exception:
+                self.cause = "receive"
                 raise
             finally:
                 result.update(self._figures())
