@@ -134,10 +134,9 @@ class _Replica:
             hostname="localhost",
             checkpoint_transport=self._transport,
         )
-        ports = [port for port in (self._transport.port, self._store.port) if port]
         gc.collect()
         gc.freeze()  # so that later collections look at what has been made since
-        voice.tell("joined", pid=os.getpid(), ports=ports, digest=self._digest())
+        voice.tell("joined", pid=os.getpid(), digest=self._digest())
 
     def hear(self, command: dict[str, Any]) -> None:
         """A command of the director, on the thread that listens."""

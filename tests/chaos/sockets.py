@@ -77,14 +77,7 @@ def slow_down(port: int, bytes_per_second: int) -> None:
                 opened.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, bytes_per_second)
 
 
-def listening(ports: set[int]) -> set[int]:
-    """Which of these ports a process of this machine listens on."""
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with open(table) as lines:
-            next(lines)
-            for line in lines:
-                _, here, _, state, *_ = line.split()
-                if state == "0A":
-                    found.add(int(here.rpartition(":")[2], 16))
-    return found & ports
+def listening() -> set[int]:
+    """The ports that this process listens on."""
+    with _tcp_sockets() as sockets:
+        return {_ports(opened)[0] for opened in sockets if opened.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)}

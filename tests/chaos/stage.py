@@ -11,7 +11,7 @@ from torchft.coordination import LighthouseServer
 
 from .checks import Promise, check
 from .director import Director
-from .events import Event, told
+from .events import Event
 from .figures import figures
 from .processes import Cluster, warm_up
 from .replica import Birth
@@ -26,6 +26,7 @@ __all__ = ["play", "tell"]
 def play(plan: Plan, settings: Settings, output: Path) -> int:
     """One run; gives the exit status. However it ends, no process is left and the report is written."""
     warm_up()
+    ports = listening()
     claims = Path(tempfile.mkdtemp(prefix="chaos-"))
     lighthouse = _lighthouse(settings)
     address = f"http://localhost:{lighthouse.address().rpartition(':')[2]}"
@@ -43,7 +44,8 @@ def play(plan: Plan, settings: Settings, output: Path) -> int:
             lighthouse.shutdown()
             shutil.rmtree(claims)
     events = sorted(director.events, key=lambda event: event.time)
-    left += _ports(events)
+    left += [f"port {port}" for port in listening() - ports]
+    left += [f"file {claims}"] if claims.exists() else []
     promises = check(events, settings, whole=whole, left=left)
     tell(events, plan, settings, promises, output, whole=whole)
     return status or int(not all(promise.kept for promise in promises))
@@ -57,11 +59,6 @@ def _lighthouse(settings: Settings) -> LighthouseServer:
         quorum_tick_ms=20,
         heartbeat_timeout_ms=int(1000 * settings.heartbeat),
     )
-
-
-def _ports(events: list[Event]) -> list[str]:
-    """Ports that replicas listened on, and on which somebody still does."""
-    return [f"port {port}" for port in listening({port for event in told(events, "joined") for port in event["ports"]})]
 
 
 def tell(
