@@ -22,6 +22,8 @@ from .sockets import listening
 
 __all__ = ["play", "tell"]
 
+_CLOSING_SECONDS = 10.0
+
 
 def play(plan: Plan, settings: Settings, output: Path) -> int:
     """One run; gives the exit status. However it ends, no process is left and the report is written."""
@@ -44,7 +46,7 @@ def play(plan: Plan, settings: Settings, output: Path) -> int:
             lighthouse.shutdown()
             shutil.rmtree(claims)
     events = sorted(director.events, key=lambda event: event.time)
-    left += [f"port {port}" for port in listening() - ports]
+    left += [f"port {port}" for port in _left_listening(ports)]
     left += [f"file {claims}"] if claims.exists() else []
     promises = check(events, settings, whole=whole, left=left)
     tell(events, plan, settings, promises, output, whole=whole)
@@ -59,6 +61,14 @@ def _lighthouse(settings: Settings) -> LighthouseServer:
         quorum_tick_ms=20,
         heartbeat_timeout_ms=int(1000 * settings.heartbeat),
     )
+
+
+def _left_listening(before: set[int]) -> set[int]:
+    """Ports that this process listens on and did not before; the Lighthouse closes its own a moment after shutdown."""
+    limit = time.monotonic() + _CLOSING_SECONDS
+    while (left := listening() - before) and time.monotonic() < limit:
+        time.sleep(0.05)
+    return left
 
 
 def tell(
