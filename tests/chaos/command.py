@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -48,8 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(plan: Plan, settings: Settings, output: Path) -> int:
-    shutil.rmtree(output, ignore_errors=True)
-    output.mkdir(parents=True)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in ("chaos.json", "chaos.png", "chaos-report.md", "events.jsonl", "lighthouse.log", "replica_*.log"):
+        for old in output.glob(name):
+            old.unlink()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     print(f"seed {plan.seed}: {plan.seconds:g} s, {len(draw(plan))} faults planned, {settings.transport}", flush=True)

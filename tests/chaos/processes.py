@@ -127,7 +127,11 @@ class Cluster:
             member.process.kill()
         for member in self.members.values():
             member.end()
-        return [m.process.pid for m in self.members.values() if m.process.is_alive() and m.process.pid]
+        # One that an interrupt came in the middle of starting is no member.
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join(_PATIENCE)
+        return [process.pid for process in multiprocessing.active_children() if process.pid]
 
 
 def warm_up() -> None:

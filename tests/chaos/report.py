@@ -10,7 +10,7 @@ from typing import Any
 
 from .checks import Promise
 from .figures import REASONS
-from .schedule import Plan
+from .schedule import Plan, draw
 from .settings import Settings
 
 __all__ = ["page", "replay", "summary"]
@@ -64,7 +64,7 @@ def page(found: dict[str, Any], plan: Plan, settings: Settings, promises: list[P
         "## Strikes, by what was going on and who was struck",
         _strikes(found["by phase"]),
         "## Figures",
-        _figures(found, promises),
+        _figures(found, plan, promises),
         "## Steps that a replica did not commit, by what broke them",
         _lost(found["steps"]["lost by a replica"]),
     ]
@@ -117,7 +117,7 @@ def _strikes(by_phase: dict[str, dict[str, dict[str, int]]]) -> str:
     return _table(["what was going on", "struck", "killed", "stopped", "stopped, then killed", "cut off"], rows)
 
 
-def _figures(found: dict[str, Any], promises: list[Promise]) -> str:
+def _figures(found: dict[str, Any], plan: Plan, promises: list[Promise]) -> str:
     heals, recover, steps = found["heals"], found["seconds to recover"], found["steps"]
     resumed = f"{heals['resumed']}"
     if heals["resumed"]:
@@ -127,6 +127,11 @@ def _figures(found: dict[str, Any], promises: list[Promise]) -> str:
     wrong = sum(len(promise.broken) for promise in promises if promise.name in ("agreement", "wrong states accepted"))
     rows = [
         ["wrong states accepted", str(wrong)],
+        [
+            "faults of the schedule",
+            f"{len(draw(plan))}; {found['faults struck']} struck, {found['faults withheld']} were withheld, "
+            "the others found no heal in time",
+        ],
         ["heals begun", f"{heals['begun']}; {heals['complete']} complete, {heals['ended by a kill']} ended by a kill"],
         ["receives that failed, by outcome", failed],
         ["left the destination torn", f"{heals['torn']}; {found['stopped torn']} of them stopped, the others healed"],
