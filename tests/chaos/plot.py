@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator, MultipleLocator
 
 from .checks import Promise
 from .events import Event, told
 from .figures import recoveries, strikes
 from .settings import Settings
-from .spans import spans
+from .spans import Span, spans
 
 __all__ = ["draw"]
 
@@ -35,6 +37,7 @@ ROLES = {"destination": "#d1242f", "source": "#0891b2", "bystander": "#9aa5b1"}
 # Seconds in one stave, at least and at most; and its height in inches.
 STAVE_SECONDS = (20.0, 300.0)
 STAVE_HEIGHT = 1.55
+MAX_TICKS = 14
 
 
 def draw(events: list[Event], settings: Settings, promises: list[Promise], path: Path) -> None:
@@ -44,12 +47,13 @@ def draw(events: list[Event], settings: Settings, promises: list[Promise], path:
     staves = max(1, int(-(-end // stave)))
     stave = end / staves
     with rc_context({"font.size": 9.5, "text.color": INK, "axes.edgecolor": MUTED, "axes.labelcolor": INK}):
-        figure = Figure(figsize=(14, STAVE_HEIGHT * staves + 5.2), layout="constrained")
+        figure: Any = Figure(figsize=(14, STAVE_HEIGHT * staves + 5.2), layout="constrained")
         figure.suptitle(_title(events, settings, promises), fontsize=15, fontweight="bold", x=0.012, ha="left")
         upper, lower = figure.subfigures(2, 1, height_ratios=[STAVE_HEIGHT * staves + 0.9, 3.6])
         axes = upper.subplots(staves, 1, squeeze=False)[:, 0]
+        rows = [spans(events, replica) for replica in range(settings.replicas)]
         for number, axis in enumerate(axes):
-            _draw_stave(axis, events, settings.replicas, number * stave, (number + 1) * stave)
+            _draw_stave(axis, rows, strikes(events), number * stave, (number + 1) * stave)
         upper.legend(handles=_handles(), loc="outside lower center", ncols=8, frameon=False)
         left, middle, right = lower.subplots(1, 3)
         _draw_recoveries(left, [seconds for _, seconds in recoveries(events)])
@@ -72,21 +76,22 @@ def _title(events: list[Event], settings: Settings, promises: list[Promise]) -> 
     )
 
 
-def _draw_stave(axis: Axes, events: list[Event], replicas: int, begin: float, end: float) -> None:
-    for replica in range(replicas):
-        found = spans(events, replica)
+def _draw_stave(axis: Axes, rows: list[dict[str, list[Span]]], struck: list[Event], begin: float, end: float) -> None:
+    for replica, found in enumerate(rows):
         for name, (_, color) in STATES.items():
             bars = [(a, b - a) for a, b in found.get(name, []) if b > begin and a < end]
             axis.broken_barh(bars, (replica - 0.36, 0.72), color=color, lw=0)
-    for event in strikes(events):
+    for event in struck:
         if begin <= event.time < end:
             _, mark, color = MARKS[_sort(event)]
             # Hollow: while the job trained; filled: in a heal.
             inside = color if event["phase"] != "train" else "white"
             axis.plot(event.time, event.replica, mark, color=color, ms=6.5, mec=color, mfc=inside, mew=1.1, zorder=5)
-    axis.set_yticks(range(replicas), [f"replica {replica}" for replica in range(replicas)])
-    axis.set_ylim(replicas - 0.5, -0.5)
+    axis.set_yticks(range(len(rows)), [f"replica {replica}" for replica in range(len(rows))])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlim(begin, end)
+    apart = next((step for step in (5, 10, 15, 30) if (end - begin) / step <= MAX_TICKS), 60)
+    axis.xaxis.set_major_locator(MultipleLocator(apart))
     axis.xaxis.set_major_formatter(lambda seconds, _: f"{int(seconds) // 60}:{int(seconds) % 60:02}")
 
 
@@ -128,7 +133,7 @@ def _draw_shares(axis: Axes, events: list[Event]) -> None:
         list(groups.values()), bins=10, range=(0, 1), stacked=True, color=list(ROLES.values()), label=labels, rwidth=0.9
     )
     axis.set_ylim(0, max(1.0, 1.35 * max(counts[-1])))
-    axis.yaxis.get_major_locator().set_params(integer=True)
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("share of the state's bytes that had moved")
     axis.set_ylabel("strikes")
     axis.set_xlim(0, 1)
