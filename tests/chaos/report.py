@@ -125,12 +125,12 @@ def _figures(found: dict[str, Any], plan: Plan, promises: list[Promise]) -> str:
         resumed += f"; {_megabytes(kept)} of their {_megabytes(total)} ({kept / total:.0%}) were in place already"
     failed = ", ".join(f"{number} {outcome}" for outcome, number in sorted(heals["failed"].items())) or "none"
     wrong = sum(len(promise.broken) for promise in promises if promise.name in ("agreement", "wrong states accepted"))
+    planned, struck, withheld = len(draw(plan)), found["faults struck"], found["faults withheld"]
     rows = [
         ["wrong states accepted", str(wrong)],
         [
             "faults of the schedule",
-            f"{len(draw(plan))}; {found['faults struck']} struck, {found['faults withheld']} were withheld, "
-            "the others found no heal in time",
+            f"{planned}; {struck} struck, {withheld} withheld, {planned - struck - withheld} found no heal in time",
         ],
         ["heals begun", f"{heals['begun']}; {heals['complete']} complete, {heals['ended by a kill']} ended by a kill"],
         ["receives that failed, by outcome", failed],
