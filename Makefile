@@ -5,14 +5,16 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FUZZ_READY := $(VENV)/.ready-fuzz
 SECONDS ?= 600
+MINUTES ?= 10
 
-.PHONY: demo test lint bench fuzz clean help
+.PHONY: demo test lint bench chaos fuzz clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
 	@echo "make test    lint, types, and all tests (a quarter of an hour on two slow cores)"
 	@echo "make lint    ruff and mypy --strict alone"
 	@echo "make bench   side by side with torchft's and torch's transports; ARGS='...' is passed on"
+	@echo "make chaos   kill, stop and cut off replicas while they heal, for ten minutes; MINUTES=30, SEED=1 replays one"
 	@echo "make fuzz    attack what reads the wire, guided by coverage, for ten minutes; SECONDS=60 for one"
 	@echo "make clean   remove the virtual environment and what the targets above write"
 
@@ -34,6 +36,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m ft_transport.bench $(ARGS)
 
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
+
 $(FUZZ_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	@touch $@
@@ -43,4 +48,4 @@ fuzz: $(FUZZ_READY)
 	$(BIN)/python tests/fuzz/fuzz_manifest.py --seconds $(SECONDS) $(ARGS)
 
 clean:
-	rm -rf $(VENV) *.egg-info build dist recovery bench-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
