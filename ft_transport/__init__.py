@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ft_transport._geometry import Geometry
 from ft_transport._leaves import Kind, Surroundings, register_kind
 from ft_transport._version import __version__
+from ft_transport.divergence import LeafDigest, StateDigest, state_digest
 from ft_transport.errors import (
     LocalProtocolError,
     PeerFailure,
@@ -30,6 +31,7 @@ __all__ = [
     "Geometry",
     "Kind",
     "LaneTransport",
+    "LeafDigest",
     "LocalProtocolError",
     "PGTransport",
     "PeerFailure",
@@ -37,6 +39,7 @@ __all__ = [
     "Progress",
     "ProtocolError",
     "RemoteProtocolError",
+    "StateDigest",
     "Surroundings",
     "TornStateError",
     "TransferError",
@@ -44,6 +47,7 @@ __all__ = [
     "TransferTimeout",
     "__version__",
     "register_kind",
+    "state_digest",
 ]
 
 

@@ -29,6 +29,7 @@ from ft_transport._lane_options import CPU, LaneOptions
 from ft_transport._lane_source import Offer
 from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
 from ft_transport._relay import Relay
+from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
@@ -132,6 +133,14 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         A source's is complete once :meth:`disallow_checkpoint` has returned.
         """
         return self._last_report
+
+    def state_digest(self, state_dict: object = None) -> StateDigest:
+        """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
+
+        Args:
+            state_dict: None for what the function gives that the constructor got.
+        """
+        return state_digest(self._state_dict() if state_dict is None and self._state_dict else state_dict)
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side: addresses, port, and a secret. Keep it out of logs."""

@@ -23,6 +23,7 @@ from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
 from ft_transport._source import Outbound, serve, tell_failure
 from ft_transport._transfer import Options, for_each
+from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
@@ -77,6 +78,14 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
     def last_report(self) -> TransferReport | None:
         """The report of the newest transfer, None before the first. Complete once that call is over."""
         return self._last_report
+
+    def state_digest(self, state_dict: object = None) -> StateDigest:
+        """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
+
+        Args:
+            state_dict: None for what the function gives that the constructor got.
+        """
+        return state_digest(self._state_dict() if state_dict is None and self._state_dict else state_dict)
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side. The group is all that is needed, so: nothing."""
