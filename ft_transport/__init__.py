@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ft_transport._geometry import Geometry
 from ft_transport._leaves import Kind, Surroundings, register_kind
+from ft_transport._progress import progress_bar
 from ft_transport._version import __version__
 from ft_transport.divergence import LeafDigest, StateDigest, state_digest
 from ft_transport.errors import (
@@ -21,6 +22,7 @@ from ft_transport.errors import (
     TransferError,
     TransferTimeout,
 )
+from ft_transport.events import EventCallback, transfer_event
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ft_transport.transport import PGTransport
 
 __all__ = [
+    "EventCallback",
     "Geometry",
     "Kind",
     "LaneTransport",
@@ -46,8 +49,10 @@ __all__ = [
     "TransferReport",
     "TransferTimeout",
     "__version__",
+    "progress_bar",
     "register_kind",
     "state_digest",
+    "transfer_event",
 ]
 
 

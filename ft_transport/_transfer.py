@@ -20,6 +20,7 @@ from ft_transport._control import Control
 from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
+from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, Progress, ProgressCallback
 
 __all__ = ["NUM_BUCKETS", "Options", "end_badly", "for_each", "tell_progress"]
@@ -47,12 +48,14 @@ class Options:
             where there are cores to spare for it, else of a sample of large messages.
         strict: Whether missing and unused template leaves are an error.
         progress: Called after each flight, from the thread that serves the peer.
+        on_event: Called with the event of each transfer that is over.
     """
 
     device: torch.device
     verify: bool | None = None
     strict: bool = False
     progress: ProgressCallback | None = None
+    on_event: EventCallback | None = None
 
     @property
     def limits(self) -> Limits:

@@ -31,6 +31,7 @@ from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
 from ft_transport._relay import Relay
 from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError
+from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["LaneTransport"]
@@ -66,6 +67,8 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
         strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
         progress: Called while bytes move, from a thread that serves the transfer.
+        on_event: Called with a dict when a transfer is over, from a thread that served it; see ``docs/operations.md``.
+            What it raises is logged.
 
     Raises:
         LocalProtocolError: It cannot listen on the port.
@@ -93,6 +96,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         verify: bool = True,
         strict: bool = False,
         progress: ProgressCallback | None = None,
+        on_event: EventCallback | None = None,
     ) -> None:
         for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
             if value <= timedelta(0):
@@ -109,6 +113,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
             verify=verify,
             strict=strict,
             progress=progress,
+            on_event=on_event,
             fresh_device=torch.device(device),
             stall=stall_timeout,
             lanes=lanes,
@@ -140,7 +145,11 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         Args:
             state_dict: None for what the function gives that the constructor got.
         """
-        return state_digest(self._state_dict() if state_dict is None and self._state_dict else state_dict)
+        if state_dict is None:
+            if self._state_dict is None:
+                raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
+            state_dict = self._state_dict()
+        return state_digest(state_dict)
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side: addresses, port, and a secret. Keep it out of logs."""

@@ -52,6 +52,7 @@ class PeerReport:
         reason: Why, where the outcome is not ``"complete"``.
         address: The peer's address that was used, empty where the transport has none.
         name: What the peer calls itself, empty if it does not.
+        began: When each phase began, on the clock of ``time.perf_counter``.
     """
 
     rank: int
@@ -63,6 +64,7 @@ class PeerReport:
     reason: str = ""
     address: str = ""
     name: str = ""
+    began: dict[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -74,7 +76,7 @@ class PeerReport:
     def enter(self, phase: str, role: Role) -> Iterator[None]:
         """Be in ``phase``: add the time spent inside to its seconds, and mark it for ``torch.profiler``."""
         self.phase = phase
-        with _timed(self.seconds, phase, role):
+        with _timed(self.seconds, self.began, phase, role):
             yield
 
 
@@ -103,6 +105,7 @@ class TransferReport:
         error: The error that ended the transfer, empty when there was none.
         nbytes_kept: Bytes that were in place already and did not travel.
         num_repaired: Messages that came damaged and were sent again.
+        began: When each phase that all peers share began, on the clock of ``time.perf_counter``.
     """
 
     role: Role
@@ -125,6 +128,9 @@ class TransferReport:
     error: str = ""
     nbytes_kept: int = 0
     num_repaired: int = 0
+    began: dict[str, float] = field(default_factory=dict)
+
+    _finished = False  # no field: it is nobody else's
 
     @property
     def complete(self) -> bool:
@@ -172,11 +178,14 @@ class TransferReport:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to ``seconds[name]`` and mark it for ``torch.profiler``."""
-        with _timed(self.seconds, name, self.role):
+        with _timed(self.seconds, self.began, name, self.role):
             yield
 
-    def finish(self, total_seconds: float, error: BaseException | None) -> None:
-        """Sum up over the peers, once the call is over."""
+    def finish(self, total_seconds: float, error: BaseException | None) -> bool:
+        """Sum up over the peers, once the call is over; False, and nothing changes, if that was done before."""
+        if self._finished:
+            return False
+        self._finished = True
         self.total_seconds = total_seconds
         self.error = "" if error is None else f"{type(error).__name__}: {error}"
         self.nbytes_wire = sum(peer.nbytes_wire for peer in self.peers)
@@ -184,11 +193,13 @@ class TransferReport:
             slowest = max((peer.seconds.get(name, 0.0) for peer in self.peers), default=0.0)
             if slowest or name in self.seconds:
                 self.seconds[name] = self.seconds.get(name, 0.0) + slowest
+        return True
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str, role: Role) -> Iterator[None]:
+def _timed(seconds: dict[str, float], began: dict[str, float], phase: str, role: Role) -> Iterator[None]:
     start = time.perf_counter()
+    began.setdefault(phase, start)
     try:
         with torch.profiler.record_function(f"ft_transport::{role}::{phase}"):
             yield

@@ -21,10 +21,12 @@ from ft_transport._channel import GroupChannel
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
+from ft_transport._progress import watching
 from ft_transport._source import Outbound, serve, tell_failure
 from ft_transport._transfer import Options, for_each
 from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["PGTransport"]
@@ -49,6 +51,8 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             and of one block in 32 of larger ones, because there the digests would take time from the transfer.
         strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
         progress: Called while bytes move, from the thread that moves them.
+        on_event: Called with a dict when a transfer is over, from the thread that called; see ``docs/operations.md``.
+            What it raises is logged.
 
     Threading: one call at a time; torchft uses its quorum thread.
     """
@@ -63,13 +67,16 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         verify: bool | None = None,
         strict: bool = False,
         progress: ProgressCallback | None = None,
+        on_event: EventCallback | None = None,
     ) -> None:
         if timeout <= timedelta(0):
             raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
         self._pg = pg
         self._timeout = timeout
         self._state_dict = state_dict
-        self._options = Options(torch.device(device), verify=verify, strict=strict, progress=progress)
+        self._options = Options(
+            torch.device(device), verify=verify, strict=strict, progress=progress, on_event=on_event
+        )
         self._busy = threading.Lock()
         self._last_report: TransferReport | None = None
         self._changed: list[torch.Tensor] = []
@@ -85,7 +92,11 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         Args:
             state_dict: None for what the function gives that the constructor got.
         """
-        return state_digest(self._state_dict() if state_dict is None and self._state_dict else state_dict)
+        if state_dict is None:
+            if self._state_dict is None:
+                raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
+            state_dict = self._state_dict()
+        return state_digest(state_dict)
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side. The group is all that is needed, so: nothing."""
@@ -133,7 +144,8 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             _check_ranks(self._pg, dst_ranks)
             report.peers = [PeerReport(rank) for rank in dst_ranks]
             deadline = Deadline(min(timeout, self._timeout))
-            self._send(report, state_dict, deadline)
+            with watching(report, deadline):
+                self._send(report, state_dict, deadline)
 
     def _send(self, report: TransferReport, state_dict: object, deadline: Deadline) -> None:
         # A Baby group answers on one pipe: calls from several threads would read each other's answers.
@@ -182,7 +194,8 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             channel = GroupChannel(self._pg, src_rank, self._options.device)
-            state, self._changed = receive(channel, step, self._state_dict, self._options, deadline, report)
+            with watching(report, deadline):
+                state, self._changed = receive(channel, step, self._state_dict, self._options, deadline, report)
             return cast(T, state)
 
 
