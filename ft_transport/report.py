@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from ft_transport.errors import TransferError
+
 __all__ = ["Outcome", "PeerReport", "Progress", "ProgressCallback", "TransferReport"]
 
 Role = Literal["source", "destination"]
@@ -169,10 +171,12 @@ class TransferReport:
         landed = ""
         if self.role == "destination":
             landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
+        # What ended the call, where it was no peer's doing.
+        own = f" {self.error}" if self.error and not any(peer.reason for peer in self.peers) else ""
         return (
             f"{self.transport}{step} {direction} {peers}: {_megabytes(self.nbytes_total)} in "
             f"{self.total_seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s), "
-            f"{self.num_messages} messages{landed} [{phases}]"
+            f"{self.num_messages} messages{landed} [{phases}]{own}"
         )
 
     @contextmanager
@@ -187,13 +191,19 @@ class TransferReport:
             return False
         self._finished = True
         self.total_seconds = total_seconds
-        self.error = "" if error is None else f"{type(error).__name__}: {error}"
+        self.error = "" if error is None else f"{_public_name(error)}: {error}"
         self.nbytes_wire = sum(peer.nbytes_wire for peer in self.peers)
         for name in PHASES:
             slowest = max((peer.seconds.get(name, 0.0) for peer in self.peers), default=0.0)
             if slowest or name in self.seconds:
                 self.seconds[name] = self.seconds.get(name, 0.0) + slowest
         return True
+
+
+def _public_name(error: BaseException) -> str:
+    """The name of an error's class; of one of ours, the one that callers know it by."""
+    public = (cls.__name__ for cls in type(error).__mro__ if cls.__module__ == TransferError.__module__)
+    return next(public, type(error).__name__)
 
 
 @contextmanager
