@@ -138,8 +138,10 @@ def _record_metrics(report: TransferReport, event: Mapping[str, Any]) -> None:
     to.wire.add(event["nbytes_wire"], marks)
     if report.num_repaired:
         to.repaired.add(report.num_repaired, marks)
+    # Until it is complete the report says where bytes shall land.
+    landed = report.role == "destination" and event["outcome"] == "complete"
     for where in ("in_place", "fresh", "kept"):
-        if report.role == "destination" and event[f"nbytes_{where}"]:
+        if landed and event[f"nbytes_{where}"]:
             to.landed.add(event[f"nbytes_{where}"], {**marks, "ft_transport.where": where})
     _record_failures(to.failures, report, event, marks)
 

@@ -168,13 +168,16 @@ class TransferReport:
             for peer in self.peers
         )
         phases = " ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name in self.seconds)
-        landed = ""
-        if self.role == "destination":
+        landed, size = "", _megabytes(self.nbytes_total)
+        if not self.complete:
+            moved = max((peer.nbytes for peer in self.peers), default=0) + self.nbytes_kept
+            size = f"{moved / 1e6:.1f} of {size}"
+        if self.role == "destination" and not self.error:
             landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
         # What ended the call, where it was no peer's doing.
         own = f" {self.error}" if self.error and not any(peer.reason for peer in self.peers) else ""
         return (
-            f"{self.transport}{step} {direction} {peers}: {_megabytes(self.nbytes_total)} in "
+            f"{self.transport}{step} {direction} {peers}: {size} in "
             f"{self.total_seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s), "
             f"{self.num_messages} messages{landed} [{phases}]{own}"
         )

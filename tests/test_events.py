@@ -280,6 +280,7 @@ def test_metrics_of_failures_by_kind(providers: tuple[TracerProvider, InMemoryMe
     added = change(providers[1], received(PeerFailure("x")))
     ((marks, value),) = added["ft_transport.failures {failure}"]
     assert value == 1
+    assert "ft_transport.landed By" not in added, "it says where bytes would have landed"
     assert (marks["outcome"], marks["phase"], marks["error"]) == ("dead", "move", "PeerFailure")
     alone = TransferReport("source", "x", 1, [PeerReport(1)])
     alone.finish(0.1, ValueError("x"))

@@ -40,6 +40,7 @@ def test_an_error_of_its_own_is_in_the_summary_and_is_called_by_its_public_name(
     assert report.summary().endswith("] PeerFailure: gone")
     other = served()
     other.finish(0.1, Hidden("gone"))
+    assert ": 2.0 of 2.0 MB in 0.100 s" in other.summary()
     assert "PeerFailure" not in other.summary(), "a peer's reason says it already"
 
 
