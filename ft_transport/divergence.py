@@ -247,6 +247,9 @@ class _Reader:
             raise ValueError("a tensor that has no memory")
         if tensor.is_cpu and tensor.is_contiguous():
             return digest_bytes(memory_at(tensor.data_ptr(), tensor.nbytes))
+        return self._read_in_pieces(tensor)
+
+    def _read_in_pieces(self, tensor: torch.Tensor) -> int:
         carrier = CARRIERS[tensor.element_size()]
         elements = tensor.detach().view(carrier)
         if elements.is_contiguous():

@@ -15,13 +15,15 @@ import pytest
 import torch
 from corpus import CASES
 from corpus.case import Case
+from corpus.kinds import dtensor, mesh
 from corpus.wire import Wire, wires
 from helpers import noise
 from test_corpus import rich
+from torch.distributed.tensor import Shard
 
 from ft_transport import LocalProtocolError, StateDigest, state_digest
 from ft_transport._leaves import take_apart
-from ft_transport.divergence import _PIECE_BYTES
+from ft_transport.divergence import _PIECE_BYTES, _Reader
 
 # What torch and torchao say about themselves when some kinds are made.
 pytestmark = [
@@ -112,6 +114,26 @@ def test_strides_do_not_count(name: str) -> None:
         assert state_digest({"t": view}).diff(state_digest({"t": changed})) == [
             f"t: values differ ({state_digest({'t': view}).by_path['t'].what})"
         ]
+
+
+@pytest.mark.parametrize("shape", [(3, _PIECE_BYTES // 8 + 5), (7,), ()], ids=str)
+def test_pieces_make_the_digest_of_the_whole(shape: tuple[int, ...]) -> None:
+    """What is on an accelerator is read in pieces, as what has gaps is."""
+    tensor = noise(shape, 1)
+    assert f"{_Reader()._read_in_pieces(tensor):016x}" == state_digest({"t": tensor}).by_path["t"].digest
+
+
+@pytest.mark.usefixtures("wire")
+def test_strides_and_grad_do_not_count_in_other_kinds_either() -> None:
+    matrix = torch.arange(6.0).reshape(2, 3)
+    turned = matrix.t().contiguous().t()
+    plain = torch.quantize_per_tensor(matrix, 0.5, 0, torch.qint8)
+    quantized = [plain, plain.t().contiguous().t()]
+    placed = [dtensor(tensor, mesh((2,)), (Shard(0),), (4, 3)) for tensor in (matrix, turned)]
+    metas = [torch.empty(2, 3, device="meta"), torch.nn.Parameter(torch.empty(3, 2, device="meta").t())]
+    assert quantized[0].stride() != quantized[1].stride()
+    for one, other in (quantized, placed, metas):
+        assert state_digest([one]).diff(state_digest([other])) == []
 
 
 _CHILD = """
