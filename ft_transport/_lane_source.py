@@ -309,7 +309,6 @@ class Offer:
                     continue
                 limits = [self._deadline.remaining()] + ([absent.remaining()] if self._expected else [])
                 self._changed.wait_for(lambda: self._over, min(limits).total_seconds())
-        self._tell()
 
     def close(self, wait: bool = True) -> None:
         """End what is still under way; when this returns, nothing reads the state. Never raises."""
