@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ft_transport._geometry import Geometry
 from ft_transport._leaves import Kind, Surroundings, register_kind
+from ft_transport._progress import progress_bar
 from ft_transport._version import __version__
+from ft_transport.divergence import LeafDigest, StateDigest, state_digest
 from ft_transport.errors import (
     LocalProtocolError,
     PeerFailure,
@@ -20,6 +22,7 @@ from ft_transport.errors import (
     TransferError,
     TransferTimeout,
 )
+from ft_transport.events import EventCallback, transfer_event
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 if TYPE_CHECKING:
@@ -27,9 +30,11 @@ if TYPE_CHECKING:
     from ft_transport.transport import PGTransport
 
 __all__ = [
+    "EventCallback",
     "Geometry",
     "Kind",
     "LaneTransport",
+    "LeafDigest",
     "LocalProtocolError",
     "PGTransport",
     "PeerFailure",
@@ -37,13 +42,17 @@ __all__ = [
     "Progress",
     "ProtocolError",
     "RemoteProtocolError",
+    "StateDigest",
     "Surroundings",
     "TornStateError",
     "TransferError",
     "TransferReport",
     "TransferTimeout",
     "__version__",
+    "progress_bar",
     "register_kind",
+    "state_digest",
+    "transfer_event",
 ]
 
 

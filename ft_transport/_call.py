@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import Protocol
 
 from ft_transport._torn import Guard
 from ft_transport.errors import LocalProtocolError, TransferError
+from ft_transport.events import EventCallback, tell
 from ft_transport.report import TransferReport
 
 __all__ = ["Call"]
 
-logger = logging.getLogger("ft_transport")
+
+class _Options(Protocol):
+    @property
+    def on_event(self) -> EventCallback | None: ...
 
 
 class _Transport(Protocol):
@@ -21,9 +24,12 @@ class _Transport(Protocol):
     _guard: Guard
     _last_report: TransferReport | None
 
+    @property
+    def _options(self) -> _Options: ...
+
 
 class Call:
-    """Keeps a second call out, completes the report, fills in the error, writes the log line.
+    """Keeps a second call out, completes the report, fills in the error, tells how it ended.
 
     Args:
         transport: Whose call it is.
@@ -58,9 +64,8 @@ class Call:
             self._finish(exc)
 
     def _finish(self, exc: BaseException | None) -> None:
-        self._report.finish(time.perf_counter() - self._start, exc)
-        complete = exc is None and self._report.complete
-        logger.log(logging.INFO if complete else logging.WARNING, "%s", self._report.summary())
+        if self._report.finish(time.perf_counter() - self._start, exc):
+            tell(self._report, self._transport._options.on_event)
 
 
 def _fill_in(error: TransferError, report: TransferReport, guard: Guard) -> None:

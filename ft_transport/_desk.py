@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import Protocol
 
 from ft_transport._conversation import Conversation, Frame, Role
@@ -43,6 +44,7 @@ class Desk:
         self._closed = False
         self._waiting: list[tuple[Talk, Visit]] = []
         self._supplies: dict[bytes, Supply] = {}
+        self._tick: Callable[[], None] | None = None
 
     def welcome(self, connection: Connection, visit: Visit) -> None:
         """Take over a new connection; called by the listener."""
@@ -96,8 +98,14 @@ class Desk:
         with self._lock:
             self._supplies.pop(ident, None)
 
+    def on_tick(self, tick: Callable[[], None] | None) -> None:
+        """From now on call this, too, with each tick; None for nothing. Must not block."""
+        self._tick = tick
+
     def tick(self) -> None:
         """Tell those who wait that somebody is here; called by the listener."""
+        if (tick := self._tick) is not None:
+            tick()
         with self._lock:
             host = self._host
             for entry in list(self._waiting):

@@ -32,6 +32,7 @@ from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
 from ft_transport._meeting import Invitation
 from ft_transport._memory import no_collection
+from ft_transport._progress import Watch
 from ft_transport._relay import Relay
 from ft_transport._talk import Talk
 from ft_transport._template import fit
@@ -170,6 +171,7 @@ class Reception:
                 it holds a mix of two states.
         """
         peer, self.kept = self._peer, earlier
+        self._me.desk.on_tick(Watch(self._report, self._deadline).tick)
         try:
             with peer.enter("agree", "destination"):
                 talk = self._call()
@@ -189,6 +191,7 @@ class Reception:
             self._end_badly(exc)
             raise
         finally:
+            self._me.desk.on_tick(None)
             peer.nbytes_wire = self._lane_wire
             if self._talk is not None:
                 peer.nbytes_wire += self._talk.connection.nbytes_wire

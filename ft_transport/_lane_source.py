@@ -20,11 +20,13 @@ from ft_transport._lane_options import CPU, SMALL_BYTES, LaneOptions, settled_st
 from ft_transport._lanes import HEARTBEAT, Patience, Silence
 from ft_transport._meeting import Visit
 from ft_transport._memory import Bucket, aligned
+from ft_transport._progress import Watch
 from ft_transport._source import Outbound
 from ft_transport._supply import Supply
 from ft_transport._talk import Talk
 from ft_transport._transfer import tell_progress
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.events import tell
 from ft_transport.report import Outcome, PeerReport, Progress, TransferReport
 
 __all__ = ["Offer"]
@@ -131,6 +133,9 @@ class Offer:
         self._frame = b""
         self._stock: SourceStock | None = None
         self._stream: Any = None
+        self._watch = Watch(report, deadline)
+        self._untold = False  # the report is complete, and nobody has been told
+        self._telling = threading.RLock()
 
     def open(self, state_dict: object) -> None:
         """Describe the state and let destinations in, those that wait first.
@@ -208,6 +213,7 @@ class Offer:
                 peer.outcome = outcome
                 self._settle()
                 self._changed.notify_all()
+            self._tell()
 
     def _serve(self, guest: _Guest) -> None:
         peer, talk, patience = guest.peer, guest.talk, guest.patience
@@ -291,14 +297,23 @@ class Offer:
             return
         self._over = True
         self._stock = None
-        self.report.finish(time.perf_counter() - self._begin, self._error)
-        logger.log(logging.INFO if self.report.complete else logging.WARNING, "%s", self.report.summary())
+        if not self._failure:  # else the call has raised, and that was told
+            self._untold = self.report.finish(time.perf_counter() - self._begin, self._error)
+
+    def _tell(self) -> None:
+        """Tell how the transfer ended, if it has and nobody was told. Not under the lock: it calls anybody's code."""
+        with self._telling:
+            untold, self._untold = self._untold, False
+            if untold:
+                tell(self.report, self._options.on_event)
 
     def tick(self) -> None:
-        """End an offer whose deadline has passed and for which nobody has come."""
+        """End an offer whose deadline has passed and for which nobody has come; say how far the others are."""
         if self._deadline.expired():
             with self._changed:
                 self._give_up_expected("timed out waiting for it")
+            self._tell()
+        self._watch.tick()
 
     def _give_up_expected(self, reason: str) -> None:
         while self._expected:
@@ -329,6 +344,7 @@ class Offer:
             guests, threads = list(self._guests.values()), list(self._threads)
             for guest in guests:
                 guest.patience.cancel("the source has ended the transfer")
+        self._tell()
         if not wait:
             for guest in guests:
                 guest.talk.connection.abort()

@@ -20,6 +20,7 @@ from ft_transport._control import Control
 from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
+from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, Progress, ProgressCallback
 
 __all__ = ["NUM_BUCKETS", "Options", "end_badly", "for_each", "tell_progress"]
@@ -48,6 +49,7 @@ class Options:
         strict: Whether missing and unused template leaves are an error.
         progress: Called after each flight, from the thread that serves the peer.
         shadow: As a destination, receive beside the template, and copy into it once everything agrees.
+        on_event: Called with the event of each transfer that is over.
     """
 
     device: torch.device
@@ -55,6 +57,7 @@ class Options:
     strict: bool = False
     progress: ProgressCallback | None = None
     shadow: bool = False
+    on_event: EventCallback | None = None
 
     @property
     def limits(self) -> Limits:

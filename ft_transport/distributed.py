@@ -43,6 +43,7 @@ from ft_transport._transfer import NUM_BUCKETS
 from ft_transport._tree import LEAF, Node, Path, format_path
 from ft_transport._values import Load, imported_class
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+from ft_transport.events import tell
 from ft_transport.report import PeerReport, TransferReport
 
 __all__ = ["PGTransport"]
@@ -259,7 +260,7 @@ class PGTransport:
         finally:
             report.finish(time.perf_counter() - start, error)
             error = None
-            logger.info("%s", report.summary())
+            tell(report, None)
 
     def _send(self, report: TransferReport, state_dict: object) -> None:
         deadline = Deadline(self._timeout)
@@ -335,7 +336,7 @@ class PGTransport:
             report.peers[0].nbytes_wire = channel.nbytes_wire
             report.finish(time.perf_counter() - start, error)
             error = None
-            logger.info("%s", report.summary())
+            tell(report, None)
 
     def _recv(self, channel: GroupChannel, report: TransferReport) -> object:
         deadline = Deadline(self._timeout)

@@ -30,7 +30,9 @@ from ft_transport._lane_source import Offer
 from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
 from ft_transport._relay import Relay
 from ft_transport._torn import Guard
+from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, TornStateError
+from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["LaneTransport"]
@@ -69,6 +71,8 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs memory for another state while it is received,
             and the copy. A receive that broke is not resumed then, but begins anew.
+        on_event: Called with a dict when a transfer is over, from a thread that served it; see ``docs/operations.md``.
+            What it raises is logged.
 
     Raises:
         LocalProtocolError: It cannot listen on the port.
@@ -97,6 +101,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         strict: bool = False,
         progress: ProgressCallback | None = None,
         shadow: bool = False,
+        on_event: EventCallback | None = None,
     ) -> None:
         for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
             if value <= timedelta(0):
@@ -116,6 +121,7 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
             strict=strict,
             progress=progress,
             shadow=shadow,
+            on_event=on_event,
             fresh_device=torch.device(device),
             stall=stall_timeout,
             lanes=lanes,
@@ -159,6 +165,18 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         """
         self._guard.restored()
         self._kept = None
+
+    def state_digest(self, state_dict: object = None) -> StateDigest:
+        """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
+
+        Args:
+            state_dict: None for what the function gives that the constructor got.
+        """
+        if state_dict is None:
+            if self._state_dict is None:
+                raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
+            state_dict = self._state_dict()
+        return state_digest(state_dict)
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side: addresses, port, and a secret. Keep it out of logs.

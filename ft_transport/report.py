@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch
 
+from ft_transport.errors import TransferError
+
 __all__ = ["Outcome", "PeerReport", "Progress", "ProgressCallback", "TransferReport"]
 
 Role = Literal["source", "destination"]
@@ -52,6 +54,7 @@ class PeerReport:
         reason: Why, where the outcome is not ``"complete"``.
         address: The peer's address that was used, empty where the transport has none.
         name: What the peer calls itself, empty if it does not.
+        began: When each phase began, on the clock of ``time.perf_counter``.
     """
 
     rank: int
@@ -63,6 +66,7 @@ class PeerReport:
     reason: str = ""
     address: str = ""
     name: str = ""
+    began: dict[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -74,7 +78,7 @@ class PeerReport:
     def enter(self, phase: str, role: Role) -> Iterator[None]:
         """Be in ``phase``: add the time spent inside to its seconds, and mark it for ``torch.profiler``."""
         self.phase = phase
-        with _timed(self.seconds, phase, role):
+        with _timed(self.seconds, self.began, phase, role):
             yield
 
 
@@ -104,6 +108,7 @@ class TransferReport:
         nbytes_kept: Bytes that were in place already and did not travel.
         num_repaired: Messages that came damaged and were sent again.
         nbytes_copied: Bytes of ``nbytes_fresh`` that were copied into the template once all had arrived and agreed.
+        began: When each phase that all peers share began, on the clock of ``time.perf_counter``.
     """
 
     role: Role
@@ -127,6 +132,9 @@ class TransferReport:
     nbytes_kept: int = 0
     num_repaired: int = 0
     nbytes_copied: int = 0
+    began: dict[str, float] = field(default_factory=dict)
+
+    _finished = False  # no field: it is nobody else's
 
     @property
     def complete(self) -> bool:
@@ -162,35 +170,51 @@ class TransferReport:
             for peer in self.peers
         )
         phases = " ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name in self.seconds)
-        landed = ""
-        if self.role == "destination":
+        landed, size = "", _megabytes(self.nbytes_total)
+        if not self.complete:
+            moved = max((peer.nbytes for peer in self.peers), default=0) + self.nbytes_kept
+            size = f"{moved / 1e6:.1f} of {size}"
+        if self.role == "destination" and not self.error:
             landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
+        # What ended the call, where it was no peer's doing.
+        own = f" {self.error}" if self.error and not any(peer.reason for peer in self.peers) else ""
         return (
-            f"{self.transport}{step} {direction} {peers}: {_megabytes(self.nbytes_total)} in "
+            f"{self.transport}{step} {direction} {peers}: {size} in "
             f"{self.total_seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s), "
-            f"{self.num_messages} messages{landed} [{phases}]"
+            f"{self.num_messages} messages{landed} [{phases}]{own}"
         )
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to ``seconds[name]`` and mark it for ``torch.profiler``."""
-        with _timed(self.seconds, name, self.role):
+        with _timed(self.seconds, self.began, name, self.role):
             yield
 
-    def finish(self, total_seconds: float, error: BaseException | None) -> None:
-        """Sum up over the peers, once the call is over."""
+    def finish(self, total_seconds: float, error: BaseException | None) -> bool:
+        """Sum up over the peers, once the call is over; False, and nothing changes, if that was done before."""
+        if self._finished:
+            return False
+        self._finished = True
         self.total_seconds = total_seconds
-        self.error = "" if error is None else f"{type(error).__name__}: {error}"
+        self.error = "" if error is None else f"{_public_name(error)}: {error}"
         self.nbytes_wire = sum(peer.nbytes_wire for peer in self.peers)
         for name in PHASES:
             slowest = max((peer.seconds.get(name, 0.0) for peer in self.peers), default=0.0)
             if slowest or name in self.seconds:
                 self.seconds[name] = self.seconds.get(name, 0.0) + slowest
+        return True
+
+
+def _public_name(error: BaseException) -> str:
+    """The name of an error's class; of one of ours, the one that callers know it by."""
+    public = (cls.__name__ for cls in type(error).__mro__ if cls.__module__ == TransferError.__module__)
+    return next(public, type(error).__name__)
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], phase: str, role: Role) -> Iterator[None]:
+def _timed(seconds: dict[str, float], began: dict[str, float], phase: str, role: Role) -> Iterator[None]:
     start = time.perf_counter()
+    began.setdefault(phase, start)
     try:
         with torch.profiler.record_function(f"ft_transport::{role}::{phase}"):
             yield

@@ -21,10 +21,13 @@ from ft_transport._channel import GroupChannel
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
+from ft_transport._progress import watching
 from ft_transport._source import Outbound, serve, tell_failure
 from ft_transport._torn import Guard
 from ft_transport._transfer import Options, for_each
+from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["PGTransport"]
@@ -52,6 +55,8 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs memory for another state while it is received,
             and the copy.
+        on_event: Called with a dict when a transfer is over, from the thread that called; see ``docs/operations.md``.
+            What it raises is logged.
 
     Threading: one call at a time; torchft uses its quorum thread.
     """
@@ -67,6 +72,7 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         strict: bool = False,
         progress: ProgressCallback | None = None,
         shadow: bool = False,
+        on_event: EventCallback | None = None,
     ) -> None:
         if timeout <= timedelta(0):
             raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
@@ -74,7 +80,12 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         self._timeout = timeout
         self._state_dict = state_dict
         self._options = Options(
-            torch.device(device), verify=verify, strict=strict, progress=progress, shadow=shadow
+            torch.device(device),
+            verify=verify,
+            strict=strict,
+            progress=progress,
+            shadow=shadow,
+            on_event=on_event,
         )
         self._busy = threading.Lock()
         self._guard = Guard()
@@ -102,6 +113,18 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             LocalProtocolError: A receive is under way.
         """
         self._guard.restored()
+
+    def state_digest(self, state_dict: object = None) -> StateDigest:
+        """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
+
+        Args:
+            state_dict: None for what the function gives that the constructor got.
+        """
+        if state_dict is None:
+            if self._state_dict is None:
+                raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
+            state_dict = self._state_dict()
+        return state_digest(state_dict)
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side. The group is all that is needed, so: nothing.
@@ -160,7 +183,8 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             _check_ranks(self._pg, dst_ranks)
             report.peers = [PeerReport(rank) for rank in dst_ranks]
             deadline = Deadline(min(timeout, self._timeout))
-            self._send(report, state_dict, deadline)
+            with watching(report, deadline):
+                self._send(report, state_dict, deadline)
 
     def _send(self, report: TransferReport, state_dict: object, deadline: Deadline) -> None:
         # A Baby group answers on one pipe: calls from several threads would read each other's answers.
@@ -212,7 +236,8 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             channel = GroupChannel(self._pg, src_rank, self._options.device)
-            state, self._changed = receive(channel, step, self._state_dict, self._options, deadline, report)
+            with watching(report, deadline):
+                state, self._changed = receive(channel, step, self._state_dict, self._options, deadline, report)
             return cast(T, state)
 
 

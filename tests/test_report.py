@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from ft_transport.errors import PeerFailure
 from ft_transport.report import PHASES, PeerReport, TransferReport
 
 
@@ -27,6 +28,20 @@ def test_finish_sums_bytes_and_takes_the_slowest_peer() -> None:
     assert report.total_seconds == 0.8
     assert report.error == ""
     assert report.gigabytes_per_second == pytest.approx(0.0025)
+
+
+def test_an_error_of_its_own_is_in_the_summary_and_is_called_by_its_public_name() -> None:
+    class Hidden(PeerFailure):
+        pass
+
+    report = TransferReport("source", "PGTransport", 5, [PeerReport(1)])
+    report.finish(0.1, Hidden("gone"))
+    assert report.error == "PeerFailure: gone"
+    assert report.summary().endswith("] PeerFailure: gone")
+    other = served()
+    other.finish(0.1, Hidden("gone"))
+    assert ": 2.0 of 2.0 MB in 0.100 s" in other.summary()
+    assert "PeerFailure" not in other.summary(), "a peer's reason says it already"
 
 
 def test_complete_only_if_every_peer_is() -> None:
