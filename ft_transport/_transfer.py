@@ -130,9 +130,8 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
     try:
         for index, channel in enumerate(channels):
             name = f"ft_transport-rank{channel.peer_rank}"
-            thread = threading.Thread(target=in_stream, args=(index,), name=name)
-            thread.start()
-            started.append(thread)
+            started.append(threading.Thread(target=in_stream, args=(index,), name=name))
+            started[-1].start()
         for thread in started:
             thread.join()
     except BaseException:
@@ -142,5 +141,6 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
         raise
     finally:
         for thread in started:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     return errors

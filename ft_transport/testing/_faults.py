@@ -112,7 +112,6 @@ class Faults:
         return [fault for fault in self._faults if fault.what == what]
 
 
-
 def damaged(data: bytes, content: tuple[int, int], fault: Fault, chosen: random.Random) -> bytes:
     """What becomes of the bytes of a message.
 

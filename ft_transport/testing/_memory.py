@@ -67,9 +67,7 @@ class MemoryChannel:
     def recv(self, tensor: torch.Tensor, tag: int) -> Pending:
         return self._post(self._link.recvs, tensor, (1 - self._end, tag))
 
-    def _post(
-        self, queues: defaultdict[_Lane, deque[_Operation]], tensor: torch.Tensor, lane: _Lane
-    ) -> Pending:
+    def _post(self, queues: defaultdict[_Lane, deque[_Operation]], tensor: torch.Tensor, lane: _Lane) -> Pending:
         with self._link.changed:
             if self._link.closed:
                 raise PeerFailure("the channel broke: closed", peer_rank=self.peer_rank)

@@ -223,12 +223,13 @@ class FaultyTransport(Faults):
         with self._lock:
             now = [strike for strike in self._due if wanted(strike)]
             self._due = [strike for strike in self._due if strike not in now]
-        for strike in now:
-            text = f"{self._where}: {strike.what} in {strike.phase}"
-            logger.warning("fault: %s", text)
-            if self._on_fault is not None:
-                self._on_fault(text)
-            strike.act()
+            # The threads of other destinations get no further meanwhile.
+            for strike in now:
+                text = f"{self._where}: {strike.what} in {strike.phase}"
+                logger.warning("fault: %s", text)
+                if self._on_fault is not None:
+                    self._on_fault(text)
+                strike.act()
 
     def _new_channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
         channel: Channel = self._make_channel(rank, lock)
