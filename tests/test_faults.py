@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +64,7 @@ from ft_transport._destination import receive
 from ft_transport._layout import Limits
 from ft_transport._manifest import Manifest as EngineManifest
 from ft_transport._source import tell_failure
+from ft_transport._transfer import for_each
 from ft_transport.testing import FaultyChannel, memory_channels
 
 
@@ -355,6 +358,23 @@ def test_without_digests_damage_is_not_found() -> None:
 
 
 # ------------------------------------------------------------------------------------- who gives up tells
+
+
+def test_ctrl_c_while_several_are_served_ends_all_of_them() -> None:
+    """A join that Ctrl-C interrupts takes its thread for ended; none may go on once the call is over."""
+    before = threading.active_count()
+    channels = [memory_channels()[0] for _ in range(3)]
+
+    def serve(index: int) -> None:
+        threading.Event().wait(0.1)  # until all have started, and are waited for
+        if index == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(0.3)
+
+    with pytest.raises(KeyboardInterrupt):
+        for_each(channels, serve)
+    assert threading.active_count() == before
+    assert all(channel.broken for channel in channels)
 
 
 @pytest.mark.parametrize("side", SIDES)
