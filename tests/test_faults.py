@@ -369,7 +369,7 @@ def test_ctrl_c_while_several_are_served_ends_all_of_them() -> None:
         threading.Event().wait(0.1)  # until all have started, and are waited for
         if index == 0:
             os.kill(os.getpid(), signal.SIGINT)
-        threading.Event().wait(0.3)
+            threading.Event().wait(0.3)
 
     with pytest.raises(KeyboardInterrupt):
         for_each(channels, serve)
