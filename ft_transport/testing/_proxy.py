@@ -52,7 +52,7 @@ class FaultProxy(Faults):
     Raises:
         RemoteProtocolError: The metadata is not a LaneTransport's.
 
-    With TLS, messages cannot be told apart: only faults that name no message work then.
+    Give it its faults before anybody connects. With TLS, messages cannot be told apart: only faults without one work.
     Threading: any. Two threads for each connection, none after :meth:`close`.
     """
 

@@ -25,12 +25,13 @@ class FrameStream:
         self._handshake = HANDSHAKE_BYTES[direction]
         self._held = bytearray()
         self._passing = 0  # bytes of the frame under way that pass as they come
-        self._lost = False  # whether the bytes are no frames
+        # Whether the bytes are no frames, or nobody cares.
+        self._lost = not any(fault.message != -1 for fault in faults._faults)
 
     def feed(self, data: bytes) -> bytes:
         """Take the next bytes; gives what passes on now in their place."""
         passed = bytearray()
-        if self._handshake:
+        if self._handshake and not self._lost:
             passed += data[: self._handshake]
             data, self._handshake = data[self._handshake :], max(0, self._handshake - len(data))
         while data:
