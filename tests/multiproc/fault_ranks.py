@@ -20,7 +20,7 @@ import torch
 from torch.distributed import AllreduceOptions, TCPStore
 from torchft.process_group import ProcessGroupGloo
 
-from ft_transport import LaneTransport, PGTransport, Progress
+from ft_transport import LaneTransport, LocalProtocolError, PGTransport, Progress
 from ft_transport._channel import GroupChannel, Pending
 from ft_transport._control import FRAME_TAG
 from ft_transport._lane_options import LaneOptions
@@ -590,3 +590,14 @@ def quiet_residue_of(rank: int) -> tuple[float, Residue]:
     """What is left, and the processor time taken in 0.2 s in which nothing was asked for."""
     spent = quiet(0.2)
     return spent, residue()
+
+
+def send_wrongly(dst_ranks: list[int]) -> str:
+    """What the error says; nothing has been sent."""
+    transport = PGTransport[Any](this_rank().group, timedelta(seconds=DEADLINE), torch.device("cpu"))
+    with pytest.raises(LocalProtocolError) as info:
+        transport.send_checkpoint(dst_ranks, STEP, {"a": 1}, timedelta(seconds=DEADLINE))
+    report = transport.last_report
+    assert report is not None
+    assert report.nbytes_wire == 0
+    return str(info.value)

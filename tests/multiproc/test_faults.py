@@ -296,6 +296,63 @@ def show(outcomes: dict[int, Outcome], fault_at: float = 0.0) -> None:
         print(f"rank {rank}: {outcome.seconds:.3f} s{after}: {outcome.raised} {outcome.error!r} {peers}")
 
 
+# ------------------------------------------------------------------------------- what is in no cell
+
+
+@pytest.mark.timeout(60)
+def test_two_frozen_destinations(stage: Stage) -> None:
+    """Whichever wait expires first closes the pairs of the other."""
+    case = stage.case(
+        who=DESTINATION, fault="stopped", phase=MOVE, victims=(2, 1), patience={0: DEADLINE, 1: 60.0, 2: 60.0}
+    )
+    stage.start(case)
+    time_of_fault(stage, case)
+    outcomes = stage.results([0, 3])
+    show(outcomes)
+    assert outcomes[3].sound
+    assert outcomes[0].raised == "TransferTimeout"
+    assert outcomes[0].seconds <= DEADLINE + LATE_BY
+    assert outcomes[0].peer(3)["outcome"] == "complete"
+    for rank in case.victims:
+        assert outcomes[0].peer(rank)["outcome"] in ("timed out", "failed")
+        stage.ranks[rank].resume()
+        assert stage.ranks[rank].result().raised == "PeerFailure"
+    stage.assert_nothing_left(list(range(SIZE)))
+
+
+@pytest.mark.timeout(60)
+def test_progress(stage: Stage) -> None:
+    case = stage.case(who=DESTINATION)
+    stage.start(case)
+    outcomes = stage.results(list(range(SIZE)))
+    show(outcomes)
+    source = outcomes[0]
+    assert source.report["complete"]
+    for rank in DESTINATIONS:
+        outcome = outcomes[rank]
+        assert outcome.sound
+        assert outcome.report["in_place_share"] == (0.0 if case.fresh(rank) else 1.0)
+        for role, seen in (("source", source), ("destination", outcome)):
+            peer = rank if role == "source" else 0
+            steps = [now for now in seen.progress if now.peer_rank == peer]
+            done = [now.nbytes_done for now in steps]
+            assert len(done) >= 2
+            assert done == sorted(set(done))
+            assert done[-1] == seen.report["nbytes_total"] == sum(ranks_.LARGE) + sum(ranks_.SMALL)
+            assert {(now.role, now.step, now.nbytes_total) for now in steps} == {(role, ranks_.STEP, done[-1])}
+    stage.assert_nothing_left(list(range(SIZE)))
+
+
+@pytest.mark.timeout(60)
+def test_wrong_rank(stage: Stage) -> None:
+    case = stage.case(who=DESTINATION)
+    for dst_ranks, reason in (([1, SIZE], f"rank {SIZE}"), ([-1], "rank -1"), ([0, 1], "own"), ([1, 2, 1], "once")):
+        assert reason in stage.ranks[0].call(ranks_.send_wrongly, dst_ranks)
+    # Nothing was sent: the same group moves a state.
+    stage.start(case)
+    assert all(outcome.sound for rank, outcome in stage.results(list(range(SIZE))).items() if rank)
+
+
 def test_nothing_is_kept_by_all_of_them(stage: Stage) -> None:
     stage.assert_nothing_kept()
     stage.assert_nothing_kept()
