@@ -256,6 +256,7 @@ class Listener:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
         self._closing = False
+        self._deaf = False
         self._wakeup, self._waker = socket.socketpair()
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="ft_transport-listener", daemon=True)
@@ -281,6 +282,9 @@ class Listener:
                         self._advance(key.data)
                 if heartbeat.expired():
                     heartbeat = Deadline(HEARTBEAT)
+                    if self._deaf:
+                        self._selector.register(self._socket, selectors.EVENT_READ)
+                        self._deaf = False
                     self._expire()
                     self._guarded(self._tick)
         finally:
@@ -296,9 +300,12 @@ class Listener:
         except BlockingIOError:
             return
         except OSError as exc:
-            # No descriptor to be had: those of strangers are the first to go.
+            # No descriptor to be had: those of strangers are the first to go. The selector would report who waits for
+            # one again and again, so nobody is looked for until the next heartbeat.
             logger.warning("a connection could not be accepted: %s", exc)
             self._dismiss_oldest()
+            self._selector.unregister(self._socket)
+            self._deaf = True
             return
         sock.setblocking(False)
         try:

@@ -149,7 +149,7 @@ class Offer:
                 outbound = Outbound(state_dict, self.report.step, self._options, self.report)
                 self._frame = outbound.frame
                 self._stock = SourceStock(outbound)
-        except Exception as exc:
+        except BaseException as exc:
             self._failure = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
             raise
         finally:
@@ -373,7 +373,7 @@ def _say_failed(talk: Talk, reason: str) -> None:
     """Tell a destination why there will be no more, if it still listens. Never raises."""
     if talk.conversation.state is State.CLOSED:
         return
-    patience = Patience(Deadline(4 * HEARTBEAT), HEARTBEAT)
+    patience = Patience(Deadline(2 * HEARTBEAT), HEARTBEAT)
     try:
         talk.say(Frame.FAILED, patience, body=[reason])
         talk.connection.finish(patience)

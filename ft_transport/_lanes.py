@@ -230,6 +230,7 @@ class Connection:
         try:
             while True:
                 self.read(1, patience)
+                patience.check()  # a peer that goes on talking is not waited for any longer
         except TransferError:
             pass
 

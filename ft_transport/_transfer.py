@@ -129,25 +129,38 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
         return errors
     stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
 
+    over: set[int] = set()
+    changed = threading.Condition()
+
     def in_stream(index: int) -> None:
         with stream or contextlib.nullcontext():
             guarded(index)
+        with changed:
+            over.add(index)
+            changed.notify_all()
 
     started: list[threading.Thread] = []
+
+    def all_over() -> bool:
+        return len(over) >= sum(thread.ident is not None for thread in started)
+
     try:
         for index, channel in enumerate(channels):
             name = f"ft_transport-rank{channel.peer_rank}"
-            thread = threading.Thread(target=in_stream, args=(index,), name=name)
-            thread.start()
-            started.append(thread)
-        for thread in started:
-            thread.join()
+            started.append(threading.Thread(target=in_stream, args=(index,), name=name))
+            started[-1].start()
+        with changed:
+            changed.wait_for(all_over)
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.
         for channel in channels:
             channel.abort()
         raise
     finally:
+        # A join that Ctrl-C interrupts takes its thread for ended (CPython 3.11), so none is joined before it is over.
+        with changed:
+            changed.wait_for(all_over)
         for thread in started:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
     return errors

@@ -272,8 +272,10 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
                 raise
             offer.open(state_dict)
             if self._blocking:
-                offer.drain()
-                self._end()
+                try:
+                    offer.drain()
+                finally:
+                    self._end()
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
         """Receive the state dict of ``step`` from whoever gave ``metadata``.

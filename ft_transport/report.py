@@ -23,6 +23,9 @@ Outcome = Literal["pending", "complete", "refused", "failed", "dead", "timed out
 
 PHASES = ("describe", "agree", "move", "verify", "rebuild")
 
+# Called as a phase begins, with the report that it is of, in the thread that is in it. For ``ft_transport.testing``.
+phase_watchers: list[Callable[[PeerReport | TransferReport, str], None]] = []
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -78,7 +81,7 @@ class PeerReport:
     def enter(self, phase: str, role: Role) -> Iterator[None]:
         """Be in ``phase``: add the time spent inside to its seconds, and mark it for ``torch.profiler``."""
         self.phase = phase
-        with _timed(self.seconds, self.began, phase, role):
+        with _timed(self, phase, role):
             yield
 
 
@@ -187,7 +190,7 @@ class TransferReport:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time spent inside to ``seconds[name]`` and mark it for ``torch.profiler``."""
-        with _timed(self.seconds, self.began, name, self.role):
+        with _timed(self, name, self.role):
             yield
 
     def finish(self, total_seconds: float, error: BaseException | None) -> bool:
@@ -212,10 +215,12 @@ def _public_name(error: BaseException) -> str:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], began: dict[str, float], phase: str, role: Role) -> Iterator[None]:
-    start = time.perf_counter()
-    began.setdefault(phase, start)
+def _timed(report: PeerReport | TransferReport, phase: str, role: Role) -> Iterator[None]:
+    seconds, start = report.seconds, time.perf_counter()
+    report.began.setdefault(phase, start)
     try:
+        for watcher in tuple(phase_watchers):
+            watcher(report, phase)
         with torch.profiler.record_function(f"ft_transport::{role}::{phase}"):
             yield
     finally:

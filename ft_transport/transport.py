@@ -17,7 +17,7 @@ from torchft.checkpointing.transport import CheckpointTransport
 from torchft.process_group import ProcessGroup, ProcessGroupBaby
 
 from ft_transport._call import Call
-from ft_transport._channel import GroupChannel
+from ft_transport._channel import Channel, GroupChannel
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
@@ -190,7 +190,7 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
         # A Baby group answers on one pipe: calls from several threads would read each other's answers.
         lock = threading.Lock() if isinstance(self._pg, ProcessGroupBaby) else None
         device = self._options.device
-        channels = [GroupChannel(self._pg, peer.rank, device, lock) for peer in report.peers]
+        channels = [self._channel(peer.rank, lock) for peer in report.peers]
         try:
             self._guard.check_source()
             with report.phase("describe"):
@@ -235,10 +235,13 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             _check_ranks(self._pg, [src_rank])
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
-            channel = GroupChannel(self._pg, src_rank, self._options.device)
+            channel = self._channel(src_rank)
             with watching(report, deadline):
                 state, self._changed = receive(channel, step, self._state_dict, self._options, deadline, report)
             return cast(T, state)
+
+    def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
+        return GroupChannel(self._pg, rank, self._options.device, lock)
 
 
 def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
@@ -254,7 +257,7 @@ def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
         raise LocalProtocolError(f"ranks {ranks}: expected each once")
 
 
-def _raise_own(channels: list[GroupChannel], errors: list[BaseException | None]) -> None:
+def _raise_own(channels: list[Channel], errors: list[BaseException | None]) -> None:
     """Raise what is this side's own trouble; a destination's is in its report."""
     own = [error for error in errors if error is not None and not isinstance(error, _PEERS)]
     broken = [error for channel, error in zip(channels, errors, strict=True) if channel.broken and error is not None]

@@ -15,6 +15,7 @@ import ft_transport
 PACKAGE = Path(ft_transport.__file__).parent
 FILES = sorted(PACKAGE.glob("*.py"))
 BENCH = sorted((PACKAGE / "bench").glob("*.py"))
+TESTING = sorted((PACKAGE / "testing").glob("*.py"))
 
 _DATA = {"_geometry", "_layout", "_leaves", "_manifest", "_memory", "_tree", "_values"}
 _SHARED = _DATA | {"_channel", "_control", "_deadline", "errors", "report"}
@@ -122,7 +123,6 @@ ALLOWED: dict[str, set[str]] = {
         "report",
     },
     "distributed": _SHARED | {"_codec", "events", "_landing", "_source", "_template", "_torn", "_transfer"},
-    "testing": {"_channel", "_deadline", "errors"},
     "__init__": {
         "_geometry",
         "_leaves",
@@ -135,6 +135,16 @@ ALLOWED: dict[str, set[str]] = {
         "report",
         "transport",
     },
+}
+# What ft_transport.testing may import of ours, beside itself: the seams, and the wire to find messages in.
+ALLOWED_TESTING = {
+    "__init__": set(),
+    "_memory": {"_channel", "_deadline", "errors"},
+    "_faults": set(),
+    "_stream": {"_conversation", "errors"},
+    "_channel": {"_channel", "_codec", "_control", "_deadline"},
+    "_proxy": {"_deadline", "_meeting"},
+    "_transport": {"_channel", "report"},
 }
 # The benchmark is a user: public names only.
 PUBLIC = {"divergence", "errors", "events", "report", "lane_transport", "transport", "distributed", "testing", "bench"}
@@ -165,6 +175,17 @@ def ours(file: Path) -> set[str]:
 def test_imports_of_ours(file: Path) -> None:
     assert file.stem in ALLOWED, f"give {file.name} a line in ALLOWED"
     assert ours(file) <= ALLOWED[file.stem]
+
+
+@pytest.mark.parametrize("file", TESTING, ids=lambda file: file.stem)
+def test_imports_of_the_faults(file: Path) -> None:
+    assert ours(file) - {"testing"} <= ALLOWED_TESTING[file.stem]
+    assert set(ALLOWED_TESTING) == {file.stem for file in TESTING}
+
+
+@pytest.mark.parametrize("file", TESTING, ids=lambda file: file.stem)
+def test_faults_read_no_clock_and_need_no_torchft(file: Path) -> None:
+    assert not {"time", "torchft"} & {name.split(".")[0] for name in imported(file)}
 
 
 def test_the_table_has_no_cycle_and_no_dead_line() -> None:
@@ -214,7 +235,7 @@ def test_only_two_files_use_sockets(file: Path) -> None:
     assert used <= {"_lanes": everything, "_doors": everything, "lane_transport": {"ssl"}}.get(file.stem, set())
 
 
-NOT_OVER_GROUPS = ("_channel", "_doors", "_lanes", "testing")
+NOT_OVER_GROUPS = ("_channel", "_doors", "_lanes")
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.stem not in NOT_OVER_GROUPS], ids=lambda f: f.stem)

@@ -225,6 +225,11 @@ class Worker:
         self.process.join(PATIENCE)
         assert self.process.exitcode == -signal.SIGKILL, f"{self.process.name}: exit {self.process.exitcode}"
 
+    def wait_ended(self) -> None:
+        """Wait until the process has been ended by a signal."""
+        self.process.join(PATIENCE)
+        assert (self.process.exitcode or 0) < 0, f"{self.process.name}: exit {self.process.exitcode}"
+
     def wait_stopped(self) -> None:
         """Wait until the process is frozen by SIGSTOP."""
         stat = Path(f"/proc/{self.process.pid}/stat")

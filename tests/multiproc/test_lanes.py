@@ -25,9 +25,9 @@ from ft_transport._lane_options import LaneOptions
 from ft_transport._meeting import Invitation, knock
 from ft_transport.errors import TransferTimeout
 from ft_transport.report import TransferReport
+from ft_transport.testing import FaultProxy, Tamper
 
 from .harness import digest, residue, wait_until
-from .proxies import Proxy, Tamper, flip, once
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=20)
@@ -61,6 +61,27 @@ def tensors(state: dict[str, Any]) -> list[torch.Tensor]:
 
 def envelope(state: dict[str, Any]) -> dict[str, Any]:
     return {"user": {"default": state}, "torchft": {"step": STEP, "batches_committed": 3}}
+
+
+def flip(data: bytes, position: int, at: int) -> bytes:
+    """Flip the lowest bit of the byte at place ``at`` of the stream, if it is among these."""
+    if not position <= at < position + len(data):
+        return data
+    damaged = bytearray(data)
+    damaged[at - position] ^= 1
+    return bytes(damaged)
+
+
+def once(damage: Callable[[bytes], bytes | None], at: int, direction: str, connection: int) -> Tamper:
+    """Damage the bytes of one connection from place ``at`` on, as far as they come in one piece."""
+
+    def tamper(number: int, way: str, position: int, data: bytes) -> bytes | None:
+        if (number, way) != (connection, direction) or not position <= at < position + len(data):
+            return data
+        damaged = damage(data[at - position :])
+        return None if damaged is None else data[: at - position] + damaged
+
+    return tamper
 
 
 @dataclass
@@ -109,7 +130,7 @@ class Lanes:
     """Makes what a test needs, and takes it down."""
 
     transports: list[LaneTransport[Any]] = field(default_factory=list)
-    proxies: list[Proxy] = field(default_factory=list)
+    proxies: list[FaultProxy] = field(default_factory=list)
 
     def transport(self, template: Callable[[], object] | None = None, **options: Any) -> LaneTransport[Any]:
         options = {"stall_timeout": STALL, "host": "127.0.0.1", **options}
@@ -120,8 +141,8 @@ class Lanes:
     def destination(self, template: dict[str, Any] | None = None, **options: Any) -> Destination:
         return Destination(self.transport((lambda: template) if template is not None else None, **options), template)
 
-    def proxy(self, metadata: str, tamper: Tamper = lambda number, way, position, data: data) -> Proxy:
-        made = Proxy(metadata, tamper)
+    def proxy(self, metadata: str, tamper: Tamper = lambda number, way, position, data: data) -> FaultProxy:
+        made = FaultProxy(metadata, tamper)
         self.proxies.append(made)
         return made
 
@@ -575,7 +596,7 @@ def test_the_next_attempt_moves_only_the_rest(lanes: Lanes) -> None:
     assert report.peers[0].nbytes_wire <= 0.13 * total
 
 
-def cut_at(proxy: Proxy, share: float) -> Callable[[Any], None]:
+def cut_at(proxy: FaultProxy, share: float) -> Callable[[Any], None]:
     def progress(now: Any) -> None:
         if now.nbytes_done >= share * now.nbytes_total:
             proxy.cut()

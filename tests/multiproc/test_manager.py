@@ -23,6 +23,8 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TransferReport
+from ft_transport._meeting import Invitation
+from ft_transport.testing import FaultProxy, FaultyTransport
 
 from .harness import Worker, digest, tell
 
@@ -46,6 +48,7 @@ class Job:
         group_size: Ranks of each replica.
         keys: Registered state-dict keys; one model and optimizer for each.
         lanes: Whether states move over lanes, and not over the group.
+        slow_heals: Whether a heal says that it begins, and then waits.
     """
 
     lighthouse: str
@@ -55,6 +58,7 @@ class Job:
     async_quorum: bool
     keys: tuple[str, ...]
     lanes: bool
+    slow_heals: bool = False
 
 
 class Part:
@@ -99,6 +103,9 @@ class Rank:
             if job.lanes
             else PGTransport(group, TRANSFER_TIMEOUT, cpu, state_dict=template)
         )
+        if job.slow_heals:
+            faulty = FaultyTransport(self.transport, role="destination", on_fault=lambda text: tell("heals"))
+            self.transport = cast(Any, faulty.wait_in("agree", 1.5))
         first = self.parts["default"] if job.keys == ("default",) else None
         self.manager = Manager(
             pg=group,
@@ -190,8 +197,27 @@ def leave() -> None:
 # ---------------------------------------------------------------------------------- inside the test
 
 
+def new_lighthouse() -> LighthouseServer:
+    return LighthouseServer(
+        bind="[::]:0", min_replicas=1, join_timeout_ms=10_000, quorum_tick_ms=50, heartbeat_timeout_ms=1500
+    )
+
+
+def port_of(lighthouse: LighthouseServer) -> int:
+    return int(lighthouse.address().rpartition(":")[2])
+
+
 class Cluster:
     """The processes of one job."""
+
+    lighthouse: LighthouseServer
+    gate: FaultProxy
+
+    def restart_lighthouse(self) -> None:
+        """End it, and start another one at the same address."""
+        self.lighthouse.shutdown()
+        self.lighthouse = new_lighthouse()
+        self.gate._target = self.gate._target._replace(port=port_of(self.lighthouse))
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -223,15 +249,21 @@ class Cluster:
 
 @contextmanager
 def cluster(
-    replicas: int, group_size: int, async_quorum: bool, keys: tuple[str, ...], lanes: bool
+    replicas: int,
+    group_size: int,
+    async_quorum: bool,
+    keys: tuple[str, ...],
+    lanes: bool,
+    slow_heals: bool = False,
 ) -> Iterator[Cluster]:
     """A Lighthouse and replicas, all of which have joined."""
-    lighthouse = LighthouseServer(
-        bind="[::]:0", min_replicas=1, join_timeout_ms=10_000, quorum_tick_ms=50, heartbeat_timeout_ms=1500
-    )
+    lighthouse = new_lighthouse()
+    # Its port stays taken for a while after it has ended.
+    gate = FaultProxy(Invitation(("127.0.0.1",), port_of(lighthouse), bytes(32), False).encode())
     signals = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    address = f"http://localhost:{lighthouse.address().rpartition(':')[2]}"
-    found = Cluster(Job(address, signals.port, replicas, group_size, async_quorum, keys, lanes))
+    address = f"http://127.0.0.1:{Invitation.decode(gate.metadata).port}"
+    found = Cluster(Job(address, signals.port, replicas, group_size, async_quorum, keys, lanes, slow_heals))
+    found.lighthouse, found.gate = lighthouse, gate
     try:
         for replica in range(replicas):
             found.start(replica)
@@ -242,7 +274,8 @@ def cluster(
             worker.call(leave)
     finally:
         found.end()
-        lighthouse.shutdown()
+        found.lighthouse.shutdown()
+        gate.close()
     # Both are held until here.
     del signals
 
@@ -262,10 +295,19 @@ def test_killed_replica_heals_over_lanes(replicas: int, group_size: int, async_q
     killed_replica_heals(replicas, group_size, async_quorum, lanes=True)
 
 
-def killed_replica_heals(replicas: int, group_size: int, async_quorum: bool, lanes: bool) -> None:
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("lanes", [True, False] if os.environ.get("FT_TRANSPORT_ALL_FAULTS") else [True])
+def test_a_lighthouse_that_restarts_in_the_middle_of_a_heal(lanes: bool) -> None:
+    """The heal does not need it, and the next quorum is had from the new one."""
+    killed_replica_heals(2, 1, False, lanes, restart=True)
+
+
+def killed_replica_heals(
+    replicas: int, group_size: int, async_quorum: bool, lanes: bool, *, restart: bool = False
+) -> None:
     keys = ("default",) if group_size == 1 else ("left", "right")
     victim = replicas - 1
-    with cluster(replicas, group_size, async_quorum, keys, lanes) as job:
+    with cluster(replicas, group_size, async_quorum, keys, lanes, restart) as job:
         for replica in range(replicas):
             job.train(replica, doomed=replica == victim)
         for worker in job.replicas[victim]:
@@ -277,6 +319,9 @@ def killed_replica_heals(replicas: int, group_size: int, async_quorum: bool, lan
         job.joined(victim)
         job.train(victim, returning=True)
         TCPStore("localhost", job.job.signals, is_master=False, wait_for_workers=False).set("go on", "")
+        if restart:
+            job.replicas[victim][0].event("heals")
+            job.restart_lighthouse()
         results = [[worker.result() for worker in replica] for replica in job.replicas]
 
     for rank in range(group_size):

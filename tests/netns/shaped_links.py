@@ -78,6 +78,16 @@ def shaped_links(number: int, rate: str) -> Iterator[list[str]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+def cut(number: int) -> None:
+    """Take a namespace off the switch: its packets vanish, and nobody is told."""
+    _ip("-n", f"{_PREFIX}{os.getpid()}switch", "link", "set", f"port{number}", "nomaster")
+
+
+def mend(number: int) -> None:
+    """Undo :func:`cut`."""
+    _ip("-n", f"{_PREFIX}{os.getpid()}switch", "link", "set", f"port{number}", "master", "br0")
+
+
 # ---------------------------------------------------------------------------------- inside a worker
 
 

@@ -1,7 +1,6 @@
-"""An in-memory channel for tests, and a faulty one around any channel.
+"""An in-memory channel, with the semantics of a gloo pair.
 
-``memory_channels()`` gives two connected ends with the semantics of a gloo pair: ordered messages, a send that
-completes when it is received, errors at once for everybody when one end closes.
+Ordered messages, a send that completes when it is received, errors at once for everybody when one end closes.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from collections import defaultdict, deque
 
 import torch
 
-from ft_transport._channel import Channel, Pending
+from ft_transport._channel import Pending
 from ft_transport._deadline import Deadline
 from ft_transport.errors import PeerFailure, TransferTimeout
 
-__all__ = ["FaultyChannel", "MemoryChannel", "memory_channels"]
+__all__ = ["MemoryChannel", "memory_channels"]
 
 
 class _Operation:
@@ -68,9 +67,7 @@ class MemoryChannel:
     def recv(self, tensor: torch.Tensor, tag: int) -> Pending:
         return self._post(self._link.recvs, tensor, (1 - self._end, tag))
 
-    def _post(
-        self, queues: defaultdict[_Lane, deque[_Operation]], tensor: torch.Tensor, lane: _Lane
-    ) -> Pending:
+    def _post(self, queues: defaultdict[_Lane, deque[_Operation]], tensor: torch.Tensor, lane: _Lane) -> Pending:
         with self._link.changed:
             if self._link.closed:
                 raise PeerFailure("the channel broke: closed", peer_rank=self.peer_rank)
@@ -122,70 +119,3 @@ def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
     """Two connected ends, of rank 0 and rank 1. Each may be used from one thread at a time."""
     link = _Link()
     return MemoryChannel(link, 0), MemoryChannel(link, 1)
-
-
-class FaultyChannel:
-    """A channel that misbehaves at one operation, counted from 0 over sends and receives alike.
-
-    Args:
-        channel: The channel to wrap.
-    """
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._die_at = -1
-        self._corrupt_at = -1
-        self._num_posted = 0
-
-    def die_at(self, operation: int) -> FaultyChannel:
-        """Close the pair instead of posting this operation, as a killed process would."""
-        self._die_at = operation
-        return self
-
-    def corrupt_at(self, operation: int) -> FaultyChannel:
-        """Flip the lowest bit of the first byte of this send."""
-        self._corrupt_at = operation
-        return self
-
-    def send(self, tensor: torch.Tensor, tag: int) -> Pending:
-        if self._count() == self._corrupt_at:
-            tensor = tensor.clone()
-            tensor.view(torch.uint8)[0] ^= 1
-        return self._channel.send(tensor, tag)
-
-    def recv(self, tensor: torch.Tensor, tag: int) -> Pending:
-        self._count()
-        return self._channel.recv(tensor, tag)
-
-    def _count(self) -> int:
-        operation = self._num_posted
-        self._num_posted += 1
-        if operation == self._die_at:
-            self._channel.abort()
-        return operation
-
-    @property
-    def num_operations(self) -> int:
-        """Operations posted so far."""
-        return self._num_posted
-
-    @property
-    def peer_rank(self) -> int:
-        return self._channel.peer_rank
-
-    @property
-    def nbytes_wire(self) -> int:
-        return self._channel.nbytes_wire
-
-    @property
-    def broken(self) -> bool:
-        return self._channel.broken
-
-    def wait(self, pending: Pending, deadline: Deadline) -> None:
-        self._channel.wait(pending, deadline)
-
-    def drop(self) -> None:
-        self._channel.drop()
-
-    def abort(self) -> None:
-        self._channel.abort()

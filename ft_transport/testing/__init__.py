@@ -1,0 +1,22 @@
+"""Faults to try out: an in-memory channel, and channels, connections and transports on which things go wrong.
+
+``docs/testing.md`` shows how.
+"""
+
+from __future__ import annotations
+
+from ft_transport.testing._channel import FaultyChannel
+from ft_transport.testing._faults import Faults
+from ft_transport.testing._memory import MemoryChannel, memory_channels
+from ft_transport.testing._proxy import FaultProxy, Tamper
+from ft_transport.testing._transport import FaultyTransport
+
+__all__ = [
+    "FaultProxy",
+    "Faults",
+    "FaultyChannel",
+    "FaultyTransport",
+    "MemoryChannel",
+    "Tamper",
+    "memory_channels",
+]

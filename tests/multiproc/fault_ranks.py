@@ -1,0 +1,603 @@
+"""What a rank does in a cell of the table of faults; see ``test_faults.py``. Runs inside of workers."""
+
+from __future__ import annotations
+
+import functools
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch.distributed import AllreduceOptions, TCPStore
+from torchft.process_group import ProcessGroupGloo
+
+from ft_transport import LaneTransport, LocalProtocolError, PGTransport, Progress
+from ft_transport._channel import GroupChannel, Pending
+from ft_transport._control import FRAME_TAG
+from ft_transport._lane_options import LaneOptions
+from ft_transport._lanes import Connection, Patience
+from ft_transport._layout import Limits
+from ft_transport._transfer import Options
+from ft_transport.testing import FaultyTransport
+
+from .harness import Residue, digest, quiet, residue, tell, wait_until
+
+SIZE = 4
+DESTINATIONS = [1, 2, 3]
+VICTIM = 2  # where a destination has the fault
+FRESH = 3  # has no template
+STEP = 7
+DEADLINE = 2.0  # of calls that must run into it
+STALL = 1.0  # after which a silent peer counts as gone, over lanes
+
+KIB, MIB = 1 << 10, 1 << 20
+LARGE = [5 * MIB, 3 * MIB, 2 * MIB]
+SMALL = [1000 + 7 * i for i in range(30)]
+OLD, LATER = 200, 255
+
+# Small messages, so that a small state has many flights.
+LIMITS = Limits(message_bytes=256 * KIB, flight_bytes=512 * KIB, pack_below=16 * KIB, window=4)
+# Slow enough for faults to strike in the middle.
+RATE = 12e6
+
+_SIGNALS = {
+    "killed": signal.SIGKILL,
+    "two killed": signal.SIGKILL,
+    "terminated": signal.SIGTERM,
+    "stopped": signal.SIGSTOP,
+    "interrupted": signal.SIGINT,
+}
+
+# On the way to the victim, over lanes.
+_ON_THE_WAY: dict[str, Callable[[FaultyTransport], FaultyTransport]] = {
+    "message damaged": lambda faulty: faulty.corrupt(5),
+    "always damaged": lambda faulty: faulty.corrupt(5, times=-1),
+    "truncated": lambda faulty: faulty.truncate(5, 100),
+    "doubled": lambda faulty: faulty.duplicate(5),
+    "frame damaged": lambda faulty: faulty.corrupt("MANIFEST"),
+    "lane cut": lambda faulty: faulty.drop_after(3 * MIB, lanes=1),
+    "cut": lambda faulty: faulty.drop_after(3 * MIB),
+    "frozen": lambda faulty: faulty.freeze_after(3 * MIB),
+    "delayed": lambda faulty: faulty.delay(0.02),
+    "throttled": lambda faulty: faulty.throttle(10e6),
+}
+# Those of a group's network are had in memory, and those after the last digest.
+_NOT_HERE = {"frozen", "message damaged", "truncated"}
+
+
+def real(wire: str, who: str, fault: str, phase: str) -> bool:
+    """Whether a cell is run with the four ranks of this file."""
+    if fault == "queue full" or phase == "after":
+        return False
+    return wire == "lanes" or who != "network" or fault not in _NOT_HERE
+
+
+class SmallOptions(Options):
+    limits = LIMITS  # type: ignore[assignment]
+
+
+class SmallLaneOptions(LaneOptions):
+    limits = LIMITS  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell, the same for all ranks. ``topology`` is "" over the group."""
+
+    number: int
+    who: str = ""
+    fault: str = ""
+    phase: str = ""
+    topology: str = ""
+    patience: dict[int, float] = field(default_factory=dict)
+    victims: tuple[int, ...] = ()
+
+    @property
+    def kills(self) -> bool:
+        return self.fault in ("killed", "two killed", "terminated")
+
+    @property
+    def signals(self) -> signal.Signals | None:
+        return _SIGNALS.get(self.fault)
+
+    def fresh(self, rank: int) -> bool:
+        """Whether a rank has no template. Where all are to be torn, all have one."""
+        return rank == FRESH and self.who == "destination"
+
+    def timeout(self, rank: int) -> timedelta:
+        return timedelta(seconds=self.patience.get(rank, 20.0))
+
+    @property
+    def notes(self) -> int:
+        """How many MiB of strings make the manifest so large that a fault can strike in its middle."""
+        return 12 if self.phase == "manifest" and self.signals else 0
+
+
+@dataclass
+class Outcome:
+    """How a call ended in one rank; times of the monotonic clock."""
+
+    began: float
+    ended: float
+    error: BaseException | None
+    report: dict[str, Any]
+    sound: bool  # the state is the source's, byte for byte
+    progress: list[Progress]
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.began
+
+    @property
+    def raised(self) -> str:
+        """The name of the error's public class."""
+        names = (cls.__name__ for cls in type(self.error).__mro__)
+        return "" if self.error is None else next(name for name in names if name[0] != "_" and name != "Silence")
+
+    @property
+    def torn(self) -> bool:
+        """What the error says, or where it is none of ours, the report."""
+        return bool(getattr(self.error, "torn", self.report["torn"]))
+
+    def peer(self, rank: int) -> dict[str, Any]:
+        (found,) = [peer for peer in self.report["peers"] if peer["rank"] == rank]
+        return dict(found)
+
+
+class Rank:
+    """What a worker keeps from case to case."""
+
+    def __init__(self) -> None:
+        self.group = ProcessGroupGloo(timeout=timedelta(seconds=60))
+        self.template = make_state(old=True)
+        self.progress: list[Progress] = []
+        # As the Manager keeps it: with its traceback, whose frames hold whatever they hold.
+        self.kept_error: BaseException | None = None
+        self.meeting: TCPStore | None = None
+
+
+_rank: Rank | None = None
+
+
+def this_rank() -> Rank:
+    global _rank
+    if _rank is None:
+        _rank = Rank()
+    return _rank
+
+
+def make_state(*, old: bool = False, notes: int = 0) -> dict[str, Any]:
+    """The state to move, or an untouched template."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(nbytes: int) -> torch.Tensor:
+        if old:
+            return torch.full((nbytes,), OLD, dtype=torch.uint8)
+        # Random is slow. The period is a prime, so that no two messages are alike.
+        period = torch.randint(0, 100, (99991,), dtype=torch.uint8, generator=generator)
+        return period.repeat(nbytes // period.numel() + 1)[:nbytes].clone()
+
+    return {
+        "large": [tensor(nbytes) for nbytes in LARGE],
+        "small": {f"bias {i}": tensor(nbytes) for i, nbytes in enumerate(SMALL)},
+        "step": STEP,
+        "notes": [f"{i}" + "n" * MIB for i in range(notes)],
+    }
+
+
+@functools.cache
+def expected_digest(notes: int) -> str:
+    return digest(make_state(notes=notes))
+
+
+def tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [*state["large"], *state["small"].values()]
+
+
+# ------------------------------------------------------------------------------------- the meeting
+
+
+def new_meeting() -> TCPStore:
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+
+
+def meet(rank: int, store: int) -> None:
+    this_rank().meeting = TCPStore("localhost", store, is_master=False, wait_for_workers=False)
+
+
+def meeting() -> TCPStore:
+    found = this_rank().meeting
+    assert found is not None
+    return found
+
+
+def configure(rank: int, address: str) -> None:
+    """As the Manager does before a transfer, on the same group object."""
+    this_rank().group.configure(address, "0", rank, SIZE)
+
+
+def arrive(case: Case, what: str, number: int = 1) -> int:
+    """Count one more rank that has come so far; gives how many have."""
+    return int(meeting().add(f"{case.number}/{what}", number))
+
+
+def arrived(case: Case, what: str) -> int:
+    return arrive(case, what, 0)
+
+
+# ---------------------------------------------------------------------------------------- the call
+
+
+def transfer(rank: int, case: Case) -> Outcome:
+    """Send from rank 0, receive elsewhere, have the fault where it is due; the victim of a kill never returns."""
+    this = this_rank()
+    this.progress, this.kept_error = [], None
+    for tensor in tensors(this.template):
+        tensor.fill_(OLD)
+    with ExitStack() as stack:
+        if case.notes:
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            (_fault_in_lane_manifest if case.topology else _fault_in_manifest)(patch, case, rank)
+        if case.fault == "clock jumps":
+            stack.enter_context(_jumping_clock())
+        return _send(case) if rank == 0 else _receive(rank, case)
+
+
+def _send(case: Case) -> Outcome:
+    transport = _transport(case, 0, None)
+    state = make_state(notes=case.notes)
+    meeting().set(f"{case.number}/metadata", transport.metadata())
+    wait_until(lambda: arrived(case, "destinations") == len(DESTINATIONS))
+    _fault_before(case, 0)
+
+    def call() -> None:
+        if case.fault != "nothing to send":
+            transport.send_checkpoint(DESTINATIONS, STEP, state, case.timeout(0))
+        elif case.topology:
+            wait_until(lambda: arrived(case, "over") == len(DESTINATIONS))
+
+    try:
+        with _twisted(case, state):
+            outcome = _outcome(transport, call)
+            _name_ranks(case, outcome)
+        return outcome
+    finally:
+        for tensor in tensors(state):
+            tensor.fill_(LATER)
+        transport.shutdown()
+
+
+def _name_ranks(case: Case, outcome: Outcome) -> None:
+    """Lanes do not know which destination is which rank."""
+    missing = set(DESTINATIONS)
+    for peer in outcome.report["peers"] if case.topology else []:
+        for rank in DESTINATIONS:
+            if peer["name"].endswith(f"pid {int(meeting().get(f'{case.number}/pid {rank}'))}"):
+                peer["rank"] = rank
+                missing.discard(rank)
+    for peer in outcome.report["peers"]:
+        if peer["rank"] < 0:
+            peer["rank"] = missing.pop()
+
+
+def _receive(rank: int, case: Case) -> Outcome:
+    step = STEP + (rank in case.victims and case.fault == "other step")
+    transport = _transport(case, rank, _template(case, rank))
+    meeting().set(f"{case.number}/pid {rank}", str(os.getpid()))
+    metadata = meeting().get(f"{case.number}/metadata").decode()
+    arrive(case, "destinations")
+    if rank in case.victims:
+        # Not before the others wait for this rank already.
+        wait_until(lambda: arrived(case, "destinations") == len(DESTINATIONS))
+        _fault_before(case, rank)
+    received: list[Any] = []
+
+    def call() -> None:
+        with _limited(case, rank):
+            received.append(transport.recv_checkpoint(0, metadata, step, case.timeout(rank)))
+
+    try:
+        outcome = _outcome(transport, call)
+        arrive(case, "over")
+        outcome.sound = bool(received) and digest(received[0]) == expected_digest(case.notes)
+        transport.disallow_checkpoint()
+        return outcome
+    finally:
+        transport.shutdown()
+
+
+def _template(case: Case, rank: int) -> Callable[[], object] | None:
+    template = this_rank().template
+    if rank not in case.victims or case.who != "destination":
+        return None if case.fresh(rank) else lambda: template
+    if case.fault == "no room":
+        return None
+    if case.fault == "other template":
+        return lambda: {**template, "large": [torch.zeros(3, dtype=torch.uint8), *template["large"][1:]]}
+    if case.fault == "callback raises":
+        return _raises
+    if case.fault == "callback blocks":
+        return _blocks
+    return lambda: template
+
+
+def _raises() -> object:
+    raise ValueError("the optimizer is not there yet")
+
+
+def _blocks() -> object:
+    threading.Event().wait(DEADLINE + 1.0)
+    return this_rank().template
+
+
+def _transport(case: Case, rank: int, template: Callable[[], object] | None) -> FaultyTransport:
+    made: PGTransport[Any] | LaneTransport[Any]
+    cpu = torch.device("cpu")
+    if case.topology:
+        made = LaneTransport(
+            case.timeout(rank),
+            cpu,
+            template,
+            host="127.0.0.1",
+            topology=cast(Any, case.topology),
+            stall_timeout=timedelta(seconds=STALL),
+            blocking=True,
+            progress=_progress(case, rank),
+        )
+        made._options = SmallLaneOptions(**vars(made._options))
+    else:
+        made = PGTransport(this_rank().group, case.timeout(rank), cpu, template, progress=_progress(case, rank))
+        made._options = SmallOptions(**vars(made._options))
+    return _with_faults(case, rank, FaultyTransport(made, on_fault=lambda text: tell("fault")))
+
+
+def _with_faults(case: Case, rank: int, faulty: FaultyTransport) -> FaultyTransport:
+    if case.topology and rank and case.signals and case.phase == "move":
+        faulty.throttle(RATE)
+    if case.fault == "deadline":
+        faulty.throttle(4e6)
+    if rank not in case.victims:
+        return faulty
+    if case.signals and case.phase == "move":
+        return faulty.signal_in("move", case.signals)
+    if case.signals and case.phase == "verify":
+        return faulty.signal_in("move", case.signals, share=1.0)
+    if case.fault == "slow":
+        return faulty.throttle(10e6)
+    if case.fault == "own error":
+        return faulty.raise_in("verify", OSError("the disk is full"))
+    return _ON_THE_WAY.get(case.fault, lambda found: found)(faulty)
+
+
+def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
+    """Notes how far it is; a source that is to have its fault waits until all destinations are so far."""
+    this, seen = this_rank(), set[int]()
+    lock = threading.Lock()
+
+    def progress(now: Progress) -> None:
+        this.progress.append(now)
+        if rank or 0 not in case.victims or not case.signals or case.phase not in ("move", "verify"):
+            return
+        if case.phase == "verify" and now.nbytes_done < now.nbytes_total:
+            return
+        with lock:
+            # Over lanes the ranks are not known, and each destination has a thread of its own.
+            seen.add(threading.get_ident())
+        wait_until(lambda: len(seen) == len(DESTINATIONS))
+
+    return progress
+
+
+def _outcome(transport: FaultyTransport, call: Callable[[], None]) -> Outcome:
+    began = time.monotonic()
+    error = None
+    try:
+        call()
+    except BaseException as exc:
+        error = this_rank().kept_error = exc
+    ended = time.monotonic()
+    report = transport.last_report
+    return Outcome(
+        began, ended, error, {"peers": []} if report is None else report.as_dict(), False, this_rank().progress
+    )
+
+
+# -------------------------------------------------------------------------------------- the faults
+
+
+def have_fault(case: Case) -> None:
+    """Die or freeze, here and now."""
+    assert case.signals is not None
+    tell("fault")
+    stopping = time.monotonic()
+    os.kill(os.getpid(), case.signals)
+    # A process that stops itself goes on for a moment.
+    wait_until(lambda: time.monotonic() > stopping + 0.05)
+
+
+def _fault_before(case: Case, rank: int) -> None:
+    if rank in case.victims and case.signals and case.phase == "before":
+        have_fault(case)
+
+
+@contextmanager
+def _twisted(case: Case, state: dict[str, Any]) -> Iterator[None]:
+    """Make the state one that cannot travel, or change all of it again and again."""
+    over = threading.Event()
+
+    def change() -> None:
+        while not over.is_set():
+            for tensor in tensors(state):
+                (tensor.data if case.fault == "changing unseen" else tensor).bitwise_xor_(1)
+
+    if case.fault == "no code":
+        state["model"] = {"hook": lambda: None}
+    thread = threading.Thread(target=change)
+    if case.fault.startswith("changing"):
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        if thread.ident is not None:
+            thread.join()
+
+
+@contextmanager
+def _limited(case: Case, rank: int) -> Iterator[None]:
+    """Take this process's memory or descriptors away, for a while."""
+    if rank not in case.victims or case.fault not in ("no room", "no descriptors"):
+        yield
+        return
+    if case.fault == "no room":
+        # A thread's stack is 8 MiB, an arena for fresh tensors 64 MiB.
+        what, limit = resource.RLIMIT_AS, int(Path("/proc/self/statm").read_text().split()[0]) * 4096 + 40 * MIB
+    else:
+        what, limit = resource.RLIMIT_NOFILE, 1 + max(map(int, os.listdir("/proc/self/fd")[:-1]))
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
+
+
+@contextmanager
+def _jumping_clock() -> Iterator[None]:
+    """The wall clock is an hour ahead or behind, every time somebody looks."""
+    real_time, ahead = time.time, 3600.0
+
+    def jumping() -> float:
+        nonlocal ahead
+        ahead = -ahead
+        return real_time() + ahead
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", jumping)
+        yield
+
+
+def _fault_in_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) -> None:
+    """The victim has its fault when the first bytes of the manifest have arrived, before the frame's end has."""
+    send, recv = GroupChannel.send, GroupChannel.recv
+
+    def patched_recv(self: GroupChannel, tensor: torch.Tensor, tag: int) -> Pending:
+        if tag != FRAME_TAG or tensor.numel() < MIB:
+            return recv(self, tensor, tag)
+        tensor.zero_()
+        pending = recv(self, tensor, tag)
+        wait_until(lambda: int(tensor[0]) != 0)
+        arrive(case, "manifest")
+        if rank in case.victims:
+            have_fault(case)
+        return pending
+
+    def patched_send(self: GroupChannel, tensor: torch.Tensor, tag: int) -> Pending:
+        pending = send(self, tensor, tag)
+        if 0 in case.victims and tag == FRAME_TAG and tensor.numel() > MIB:
+            wait_until(lambda: arrived(case, "manifest") == len(DESTINATIONS))
+            _first_has_fault(case)
+        return pending
+
+    patch.setattr(GroupChannel, "recv", patched_recv)
+    patch.setattr(GroupChannel, "send", patched_send)
+
+
+def _fault_in_lane_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) -> None:
+    """As :func:`_fault_in_manifest`, over lanes."""
+    read_into, write = Connection.read_into, Connection.write
+
+    def patched_read(self: Connection, view: memoryview, patience: Patience) -> None:
+        if len(view) > MIB:
+            read_into(self, view[:MIB], patience)
+            view = view[MIB:]
+            arrive(case, "manifest")
+            if rank in case.victims:
+                have_fault(case)
+        read_into(self, view, patience)
+
+    def patched_write(self: Connection, parts: Any, patience: Patience) -> None:
+        if 0 in case.victims and sum(map(len, parts)) > 4 * MIB:
+            data = b"".join(parts)
+            write(self, [data[: 2 * MIB]], patience)
+            wait_until(lambda: arrived(case, "manifest") == len(DESTINATIONS))
+            _first_has_fault(case)
+            parts = [data[2 * MIB :]]
+        write(self, parts, patience)
+
+    patch.setattr(Connection, "read_into", patched_read)
+    patch.setattr(Connection, "write", patched_write)
+
+
+_once = threading.Lock()
+_had_fault = -1
+
+
+def _first_has_fault(case: Case) -> None:
+    """The thread of one destination is enough."""
+    global _had_fault
+    with _once:
+        if _had_fault == case.number:
+            return
+        _had_fault = case.number
+        have_fault(case)
+
+
+# ----------------------------------------------------------------------------------------- a look
+
+
+def template_bytes(rank: int) -> tuple[str, float, bool]:
+    """Fingerprint of the template, which share of it has been written to, and whether by anything changed since."""
+    found = tensors(this_rank().template)
+    written = sum(int((tensor != OLD).sum()) for tensor in found)
+    share = written / sum(tensor.numel() for tensor in found)
+    return digest(found), share, any(bool((tensor == LATER).any()) for tensor in found)
+
+
+def wait_for(rank: int, peer: int) -> tuple[float, str]:
+    """Wait for a message from a peer that sends none, as a collective would; gives seconds and error."""
+    began = time.monotonic()
+    try:
+        this_rank().group.recv([torch.zeros(4)], peer, tag=1).wait(timedelta(seconds=20))
+    except RuntimeError as exc:
+        return time.monotonic() - began, str(exc)
+    return time.monotonic() - began, ""
+
+
+def allreduce(rank: int) -> float:
+    """Add up a tensor over the training group; gives seconds."""
+    began = time.monotonic()
+    tensor = torch.full((1000,), float(rank))
+    this_rank().group.allreduce([tensor], AllreduceOptions()).wait(timedelta(seconds=10))
+    assert tensor.tolist() == [float(sum(range(SIZE)))] * 1000
+    return time.monotonic() - began
+
+
+def residue_of(rank: int) -> Residue:
+    return residue()
+
+
+def quiet_residue_of(rank: int) -> tuple[float, Residue]:
+    """What is left, and the processor time taken in 0.2 s in which nothing was asked for."""
+    spent = quiet(0.2)
+    return spent, residue()
+
+
+def send_wrongly(dst_ranks: list[int]) -> str:
+    """What the error says; nothing has been sent."""
+    transport = PGTransport[Any](this_rank().group, timedelta(seconds=DEADLINE), torch.device("cpu"))
+    with pytest.raises(LocalProtocolError) as info:
+        transport.send_checkpoint(dst_ranks, STEP, {"a": 1}, timedelta(seconds=DEADLINE))
+    report = transport.last_report
+    assert report is not None
+    assert report.nbytes_wire == 0
+    return str(info.value)
