@@ -15,7 +15,7 @@ import torch
 from helpers import CPU, SMALL, FakeGroup, SmallOptions, noise, snapshot, succeed, tensors_of, transfer
 from states import model_and_optimizer
 
-from ft_transport import LocalProtocolError, PeerFailure, PGTransport, Progress, TornStateError
+from ft_transport import LocalProtocolError, PeerFailure, PGTransport, Progress, TornStateError, distributed
 from ft_transport._channel import Channel
 from ft_transport._torn import Guard
 from ft_transport._transfer import Options
@@ -319,3 +319,37 @@ def test_shadow_of_the_transport() -> None:
 
 def test_options_default_to_in_place() -> None:
     assert not Options(CPU).shadow
+
+
+def test_without_torchft() -> None:
+    template = large(2)
+    destination = distributed.PGTransport(Group(None, 1), 10 * SECOND, CPU, lambda: template)  # type: ignore[arg-type]
+
+    def receive_from(die_at: int) -> BaseException | None:
+        near, far = memory_channels()
+        source = distributed.PGTransport(Group(near, 0), 10 * SECOND, CPU)  # type: ignore[arg-type]
+        destination._pg = Group(FaultyChannel(far).die_at(die_at), 1)  # type: ignore[assignment]
+        sending = threading.Thread(target=_quietly, args=(lambda: source.send_checkpoint([1], large(1)),))
+        sending.start()
+        try:
+            destination.recv_checkpoint(0)
+        except PeerFailure as exc:
+            return exc
+        finally:
+            sending.join(15)
+        return None
+
+    assert not destination.torn
+    error = receive_from(die_at=4)  # after the length, the description, and two messages
+    assert isinstance(error, PeerFailure)
+    assert error.torn
+    assert destination.torn
+    with pytest.raises(TornStateError):
+        destination.send_checkpoint([], {})
+    assert receive_from(die_at=-1) is None
+    assert not destination.torn
+
+
+def _quietly(call: Callable[[], None]) -> None:
+    with contextlib.suppress(PeerFailure):
+        call()

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from ft_transport import LocalProtocolError, PeerFailure, TornStateError
+from ft_transport import LocalProtocolError, PeerFailure, TornStateError, TransferTimeout
+from ft_transport._conversation import Frame
 from ft_transport._lane_destination import Reception
+from ft_transport._talk import Talk
 
 from .harness import digest, wait_until
 from .test_lanes import (
@@ -220,14 +222,11 @@ def test_a_source_that_ends_after_everything_is_there_voids_nothing(
     lanes: Lanes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has checked, and is merely kept from saying goodbye."""
-    from ft_transport._conversation import Frame
-    from ft_transport._talk import Talk
-
     say = Talk.say
 
     def interrupted(self: Talk, frame: Frame, *args: Any, **kwargs: Any) -> None:
         if frame is Frame.BYE:
-            raise PeerFailure("the source has ended the transfer")
+            raise TransferTimeout("timed out just now")
         say(self, frame, *args, **kwargs)
 
     monkeypatch.setattr(Talk, "say", interrupted)
