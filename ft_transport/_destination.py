@@ -13,7 +13,7 @@ from ft_transport._channel import Channel, Pending
 from ft_transport._codec import Frame, Header, decode_manifest, encode_frame
 from ft_transport._control import FIRST_MESSAGE_TAG, Control
 from ft_transport._deadline import Deadline
-from ft_transport._digest import ALGORITHMS, digest_message
+from ft_transport._digest import ALGORITHMS, digest_bytes, digest_message
 from ft_transport._landing import Landing
 from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
@@ -109,7 +109,7 @@ def _agree(
         control.flush()
         control.refused = True
         raise error from None
-    control.send_frame(encode_frame(Frame.READY, []))
+    control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
     return header, layout, landing
 
 

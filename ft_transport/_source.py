@@ -17,13 +17,13 @@ from ft_transport._channel import Channel, Pending
 from ft_transport._codec import Frame, Header, encode_frame, encode_manifest
 from ft_transport._control import FIRST_MESSAGE_TAG, Control, Posted
 from ft_transport._deadline import Deadline
-from ft_transport._digest import digest_message
+from ft_transport._digest import digest_bytes, digest_message
 from ft_transport._layout import Layout, Piece, lay_out
 from ft_transport._manifest import Blocks, describe
 from ft_transport._memory import Block, Bucket, aligned, copy_blocks, memory_at, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport._versions import Versions
-from ft_transport.errors import LocalProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 __all__ = ["Gatherer", "Outbound", "serve", "tell_failure"]
@@ -146,7 +146,8 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
     try:
         with peer.enter("agree", "source"):
             control.send_frame(outbound.frame)
-            control.recv_frame(Frame.READY)
+            if control.recv_frame(Frame.READY) != (digest_bytes(outbound.frame),):
+                raise RemoteProtocolError("the description of the state came damaged to the destination")
         with peer.enter("move", "source"):
             _Flights(control, outbound, peer).send()
         with peer.enter("verify", "source"):

@@ -26,7 +26,7 @@ HEADER = Header(11, Limits(1 << 20, 4 << 20, 1 << 10, 8, 4), "xxh3")
 
 # The body of every frame that is no manifest.
 BODIES: dict[Frame, tuple[Any, ...]] = {
-    Frame.READY: (),
+    Frame.READY: ((1 << 64) - 1,),
     Frame.REFUSE: ("w: expected float32 (2,), source has float32 (3,)", "gr\u00fc\u00dfe \U0001f30d", "\udcff"),
     Frame.DIGESTS: (0, 1, 127, 128, 1 << 32, (1 << 64) - 1),
     Frame.DONE: (),

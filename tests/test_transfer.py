@@ -18,6 +18,7 @@ from helpers import (
     Ends,
     Point,
     Recorded,
+    Wrapped,
     difference,
     distinct_nbytes,
     noise,
@@ -42,6 +43,8 @@ from ft_transport import (
     TransferReport,
     TransferTimeout,
 )
+from ft_transport._channel import Channel, Pending
+from ft_transport._control import FRAME_TAG
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
@@ -724,3 +727,35 @@ def test_storage_helper_sees_the_neighbours() -> None:
     assert difference({"a": torch.zeros(4)}, {"a": torch.zeros(4, dtype=torch.int32)})
     assert difference({"a": -0.0}, {"a": 0.0})
     assert difference([1], (1,))
+
+
+# ------------------------------------------------------------------------------- a damaged description
+
+
+class Flipped(Wrapped):
+    """Flips one bit of the first frame that is sent."""
+
+    def __init__(self, channel: Channel, bit: float) -> None:
+        super().__init__(channel)
+        self.bit = bit
+
+    def send(self, tensor: torch.Tensor, tag: int) -> Pending:
+        if tag == FRAME_TAG and self.bit >= 0:
+            tensor = tensor.clone()
+            where = int(self.bit * tensor.numel() * 8)
+            tensor[where // 8] ^= 1 << where % 8
+            self.bit = -1
+        return super().send(tensor, tag)
+
+
+@pytest.mark.parametrize("bit", [i / 60 for i in range(60)])
+def test_a_flipped_bit_in_the_description_is_found(bit: float) -> None:
+    """Also where what it says makes sense: another key, another number."""
+    ours, theirs = memory_channels()
+    state = {"weights": noise(40, 1), "names": ["a", "b"], "number": 12345, "more": {f"k{i}": i for i in range(20)}}
+    template = {"weights": noise(40, 2), "names": ["c", "d"], "number": 1, "more": {f"k{i}": 0 for i in range(20)}}
+    before = raw_bytes(template["weights"])
+    ends = transfer(state, lambda: template, channels=(Flipped(ours, bit), theirs))
+    assert isinstance(ends.destination.error, (RemoteProtocolError, PeerFailure))
+    assert isinstance(ends.source.error, (RemoteProtocolError, PeerFailure))
+    assert raw_bytes(template["weights"]) == before
