@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
 from hypothesis import settings
 
 # The same examples on every run, and no time limit for each: machines that run tests are busy.
 settings.register_profile("repeatable", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
+
+# Whoever starts the tests in the background may have them ignore Ctrl-C, and all their processes with them.
+signal.signal(signal.SIGINT, signal.default_int_handler)

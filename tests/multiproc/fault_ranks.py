@@ -525,14 +525,14 @@ def _fault_in_lane_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) ->
                 have_fault(case)
         read_into(self, view, patience)
 
-    def patched_write(self: Connection, parts: Any, patience: Patience) -> None:
+    def patched_write(self: Connection, parts: Any, patience: Patience, **options: Any) -> None:
         if 0 in case.victims and sum(map(len, parts)) > 4 * MIB:
             data = b"".join(parts)
             write(self, [data[: 2 * MIB]], patience)
             wait_until(lambda: arrived(case, "manifest") == len(DESTINATIONS))
             _first_has_fault(case)
             parts = [data[2 * MIB :]]
-        write(self, parts, patience)
+        write(self, parts, patience, **options)
 
     patch.setattr(Connection, "read_into", patched_read)
     patch.setattr(Connection, "write", patched_write)
