@@ -22,7 +22,6 @@ from ft_transport._codec import decode_frame, decode_manifest
 from ft_transport._conversation import Conversation, Frame, Header, Role, encode
 from ft_transport._deadline import Deadline
 from ft_transport._desk import Desk
-from ft_transport._digest import digest_bytes
 from ft_transport._doors import Contexts, dial
 from ft_transport._fetch import Fetcher, Route, Sink
 from ft_transport._landing import Landing
@@ -34,6 +33,7 @@ from ft_transport._meeting import Invitation
 from ft_transport._memory import no_collection
 from ft_transport._progress import Watch
 from ft_transport._relay import Relay
+from ft_transport._resume import Kept, state_of
 from ft_transport._talk import Talk
 from ft_transport._template import fit
 from ft_transport._transfer import tell_progress
@@ -41,7 +41,7 @@ from ft_transport._work import Work
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
 from ft_transport.report import Progress, TransferReport
 
-__all__ = ["Kept", "Received", "Reception", "Self"]
+__all__ = ["Received", "Reception", "Self"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -71,20 +71,6 @@ class Self(NamedTuple):
     contexts: Contexts | None
 
 
-class Kept(NamedTuple):
-    """What a receive that broke has left in the template.
-
-    Attributes:
-        step: Of the state.
-        manifest: Digest of its manifest.
-        digests: Of the messages that were sound.
-    """
-
-    step: int
-    manifest: int
-    digests: dict[int, int]
-
-
 class Received(NamedTuple):
     """A received state.
 
@@ -103,7 +89,7 @@ class _Plan(NamedTuple):
     """What both sides have agreed on."""
 
     header: ManifestHeader
-    digest: int
+    state: int
     layout: Layout
     landing: Landing
 
@@ -268,7 +254,7 @@ class Reception:
         self._report.num_leaves = len(manifest.leaves)
         self._report.num_messages = len(layout.messages)
         self._report.nbytes_total = layout.nbytes
-        return _Plan(header, digest_bytes(data), layout, landing)
+        return _Plan(header, state_of(data, body[0]), layout, landing)
 
     def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
         report, options = self._report, self._options
@@ -284,7 +270,7 @@ class Reception:
         if self._options.skip_unchanged and plan.header.digest:
             claims = dict.fromkeys(filter(in_template, range(len(plan.layout.messages))))
         if earlier is not None and self._resumes(earlier, plan):
-            left = {message: digest for message, digest in earlier.digests.items() if in_template(message)}
+            left = {m: digest for m, digest in earlier.cut_as(plan.layout).items() if in_template(m)}
             claims |= left
             # These are in the template already, and the others are not.
             self._report.torn = bool(left)
@@ -292,7 +278,7 @@ class Reception:
         return Sink(plan.layout, plan.landing, work, self._report, claims, verified=bool(plan.header.digest))
 
     def _resumes(self, earlier: Kept, plan: _Plan) -> bool:
-        return (earlier.step, earlier.manifest) == (self._step, plan.digest)
+        return (earlier.step, earlier.state) == (self._step, plan.state)
 
     # -------------------------------------------------------------------------------------- move
 
@@ -320,8 +306,9 @@ class Reception:
                 self._route = route
         finally:
             if sink.verified and work.digests:
-                known = self.kept.digests if self.kept is not None and self._resumes(self.kept, plan) else {}
-                self.kept = Kept(self._step, plan.digest, known | work.digests)
+                resumed = self.kept is not None and self._resumes(self.kept, plan)
+                known = self.kept.cut_as(plan.layout) if self.kept is not None and resumed else {}
+                self.kept = Kept(self._step, plan.state, plan.layout, known | work.digests)
 
     def _fetch(self, talk: Talk, route: Route, plan: _Plan, sink: Sink) -> TransferError:
         """Fetch from one supplier until everything is here or its lanes have ended; gives why they have."""

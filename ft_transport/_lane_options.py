@@ -41,10 +41,9 @@ class LaneOptions(Options):
     def limits(self) -> Limits:
         """How this side cuts messages when it is the source.
 
-        In a chain each destination waits for a whole message before it passes it on, so they are small. As small for
-        one destination: what it has kept of a receive that broke counts in a chain, too.
+        In a chain each destination waits for a whole message before it passes it on, so there they are small.
         """
-        return Limits(message_bytes=2 << 20)
+        return Limits(message_bytes=2 << 20 if self.chain else 4 << 20)
 
     @property
     def sample(self) -> int:

@@ -24,11 +24,12 @@ from ft_transport._deadline import Deadline
 from ft_transport._desk import Desk
 from ft_transport._doors import Listener, interfaces, resolve
 from ft_transport._landing import mark_changed
-from ft_transport._lane_destination import Kept, Reception, Self
+from ft_transport._lane_destination import Reception, Self
 from ft_transport._lane_options import CPU, LaneOptions
 from ft_transport._lane_source import Offer
 from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
 from ft_transport._relay import Relay
+from ft_transport._resume import Kept
 from ft_transport._torn import Guard
 from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, TornStateError
