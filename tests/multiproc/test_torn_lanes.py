@@ -157,9 +157,9 @@ def change_at_the_end(patch: pytest.MonkeyPatch, change: Callable[[], object]) -
     """When everything is there, and the destination is about to say so."""
     say_done = Reception._say_done
 
-    def changed(self: Reception, talk: Any) -> None:
+    def changed(self: Reception, talk: Any, **options: Any) -> None:
         change()
-        say_done(self, talk)
+        say_done(self, talk, **options)
 
     patch.setattr(Reception, "_say_done", changed)
 
