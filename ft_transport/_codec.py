@@ -152,9 +152,11 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
     refused: list[str] = []
     shapes: dict[Geometry, int] = {}
     leaves: list[Any] = []
+    same = manifest.same
     for index, leaf in enumerate(manifest.leaves):
-        if leaf.kind == "tensor" and leaf.context is None and index not in manifest.same:
-            storage, shape, offset = leaf.views[0]
+        kind, views, context, _ = leaf
+        if context is None and kind == "tensor" and index not in same:
+            storage, shape, offset = views[0]
             leaves.append((storage, shapes.setdefault(shape, len(shapes)), offset))
             continue
         try:
@@ -400,6 +402,9 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
     leaves, storages = manifest.leaves, manifest.storages
     plain = _decode_plain([leaf for leaf in data if type(leaf) is tuple and len(leaf) == 3], shapes, storages)
     for index, leaf in enumerate(data):
+        if plain and type(leaf) is tuple and len(leaf) == 3:
+            leaves.append(next(plain))
+            continue
         try:
             if type(leaf) is int:
                 if not 0 <= leaf < index:
@@ -407,8 +412,7 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
                 manifest.same[index] = manifest.same.get(leaf, leaf)
                 leaves.append(leaves[leaf])
             elif len(leaf) == 3:
-                # Without its place in the batch: what is wrong with it, if it is this one.
-                leaves.append(next(plain) if plain else Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
+                leaves.append(Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
             elif len(leaf) == 1:
                 leaves.append(Leaf(VALUE, (), decode_value(leaf[0])))
             else:
@@ -509,6 +513,7 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
         raise ValueError(f"{len(manifest.storages)} storages, of which {len(num_of)} are referred to")
     step = limits.message_bytes - limits.message_bytes % 64
     num_cuts = 0
+    storages = manifest.storages
     # Storages with several views: the extents of these.
     shared: dict[int, list[tuple[int, int]]] = {}
     for storage, shape, offset in views:
@@ -517,11 +522,13 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
             shared.setdefault(storage, []).append((begin, begin + shape.span))
         else:
             num_cuts += shape.span // step
-            _check_size(manifest.storages[storage].nbytes, shape.span, 1)
+            nbytes = storages[storage][0]
+            if nbytes > shape.span:
+                _check_size(nbytes, shape.span, 1)
     for storage, extents in shared.items():
         ranges = merge(extents)
         num_cuts += sum((end - begin) // step for begin, end in ranges)
-        _check_size(manifest.storages[storage].nbytes, sum(end - begin for begin, end in ranges), len(ranges))
+        _check_size(storages[storage].nbytes, sum(end - begin for begin, end in ranges), len(ranges))
     if num_cuts > MAX_CUTS:
         raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")
 

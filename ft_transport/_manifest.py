@@ -12,6 +12,7 @@ Not here: which bytes travel in which message (``_layout``), how a manifest is e
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, count, islice, repeat
 from operator import attrgetter, itemgetter
@@ -194,10 +195,14 @@ class _Columns:
 
     def without_memory(self) -> int | None:
         """The first tensor whose elements do not lie in its storage, None if there is none."""
-        addresses = map(torch.Tensor.data_ptr, self.tensors)
-        rows = zip(self.geometries, self.offsets, self.capacities, addresses, strict=True)
-        for index, (shape, offset, capacity, address) in enumerate(rows):
-            if shape.numel and (offset * shape.itemsize + shape.span > capacity or not address):
+        sizes, spans = map(attrgetter("itemsize"), self.geometries), map(attrgetter("span"), self.geometries)
+        ends = map(operator.add, map(operator.mul, self.offsets, sizes), spans)
+        inside = map(operator.le, ends, self.capacities)
+        if all(inside) and all(map(torch.Tensor.data_ptr, self.tensors)):
+            return None
+        for index, (shape, offset) in enumerate(zip(self.geometries, self.offsets, strict=True)):
+            reached = offset * shape.itemsize + shape.span
+            if shape.numel and (reached > self.capacities[index] or not self.tensors[index].data_ptr()):
                 return index
         return None
 
@@ -256,17 +261,24 @@ def _take_all_apart(
     counts: list[int] = []
     refused: dict[int, str] = {}
     seen: dict[int, int] = {}
-    tensor_class = torch.Tensor
-    tensors_are_plain = all_plain([value for value in values if type(value) is tensor_class])
+    plain = [value for value in values if type(value) is torch.Tensor]
+    # Of most states they need no closer look: all are plain, and no two are the same object.
+    simple = torch.Tensor if all_plain(plain) and len({*map(id, plain)}) == len(plain) else None
     for index, value in enumerate(values):
+        cls = type(value)
+        if cls is simple:
+            parts.append(PLAIN)
+            tensors.append(value)  # type: ignore[arg-type]
+            counts.append(1)
+            continue
         part: Part = PLAIN
-        inner: Sequence[Any] = (value,)
-        if type(value) in ATOMIC:
-            part, inner = Part(VALUE, value), ()
+        inner: Sequence[Any] = ()
+        if cls in ATOMIC:
+            part = Part(VALUE, value)
         elif (first := seen.setdefault(id(value), index)) != index:
             manifest.same[index] = first
-            part, inner = Part(VALUE), ()
-        elif type(value) is not tensor_class or not tensors_are_plain:
+            part = Part(VALUE)
+        else:
             try:
                 part, inner = take_apart(value)
             except Exception as exc:  # a kind's, or a class's own code when it is pickled, which may raise anything
@@ -284,12 +296,10 @@ def _take_all_apart(
 def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], Blocks]:
     """Give every view a place in the manifest's storages, and say where its bytes are."""
     tensors, geometries, offsets = columns.tensors, columns.geometries, columns.offsets
-    groups: dict[int, list[int]] = {}
-    for index, (key, shape) in enumerate(zip(columns.storages, geometries, strict=True)):
-        if shape.numel:
-            groups.setdefault(key, []).append(index)
+    num_of = Counter(columns.storages)
     # Most storages have one view, one without gaps; what follows is what _place would do for each.
-    alone = [group[0] for group in groups.values() if len(group) == 1 and geometries[group[0]].dense]
+    alone = [i for i, key in enumerate(columns.storages) if num_of[key] == 1 and geometries[i].dense]
+    alone = [i for i in alone if geometries[i].numel]
     memory = [tensors[index] for index in alone]
     shapes = [geometries[index] for index in alone]
     begins = [offsets[index] * geometries[index].itemsize % ALIGNMENT if offsets[index] else 0 for index in alone]
@@ -305,9 +315,12 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
     views = made(View, zip(repeat(-1), geometries, offsets))
     for index, view in zip(alone, lone_views, strict=True):
         views[index] = view
+    groups: dict[int, list[int]] = {}
+    for index in sorted({*range(len(tensors))}.difference(alone)):
+        if geometries[index].numel:
+            groups.setdefault(columns.storages[index], []).append(index)
     for group in groups.values():
-        if len(group) > 1 or not geometries[group[0]].dense:
-            _place(group, columns, views, storages, blocks)
+        _place(group, columns, views, storages, blocks)
     return views, blocks
 
 
