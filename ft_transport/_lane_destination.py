@@ -38,7 +38,14 @@ from ft_transport._talk import Talk
 from ft_transport._template import fit
 from ft_transport._transfer import tell_progress
 from ft_transport._work import Work
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.errors import (
+    LocalProtocolError,
+    PeerFailure,
+    RemoteProtocolError,
+    TransferError,
+    TransferTimeout,
+    reason_of,
+)
 from ft_transport.report import Progress, TransferReport
 
 __all__ = ["Received", "Reception", "Self"]
@@ -269,16 +276,14 @@ class Reception:
         in_template = plan.landing.in_template
         if self._options.skip_unchanged and plan.header.digest:
             claims = dict.fromkeys(filter(in_template, range(len(plan.layout.messages))))
-        if earlier is not None and self._resumes(earlier, plan):
-            left = {m: digest for m, digest in earlier.cut_as(plan.layout).items() if in_template(m)}
+        if earlier is not None:
+            left = earlier.left_for(self._step, plan.state, plan.layout)
+            left = {message: digest for message, digest in left.items() if in_template(message)}
             claims |= left
             # These are in the template already, and the others are not.
             self._report.torn = bool(left)
         work = Work(len(plan.layout.messages))
         return Sink(plan.layout, plan.landing, work, self._report, claims, verified=bool(plan.header.digest))
-
-    def _resumes(self, earlier: Kept, plan: _Plan) -> bool:
-        return (earlier.step, earlier.state) == (self._step, plan.state)
 
     # -------------------------------------------------------------------------------------- move
 
@@ -306,8 +311,7 @@ class Reception:
                 self._route = route
         finally:
             if sink.verified and work.digests:
-                resumed = self.kept is not None and self._resumes(self.kept, plan)
-                known = self.kept.cut_as(plan.layout) if self.kept is not None and resumed else {}
+                known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}
                 self.kept = Kept(self._step, plan.state, plan.layout, known | work.digests)
 
     def _fetch(self, talk: Talk, route: Route, plan: _Plan, sink: Sink) -> TransferError:
@@ -410,7 +414,7 @@ class Reception:
     def _end_badly(self, exc: BaseException) -> None:
         """Note how it ended, tell the source where it still listens, pass nothing on any more."""
         peer = self._peer
-        peer.reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+        peer.reason = reason_of(exc)
         if self._relay is not None:
             self._relay.close()
         refused = peer.outcome == "refused"

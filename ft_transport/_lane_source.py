@@ -25,7 +25,14 @@ from ft_transport._source import Outbound
 from ft_transport._supply import Supply
 from ft_transport._talk import Talk
 from ft_transport._transfer import tell_progress
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.errors import (
+    LocalProtocolError,
+    PeerFailure,
+    RemoteProtocolError,
+    TransferError,
+    TransferTimeout,
+    reason_of,
+)
 from ft_transport.events import tell
 from ft_transport.report import Outcome, PeerReport, Progress, TransferReport
 
@@ -150,7 +157,7 @@ class Offer:
                 self._frame = outbound.frame
                 self._stock = SourceStock(outbound)
         except BaseException as exc:
-            self._failure = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+            self._failure = reason_of(exc)
             raise
         finally:
             self._desk.open(self)
@@ -198,7 +205,7 @@ class Offer:
             self._serve(guest)
             outcome = "complete"
         except Exception as exc:
-            peer.reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+            peer.reason = reason_of(exc)
             outcome = _outcome(exc, guest.patience)
             if outcome in ("failed", "timed out") and not guest.done:
                 _say_failed(talk, peer.reason)

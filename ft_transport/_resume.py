@@ -44,8 +44,10 @@ class Kept(NamedTuple):
     layout: Layout
     digests: Mapping[int, int | None]
 
-    def cut_as(self, layout: Layout) -> dict[int, int | None]:
-        """The messages of another layout of the same state that may be here."""
+    def left_for(self, step: int, state: int, layout: Layout) -> dict[int, int | None]:
+        """The messages of a state, as its source cuts it now, that may be here; none if it is another state."""
+        if (step, state) != (self.step, self.state):
+            return {}
         if layout.messages == self.layout.messages:
             return dict(self.digests)
         extents: dict[int, list[tuple[int, int]]] = {}

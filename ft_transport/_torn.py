@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ft_transport.errors import LocalProtocolError, TornStateError, TransferError
+from ft_transport.errors import LocalProtocolError, TornStateError, reason_of
 from ft_transport.report import TransferReport
 
 __all__ = ["Guard"]
@@ -51,7 +51,7 @@ class Guard:
             self._torn, self._cause = False, ""
         except BaseException as exc:
             if report.torn:
-                text = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+                text = reason_of(exc)
                 step = "" if report.step is None else f" of step {report.step}"
                 self._torn, self._cause = True, f"a receive{step} broke off ({text})"
             raise

@@ -19,7 +19,7 @@ from ft_transport._channel import Channel
 from ft_transport._control import Control
 from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
-from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
+from ft_transport.errors import PeerFailure, TransferTimeout, reason_of
 from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, Progress, ProgressCallback
 
@@ -80,7 +80,7 @@ class Options:
 
 def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
     """Note how a transfer ended, tell the peer where it still listens, leave nothing that could touch memory."""
-    peer.reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+    peer.reason = reason_of(exc)
     if isinstance(exc, TransferTimeout):
         peer.outcome = "timed out"
     elif control.peer_gave_up:

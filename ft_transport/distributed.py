@@ -42,7 +42,7 @@ from ft_transport._torn import Guard
 from ft_transport._transfer import NUM_BUCKETS
 from ft_transport._tree import LEAF, Node, Path, format_path
 from ft_transport._values import Load, imported_class
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, reason_of
 from ft_transport.events import tell
 from ft_transport.report import PeerReport, TransferReport
 
@@ -292,7 +292,7 @@ class PGTransport:
 
     def _tell(self, channels: list[GroupChannel], exc: Exception, deadline: Deadline) -> None:
         """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
-        data = pickle.dumps(_Failure(exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"))
+        data = pickle.dumps(_Failure(reason_of(exc)))
         length, body = _description(data, self._device)
         for channel in channels:
             try:

@@ -99,3 +99,8 @@ class RemoteProtocolError(ProtocolError):
 
 class TornStateError(TransferError):
     """This replica holds a mix of two states and was about to use it."""
+
+
+def reason_of(exc: BaseException) -> str:
+    """Why, in the words of one of these errors, or with the class of any other."""
+    return exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"

@@ -26,7 +26,13 @@ from ft_transport._source import Outbound, serve, tell_failure
 from ft_transport._torn import Guard
 from ft_transport._transfer import Options, for_each
 from ft_transport.divergence import StateDigest, state_digest
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.errors import (
+    LocalProtocolError,
+    PeerFailure,
+    RemoteProtocolError,
+    TransferTimeout,
+    reason_of,
+)
 from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
 
@@ -196,7 +202,7 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
             with report.phase("describe"):
                 outbound = Outbound(state_dict, report.step, self._options, report)
         except Exception as exc:
-            reason = exc.message if isinstance(exc, TransferError) else f"{type(exc).__name__}: {exc}"
+            reason = reason_of(exc)
             for peer in report.peers:
                 peer.outcome, peer.reason = "failed", reason
             for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))

@@ -25,25 +25,30 @@ def covered(found: Layout, messages: dict[int, int | None]) -> set[tuple[int, in
 
 def test_the_same_cut_keeps_the_digests() -> None:
     kept = Kept(7, 1, layout(SMALL), {0: 11, 3: 13})
-    assert kept.cut_as(layout(SMALL)) == {0: 11, 3: 13}
+    assert kept.left_for(7, 1, layout(SMALL)) == {0: 11, 3: 13}
 
 
 def test_another_cut_offers_what_is_whole_without_digests() -> None:
     small, large = layout(SMALL), layout(LARGE)
     everything = dict.fromkeys(range(len(small.messages)), 1)
-    assert Kept(7, 1, small, everything).cut_as(large) == dict.fromkeys(range(len(large.messages)))
+    assert Kept(7, 1, small, everything).left_for(7, 1, large) == dict.fromkeys(range(len(large.messages)))
     for missing in everything:
         here = {message: 1 for message in everything if message != missing}
-        found = Kept(7, 1, small, here).cut_as(large)
+        found = Kept(7, 1, small, here).left_for(7, 1, large)
         assert covered(large, found) <= covered(small, here)
         assert set(found.values()) <= {None}
         # What is missing touches one message of twice the size.
         assert len(found) == len(large.messages) - 1
 
 
+def test_nothing_is_left_for_another_state_or_step() -> None:
+    kept = Kept(7, 1, layout(SMALL), {0: 11})
+    assert kept.left_for(8, 1, layout(SMALL)) == kept.left_for(7, 2, layout(SMALL)) == {}
+
+
 def test_smaller_cuts_of_a_large_message() -> None:
     small, large = layout(SMALL), layout(LARGE)
-    found = Kept(7, 1, large, {0: 1}).cut_as(small)
+    found = Kept(7, 1, large, {0: 1}).left_for(7, 1, small)
     assert covered(small, found) == covered(large, {0: 1})
 
 
