@@ -1,17 +1,19 @@
-"""One public call of a transport: what is true of each, whatever it moves over."""
+"""What is true of every torchft transport, whatever it moves over: of each call, and of what may be asked."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from ft_transport._torn import Guard
+from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, TransferError
 from ft_transport.events import EventCallback, tell
 from ft_transport.report import TransferReport
 
-__all__ = ["Call"]
+__all__ = ["Asked", "Call"]
 
 
 class _Options(Protocol):
@@ -26,6 +28,42 @@ class _Transport(Protocol):
 
     @property
     def _options(self) -> _Options: ...
+
+
+class Asked:
+    """What an application may ask a torchft transport about its state, or tell it."""
+
+    _guard: Guard
+    _state_dict: Callable[[], object] | None
+
+    @property
+    def torn(self) -> bool:
+        """Whether the template holds a mix of two states: from the first byte that lands in it until all agree.
+
+        A failed receive leaves it so; the next complete one heals it. Do not use the state while it is torn: save no
+        checkpoint of it. May be read from any thread.
+        """
+        return self._guard.torn
+
+    def restored(self) -> None:
+        """Say that the whole template holds one state again, which came from elsewhere: a durable checkpoint.
+
+        Raises:
+            LocalProtocolError: A receive is under way.
+        """
+        self._guard.restored()
+
+    def state_digest(self, state_dict: object = None) -> StateDigest:
+        """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
+
+        Args:
+            state_dict: None for what the function gives that the constructor got.
+        """
+        if state_dict is None:
+            if self._state_dict is None:
+                raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
+            state_dict = self._state_dict()
+        return state_digest(state_dict)
 
 
 class Call:

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar, cast
 import torch
 from torchft.checkpointing.transport import CheckpointTransport
 
-from ft_transport._call import Call
+from ft_transport._call import Asked, Call
 from ft_transport._deadline import Deadline
 from ft_transport._desk import Desk
 from ft_transport._doors import Listener, interfaces, resolve
@@ -31,7 +31,6 @@ from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
 from ft_transport._relay import Relay
 from ft_transport._resume import Kept
 from ft_transport._torn import Guard
-from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, TornStateError
 from ft_transport.events import EventCallback
 from ft_transport.report import PeerReport, ProgressCallback, TransferReport
@@ -43,7 +42,7 @@ logger = logging.getLogger("ft_transport")
 T = TypeVar("T")
 
 
-class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
+class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
     """Moves a healthy replica's state to recovering ones over TCP connections of its own, apart from training.
 
     The source does not wait: training goes on while the state is fetched from it, until
@@ -149,35 +148,9 @@ class LaneTransport(CheckpointTransport[T]):  # type: ignore[misc]
         """
         return self._last_report
 
-    @property
-    def torn(self) -> bool:
-        """Whether the template holds a mix of two states: from the first byte that lands in it until all agree.
-
-        A failed receive leaves it so; the next complete one heals it. Do not use the state while it is torn: save no
-        checkpoint of it. May be read from any thread.
-        """
-        return self._guard.torn
-
     def restored(self) -> None:
-        """Say that the whole template holds one state again, which came from elsewhere: a durable checkpoint.
-
-        Raises:
-            LocalProtocolError: A receive is under way.
-        """
-        self._guard.restored()
+        super().restored()
         self._kept = None
-
-    def state_digest(self, state_dict: object = None) -> StateDigest:
-        """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
-
-        Args:
-            state_dict: None for what the function gives that the constructor got.
-        """
-        if state_dict is None:
-            if self._state_dict is None:
-                raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
-            state_dict = self._state_dict()
-        return state_digest(state_dict)
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side: addresses, port, and a secret. Keep it out of logs.

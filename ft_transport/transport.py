@@ -16,7 +16,7 @@ import torch
 from torchft.checkpointing.transport import CheckpointTransport
 from torchft.process_group import ProcessGroup, ProcessGroupBaby
 
-from ft_transport._call import Call
+from ft_transport._call import Asked, Call
 from ft_transport._channel import Channel, GroupChannel
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
@@ -25,7 +25,6 @@ from ft_transport._progress import watching
 from ft_transport._source import Outbound, serve, tell_failure
 from ft_transport._torn import Guard
 from ft_transport._transfer import Options, for_each
-from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import (
     LocalProtocolError,
     PeerFailure,
@@ -41,7 +40,7 @@ __all__ = ["PGTransport"]
 T = TypeVar("T")
 
 
-class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
+class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
     """Moves a healthy replica's state to recovering ones over the process group that the Manager has.
 
     A drop-in for ``torchft.checkpointing.pg_transport.PGTransport``.
@@ -102,35 +101,6 @@ class PGTransport(CheckpointTransport[T]):  # type: ignore[misc]
     def last_report(self) -> TransferReport | None:
         """The report of the newest transfer, None before the first. Complete once that call is over."""
         return self._last_report
-
-    @property
-    def torn(self) -> bool:
-        """Whether the template holds a mix of two states: from the first byte that lands in it until all agree.
-
-        A failed receive leaves it so; the next complete one heals it. Do not use the state while it is torn: save no
-        checkpoint of it. May be read from any thread.
-        """
-        return self._guard.torn
-
-    def restored(self) -> None:
-        """Say that the whole template holds one state again, which came from elsewhere: a durable checkpoint.
-
-        Raises:
-            LocalProtocolError: A receive is under way.
-        """
-        self._guard.restored()
-
-    def state_digest(self, state_dict: object = None) -> StateDigest:
-        """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
-
-        Args:
-            state_dict: None for what the function gives that the constructor got.
-        """
-        if state_dict is None:
-            if self._state_dict is None:
-                raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
-            state_dict = self._state_dict()
-        return state_digest(state_dict)
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side. The group is all that is needed, so: nothing.

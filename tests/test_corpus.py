@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus import CASES
+from corpus import CASES, WARNINGS
 from corpus.case import Case
 from corpus.compare import differences
 from corpus.kinds import Scaled, dtensor, mesh, sharded
@@ -29,19 +29,7 @@ from corpus.wire import TRANSPORTS, Outcome, Wire, wires
 from helpers import noise
 from torch.distributed.tensor import Partial, Shard
 
-# What torch and torchao say about themselves when some kinds are made; none of it is about a transfer.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (
-        "Sparse .* tensor support is in beta state",
-        "The PyTorch API of nested tensors is in prototype stage",
-        "torch.quantize_per",
-        "TypedStorage is deprecated",
-        "Please use DTensor instead and we are deprecating ShardedTensor",
-        "'set_vital' is deprecated",
-        "Please use .* to create a quantized tensor",
-    )
-]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in WARNINGS]
 
 CASE = pytest.mark.parametrize("case", CASES, ids=repr)
 # Lanes share all that knows of kinds with PGTransport, so there one case in five is tried; all with this variable.

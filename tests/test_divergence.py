@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus import CASES
+from corpus import CASES, WARNINGS
 from corpus.case import Case
 from corpus.kinds import dtensor, mesh
 from corpus.wire import Wire, wires
@@ -25,19 +25,7 @@ from ft_transport import LocalProtocolError, StateDigest, state_digest
 from ft_transport._leaves import take_apart
 from ft_transport.divergence import _PIECE_BYTES, _Reader
 
-# What torch and torchao say about themselves when some kinds are made.
-pytestmark = [
-    pytest.mark.filterwarnings(f"ignore:{message}")
-    for message in (
-        "Sparse .* tensor support is in beta state",
-        "The PyTorch API of nested tensors is in prototype stage",
-        "torch.quantize_per",
-        "TypedStorage is deprecated",
-        "Please use DTensor instead and we are deprecating ShardedTensor",
-        "'set_vital' is deprecated",
-        "Please use .* to create a quantized tensor",
-    )
-]
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in WARNINGS]
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "_telemetry": {"_version", "report"},
     "events": {"_telemetry", "report"},
     "_progress": {"_deadline", "events", "report"},
-    "_call": {"_torn", "errors", "events", "report"},
+    "_call": {"_torn", "divergence", "errors", "events", "report"},
     "transport": {
         "_call",
         "_channel",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from corpus import dtypes, kinds, python_values, real_states, sharing, structure, views
 from corpus.case import Case
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "WARNINGS"]
 
 CASES: list[Case] = [
     *dtypes.CASES,
@@ -19,4 +19,15 @@ CASES: list[Case] = [
     *structure.CASES,
     *python_values.CASES,
     *real_states.CASES,
+]
+
+# What torch and torchao say about themselves when some kinds are made; none of it is about a transfer.
+WARNINGS = [
+    "Sparse .* tensor support is in beta state",
+    "The PyTorch API of nested tensors is in prototype stage",
+    "torch.quantize_per",
+    "TypedStorage is deprecated",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
+    "'set_vital' is deprecated",
+    "Please use .* to create a quantized tensor",
 ]
