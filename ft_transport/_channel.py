@@ -90,9 +90,7 @@ class GroupChannel:
         lock: Held during every call into the group, where a group cannot take calls from several threads.
     """
 
-    def __init__(
-        self, pg: Any, peer_rank: int, device: torch.device, lock: threading.Lock | None = None
-    ) -> None:
+    def __init__(self, pg: Any, peer_rank: int, device: torch.device, lock: threading.Lock | None = None) -> None:
         self.peer_rank = peer_rank
         self.nbytes_wire = 0
         self.broken = False

@@ -12,9 +12,9 @@ import struct
 import sys
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from enum import IntEnum
-from itertools import repeat
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,10 +22,10 @@ import msgpack
 from torch.utils import _pytree as pytree
 
 from ft_transport._digest import NUM_SAMPLES
-from ft_transport._geometry import Geometry, checked_geometry, merge
+from ft_transport._geometry import QUANTIZED, Geometry, checked_geometry, merge
 from ft_transport._layout import Limits
 from ft_transport._leaves import VALUE, Part, check_parts
-from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, covered, made
+from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, covered, made, plain_leaves
 from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
 from ft_transport._values import (
     allowed_class,
@@ -150,28 +150,31 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
         LocalProtocolError: A plain value or a key cannot be encoded; each is named.
     """
     refused: list[str] = []
-    shapes: dict[Geometry, int] = {}
+    all_views = list(chain.from_iterable(map(itemgetter(1), manifest.leaves)))
+    shapes = {shape: number for number, shape in enumerate(dict.fromkeys(map(itemgetter(1), all_views)))}
+    views = _encode_views(all_views, shapes)
     leaves: list[Any] = []
-    same = manifest.same
-    for index, leaf in enumerate(manifest.leaves):
-        kind, views, context, _ = leaf
-        if context is None and kind == "tensor" and index not in same:
-            storage, shape, offset = views[0]
-            leaves.append((storage, shapes.setdefault(shape, len(shapes)), offset))
-            continue
+    done = 0
+    for index in _not_plain(manifest):
+        # For many leaves, steps of Python for each are all that costs: the plain ones between go all at once.
+        leaves += islice(views, index - done)
+        done = index + 1
+        leaf = manifest.leaves[index]
         try:
-            leaves.append(manifest.same[index] if index in manifest.same else _encode_leaf(leaf, shapes))
+            own = list(islice(views, len(leaf.views)))
+            leaves.append(manifest.same[index] if index in manifest.same else _encode_leaf(leaf, own))
         except Exception as exc:  # pickling runs the classes' own code, which may raise anything
             path, what = format_path(manifest.paths[index]), type(leaf.context).__qualname__
             refused.append(f"{path}: a value of class {what} cannot be encoded: {exc}")
-    nodes: list[Any] = []
-    for node in manifest.nodes:
+    leaves += views
+    nodes: list[Any] = [None] * len(manifest.nodes)
+    for index in [index for index, node in enumerate(manifest.nodes) if node is not LEAF]:
+        node = manifest.nodes[index]
         try:
-            nodes.append(None if node is LEAF else _encode_node(node))
+            nodes[index] = _encode_node(node)
         except Exception as exc:
-            path = _path_of_container(manifest.nodes, len(nodes))
+            path = _path_of_container(manifest.nodes, index)
             refused.append(f"{path}: a {_what(node)} cannot be encoded: {exc}")
-            nodes.append(None)
     if refused:
         raise LocalProtocolError("; ".join(refused), phase="describe")
     body = [
@@ -198,10 +201,26 @@ def _what(node: Node) -> str:
     return node.kind + keys
 
 
-def _encode_leaf(leaf: Leaf, shapes: dict[Geometry, int]) -> Any:
+def _encode_views(views: list[View], shapes: dict[Geometry, int]) -> Iterator[tuple[int, int, int]]:
+    if not views:
+        return iter(())
+    storages, geometries, offsets = zip(*views, strict=True)
+    return zip(storages, map(shapes.__getitem__, geometries), offsets, strict=True)
+
+
+def _not_plain(manifest: Manifest) -> list[int]:
+    """The leaves that are not one plain tensor without a context, or are the same as an earlier one."""
+    same = manifest.same
+    return [
+        index
+        for index, (kind, _, context, _) in enumerate(manifest.leaves)
+        if kind != "tensor" or context is not None or index in same
+    ]
+
+
+def _encode_leaf(leaf: Leaf, views: Sequence[Any]) -> Any:
     if leaf.kind == VALUE:
         return [encode_value(leaf.context)]
-    views = [(view.storage, shapes.setdefault(view.geometry, len(shapes)), view.offset) for view in leaf.views]
     return [leaf.kind, views, encode_value(leaf.context), [_encode_part(part) for part in leaf.parts]]
 
 
@@ -289,14 +308,15 @@ class _NotAllowed(ValueError):
 
 def _decode_nodes(data: Any) -> tuple[list[Node], tuple[int, str] | None]:
     """The nodes, and the index of the first whose class is not allowed, with what to do about it."""
-    nodes: list[Node] = []
+    nodes = [LEAF] * len(data)
     refused = None
-    for index, node in enumerate(data):
+    for index in [index for index, node in enumerate(data) if node is not None]:
+        node = data[index]
         try:
-            nodes.append(LEAF if node is None else _decode_node(*node))
+            nodes[index] = _decode_node(*node)
         except _NotAllowed as exc:
             refused = refused or (index, str(exc))
-            nodes.append(Node("tuple", expect(int, node[1])))
+            nodes[index] = Node("tuple", expect(int, node[1]))
     return nodes, refused
 
 
@@ -400,11 +420,12 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
     the index of an earlier leaf that is the same object.
     """
     leaves, storages = manifest.leaves, manifest.storages
+    others = [index for index, leaf in enumerate(data) if type(leaf) is not tuple or len(leaf) != 3]
     plain = _decode_plain([leaf for leaf in data if type(leaf) is tuple and len(leaf) == 3], shapes, storages)
-    for index, leaf in enumerate(data):
-        if plain and type(leaf) is tuple and len(leaf) == 3:
-            leaves.append(next(plain))
-            continue
+    for index in others if plain is not None else range(len(data)):
+        if plain is not None:
+            leaves += islice(plain, index - len(leaves))
+        leaf = data[index]
         try:
             if type(leaf) is int:
                 if not 0 <= leaf < index:
@@ -422,11 +443,10 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
             if isinstance(exc, ValueError):
                 reason = str(exc)
             raise RemoteProtocolError(f"{format_path(manifest.paths[index])}: {reason}", phase="agree") from exc
+    leaves += plain or ()
 
 
-def _decode_plain(
-    data: list[Any], shapes: list[Geometry], storages: list[Storage]
-) -> Iterator[Leaf] | None:
+def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storage]) -> Iterator[Leaf] | None:
     """Plain tensors with elements, all at once; None if anything about any of them needs a closer look."""
     if not data:
         return None
@@ -439,10 +459,9 @@ def _decode_plain(
         return None
     geometries = [shapes[number] for number in numbers]
     for storage, shape, offset in zip(which, geometries, offsets, strict=True):
-        if not shape.numel or offset * shape.itemsize + shape.span > storages[storage].nbytes:
+        if not shape.numel or offset * shape.itemsize + shape.span > storages[storage][0]:
             return None
-    views = made(View, zip(which, geometries, offsets, strict=True))
-    return iter(made(Leaf, zip(repeat("tensor"), zip(views, strict=True), repeat(None), repeat(()))))
+    return iter(plain_leaves(made(View, zip(which, geometries, offsets, strict=True))))
 
 
 def _decode_composite(data: Any, shapes: list[Geometry], storages: list[Storage]) -> Leaf:
@@ -479,13 +498,10 @@ def _decode_view(data: Any, shapes: list[Geometry], storages: list[Storage]) -> 
 
 
 def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
-    if dtype in _QUANTIZED:
+    found = dtype_of(dtype)
+    if found in QUANTIZED:  # their bytes travel as those of other dtypes
         raise ValueError(f"{dtype} is no dtype of plain bytes")
-    return checked_geometry(dtype_of(dtype), shape, stride)
-
-
-# Their bytes travel as those of other dtypes.
-_QUANTIZED = frozenset({"qint8", "quint8", "qint32", "quint4x2", "quint2x4"})
+    return checked_geometry(found, shape, stride)
 
 
 def _decode_storages(data: Any) -> list[Storage]:
@@ -498,29 +514,30 @@ def _decode_storages(data: Any) -> list[Storage]:
         raise ValueError("a storage whose size is no integer, or whose device is no text")
     if min(sizes) < 0 or max(sizes) > sys.maxsize:
         raise ValueError(f"storages of {min(sizes)} to {max(sizes)} bytes")
-    return made(Storage, zip(sizes, device_types, strict=True))
+    return made(Storage, data)
 
 
 def _check_storages(manifest: Manifest, limits: Limits) -> None:
     """Every storage is no larger than what its views refer to, and the messages are not too many."""
-    num_views = sum([len(leaf.views) for leaf in manifest.leaves])
-    if num_views > MAX_NODES:
-        raise ValueError(f"{num_views} tensors, at most {MAX_NODES} are accepted")
-    views = [view for leaf in manifest.leaves for view in leaf.views if view.storage >= 0]
-    _check_gaps(manifest)
+    views: list[View] = list(chain.from_iterable(map(itemgetter(1), manifest.leaves)))
+    if len(views) > MAX_NODES:
+        raise ValueError(f"{len(views)} tensors, at most {MAX_NODES} are accepted")
+    if not all(shape.dense for shape in {*map(itemgetter(1), views)}):
+        _check_gaps(manifest)
+    storages = manifest.storages
     num_of = Counter(map(itemgetter(0), views))
-    if len(num_of) < len(manifest.storages):
-        raise ValueError(f"{len(manifest.storages)} storages, of which {len(num_of)} are referred to")
+    num_of.pop(-1, None)
+    if len(num_of) < len(storages):
+        raise ValueError(f"{len(storages)} storages, of which {len(num_of)} are referred to")
     step = limits.message_bytes - limits.message_bytes % 64
     num_cuts = 0
-    storages = manifest.storages
     # Storages with several views: the extents of these.
     shared: dict[int, list[tuple[int, int]]] = {}
     for storage, shape, offset in views:
-        if num_of[storage] > 1:
+        if storage in num_of and num_of[storage] > 1:
             begin = offset * shape.itemsize
             shared.setdefault(storage, []).append((begin, begin + shape.span))
-        else:
+        elif storage >= 0:
             num_cuts += shape.span // step
             nbytes = storages[storage][0]
             if nbytes > shape.span:

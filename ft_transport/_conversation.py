@@ -150,9 +150,9 @@ BODIES: dict[Frame, tuple[tuple[type, ...], ...] | type[str] | None] = {
     Frame.WAIT: None,
     Frame.READY: ((str,), (bytes,), (bytes,)),
     Frame.REFUSE: str,
-    Frame.ROUTE: ((str, type(None)), (bytes,)),
+    Frame.ROUTE: ((str, type(None)), (bytes,), (bytes,)),
     Frame.PROGRESS: None,
-    Frame.REROUTE: ((bytes,), (str,)),
+    Frame.REROUTE: ((bytes,), (str,), (bool,)),
     Frame.DONE: None,
     Frame.BYE: None,
     Frame.FAILED: str,
@@ -262,9 +262,7 @@ def _is_of(body: Any, expected: tuple[tuple[type, ...], ...] | type[str]) -> boo
         return False
     if not isinstance(expected, tuple):
         return all(type(entry) is expected for entry in body)
-    return len(body) == len(expected) and all(
-        type(entry) in types for entry, types in zip(body, expected, strict=True)
-    )
+    return len(body) == len(expected) and all(type(entry) in types for entry, types in zip(body, expected, strict=True))
 
 
 class Conversation:

@@ -55,6 +55,7 @@ class Sink:
 
     Attributes:
         relay: Passes on what has landed, None if nobody would ask.
+        sizes: Bytes of each message.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Sink:
         self.todo = work
         self.relay: Relay | None = None
         self.verified = verified
+        self.sizes = layout.sizes
         self._layout = layout
         self._landing = landing
         self._report = report
@@ -79,7 +81,7 @@ class Sink:
 
     def bitmap(self) -> bytes:
         """Which messages may be here already: bit ``i % 8`` of byte ``i // 8``, the lowest bit first."""
-        bits = bytearray(-(-len(self._layout.sizes) // 8))
+        bits = bytearray(-(-len(self.sizes) // 8))
         for message in self._claims:
             bits[message // 8] |= 1 << message % 8
         return bytes(bits) if self._claims else b""
@@ -102,7 +104,7 @@ class Sink:
         Raises:
             TransferError: It did not come.
         """
-        message, nbytes = header.number, self._layout.sizes[header.number]
+        message, nbytes = header.number, self.sizes[header.number]
         view, staged = self._landing.view(message), None
         if view is None:
             staged = self._take(message, bucket)
@@ -124,8 +126,8 @@ class Sink:
         return True
 
     def _take(self, message: int, bucket: Bucket) -> torch.Tensor:
-        bucket.reset(aligned(self._layout.sizes[message]))
-        return bucket.take(self._layout.sizes[message])
+        bucket.reset(aligned(self.sizes[message]))
+        return bucket.take(self.sizes[message])
 
     def _note_torn(self, message: int) -> None:
         """A message is about to be written to where it belongs."""
@@ -144,14 +146,14 @@ class Sink:
         logger.warning("message %d came damaged and is fetched again", message)
         if times >= _MAX_DAMAGED:
             raise _Incurable(
-                f"message {message} of {len(self._layout.sizes)} differs from what the source sent, {times} times: "
+                f"message {message} of {len(self.sizes)} differs from what the source sent, {times} times: "
                 "damaged on the way, or changed at the source while it was sent"
             )
 
     def keep(self, message: int) -> None:
         """A message was here already, as :meth:`claim` has said."""
         with self._lock:
-            self._report.nbytes_kept += self._layout.sizes[message]
+            self._report.nbytes_kept += self.sizes[message]
         self.todo.landed(message, self._claimed[message])
 
 
@@ -184,15 +186,26 @@ class Fetcher:
         attempt: As in every header.
         step: As in every header.
         stream: The accelerator's stream to scatter in, None without one.
+        num_messages: How many to fetch, over one lane; None for all that are left.
 
     Attributes:
+        nbytes: Bytes of the messages that have landed.
         error: Why a lane has ended, the newest; None while all is well.
         fatal: This side's own trouble.
     """
 
     def __init__(
-        self, sink: Sink, bell: Bell, options: LaneOptions, attempt: int, step: int, stream: Any = None
+        self,
+        sink: Sink,
+        bell: Bell,
+        options: LaneOptions,
+        attempt: int,
+        step: int,
+        stream: Any = None,
+        *,
+        num_messages: int | None = None,
     ) -> None:
+        self.nbytes = 0
         self.error: TransferError | None = None
         self.fatal: Exception | None = None
         self.nbytes_wire = 0
@@ -202,6 +215,8 @@ class Fetcher:
         self._attempt = attempt
         self._step = step
         self._stream = stream
+        self._num_lanes = options.lanes if num_messages is None else 1
+        self._num_left = num_messages
         self._lock = threading.Lock()
         self._lanes: dict[Connection, threading.Thread] = {}
         self._threads: list[threading.Thread] = []
@@ -215,7 +230,7 @@ class Fetcher:
         """
         first = encode(Frame.ATTACH, self._attempt, self._step, body=[route.ident])
         invitation = route.invitation
-        for _ in range(self._options.lanes):
+        for _ in range(self._num_lanes):
             own = patience(route.label)
             try:
                 connection = dial(invitation, first, own, contexts, route.label)
@@ -277,10 +292,12 @@ class Fetcher:
     def _ask(self, talk: Talk, bucket: Bucket, patience: Patience) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
         work, asked = self._sink.todo, talk.conversation.asked
-        while len(asked) < _WINDOW:
+        while len(asked) < _WINDOW and self._num_left != 0:
             message = work.take(lambda: self._closing, block=not asked)
             if message is None:
                 break
+            if self._num_left is not None:
+                self._num_left -= 1
             if not asked:
                 patience.moved()  # nothing was asked for: it was not the supplier's silence
             claim = self._sink.claim(message, bucket)
@@ -302,6 +319,9 @@ class Fetcher:
                 raise
             if not sound:
                 self._sink.note_damage(number)
+            else:
+                with self._lock:
+                    self.nbytes += self._sink.sizes[number]
         else:
             talk.hear_body(header, patience)
             if header.frame is Frame.SAME:

@@ -9,7 +9,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["MAX_DIMS", "Geometry", "checked_geometry", "geometry", "geometry_of", "index_of", "merge"]
+__all__ = ["MAX_DIMS", "QUANTIZED", "Geometry", "checked_geometry", "geometry", "geometry_of", "index_of", "merge"]
+
+
+# Dtypes whose tensors are more than their bytes.
+QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 
 
 class Geometry:

@@ -292,9 +292,12 @@ class Landing:
         built: list[object] = []
         settled, values = self._settled, self._values
         objects = self._objects() if any(leaf.parts for leaf in manifest.leaves) else None
+        nothing_before = not matched and not manifest.same and objects is None
         for index, leaf in enumerate(manifest.leaves):
             if leaf.kind == "value":
                 built.append(leaf.context)
+            elif nothing_before and leaf.kind == "tensor" and leaf.context is None and (index, 0) in values:
+                built.append(values[index, 0])  # of most states every leaf is such a one
             elif leaf.kind == "tensor" and (index, 0) in settled:
                 built.append(matched[index])
             elif index in matched and self._adopts(index, leaf):

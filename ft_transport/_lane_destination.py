@@ -37,6 +37,7 @@ from ft_transport._resume import Kept, state_of
 from ft_transport._talk import Talk
 from ft_transport._template import fit
 from ft_transport._transfer import tell_progress
+from ft_transport._trial import TRIAL_MESSAGES, Trial
 from ft_transport._work import Work
 from ft_transport.errors import (
     LocalProtocolError,
@@ -147,6 +148,7 @@ class Reception:
         self._beat = Deadline(timedelta(0))
         self._told = 0  # bytes that the progress callback knows of
         self._route: Route | None = None
+        self._supply = b""  # by which the source itself is asked
         self._relay: Relay | None = None
         self._stream: Any = None
         self._lane_wire = 0
@@ -299,10 +301,11 @@ class Reception:
                 error = self._fetch(talk, route, plan, sink)
                 if work.complete:
                     break
+                if self._route is not None:
+                    continue
                 if not route.from_source and self._lost is None:
                     work.forgive()
-                    talk.say(Frame.REROUTE, self._patience(), body=[route.ident, error.message])
-                    self._await_route(talk)
+                    self._reroute(talk, route, error.message, slow=False)
                     continue
                 breaks += 1
                 if self._lost or breaks == _MAX_BREAKS or self._hopeless:
@@ -315,8 +318,10 @@ class Reception:
                 self.kept = Kept(self._step, plan.state, plan.layout, known | work.digests)
 
     def _fetch(self, talk: Talk, route: Route, plan: _Plan, sink: Sink) -> TransferError:
-        """Fetch from one supplier until everything is here or its lanes have ended; gives why they have."""
+        """Fetch from one supplier until everything is here, its lanes have ended, or the source has named another one;
+        gives why the lanes have ended."""
         fetcher = Fetcher(sink, self._bell, self._options, self._attempt, self._step, self._stream)
+        trial = Trial(fetcher, lambda: self._try_source(talk, sink), self._options.stall)
         try:
             fetcher.open(route, self._me.contexts, self._patience)
             while not sink.todo.complete and fetcher.alive:
@@ -324,9 +329,14 @@ class Reception:
                 self._pump(talk, timedelta(0) if more else HEARTBEAT)
                 if fetcher.fatal is not None:
                     raise fetcher.fatal
+                if not route.from_source and self._lost is None and trial.look():
+                    self._reroute(talk, route, "it is much slower than the source", slow=True)
+                    if self._route is not None:
+                        break
         finally:
+            trial.close()
             fetcher.close()
-            self._lane_wire += fetcher.nbytes_wire
+            self._lane_wire += fetcher.nbytes_wire + trial.nbytes_wire
         if fetcher.fatal is not None:
             raise fetcher.fatal
         if not sink.todo.complete:
@@ -334,6 +344,21 @@ class Reception:
             self._pump(talk, timedelta(milliseconds=1))
         self._hopeless = fetcher.hopeless
         return fetcher.error or PeerFailure(f"{route.label} has ended its lanes")
+
+    def _try_source(self, talk: Talk, sink: Sink) -> Fetcher:
+        """Begin to fetch some messages from the source itself."""
+        fetcher = Fetcher(
+            sink, self._bell, self._options, self._attempt, self._step, self._stream, num_messages=TRIAL_MESSAGES
+        )
+        fetcher.open(self._from_source(talk), self._me.contexts, self._patience)
+        return fetcher
+
+    def _reroute(self, talk: Talk, route: Route, reason: str, *, slow: bool) -> None:
+        """Ask the source for another supplier; if it was slow, perhaps there is no better one."""
+        talk.say(Frame.REROUTE, self._patience(), body=[route.ident, reason, slow])
+        self._await_route(talk)
+        if slow and self._route is not None and self._route.ident == route.ident:
+            self._route = None
 
     def _await_route(self, talk: Talk) -> None:
         while self._route is None:
@@ -372,12 +397,15 @@ class Reception:
         if header.frame is Frame.FAILED:
             raise _GaveUp(f"the source gave up: {'; '.join(body)}")
         if header.frame is Frame.ROUTE:
-            metadata, ident = body
+            metadata, ident, self._supply = body
             if metadata is None:
-                here = self._invitation._replace(addresses=(talk.connection.address,))
-                self._route = Route(here, ident, from_source=True)
+                self._route = self._from_source(talk)
             else:
                 self._route = Route(Invitation.decode(metadata), ident, from_source=False)
+
+    def _from_source(self, talk: Talk) -> Route:
+        here = self._invitation._replace(addresses=(talk.connection.address,))
+        return Route(here, self._supply, from_source=True)
 
     @property
     def _nbytes_here(self) -> int:

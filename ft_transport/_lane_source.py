@@ -92,7 +92,9 @@ class _Guest:
         metadata: Where those behind it in the chain can fetch from it, empty if they cannot.
         relay: Identity of its supply there.
         ident: Identity of the supply that it has here.
-        avoided: Identities of supplies that have failed it.
+        before: The destination that supplies it, None for the source.
+        settling: Until when it need not be as fast as its supplier lets it be.
+        avoided: Identities of supplies that have failed it, or are too slow.
         done: It has everything, and the state has not changed: whatever happens now, it is not told to discard it.
     """
 
@@ -103,9 +105,25 @@ class _Guest:
     metadata: str = ""
     relay: bytes = b""
     ident: bytes = field(default_factory=lambda: secrets.token_bytes(16))
+    before: _Guest | None = None
+    settling: Deadline | None = None
     avoided: set[bytes] = field(default_factory=set)
     done: bool = False
     thread: threading.Thread | None = None
+
+
+def _is_to_blame(slow: _Guest | None) -> bool:
+    """Whether a slow destination is slow itself, and not for want of what those before it have not passed on yet."""
+    if slow is None or slow.settling is None or not slow.settling.expired():
+        return False
+    if slow.before is None:
+        return True
+    before = slow.before.peer
+    return before.outcome == "complete" or before.nbytes > 2 * slow.peer.nbytes + _AHEAD_BYTES
+
+
+# Bytes that a destination may lag behind the one before it, whatever the speed: what is on its way between them.
+_AHEAD_BYTES = 16 << 20
 
 
 class _Refused(TransferError):
@@ -262,9 +280,10 @@ class Offer:
                 with self._changed:
                     self._chain.append(guest)
             elif header.frame is Frame.REROUTE:
-                failed, reason = body
-                guest.avoided.add(failed)
-                logger.warning("%s turns to another supplier: %s", peer.label, reason)
+                failed, reason, slow = body
+                if not slow or _is_to_blame(guest.before):
+                    guest.avoided.add(failed)
+                    logger.warning("%s turns to another supplier: %s", peer.label, reason)
             if talk.conversation.state in (until, State.ROUTING):
                 return
 
@@ -288,13 +307,15 @@ class Offer:
         """Tell a destination where to fetch: from the one before it in the chain, or from here."""
         with self._changed:
             before = self._chain[: self._chain.index(guest)] if self._options.chain else []
-            metadata, ident = None, guest.ident
+            metadata, ident, supplier = None, guest.ident, None
             for other in reversed(before):
                 alive = other.peer.outcome in ("pending", "complete")
                 if alive and other.metadata and other.relay not in guest.avoided:
-                    metadata, ident = other.metadata, other.relay
+                    metadata, ident, supplier = other.metadata, other.relay, other
                     break
-        guest.talk.say(Frame.ROUTE, guest.patience, body=[metadata, ident])
+            if guest.settling is None or supplier is not guest.before:
+                guest.before, guest.settling = supplier, Deadline(self._options.stall)
+        guest.talk.say(Frame.ROUTE, guest.patience, body=[metadata, ident, guest.ident])
 
     # --------------------------------------------------------------------------------------- end
 

@@ -9,13 +9,13 @@ Not here: the kinds that the package brings (``_kinds``, ``_kinds_distributed``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
-from ft_transport._geometry import Geometry
+from ft_transport._geometry import QUANTIZED, Geometry
 from ft_transport._values import FindClass, Load, allowed_class, is_native, unpickle_allowed
 
 __all__ = [
@@ -169,14 +169,18 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def all_plain(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether these ``torch.Tensor`` are all plain, have no attributes, and none requires grad."""
+def all_plain(tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype]) -> bool:
+    """Whether these ``torch.Tensor``, of these dtypes, are all plain, have no attributes, and none requires grad."""
+    dtypes = {*dtypes}
     return (
-        {*map(_traits, tensors)} == {_OF_PLAIN}
+        dtypes.isdisjoint(QUANTIZED)
+        and {*map(attrgetter("layout"), tensors)} == {torch.strided}
+        and not any(map(attrgetter("is_nested"), tensors))
+        and not any(map(attrgetter("is_meta"), tensors))
         and not any(map(attrgetter("requires_grad"), tensors))
         and not any(map(attrgetter("__dict__"), tensors))
         and not any(map(torch.Tensor.is_neg, tensors))
-        and not any(map(torch.Tensor.is_conj, tensors))
+        and not (any(dtype.is_complex for dtype in dtypes) and any(map(torch.Tensor.is_conj, tensors)))
     )
 
 

@@ -11,9 +11,8 @@ Not here: which bytes travel in which message (``_layout``), how a manifest is e
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, count, islice, repeat
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -39,6 +38,7 @@ __all__ = [
     "describe",
     "disjoint",
     "made",
+    "plain_leaves",
     "range_index",
 ]
 
@@ -178,12 +178,11 @@ class _Columns:
         capacities: Bytes of its storage.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype]) -> None:
         self.tensors = tensors
-        shapes, dtypes = map(attrgetter("shape"), tensors), map(attrgetter("dtype"), tensors)
-        offset_of: Callable[[torch.Tensor], Any] = torch.Tensor.storage_offset
+        shapes, offset_of = map(attrgetter("shape"), tensors), torch.Tensor.storage_offset
         self.geometries = list(map(geometry, dtypes, shapes, map(torch.Tensor.stride, tensors)))
-        self.offsets: list[int] = list(map(offset_of, tensors))
+        self.offsets: list[int] = list(map(offset_of, tensors))  # type: ignore[arg-type]
         storages = list(map(torch.Tensor.untyped_storage, tensors))
         self.storages = list(map(attrgetter("_cdata"), storages))
         self.capacities = list(map(torch.UntypedStorage.nbytes, storages))
@@ -195,9 +194,8 @@ class _Columns:
 
     def without_memory(self) -> int | None:
         """The first tensor whose elements do not lie in its storage, None if there is none."""
-        sizes, spans = map(attrgetter("itemsize"), self.geometries), map(attrgetter("span"), self.geometries)
-        ends = map(operator.add, map(operator.mul, self.offsets, sizes), spans)
-        inside = map(operator.le, ends, self.capacities)
+        rows = zip(self.geometries, self.offsets, self.capacities, strict=True)
+        inside = [offset * shape.itemsize + shape.span <= capacity for shape, offset, capacity in rows]
         if all(inside) and all(map(torch.Tensor.data_ptr, self.tensors)):
             return None
         for index, (shape, offset) in enumerate(zip(self.geometries, self.offsets, strict=True)):
@@ -223,8 +221,8 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
     """
     nodes, values, shared = flatten(state_dict)
     manifest = Manifest(nodes, [], [], shared=shared)
-    parts, tensors, counts = _take_all_apart(values, manifest)
-    columns = _Columns(tensors)
+    parts, tensors, counts, dtypes = _take_all_apart(values, manifest)
+    columns = _Columns(tensors, dtypes)
     if (bad := columns.without_memory()) is not None:
         owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
         path = format_path(manifest.paths[owner])
@@ -237,24 +235,27 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
 
 
 def _leaves(parts: Sequence[Part], views: list[View], counts: Sequence[int]) -> list[Leaf]:
-    if len(views) == len(parts) and all(map(operator.is_, parts, repeat(PLAIN))):
-        return made(Leaf, zip(repeat("tensor"), zip(views, strict=False), repeat(None), repeat(())))
-    rest = iter(views)
-    return [
-        Leaf("tensor", (next(rest),))
-        if part is PLAIN
-        else Leaf(part.kind, tuple(islice(rest, count)) if count else (), *part[1:])
-        for part, count in zip(parts, counts, strict=True)
-    ]
+    leaves: list[Leaf] = []
+    rest, done = iter(views), 0
+    for index in [index for index, part in enumerate(parts) if part is not PLAIN]:
+        leaves += plain_leaves(islice(rest, index - done))
+        done = index + 1
+        leaves.append(Leaf(parts[index].kind, tuple(islice(rest, counts[index])), *parts[index][1:]))
+    return leaves + plain_leaves(rest)
+
+
+def plain_leaves(views: Iterable[View]) -> list[Leaf]:
+    """A leaf for each of these views: a plain tensor without a context."""
+    return made(Leaf, zip(repeat("tensor"), zip(views, strict=False), repeat(None), repeat(()), strict=False))
 
 
 def _take_all_apart(
     values: Sequence[object], manifest: Manifest
-) -> tuple[list[Part], list[torch.Tensor], list[int]]:
+) -> tuple[list[Part], list[torch.Tensor], list[int], Iterable[torch.dtype]]:
     """Take every leaf apart; of leaves that are one object only the first has tensors.
 
     Returns:
-        A part for each leaf, the plain tensors of all leaves, and how many of these each leaf has.
+        A part for each leaf, the plain tensors of all leaves, how many of these each leaf has, and their dtypes.
     """
     parts: list[Part] = []
     tensors: list[torch.Tensor] = []
@@ -262,18 +263,18 @@ def _take_all_apart(
     refused: dict[int, str] = {}
     seen: dict[int, int] = {}
     plain = [value for value in values if type(value) is torch.Tensor]
+    dtypes = list(map(attrgetter("dtype"), plain))
     # Of most states they need no closer look: all are plain, and no two are the same object.
-    simple = torch.Tensor if all_plain(plain) and len({*map(id, plain)}) == len(plain) else None
-    for index, value in enumerate(values):
-        cls = type(value)
-        if cls is simple:
-            parts.append(PLAIN)
-            tensors.append(value)  # type: ignore[arg-type]
-            counts.append(1)
-            continue
-        part: Part = PLAIN
-        inner: Sequence[Any] = ()
-        if cls in ATOMIC:
+    simple = torch.Tensor if all_plain(plain, dtypes) and len({*map(id, plain)}) == len(plain) else None
+    rest, done = iter(plain), 0
+    for index in [index for index, value in enumerate(values) if type(value) is not simple]:
+        parts += repeat(PLAIN, index - done)
+        tensors += islice(rest, index - done)
+        counts += repeat(1, index - done)
+        done = index + 1
+        value, part = values[index], PLAIN
+        inner: Sequence[torch.Tensor] = ()
+        if type(value) in ATOMIC:
             part = Part(VALUE, value)
         elif (first := seen.setdefault(id(value), index)) != index:
             manifest.same[index] = first
@@ -290,7 +291,14 @@ def _take_all_apart(
         paths = manifest.paths
         text = "; ".join(f"{format_path(paths[index])}: {reason}" for index, reason in refused.items())
         raise LocalProtocolError(text, phase="describe")
-    return parts, tensors, counts
+    if simple is not None:
+        num_last = len(values) - done
+        parts += repeat(PLAIN, num_last)
+        tensors += rest
+        counts += repeat(1, num_last)
+        if len(tensors) == len(plain):
+            return parts, tensors, counts, dtypes
+    return parts, tensors, counts, map(attrgetter("dtype"), tensors)
 
 
 def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], Blocks]:
@@ -298,18 +306,29 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
     tensors, geometries, offsets = columns.tensors, columns.geometries, columns.offsets
     num_of = Counter(columns.storages)
     # Most storages have one view, one without gaps; what follows is what _place would do for each.
-    alone = [i for i, key in enumerate(columns.storages) if num_of[key] == 1 and geometries[i].dense]
-    alone = [i for i in alone if geometries[i].numel]
-    memory = [tensors[index] for index in alone]
-    shapes = [geometries[index] for index in alone]
-    begins = [offsets[index] * geometries[index].itemsize % ALIGNMENT if offsets[index] else 0 for index in alone]
-    ends = list(map(operator.add, begins, map(attrgetter("span"), shapes)))
-    all_on_cpu = all(map(attrgetter("is_cpu"), memory))
-    devices = repeat("cpu") if all_on_cpu else [tensor.device.type for tensor in memory]
-    storages += made(Storage, zip(ends, devices, strict=False))
+    simple = {shape for shape in {*geometries} if shape.dense and shape.numel}
+    alone = [
+        index
+        for index, (key, shape) in enumerate(zip(columns.storages, geometries, strict=True))
+        if shape in simple and num_of[key] == 1
+    ]
+    memory, shapes, firsts = tensors, geometries, offsets
+    if len(alone) < len(tensors):
+        memory = [tensors[index] for index in alone]
+        shapes = [geometries[index] for index in alone]
+        firsts = [offsets[index] for index in alone]
+    begins = firsts
+    if any(firsts):
+        begins = [first * shape.itemsize % ALIGNMENT for first, shape in zip(firsts, shapes, strict=True)]
+        firsts = [begin // shape.itemsize for begin, shape in zip(begins, shapes, strict=True)]
+    ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
+    if all(map(attrgetter("is_cpu"), memory)):
+        of_size = {end: Storage(end, "cpu") for end in {*ends}}
+        storages += map(of_size.__getitem__, ends)
+    else:
+        storages += made(Storage, zip(ends, [tensor.device.type for tensor in memory], strict=True))
     blocks = dict(zip(enumerate(begins), made(Block, zip(memory, repeat(True), repeat(None))), strict=True))
-    first_elements = map(operator.floordiv, begins, map(attrgetter("itemsize"), shapes))
-    lone_views = made(View, zip(count(), shapes, first_elements))
+    lone_views = made(View, zip(count(), shapes, firsts))
     if len(alone) == len(tensors):
         return lone_views, blocks
     views = made(View, zip(repeat(-1), geometries, offsets))
@@ -338,9 +357,7 @@ def _clusters(group: list[int], columns: _Columns) -> list[tuple[int, int, list[
     return clusters
 
 
-def _place(
-    group: list[int], columns: _Columns, views: list[View], storages: list[Storage], blocks: Blocks
-) -> None:
+def _place(group: list[int], columns: _Columns, views: list[View], storages: list[Storage], blocks: Blocks) -> None:
     """Give the views of one storage one in the manifest, which holds only what they refer to."""
     tensor, first = columns.tensors[group[0]], columns.view(group[0])
     storage = len(storages)

@@ -215,8 +215,7 @@ class _Flights:
         # accelerator's group the operations of a pair run one after the other: there it would never end.
         answer = self._control.expect() if outbound.options.device.type == "cpu" else None
         works = [
-            channel.send(tensor, FIRST_MESSAGE_TAG + message)
-            for message, tensor in zip(messages, tensors, strict=True)
+            channel.send(tensor, FIRST_MESSAGE_TAG + message) for message, tensor in zip(messages, tensors, strict=True)
         ]
         works.append(self._control.send_signal(flight))
         self._moving.append(_Flight(messages, tensors, works, answer, bucket))

@@ -146,9 +146,7 @@ def _record_metrics(report: TransferReport, event: Mapping[str, Any]) -> None:
     _record_failures(to.failures, report, event, marks)
 
 
-def _record_failures(
-    counter: Any, report: TransferReport, event: Mapping[str, Any], marks: Mapping[str, Any]
-) -> None:
+def _record_failures(counter: Any, report: TransferReport, event: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
     """One for each peer that was not served; one for a call that failed for no peer's sake."""
     failed = [(peer.outcome, peer.phase) for peer in report.peers if peer.outcome not in ("complete", "pending")]
     if event["outcome"] != "complete" and not failed:

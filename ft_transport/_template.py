@@ -204,9 +204,7 @@ class _Comparison:
             return reason
         return self._part(index, leaf.part, 0, part, 0, tensors)
 
-    def _part(
-        self, index: int, part: Part, view: int, mine: Part, first: int, tensors: Sequence[torch.Tensor]
-    ) -> str:
+    def _part(self, index: int, part: Part, view: int, mine: Part, first: int, tensors: Sequence[torch.Tensor]) -> str:
         """Compare a part of a leaf, whose views start at ``view``, with one of the template's."""
         if _family(part.kind) != _family(mine.kind):
             leaf = self._manifest.leaves[index]

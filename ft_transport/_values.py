@@ -467,9 +467,7 @@ class _Pickler(pickle.Pickler):
 _PICKLED = ATOMIC | {tuple, list, dict}
 
 
-def pickle_object(
-    value: object, inner: list[object], is_leaf: Callable[[object], bool]
-) -> tuple[bytes, list[object]]:
+def pickle_object(value: object, inner: list[object], is_leaf: Callable[[object], bool]) -> tuple[bytes, list[object]]:
     """Pickle ``value`` without the leaves and the tagged values inside of it.
 
     Args:

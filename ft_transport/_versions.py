@@ -93,7 +93,6 @@ class Versions:
         ]
 
 
-
 # States that are being sent; dead ones are dropped with the next one. Replaced as a whole, because an optimizer may be
 # going through them in another thread.
 _watching: tuple[weakref.ref[Versions], ...] = ()

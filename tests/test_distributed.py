@@ -78,9 +78,7 @@ def test_a_description_by_upstreams_own_code_is_read() -> None:
     """Its paths are pytree's, its nesting a TreeSpec, and every tensor has a storage of its own."""
     state: dict[str, Any] = {"a": [noise((2, 3), 1)], "n": 4}
     leaves, treespec = pytree.tree_flatten_with_path(state)
-    metas = [
-        seed._prepare_tensor(leaf)[1] if isinstance(leaf, torch.Tensor) else leaf for _, leaf in leaves
-    ]
+    metas = [seed._prepare_tensor(leaf)[1] if isinstance(leaf, torch.Tensor) else leaf for _, leaf in leaves]
     manifest = seed._from_meta(seed._StateDictMeta(treespec, [path for path, _ in leaves], metas))
     assert manifest.paths == [("a", 0), ("n",)]
     assert [storage.nbytes for storage in manifest.storages] == [24]

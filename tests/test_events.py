@@ -301,9 +301,7 @@ def test_an_exporter_that_raises_costs_nothing(
     assert len(exporter.get_finished_spans()) == 5
 
 
-def test_a_provider_that_raises_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_provider_that_raises_is_logged(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("on purpose")
 

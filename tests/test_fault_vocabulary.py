@@ -40,7 +40,7 @@ STREAM = [
     encode(Frame.WAIT, 1, STEP),
     message(0, b"zero" * 100),
     message(1, b""),
-    encode(Frame.ROUTE, 1, STEP, body=[None, b"x"]),
+    encode(Frame.ROUTE, 1, STEP, body=[None, b"x", b"x"]),
     message(2, b"two"),
 ]
 

@@ -187,9 +187,7 @@ def test_planning_touches_nothing() -> None:
     manifest, _ = describe([noise(10, 3), noise((4, 3), 4)])
     report = TransferReport("destination", "test", 1)
     matched = match_template(manifest, template, report)
-    landing = Landing(
-        manifest, lay_out(manifest, LIMITS), matched, compare(manifest, matched, report)[0], CPU, report
-    )
+    landing = Landing(manifest, lay_out(manifest, LIMITS), matched, compare(manifest, matched, report)[0], CPU, report)
     assert landing.in_place
     assert snapshot(template) == before
 

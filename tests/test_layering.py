@@ -85,7 +85,9 @@ ALLOWED: dict[str, set[str]] = {
     "_lane_options": {"_layout", "_transfer"},
     "_relay": {"_desk", "_lane_options", "_landing", "_lanes", "_layout", "_memory", "_supply", "_work"},
     "_fetch": _LANES | {"_landing", "_lane_options", "_layout", "_memory", "_relay", "_work", "errors", "report"},
-    "_lane_source": _LANES | {"_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_transfer"}
+    "_trial": {"_deadline", "_fetch"},
+    "_lane_source": _LANES
+    | {"_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_transfer"}
     | _REPORT
     | {"events"},
     "_lane_destination": _LANES
@@ -105,6 +107,7 @@ ALLOWED: dict[str, set[str]] = {
         "_resume",
         "_template",
         "_transfer",
+        "_trial",
         "_work",
     },
     "lane_transport": {

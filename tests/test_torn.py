@@ -124,7 +124,11 @@ class Pair:
     def __init__(self, template: object, **options: Any) -> None:
         self.source: PGTransport[Any] = PGTransport(Group(None, 0), 10 * SECOND, CPU)  # type: ignore[arg-type]
         self.destination: PGTransport[Any] = PGTransport(
-            Group(None, 1), 10 * SECOND, CPU, lambda: template, **options  # type: ignore[arg-type]
+            Group(None, 1),
+            10 * SECOND,
+            CPU,
+            lambda: template,
+            **options,  # type: ignore[arg-type]
         )
 
     def heal(self, state: object, step: int = 7, *, die_at: int = -1, back: bool = False) -> list[BaseException | None]:

@@ -58,6 +58,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 # Templates of these cannot take all bytes: their own elements overlap.
 OVERLAPPING = {"expanded"}
 
+
 @pytest.fixture(autouse=True)
 def _allowed() -> Iterator[None]:
     with torch.serialization.safe_globals([Point, Config]):

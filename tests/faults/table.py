@@ -200,7 +200,7 @@ _LANES = [
         "those behind it in the chain turn to others", woken=AtDestination(TORN, ("PeerFailure",))),
     Row(LANES, DESTINATION, ("stopped",), (VERIFY,), AtSource("timed out"), None, "silent", woken=_HEALED),
     Row(LANES, DESTINATION, ("slow",), (MOVE,), AtSource("complete"), _HEALED, "in time",
-        "those behind it in the chain are as slow"),
+        "those behind it in the chain turn to others"),
     Row(LANES, DESTINATION, _REFUSES, (MANIFEST,), AtSource("refused"), AtDestination(UNTOUCHED,
         ("RemoteProtocolError",)), "at once", "all reasons, on both sides"),
     Row(LANES, DESTINATION, ("no room", "callback raises"), (MANIFEST,), AtSource("refused"),

@@ -88,8 +88,6 @@ def transfer(rank: int, metadata: str) -> int:
     return extra
 
 
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_two_buckets_are_enough() -> None:

@@ -686,12 +686,13 @@ def test_several_destinations(lanes: Lanes, topology: str, in_place: bool) -> No
 def test_a_chain_whose_middle_is_cut_off(lanes: Lanes) -> None:
     """Those behind it turn to others, and the source sends little more than one copy."""
     state = make_state(large=8)
-    source = lanes.transport()
+    calm = {"stall_timeout": timedelta(seconds=10)}  # so that nobody tries whether the source would be quicker
+    source = lanes.transport(**calm)
     source.send_checkpoint([1, 2, 3], STEP, envelope(state), TIMEOUT)
     destinations = []
     for position in range(3):
         # One after the other, so that their order is known; all of them fetch slowly.
-        destination = lanes.destination(make_state(2, large=8), lanes=2)
+        destination = lanes.destination(make_state(2, large=8), lanes=2, **calm)
         metadata = lanes.proxy(source.metadata(), slowly(20)).metadata
         if position < 2:
             mine = lanes.proxy(destination.transport.metadata(), slowly(20))

@@ -53,8 +53,14 @@ def _ip(*arguments: str) -> None:
 
 
 @contextmanager
-def shaped_links(number: int, rate: str) -> Iterator[list[str]]:
-    """So many namespaces, each with a link of this rate, both ways, to a switch; gone afterwards."""
+def shaped_links(number: int, rate: str, slow: dict[int, str]) -> Iterator[list[str]]:
+    """So many namespaces, each with a link of this rate, both ways, to a switch; gone afterwards.
+
+    Args:
+        number: How many.
+        rate: Of their links.
+        slow: Rates of those links that have another one.
+    """
     prefix = f"{_PREFIX}{os.getpid()}"
     switch, names = f"{prefix}switch", [f"{prefix}n{i}" for i in range(number)]
     try:
@@ -70,7 +76,7 @@ def shaped_links(number: int, rate: str) -> Iterator[list[str]]:
             for device in ("lo", "eth0"):
                 _ip("-n", name, "link", "set", device, "up")
             for namespace, device in ((switch, port), (name, "eth0")):
-                shape = f"tc -n {namespace} qdisc add dev {device} root tbf rate {rate} burst 512kb latency 20ms"
+                shape = f"tc -n {namespace} qdisc add dev {device} root tbf rate {slow.get(i, rate)} burst 512kb latency 20ms"
                 subprocess.run(shape.split(), check=True, capture_output=True, text=True)
         yield names
     finally:
@@ -112,7 +118,7 @@ _transport: LaneTransport[Any] | None = None
 _state: dict[str, torch.Tensor] = {}
 
 
-def prepare(megabytes: int, topology: str, source: bool, dies_at: float) -> str:
+def prepare(megabytes: int, topology: str, source: bool, dies_at: float, stall: timedelta) -> str:
     """Make a transport and its state; gives the metadata."""
     global _transport, _state
     if _transport is not None:
@@ -131,6 +137,7 @@ def prepare(megabytes: int, topology: str, source: bool, dies_at: float) -> str:
         CPU,
         None if source else lambda: _state,
         topology=topology,  # type: ignore[arg-type]
+        stall_timeout=stall,
         blocking=True,
         progress=die if dies_at else None,
     )
@@ -175,17 +182,26 @@ class Result(NamedTuple):
         seconds: From the first begin to the last end.
         copies: Bytes that left the source, in copies of the state.
         num_healed: Destinations with the right state.
+        ends: When each destination was done, in seconds from the first begin, in the order of the chain.
     """
 
     seconds: float
     copies: float
     num_healed: int
+    ends: list[float]
 
 
-def measure(ranks: Workers, number: int, megabytes: int, topology: str = "chain", victim: int = -1) -> Result:
+def measure(
+    ranks: Workers,
+    number: int,
+    megabytes: int,
+    topology: str = "chain",
+    victim: int = -1,
+    stall: timedelta = timedelta(seconds=5),
+) -> Result:
     """Heal so many at once from rank 0; the victim, counted from 1, is killed half-way."""
     for rank in range(number + 1):
-        ranks[rank].start(prepare, megabytes, topology, rank == 0, 0.5 if rank == victim else 0.0)
+        ranks[rank].start(prepare, megabytes, topology, rank == 0, 0.5 if rank == victim else 0.0, stall)
     metadata, *_ = [ranks[rank].result() for rank in range(number + 1)]
     ranks[0].start(serve, number)
     begin = time.monotonic() + 0.2
@@ -196,14 +212,15 @@ def measure(ranks: Workers, number: int, megabytes: int, topology: str = "chain"
     report = ranks[0].result()
     if victim > 0:
         ranks[victim].wait_dead()
-    seconds = max(each.ended for each in healed) - min(each.began for each in healed)
-    return Result(seconds, report["nbytes_wire"] / report["nbytes_total"], sum(each.sound for each in healed))
+    began = min(each.began for each in healed)
+    ends = [each.ended - began for each in healed]
+    return Result(max(ends), report["nbytes_wire"] / report["nbytes_total"], sum(each.sound for each in healed), ends)
 
 
 @contextmanager
-def replicas(number: int, rate: str) -> Iterator[Workers]:
-    """A source and so many destinations, each a process in a namespace of its own."""
-    with shaped_links(number + 1, rate) as names, workers(number + 1) as ranks:
+def replicas(number: int, rate: str, slow: dict[int, str] | None = None) -> Iterator[Workers]:
+    """A source and so many destinations, each a process in a namespace of its own; see :func:`shaped_links`."""
+    with shaped_links(number + 1, rate, slow or {}) as names, workers(number + 1) as ranks:
         for rank in range(number + 1):
             ranks[rank].start(enter, rank, names)
         for rank in range(number + 1):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from .shaped_links import measure, replicas, rights
@@ -24,3 +26,16 @@ def test_time_hardly_depends_on_the_number() -> None:
     assert all_.seconds <= 1.3 * one.seconds
     assert broken.seconds <= 1.6 * one.seconds
     assert all_.copies < 1.1
+
+
+@pytest.mark.parametrize("slow", [1, 2], ids=["the first", "the second"])
+def test_a_slow_link_does_not_hold_those_behind_it(slow: int) -> None:
+    if reason := rights():
+        pytest.skip(reason)
+    with replicas(4, "1gbit", {slow: "100mbit"}) as ranks:
+        result = measure(ranks, 4, 80, stall=timedelta(seconds=1))
+    print(result)
+    assert result.num_healed == 4
+    assert max(result.ends[slow:]) < result.ends[slow - 1] / 2
+    # The source's link carries one copy for the slow one, or for the one before it, and one for those behind.
+    assert result.copies < 2.3
