@@ -14,8 +14,8 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from enum import IntEnum
-from itertools import chain, islice
-from operator import itemgetter
+from itertools import chain, islice, repeat
+from operator import is_, itemgetter
 from typing import Any, NamedTuple, NoReturn
 
 import msgpack
@@ -210,10 +210,13 @@ def _encode_views(views: list[View], shapes: dict[Geometry, int]) -> Iterator[tu
 
 def _not_plain(manifest: Manifest) -> list[int]:
     """The leaves that are not one plain tensor without a context, or are the same as an earlier one."""
-    same = manifest.same
+    leaves, same = manifest.leaves, manifest.same
+    kinds, contexts = map(itemgetter(0), leaves), map(itemgetter(2), leaves)
+    if {*kinds} == {"tensor"} and all(map(is_, contexts, repeat(None))) and not same:
+        return []
     return [
         index
-        for index, (kind, _, context, _) in enumerate(manifest.leaves)
+        for index, (kind, _, context, _) in enumerate(leaves)
         if kind != "tensor" or context is not None or index in same
     ]
 
@@ -268,7 +271,7 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
         manifest.shared = _decode_shared(shared, tree)
         _check_storages(manifest, header.limits)
-        if any(node.kind not in _ALWAYS_BUILT for node in tree):
+        if not _ALWAYS_BUILT.issuperset(map(itemgetter(0), tree)):
             # What cannot be built must be found before a byte lands, not after the last one has.
             manifest.build([leaf.context if leaf.kind == VALUE else None for leaf in manifest.leaves])
         return manifest, header
@@ -450,17 +453,18 @@ def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storag
     """Plain tensors with elements, all at once; None if anything about any of them needs a closer look."""
     if not data:
         return None
-    which, numbers, offsets = zip(*data, strict=True)
-    if {*map(type, which), *map(type, numbers), *map(type, offsets)} != {int}:
-        return None
-    if min(which) < 0 or min(numbers) < 0 or min(offsets) < 0:
-        return None
-    if max(which) >= len(storages) or max(numbers) >= len(shapes):
-        return None
-    geometries = [shapes[number] for number in numbers]
-    for storage, shape, offset in zip(which, geometries, offsets, strict=True):
+    geometries: list[Geometry] = []
+    num_shapes, num_storages = len(shapes), len(storages)
+    for storage, number, offset in data:
+        if not type(storage) is type(number) is type(offset) is int:
+            return None
+        if not (0 <= number < num_shapes and 0 <= storage < num_storages and offset >= 0):
+            return None
+        shape = shapes[number]
         if not shape.numel or offset * shape.itemsize + shape.span > storages[storage][0]:
             return None
+        geometries.append(shape)
+    which, offsets = map(itemgetter(0), data), map(itemgetter(2), data)
     return iter(plain_leaves(made(View, zip(which, geometries, offsets, strict=True))))
 
 

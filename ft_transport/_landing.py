@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ class Landing:
             if block is None:
                 block = self._fresh(piece, group, gaps)
                 self._fresh_ranges.add(which)
-                if any(slot in self._targets for slot, _ in group):
+                if self._targets and any(slot in self._targets for slot, _ in group):
                     copied += piece.end - piece.begin
             else:
                 in_place += piece.end - piece.begin
@@ -291,13 +292,14 @@ class Landing:
         here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
         built: list[object] = []
         settled, values = self._settled, self._values
-        objects = self._objects() if any(leaf.parts for leaf in manifest.leaves) else None
-        nothing_before = not matched and not manifest.same and objects is None
+        objects = self._objects() if any(map(itemgetter(3), manifest.leaves)) else None
+        all_new = not matched and not manifest.same and objects is None
         for index, leaf in enumerate(manifest.leaves):
-            if leaf.kind == "value":
-                built.append(leaf.context)
-            elif nothing_before and leaf.kind == "tensor" and leaf.context is None and (index, 0) in values:
-                built.append(values[index, 0])  # of most states every leaf is such a one
+            kind, _, context, _ = leaf
+            if kind == "value":
+                built.append(context)
+            elif all_new and context is None and kind == "tensor" and (index, 0) in values:
+                built.append(values[index, 0])  # of many states every leaf is such a one
             elif leaf.kind == "tensor" and (index, 0) in settled:
                 built.append(matched[index])
             elif index in matched and self._adopts(index, leaf):

@@ -169,14 +169,14 @@ def is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def all_plain(tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype]) -> bool:
+def all_plain(tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype], *, on_cpu: bool) -> bool:
     """Whether these ``torch.Tensor``, of these dtypes, are all plain, have no attributes, and none requires grad."""
     dtypes = {*dtypes}
     return (
         dtypes.isdisjoint(QUANTIZED)
         and {*map(attrgetter("layout"), tensors)} == {torch.strided}
         and not any(map(attrgetter("is_nested"), tensors))
-        and not any(map(attrgetter("is_meta"), tensors))
+        and (on_cpu or not any(map(attrgetter("is_meta"), tensors)))
         and not any(map(attrgetter("requires_grad"), tensors))
         and not any(map(attrgetter("__dict__"), tensors))
         and not any(map(torch.Tensor.is_neg, tensors))

@@ -176,10 +176,15 @@ class _Columns:
         offsets: Of its first element in its storage, in elements.
         storages: Identity of its storage.
         capacities: Bytes of its storage.
+        on_cpu: Whether all are on the CPU.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype]) -> None:
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype] | None = None, on_cpu: bool | None = None
+    ) -> None:
         self.tensors = tensors
+        self.on_cpu = _on_cpu(tensors) if on_cpu is None else on_cpu
+        dtypes = map(attrgetter("dtype"), tensors) if dtypes is None else dtypes
         shapes, offset_of = map(attrgetter("shape"), tensors), torch.Tensor.storage_offset
         self.geometries = list(map(geometry, dtypes, shapes, map(torch.Tensor.stride, tensors)))
         self.offsets: list[int] = list(map(offset_of, tensors))  # type: ignore[arg-type]
@@ -205,6 +210,10 @@ class _Columns:
         return None
 
 
+def _on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(map(attrgetter("is_cpu"), tensors))
+
+
 def made(cls: type[_T], rows: Iterable[tuple[Any, ...]]) -> list[_T]:
     """Many tuples of a class at once, in a loop that is not Python's."""
     return list(map(tuple.__new__, repeat(cls), rows))  # type: ignore[arg-type]
@@ -221,8 +230,7 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
     """
     nodes, values, shared = flatten(state_dict)
     manifest = Manifest(nodes, [], [], shared=shared)
-    parts, tensors, counts, dtypes = _take_all_apart(values, manifest)
-    columns = _Columns(tensors, dtypes)
+    parts, counts, columns = _take_all_apart(values, manifest)
     if (bad := columns.without_memory()) is not None:
         owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
         path = format_path(manifest.paths[owner])
@@ -249,13 +257,11 @@ def plain_leaves(views: Iterable[View]) -> list[Leaf]:
     return made(Leaf, zip(repeat("tensor"), zip(views, strict=False), repeat(None), repeat(()), strict=False))
 
 
-def _take_all_apart(
-    values: Sequence[object], manifest: Manifest
-) -> tuple[list[Part], list[torch.Tensor], list[int], Iterable[torch.dtype]]:
+def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[Part], list[int], _Columns]:
     """Take every leaf apart; of leaves that are one object only the first has tensors.
 
     Returns:
-        A part for each leaf, the plain tensors of all leaves, how many of these each leaf has, and their dtypes.
+        A part for each leaf, how many plain tensors each leaf has, and those of all leaves.
     """
     parts: list[Part] = []
     tensors: list[torch.Tensor] = []
@@ -263,9 +269,10 @@ def _take_all_apart(
     refused: dict[int, str] = {}
     seen: dict[int, int] = {}
     plain = [value for value in values if type(value) is torch.Tensor]
-    dtypes = list(map(attrgetter("dtype"), plain))
+    dtypes, on_cpu = list(map(attrgetter("dtype"), plain)), _on_cpu(plain)
     # Of most states they need no closer look: all are plain, and no two are the same object.
-    simple = torch.Tensor if all_plain(plain, dtypes) and len({*map(id, plain)}) == len(plain) else None
+    none_twice = len({*map(id, plain)}) == len(plain)
+    simple = torch.Tensor if none_twice and all_plain(plain, dtypes, on_cpu=on_cpu) else None
     rest, done = iter(plain), 0
     for index in [index for index, value in enumerate(values) if type(value) is not simple]:
         parts += repeat(PLAIN, index - done)
@@ -297,8 +304,8 @@ def _take_all_apart(
         tensors += rest
         counts += repeat(1, num_last)
         if len(tensors) == len(plain):
-            return parts, tensors, counts, dtypes
-    return parts, tensors, counts, map(attrgetter("dtype"), tensors)
+            return parts, counts, _Columns(tensors, dtypes, on_cpu)
+    return parts, counts, _Columns(tensors)
 
 
 def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], Blocks]:
@@ -322,7 +329,7 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
         begins = [first * shape.itemsize % ALIGNMENT for first, shape in zip(firsts, shapes, strict=True)]
         firsts = [begin // shape.itemsize for begin, shape in zip(begins, shapes, strict=True)]
     ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
-    if all(map(attrgetter("is_cpu"), memory)):
+    if columns.on_cpu:
         of_size = {end: Storage(end, "cpu") for end in {*ends}}
         storages += map(of_size.__getitem__, ends)
     else:

@@ -342,16 +342,26 @@ def check_tree(nodes: Sequence[Node]) -> int:
         ValueError: They are not.
     """
     open_nodes = [1]
-    num_leaves, claimed = 0, 1
-    for node in nodes:
-        while open_nodes and not open_nodes[-1]:
-            open_nodes.pop()
-        if not open_nodes:
-            raise ValueError("nodes after the end of the tree")
-        open_nodes[-1] -= 1
-        if node is LEAF:
-            num_leaves += 1
-        elif node.num_children:
+    num_leaves, claimed, done = 0, 1, 0
+
+    def count(num_nodes: int) -> None:
+        """So many nodes come next, leaves or the roots of subtrees that are over before the next one."""
+        while num_nodes:
+            while open_nodes and not open_nodes[-1]:
+                open_nodes.pop()
+            if not open_nodes:
+                raise ValueError("nodes after the end of the tree")
+            num_here = min(num_nodes, open_nodes[-1])
+            open_nodes[-1] -= num_here
+            num_nodes -= num_here
+
+    for index in [index for index, node in enumerate(nodes) if node is not LEAF]:
+        node = nodes[index]
+        count(index - done)
+        num_leaves += index - done
+        count(1)
+        done = index + 1
+        if node.num_children:
             # Before the children are listed: they cost nothing to claim.
             claimed += node.num_children
             if claimed > len(nodes):
@@ -359,9 +369,10 @@ def check_tree(nodes: Sequence[Node]) -> int:
             open_nodes.append(node.num_children)
             if len(open_nodes) > MAX_DEPTH + 1:
                 raise ValueError(f"a tree nested deeper than {MAX_DEPTH} levels")
+    count(len(nodes) - done)
     if any(open_nodes):
         raise ValueError("the tree ends early")
-    return num_leaves
+    return num_leaves + len(nodes) - done
 
 
 def paths_of(nodes: Sequence[Node], *, of_containers: bool = False) -> list[Path]:

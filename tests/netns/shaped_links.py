@@ -76,8 +76,9 @@ def shaped_links(number: int, rate: str, slow: dict[int, str]) -> Iterator[list[
             for device in ("lo", "eth0"):
                 _ip("-n", name, "link", "set", device, "up")
             for namespace, device in ((switch, port), (name, "eth0")):
-                shape = f"tc -n {namespace} qdisc add dev {device} root tbf rate {slow.get(i, rate)} burst 512kb latency 20ms"
-                subprocess.run(shape.split(), check=True, capture_output=True, text=True)
+                shape = f"root tbf rate {slow.get(i, rate)} burst 512kb latency 20ms".split()
+                add = ["tc", "-n", namespace, "qdisc", "add", "dev", device, *shape]
+                subprocess.run(add, check=True, capture_output=True, text=True)
         yield names
     finally:
         for name in (*names, switch):
