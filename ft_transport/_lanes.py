@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import selectors
 import socket
 import ssl
@@ -28,6 +29,9 @@ __all__ = ["HEARTBEAT", "Bell", "Connection", "Patience", "Silence"]
 
 # How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again.
 HEARTBEAT = timedelta(milliseconds=250)
+
+# Whoever reads much is woken up once so many bytes are there, and not for every packet.
+_MUCH_BYTES = 512 << 10
 
 View = memoryview
 
@@ -102,6 +106,7 @@ class Connection:
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._splicer: Splicer | None = None
         self._can_splice = not self._tls
+        self._can_read_much = not self._tls and hasattr(select, "poll")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls:
             sock.settimeout(HEARTBEAT.total_seconds())
@@ -172,7 +177,7 @@ class Connection:
 
     def read_into(self, view: View, patience: Patience) -> None:
         """Fill ``view``; raises as :meth:`write`, and if the peer has closed the connection."""
-        done = 0
+        done = self._read_much(view, patience) if len(view) >= 2 * _MUCH_BYTES and self._can_read_much else 0
         while done < len(view):
             try:
                 # Never more than asked for, so nothing is left in a buffer of ours.
@@ -183,11 +188,45 @@ class Connection:
                 continue
             except OSError as exc:
                 raise self._broken(exc) from None
-            if count == 0:
-                raise PeerFailure("the connection was closed by the peer")
-            patience.moved()
-            self.nbytes_wire += count
-            done += count
+            done += self._note_read(count, patience)
+            if done < len(view):
+                patience.check()  # a trickle is no silence, but has a deadline
+
+    def _read_much(self, view: View, patience: Patience) -> int:
+        """Read all of ``view`` but less than :data:`_MUCH_BYTES`; gives how many bytes."""
+        if not self._wake_up_at(_MUCH_BYTES):
+            self._can_read_much = False
+            return 0
+        poll, done = select.poll(), 0
+        poll.register(self._socket, select.POLLIN)
+        try:
+            while len(view) - done >= _MUCH_BYTES:
+                if not poll.poll(HEARTBEAT.total_seconds() * 1000):
+                    patience.check()
+                try:
+                    count = self._socket.recv_into(view[done:], 0, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    continue
+                except OSError as exc:
+                    raise self._broken(exc) from None
+                done += self._note_read(count, patience)
+        finally:
+            self._wake_up_at(1)
+        return done
+
+    def _wake_up_at(self, nbytes: int) -> bool:
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+        except OSError:
+            return False
+        return True
+
+    def _note_read(self, count: int, patience: Patience) -> int:
+        if count == 0:
+            raise PeerFailure("the connection was closed by the peer")
+        patience.moved()
+        self.nbytes_wire += count
+        return count
 
     def read(self, nbytes: int, patience: Patience) -> bytearray:
         """The next ``nbytes``; raises as :meth:`read_into`."""

@@ -237,7 +237,7 @@ CHANNELS = {"channel", "_channel"}
 def test_only_two_files_use_sockets(file: Path) -> None:
     used = {name.split(".")[0] for name in imported(file)} & {"socket", "selectors", "ssl", "select"}
     # The transport takes contexts for TLS from its user.
-    everything = {"socket", "selectors", "ssl"}
+    everything = {"socket", "select", "selectors", "ssl"}
     assert used <= {"_lanes": everything, "_doors": everything, "lane_transport": {"ssl"}}.get(file.stem, set())
 
 

@@ -1,0 +1,107 @@
+"""Much is read from a TCP connection with few wake-ups, and never more, less or later than was sent."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+
+from ft_transport import _lanes
+from ft_transport._deadline import Deadline
+from ft_transport._lanes import Connection, Patience, Silence
+from ft_transport.errors import PeerFailure, TransferTimeout
+
+MUCH = _lanes._MUCH_BYTES
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, Connection]]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+    connection = Connection(ours, "peer")
+    with theirs:
+        yield theirs, connection
+    connection.close()
+
+
+def noise(nbytes: int) -> bytes:
+    return bytes(range(251)) * (nbytes // 251) + bytes(nbytes % 251)
+
+
+def patience(silence: float | None = None, seconds: float = 20) -> Patience:
+    return Patience(Deadline(timedelta(seconds=seconds)), timedelta(seconds=silence) if silence else None)
+
+
+@pytest.mark.parametrize("nbytes", [2 * MUCH - 1, 2 * MUCH, 2 * MUCH + 1, 5 * MUCH + 77])
+@pytest.mark.parametrize("step", [1 << 30, 100_003], ids=["at once", "in pieces"])
+def test_as_much_as_was_asked_for(pair: tuple[socket.socket, Connection], nbytes: int, step: int) -> None:
+    """Nothing is coming behind the end, so whoever waited for much would wait in vain."""
+    peer, connection = pair
+    data = noise(nbytes) + b"behind"
+
+    def write() -> None:
+        for begin in range(0, len(data), step):
+            peer.sendall(data[begin : begin + step])
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    assert connection.read(nbytes, patience(silence=2)) == data[:nbytes]
+    assert connection.read(6, patience(silence=2)) == b"behind"
+    thread.join()
+    assert connection.nbytes_wire == len(data)
+
+
+def test_a_trickle_is_no_silence(pair: tuple[socket.socket, Connection]) -> None:
+    peer, connection = pair
+    over = threading.Event()
+
+    def trickle() -> None:
+        while not over.wait(0.1):
+            peer.sendall(bytes(1000))
+
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    with pytest.raises(TransferTimeout):
+        connection.read(4 * MUCH, patience(silence=0.6, seconds=2))
+    over.set()
+    thread.join()
+    assert connection.nbytes_wire > 10_000
+
+
+def test_silence(pair: tuple[socket.socket, Connection]) -> None:
+    peer, connection = pair
+    peer.sendall(bytes(MUCH + 1))
+    with pytest.raises(Silence):
+        connection.read(4 * MUCH, patience(silence=0.5))
+    assert connection.nbytes_wire == MUCH + 1
+
+
+def test_the_peer_closes(pair: tuple[socket.socket, Connection]) -> None:
+    peer, connection = pair
+    peer.sendall(bytes(MUCH + 1))
+    peer.close()
+    with pytest.raises(PeerFailure, match="closed by the peer"):
+        connection.read(4 * MUCH, patience())
+
+
+def test_somebody_aborts(pair: tuple[socket.socket, Connection]) -> None:
+    _, connection = pair
+    threading.Timer(0.1, connection.abort).start()
+    with pytest.raises(PeerFailure):
+        connection.read(4 * MUCH, patience())
+
+
+def test_a_system_that_cannot(pair: tuple[socket.socket, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, connection = pair
+    monkeypatch.setattr(connection, "_wake_up_at", lambda nbytes: False)
+    data = noise(4 * MUCH)
+    thread = threading.Thread(target=peer.sendall, args=(data,))
+    thread.start()
+    assert connection.read(len(data), patience()) == data
+    thread.join()
