@@ -45,7 +45,7 @@ $(FUZZ_READY): $(READY)
 
 fuzz: $(FUZZ_READY)
 	FT_TRANSPORT_ALL_MUTATIONS=1 $(BIN)/python -m pytest -q --timeout 600 tests/test_hostile.py
-	$(BIN)/python tests/fuzz/fuzz_manifest.py --seconds $(SECONDS) $(ARGS)
+	$(BIN)/python tests/fuzz/fuzz_wire.py --seconds $(SECONDS) $(ARGS)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -45,6 +45,7 @@ class PythonTensor(Kind):
     """
 
     name = "python tensor"
+    not_compared = (1, 2)
     family = "tensor"
 
     def claims(self, leaf: torch.Tensor) -> bool:
@@ -115,6 +116,7 @@ class UninitializedTensor(Kind):
     """A parameter or buffer of a lazy module that has no shape yet. Context: (is parameter, requires grad)."""
 
     name = "uninitialized"
+    not_compared = (1,)
     is_tried = True
     types = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 
@@ -164,6 +166,7 @@ class MetaTensor(Kind):
     """A tensor without bytes. Context: (dtype, shape, strides, is parameter, requires grad)."""
 
     name = "meta"
+    not_compared = (2, 3, 4)
     is_tried = True
 
     def claims(self, leaf: torch.Tensor) -> bool:
@@ -208,6 +211,7 @@ class SparseTensor(Kind):
     """
 
     name = "sparse"
+    not_compared = (3, 4)
     not_in_place = "the template's tensor is sparse: how many values it holds may differ"
 
     def claims(self, leaf: torch.Tensor) -> bool:
@@ -260,6 +264,7 @@ class NestedTensor(Kind):
     """
 
     name = "nested"
+    not_compared = (3, 4)
     is_tried = True
     not_in_place = "the template's tensor is nested"
 
@@ -310,6 +315,7 @@ class QuantizedTensor(Kind):
     """
 
     name = "quantized"
+    not_compared = (2, 6, 7)
     not_in_place = "the template's tensor is quantized: its scale may differ"
 
     def claims(self, leaf: torch.Tensor) -> bool:
@@ -396,6 +402,7 @@ class WrapperSubclass(Kind):
     """
 
     name = "wrapper"
+    not_compared = (4, 5, 6)
     looks_at_bytes = True
 
     def claims(self, leaf: torch.Tensor) -> bool:

@@ -35,6 +35,7 @@ class DTensorKind(Kind):
     """
 
     name = "dtensor"
+    not_compared = (3, 4, 5)
     is_tried = True
     types = (DTensor,)
 
@@ -152,6 +153,7 @@ class ShardedTensorKind(Kind):
     """
 
     name = "sharded"
+    not_compared = (2, 3)
     is_tried = True
     types = (ShardedTensor,)
 

@@ -96,6 +96,7 @@ class GeneratorKind(Kind):
     """``torch.Generator``: its state travels. Context: its device."""
 
     name = "generator"
+    not_compared = (0,)
     types = (torch.Generator,)
     not_in_place = "a torch.Generator"
 

@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 from ft_transport._conversation import Frame, State
@@ -226,7 +227,8 @@ class Offer:
             peer.reason = reason_of(exc)
             outcome = _outcome(exc, guest.patience)
             if outcome in ("failed", "timed out") and not guest.done:
-                _say_failed(talk, peer.reason)
+                # Who has been silent for so long will hardly listen now.
+                _say_failed(talk, peer.reason, HEARTBEAT if isinstance(exc, Silence) else 2 * HEARTBEAT)
         finally:
             self._desk.unregister(guest.ident)
             peer.nbytes_wire = talk.connection.nbytes_wire
@@ -397,11 +399,11 @@ def _outcome(exc: Exception, patience: Patience) -> Outcome:
     return "failed"
 
 
-def _say_failed(talk: Talk, reason: str) -> None:
+def _say_failed(talk: Talk, reason: str, limit: timedelta) -> None:
     """Tell a destination why there will be no more, if it still listens. Never raises."""
     if talk.conversation.state is State.CLOSED:
         return
-    patience = Patience(Deadline(2 * HEARTBEAT), HEARTBEAT)
+    patience = Patience(Deadline(limit), HEARTBEAT)
     try:
         talk.say(Frame.FAILED, patience, body=[reason])
         talk.connection.finish(patience)

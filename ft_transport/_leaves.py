@@ -65,12 +65,15 @@ class Kind:
         looks_at_bytes: Whether :meth:`put_together` checks what has landed. Then a leaf of the template that holds the
             new bytes is not taken as it is, but given to :meth:`refresh`.
         not_in_place: Why bytes are never written into a leaf that the template has; empty if they may be.
+        not_compared: Places in the context, 0 if it is no tuple, of what two leaves may differ in and be equal to
+            ``state_digest`` all the same: strides, a device, whether it is a Parameter and requires grad.
     """
 
     name: str = ""
     types: tuple[type, ...] = ()
     family: str = ""
     not_in_place: str = ""
+    not_compared: tuple[int, ...] = ()
     is_tried: bool = False
     looks_at_bytes: bool = False
 

@@ -178,21 +178,6 @@ def _container(node: Node) -> str:
 
 # --------------------------------------------------------------------------------------------- leaves
 
-# Where a context holds what is not counted: strides, whether a tensor is a Parameter and requires grad, a device.
-_NOT_COUNTED: dict[str, tuple[int, ...]] = {
-    "dtensor": (3, 4, 5),
-    "generator": (0,),
-    "meta": (2, 3, 4),
-    "nested": (3, 4),
-    "python tensor": (1, 2),
-    "quantized": (2, 6, 7),
-    "sharded": (2, 3),
-    "sparse": (3, 4),
-    "tensor": (0, 1),
-    "uninitialized": (1,),
-    "wrapper": (4, 5, 6),
-}
-
 
 class _Reader:
     """Fingerprints leaves, one after the other. What occurs twice is read once."""
@@ -219,9 +204,12 @@ class _Reader:
         if part.kind == "tensor":
             return self._plain(next(tensors))
         inner = [self._part(below, tensors) for below in part.parts]
-        context = _counted(part.kind, part.context)
+        kind, context = KINDS[part.kind], part.context
+        if kind.not_compared:
+            values = context if isinstance(context, tuple) else (context,)
+            context = tuple(value for place, value in enumerate(values) if place not in kind.not_compared)
         digest = _hex(_packed([_canonical(encode_value(context)), *map(list, inner)]))
-        label = KINDS[part.kind].label(part.context)
+        label = kind.label(part.context)
         return LeafDigest(f"{label} of {', '.join(entry.what for entry in inner)}" if inner else label, digest)
 
     def _once(self, leaf: torch.Tensor) -> LeafDigest:
@@ -262,13 +250,6 @@ class _Reader:
             copy_elements(elements, begin, piece.view(carrier), to_flat=True)
             hashed.update(memory_at(piece.data_ptr(), nbytes))
         return hashed.intdigest()
-
-
-def _counted(kind: str, context: Any) -> Any:
-    dropped = _NOT_COUNTED.get(kind, ())
-    if not isinstance(context, tuple):
-        return None if dropped else context
-    return tuple(value for index, value in enumerate(context) if index not in dropped)
 
 
 def _canonical(data: Any) -> Any:

@@ -2,6 +2,7 @@
 
 :func:`receive` goes the way of a receive (frame, manifest, layout, template, landing, rebuild) without a channel.
 The one kind of exception that may come of any bytes is :class:`RemoteProtocolError`, which it turns into its text.
+:func:`hear` does the same with a frame of lanes.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils import _pytree as pytree
 
 from ft_transport import PeerFailure, RemoteProtocolError, TransferReport
+from ft_transport import _conversation as lanes
 from ft_transport._codec import MAX_FRAME_BYTES, Frame, decode_manifest
 from ft_transport._control import Control
 from ft_transport._deadline import Deadline
 from ft_transport._destination import _check_header, _verify
+from ft_transport._digest import digest_bytes
 from ft_transport._landing import Landing
 from ft_transport._layout import Layout, lay_out
 from ft_transport._leaves import Part
 from ft_transport._manifest import Manifest
+from ft_transport._meeting import Invitation
 from ft_transport._template import compare, match_template
 from ft_transport.testing import memory_channels
 
@@ -230,6 +234,38 @@ def _refusal(read: Any, *args: Any) -> str:
         return ""
     assert 0 < len(reason) <= MAX_FRAME_BYTES // 8, "a refusal that is too long to be sent"
     return reason
+
+
+def hear(data: bytes) -> str:
+    """Read a frame of lanes as whoever hears it, in every state of a conversation; gives what was refused.
+
+    Both its digests are made right first: whoever lies about the rest gets these right as well.
+
+    Raises:
+        Exception: Of any other kind than a refusal: a hole.
+    """
+    return _refusal(_hear, data)
+
+
+def _hear(data: bytes) -> None:
+    body = data[lanes.HEADER_BYTES :]
+    # Bytes of the body, and its digest, lie before the digest of the whole header.
+    before, check = lanes.HEADER_BYTES - 24, lanes.HEADER_BYTES - 8
+    head = data[:before].ljust(before, b"\0") + len(body).to_bytes(8, "little")
+    head += digest_bytes(body).to_bytes(8, "little")
+    assert len(head) == check
+    header = lanes.decode_header(head + lanes.TRAILER.pack(digest_bytes(head)))
+    for role in lanes.Role:
+        for state in lanes.State:
+            conversation = lanes.Conversation(role, header.attempt, header.step)
+            conversation.state = state
+            conversation.asked.append(0)
+            with contextlib.suppress(RemoteProtocolError):
+                conversation.received(header)
+    if header.frame is not lanes.Frame.MESSAGE:
+        heard = lanes.decode_body(header, body)
+        if header.frame is lanes.Frame.ROUTE and heard[0] is not None:
+            Invitation.decode(heard[0])
 
 
 def _read(expected: Frame, data: bytes, template: object) -> None:

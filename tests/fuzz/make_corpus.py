@@ -15,6 +15,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+import golden  # noqa: E402
 import hostile  # noqa: E402
 import states  # noqa: E402
 
@@ -43,6 +44,8 @@ def frames() -> Iterator[tuple[str, bytes]]:
         if kind is not Frame.MANIFEST:
             body = {Frame.DIGESTS: [1, 2], Frame.REFUSE: ["a", "b"], Frame.FAILED: ["\udcff"]}.get(kind, [])
             yield f"frame_{kind.name.lower()}", encode_frame(kind, body)
+    for name, data in golden.lane_frames().items():
+        yield f"lane_{name.lower()}", data
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """Coverage-guided fuzzing of everything that reads bytes from a peer: ``make fuzz``.
 
-    python tests/fuzz/fuzz_manifest.py [--seconds 600] [options of libFuzzer]
+    python tests/fuzz/fuzz_wire.py [--seconds 600] [options of libFuzzer]
 
-The way is that of a receive: frame, manifest, layout, template, landing, rebuild (``tests/hostile.py``). A refusal is
-the only exception that may come of it. Inputs that bring another one, take more than ten seconds or more than 2 GiB are
-written to ``fuzz-output/found``; a name of such a file as the last argument runs it alone. One that was a hole belongs,
-once it is closed, into ``tests/fuzz/found``, where ``tests/test_fuzz_corpus.py`` replays it ever after.
+The way is that of a receive: frame, manifest, layout, template, landing, rebuild; or that of a frame of lanes, for what
+begins like one (``tests/hostile.py``). A refusal is the only exception that may come of it. Inputs that bring another
+one, take more than ten seconds or more than 2 GiB are written to ``fuzz-output/found``; a name of such a file as the
+last argument runs it alone. One that was a hole belongs, once it is closed, into ``tests/fuzz/found``, where
+``tests/test_fuzz_corpus.py`` replays it ever after.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 with atheris.instrument_imports(include=["ft_transport"]):
     import hostile
 
+    from ft_transport import _conversation as lanes
+
 HEADER_BYTES = 8
+LANES = lanes.MAGIC
 INTERESTING: list[Any] = [
     None, True, False, -1, 0, 1, 2, 63, 64, 65, 1 << 31, 1 << 32, 1 << 61, 1 << 62, (1 << 63) - 1, 1 << 63,
     (1 << 64) - 1, -(1 << 63), 0.5, "", "a", b"", [], [0], [0, 0, 0], [None], ["tensor", [], None, []],
@@ -58,14 +62,15 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     chance = random.Random(seed)
     if chance.random() < 0.4:
         return bytes(atheris.Mutate(data, max_size))
+    behind = lanes.HEADER_BYTES if data.startswith(LANES) else HEADER_BYTES
     try:
-        body = msgpack.unpackb(data[HEADER_BYTES:], strict_map_key=False, unicode_errors="surrogatepass")
+        body = msgpack.unpackb(data[behind:], strict_map_key=False, unicode_errors="surrogatepass")
         for _ in range(chance.randint(1, 3)):
             change(body, chance)
         packed = msgpack.packb(body, unicode_errors="surrogatepass")
     except Exception:
         return bytes(atheris.Mutate(data, max_size))
-    return (data[:HEADER_BYTES] + packed)[:max_size]
+    return (data[:behind] + packed)[:max_size]
 
 
 def change(body: Any, chance: random.Random) -> None:
@@ -87,6 +92,9 @@ def change(body: Any, chance: random.Random) -> None:
 
 def run(data: bytes) -> None:
     """One input, for a receiver without a template and for one with."""
+    if data.startswith(LANES):
+        hostile.hear(data)
+        return
     hostile.receive(data)
     hostile.receive(data, TEMPLATE)
 
