@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 
 from hypothesis import settings
@@ -12,3 +13,9 @@ settings.load_profile("repeatable")
 
 # Whoever starts the tests in the background may have them ignore Ctrl-C, and all their processes with them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Let later collections look at what has been made since: going through all modules takes a tenth of a second."""
+    gc.collect()
+    gc.freeze()

@@ -558,7 +558,7 @@ def _first_has_fault(case: Case) -> None:
 def template_bytes(rank: int) -> tuple[str, float, bool]:
     """Fingerprint of the template, which share of it has been written to, and whether by anything changed since."""
     found = tensors(this_rank().template)
-    written = sum(int((tensor != OLD).sum()) for tensor in found)
+    written = sum(int(torch.count_nonzero(tensor != OLD)) for tensor in found)
     share = written / sum(tensor.numel() for tensor in found)
     return digest(found), share, any(bool((tensor == LATER).any()) for tensor in found)
 

@@ -150,8 +150,9 @@ def test_cell(stage: Stage, cell: Cell, topology: str) -> None:
     outcomes = stage.results(alive)
     show(outcomes, fault_at)
     check(cell, case, outcomes, fault_at)
-    before = {rank: stage.ranks[rank].call(ranks_.template_bytes, rank) for rank in alive if rank}
-    for rank, (_, share, _) in before.items():
+    receivers = [rank for rank in alive if rank]
+    before = stage.ranks.each(ranks_.template_bytes, ranks=receivers)
+    for rank, (_, share, _) in zip(receivers, before, strict=True):
         check_template(row, case, rank, share)
     if stopped:
         alive += wake(stage, cell, case)
@@ -164,8 +165,7 @@ def test_cell(stage: Stage, cell: Cell, topology: str) -> None:
     elif row.wire == LANES and not case.kills:
         stage.assert_group_works()
     stage.assert_nothing_left(sorted(alive))
-    after = {rank: stage.ranks[rank].call(ranks_.template_bytes, rank) for rank in before}
-    assert after == before, "something still writes"
+    assert stage.ranks.each(ranks_.template_bytes, ranks=receivers) == before, "something still writes"
 
 
 def patience(cell: Cell) -> dict[int, float]:

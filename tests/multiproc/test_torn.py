@@ -6,9 +6,10 @@ tensors of a replica begin with the number of its step, so what is in them tells
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -334,8 +335,7 @@ def test_another_source_heals(transport: str, async_quorum: bool) -> None:
         with replicas([AHEAD, AHEAD, BEHIND], join, job) as found:
             for worker in found:
                 worker.start(train, last, False)
-            # Which of the two is the source is torchft's choice.
-            dead = next(number for number in range(2) if _died(found[number]))
+            dead = _first_to_die(found[:2])  # which of the two is the source is torchft's choice
             other, healed = (found[number].result() for number in (1 - dead, 2))
             print(other, healed)
             assert healed["error"] is None
@@ -351,13 +351,14 @@ def test_another_source_heals(transport: str, async_quorum: bool) -> None:
             found[1 - dead].result()
 
 
-def _died(worker: Worker) -> bool:
-    try:
-        worker.event("dies", 20)
-    except TimeoutError:
-        return False
-    worker.wait_dead()
-    return True
+def _first_to_die(workers: Sequence[Worker]) -> int:
+    for _ in range(100):
+        for number, worker in enumerate(workers):
+            with contextlib.suppress(TimeoutError):
+                worker.event("dies", 0.1)
+                worker.wait_dead()
+                return number
+    raise TimeoutError("nobody died")
 
 
 @pytest.mark.timeout(120)
