@@ -11,7 +11,7 @@ MINUTES ?= 10
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
-	@echo "make test    lint, types, and all tests (a quarter of an hour on two slow cores)"
+	@echo "make test    lint, types, and all tests (ten minutes on two slow cores)"
 	@echo "make lint    ruff and mypy --strict alone"
 	@echo "make bench   side by side with torchft's and torch's transports; ARGS='...' is passed on"
 	@echo "make chaos   kill, stop and cut off replicas while they heal, for ten minutes; MINUTES=30, SEED=1 replays one"
@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/python examples/recover.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -97,7 +97,8 @@ def manifests(mesh: DeviceMesh) -> dict[str, Any]:
             "dtypes": [torch.zeros(3, dtype=getattr(torch, name)) for name in DTYPES],
             "values": {name: value for name, value in states.VALUES.items() if name not in WITHOUT},
         },
-        **{name: hostile.STATES[name] for name in KINDS},
+        # Made anew: torch notes what it has found out about a jagged tensor in it, where it travels.
+        **{name: state for name, state in hostile.make_states().items() if name in KINDS},
         **hostile.distributed(mesh),
     }
 

@@ -129,7 +129,7 @@ def _shared() -> list[Any]:
     return [table, table, tensor, inner, Holder(t=tensor)]
 
 
-def _states() -> dict[str, Any]:
+def make_states() -> dict[str, Any]:
     base = noise(40, 1)
     rows = [noise((2, 2), 1), noise((1, 2), 2)]
     return {
@@ -166,7 +166,7 @@ ALLOWED = [Config, Point, Moments, Holder, Table, Rows, Color, Scaled]
 # Small ones with everything in them, to be attacked at every place.
 with warnings.catch_warnings():  # torch calls some kinds beta
     warnings.simplefilter("ignore")
-    STATES = _states()
+    STATES = make_states()
 # What torch warns of when it makes such things, for pytest.
 WARNINGS = [
     "ignore:ComplexHalf support is experimental",

@@ -141,7 +141,6 @@ def small_demo(folder: Path, marker: str, *arguments: str) -> contextlib.Abstrac
 @pytest.mark.parametrize(
     ("transport", "placement", "in_place"),
     [
-        ("ft_transport", "--in-place", True),
         ("ft_transport", "--no-in-place", None),
         ("lanes", "--in-place", True),
         ("torchft-pg", "--in-place", True),

@@ -17,15 +17,18 @@ MEGABYTES = 200
 def test_time_hardly_depends_on_the_number() -> None:
     if reason := rights():
         pytest.skip(reason)
-    with replicas(NUMBER, "1gbit") as ranks:
-        one = measure(ranks, 1, MEGABYTES)
-        all_ = measure(ranks, NUMBER, MEGABYTES)
-        broken = measure(ranks, NUMBER, MEGABYTES, victim=NUMBER // 2 + 1)
-    print(one, all_, broken)
-    assert (one.num_healed, all_.num_healed, broken.num_healed) == (1, NUMBER, NUMBER - 1)
-    assert all_.seconds <= 1.3 * one.seconds
-    assert broken.seconds <= 1.6 * one.seconds
-    assert all_.copies < 1.1
+    # Eight processes share what cores there are with other tests, which only ever makes them slower.
+    for _ in range(3):
+        with replicas(NUMBER, "1gbit") as ranks:
+            one = measure(ranks, 1, MEGABYTES)
+            all_ = measure(ranks, NUMBER, MEGABYTES)
+            broken = measure(ranks, NUMBER, MEGABYTES, victim=NUMBER // 2 + 1)
+        print(one, all_, broken)
+        assert (one.num_healed, all_.num_healed, broken.num_healed) == (1, NUMBER, NUMBER - 1)
+        assert all_.copies < 1.1
+        if all_.seconds <= 1.3 * one.seconds and broken.seconds <= 1.6 * one.seconds:
+            return
+    pytest.fail("not within 1.3 and 1.6 times the time of one")
 
 
 @pytest.mark.parametrize("slow", [1, 2], ids=["the first", "the second"])
