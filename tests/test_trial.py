@@ -109,7 +109,7 @@ MUCH = 10 * _AHEAD_BYTES
         (guest(MUCH, guest(MUCH + 1, outcome="complete")), True),
         (guest(MUCH, guest(MUCH + 1)), False),
         (guest(1, guest(_AHEAD_BYTES)), False),
-        (guest(1, settling=Deadline(LATER)), False),
+        (guest(1, settling=Deadline(timedelta(days=1))), False),
         (None, False),
     ],
     ids=[
