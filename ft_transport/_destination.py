@@ -213,8 +213,6 @@ class _Flights:
             if bucket is not None:
                 bucket.reset(sum(aligned(self._layout.sizes[message]) for message in staged))
             self._moving.append(([], bucket))
-            # While the flights that are posted already move.
-            self._landing.populate(sum(self._layout.sizes[message] for message in messages))
             self._post(messages, targets, bucket)
             self._next += 1
 

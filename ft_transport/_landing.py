@@ -240,10 +240,6 @@ class Landing:
 
     # ---------------------------------------------------------------------------------------- move
 
-    def populate(self, nbytes: int) -> bool:
-        """Prepare the next ``nbytes`` of fresh memory, before bytes arrive for it; gives whether more are left."""
-        return self._arena.populate(nbytes)
-
     def direct(self, message: int) -> torch.Tensor | None:
         """The memory that a message can be received into as it is, None if it must be staged."""
         found = self._direct(message)

@@ -55,8 +55,6 @@ logger = logging.getLogger("ft_transport")
 
 # How often all lanes to the source may break before the receive does.
 _MAX_BREAKS = 3
-# Fresh memory that is prepared between two looks at the source, some tens of milliseconds.
-_POPULATE_BYTES = 64 << 20
 # How long the source may take to say goodbye, or to read why this side gives up.
 _LAST_WORDS = timedelta(seconds=1)
 
@@ -325,8 +323,7 @@ class Reception:
         try:
             fetcher.open(route, self._me.contexts, self._patience)
             while not sink.todo.complete and fetcher.alive:
-                more = plan.landing.populate(_POPULATE_BYTES)
-                self._pump(talk, timedelta(0) if more else HEARTBEAT)
+                self._pump(talk)
                 if fetcher.fatal is not None:
                     raise fetcher.fatal
                 if not route.from_source and self._lost is None and trial.look():

@@ -33,6 +33,10 @@ HEARTBEAT = timedelta(milliseconds=250)
 # Whoever reads much is woken up once so many bytes are there, and not for every packet.
 _MUCH_BYTES = 512 << 10
 
+# Between two processes of one machine nothing is under way on a wire: what waits in between only leaves the processor's
+# cache before its reader comes. The system doubles it.
+_NEAR_BUFFER_BYTES = 256 << 10
+
 View = memoryview
 
 
@@ -108,6 +112,9 @@ class Connection:
         self._can_splice = not self._tls
         self._can_read_much = not self._tls and hasattr(select, "poll")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if _is_near(sock):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEAR_BUFFER_BYTES)
+            self._can_read_much = False
         if self._tls:
             sock.settimeout(HEARTBEAT.total_seconds())
         else:
@@ -290,6 +297,14 @@ class Connection:
                 # Some of it has not arrived: drop it, rather than send it once this side goes on.
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
         self._socket.close()
+
+
+def _is_near(sock: socket.socket) -> bool:
+    """Whether the peer is on this machine."""
+    try:
+        return bool(sock.getsockname()[0] == sock.getpeername()[0])
+    except OSError:
+        return False  # it is gone already
 
 
 class Bell:

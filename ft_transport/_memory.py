@@ -14,10 +14,8 @@ import math
 import mmap
 import os
 import re
-import sys
 import threading
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -271,8 +269,6 @@ class Arena:
     def __init__(self) -> None:
         self._mapping: mmap.mmap | None = None
         self._used = 0
-        # What nobody has touched yet, in the order in which it was given out: first address and bytes.
-        self._untouched: deque[tuple[int, int]] = deque()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """A flat uint8 tensor of ``nbytes``, aligned to 64 bytes, with undefined content.
@@ -301,32 +297,7 @@ class Arena:
             mapping.madvise(mmap.MADV_HUGEPAGE)
         first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._used = -first % _HUGE_PAGE
-        self._untouched.append((first + self._used, size))
         self._mapping = mapping
-
-    def populate(self, nbytes: int) -> bool:
-        """Have the system provide the next ``nbytes`` that nobody has touched yet; gives whether more are left.
-
-        Whoever moves bytes into the memory then finds it there, while another thread has waited for it.
-        The caller keeps what was allocated.
-        """
-        while nbytes > 0 and self._untouched:
-            first, rest = self._untouched.popleft()
-            count = min(rest, nbytes + -nbytes % _HUGE_PAGE)
-            if _madvise is None or _madvise(first, count, _MADV_POPULATE_WRITE):
-                self._untouched.clear()  # an old kernel, or no memory: the faults will come one by one
-                break
-            if rest > count:
-                self._untouched.appendleft((first + count, rest - count))
-            nbytes -= count
-        return bool(self._untouched)
-
-
-# Releases the GIL, unlike mmap's own method. Linux 5.14 and later.
-_madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-if _madvise is not None:
-    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_MADV_POPULATE_WRITE = 23
 
 
 # ---------------------------------------------------------------------------------- read-only memory

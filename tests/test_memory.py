@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import mmap
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -210,18 +208,3 @@ def test_the_collector_is_held_back_until_the_last_thread_is_done() -> None:
     leave.set()
     thread.join(10)
     assert gc.isenabled()
-
-
-def test_an_arena_provides_its_memory_before_it_is_touched() -> None:
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-    arena = Arena()
-    taken = [arena.allocate(40 << 20) for _ in range(2)]  # two mappings
-    before = resident()
-    assert arena.populate(60 << 20)
-    assert resident() - before > 45 << 20
-    assert not arena.populate(1 << 40)
-    assert resident() - before > 100 << 20
-    assert not arena.populate(1)
-    assert all(bool((part == 0).all()) for part in taken)
