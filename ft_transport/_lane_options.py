@@ -37,13 +37,16 @@ class LaneOptions(Options):
     chain: bool = True
     skip_unchanged: bool = False
 
-    @property
-    def limits(self) -> Limits:
-        """How this side cuts messages when it is the source.
+    def limits(self, nbytes: int) -> Limits:
+        """As ``Options.limits``.
 
-        In a chain each destination waits for a whole message before it passes it on, so there they are small.
+        In a chain each destination waits for a whole message before it passes it on, so there they are small. Else
+        they grow with the state, up to a point: each costs some 100 us on either side, and what is under way when a
+        lane breaks is a small part of the state.
         """
-        return Limits(message_bytes=2 << 20 if self.chain else 4 << 20)
+        if self.chain:
+            return Limits(message_bytes=2 << 20)
+        return Limits(message_bytes=min(max(nbytes // 128, 4 << 20), 16 << 20) >> 22 << 22)
 
     @property
     def sample(self) -> int:

@@ -106,10 +106,11 @@ class Outbound:
 
     def __init__(self, state_dict: object, step: int | None, options: Options, report: TransferReport) -> None:
         self.options = options
-        self.header = Header(step, options.limits, options.digest, options.sample)
         with no_collection():
             manifest, blocks = describe(state_dict)
-            self.layout = lay_out(manifest, options.limits)
+            limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
+            self.header = Header(step, limits, options.digest, options.sample)
+            self.layout = lay_out(manifest, limits)
             self.frame = encode_manifest(manifest, self.header)
         self.versions = Versions(manifest, self.layout, blocks)
         self.gatherer = Gatherer(self.layout, blocks, options.device)

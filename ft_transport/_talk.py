@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,8 +24,9 @@ from ft_transport.errors import RemoteProtocolError
 
 __all__ = ["Talk", "fingerprint"]
 
-# A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache.
-_PIECE_BYTES = 1 << 20
+# A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache. Wherever one
+# begins, its pages fit into a pipe of 1 MiB.
+_PIECE_BYTES = (1 << 20) - mmap.PAGESIZE
 
 
 class Talk:

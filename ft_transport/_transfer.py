@@ -59,9 +59,8 @@ class Options:
     shadow: bool = False
     on_event: EventCallback | None = None
 
-    @property
-    def limits(self) -> Limits:
-        """How this side cuts messages when it is the source."""
+    def limits(self, nbytes: int) -> Limits:
+        """How this side cuts the messages of a state of ``nbytes`` when it is the source."""
         return Limits() if self.device.type == "cpu" else _ACCELERATOR_LIMITS
 
     @property

@@ -148,8 +148,7 @@ def ties(state: object) -> list[tuple[int, int, int]]:
 class SmallOptions(Options):
     """Options with messages so small that a small state takes several flights."""
 
-    @property
-    def limits(self) -> Limits:
+    def limits(self, nbytes: int) -> Limits:
         return Limits(message_bytes=1024, flight_bytes=1024, pack_below=256, pack_from=4, window=2)
 
 

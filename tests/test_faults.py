@@ -585,4 +585,4 @@ def test_limits_of_the_fixture() -> None:
     """The cases above really have several flights of several kinds."""
     tags = [tag for what, tag, _, _ in RECORDED[0].operations if what == "send" and tag >= FIRST_MESSAGE_TAG]
     assert len(tags) >= 4
-    assert SMALL.limits == Limits(message_bytes=1024, flight_bytes=1024, pack_below=256, pack_from=4, window=2)
+    assert SMALL.limits(1 << 20) == Limits(message_bytes=1024, flight_bytes=1024, pack_below=256, pack_from=4, window=2)

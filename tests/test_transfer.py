@@ -202,8 +202,7 @@ def test_without_a_step() -> None:
 @pytest.mark.parametrize("window", [1, 2, 3, 9])
 def test_any_limits(pack_from: int, window: int) -> None:
     class Chosen(Options):
-        @property
-        def limits(self) -> Limits:
+        def limits(self, nbytes: int) -> Limits:
             return Limits(message_bytes=128, flight_bytes=128, pack_below=65, pack_from=pack_from, window=window)
 
     def make(seed: int) -> State:

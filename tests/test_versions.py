@@ -265,7 +265,7 @@ def test_cost() -> None:
     state = {f"layer {i}": torch.zeros(1024) for i in range(20_000)}
     options = Options(CPU)
     manifest, blocks = describe(state)
-    layout = lay_out(manifest, options.limits)
+    layout = lay_out(manifest, options.limits(1))
     spent = []
     for _ in range(5):
         start = time.process_time()

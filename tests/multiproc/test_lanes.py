@@ -521,7 +521,7 @@ def test_a_lane_that_breaks_is_opened_again(lanes: Lanes, damage: Callable[[byte
 
 
 def test_damage_without_end_is_an_error(lanes: Lanes) -> None:
-    message_bytes = LaneOptions(CPU, chain=False).limits.message_bytes
+    message_bytes = LaneOptions(CPU, chain=False).limits(1).message_bytes
     state, template = ({"a": torch.full((4 * message_bytes,), fill, dtype=torch.uint8)} for fill in (1, 2))
 
     def tamper(number: int, way: str, position: int, data: bytes) -> bytes:

@@ -88,7 +88,7 @@ class DoomedGroup(ProcessGroupGloo):
         return super().send(tensors, dst_rank, tag)
 
 
-def few_under_way(self: Options) -> Limits:
+def few_under_way(self: Options, nbytes: int) -> Limits:
     """So that most of what was sent has landed when the source dies."""
     return Limits(message_bytes=1 << 20, flight_bytes=1 << 20, window=2)
 
@@ -149,7 +149,7 @@ class Replica:
             arm(group.doom)
             return LaneTransport(TRANSFER_TIMEOUT, CPU, state_dict=self.state_dict)
         if job.transport == "group":
-            Options.limits = property(few_under_way)  # type: ignore[assignment]
+            Options.limits = few_under_way  # type: ignore[method-assign]
             return PGTransport(group, TRANSFER_TIMEOUT, CPU, state_dict=self.state_dict)
         envelope = {"torchft": {"step": 0, "batches_committed": 0}}
         return TorchftPGTransport(
