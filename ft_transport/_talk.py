@@ -24,8 +24,8 @@ from ft_transport.errors import RemoteProtocolError
 
 __all__ = ["Talk", "fingerprint"]
 
-# A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache. Wherever one
-# begins, its pages fit into a pipe of 1 MiB.
+# A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache. Wherever
+# one begins, its pages fit into a pipe of 1 MiB.
 _PIECE_BYTES = (1 << 20) - mmap.PAGESIZE
 
 
