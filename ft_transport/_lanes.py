@@ -184,7 +184,7 @@ class Connection:
 
     def read_into(self, view: View, patience: Patience) -> None:
         """Fill ``view``; raises as :meth:`write`, and if the peer has closed the connection."""
-        done = self._read_much(view, patience) if len(view) >= 2 * _MUCH_BYTES and self._can_read_much else 0
+        done = self._read_much(view, patience) if len(view) > _MUCH_BYTES and self._can_read_much else 0
         while done < len(view):
             try:
                 # Never more than asked for, so nothing is left in a buffer of ours.

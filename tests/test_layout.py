@@ -10,6 +10,7 @@ from states import STATES
 
 from ft_transport._codec import Frame, Header, decode_frame, decode_manifest, encode_manifest
 from ft_transport._geometry import geometry
+from ft_transport._lane_options import LaneOptions
 from ft_transport._layout import Layout, Limits, Piece, lay_out
 from ft_transport._manifest import Leaf, Manifest, Storage, View, describe
 from ft_transport._tree import LEAF
@@ -102,3 +103,19 @@ def test_nothing_to_send() -> None:
 def test_range_of() -> None:
     layout = Layout([Piece(0, 0, 10), Piece(0, 64, 70), Piece(2, 0, 5)], [], [], [], 0, 0, {})
     assert [layout.range_of(0, 0), layout.range_of(0, 9), layout.range_of(0, 64), layout.range_of(2, 4)] == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "message_bytes"),
+    [
+        (0, 4 << 20),
+        (600 << 20, 4 << 20),
+        (1 << 30, 8 << 20),
+        (1500 << 20, 8 << 20),
+        (2 << 30, 16 << 20),
+        (1 << 40, 16 << 20),
+    ],
+)
+def test_messages_of_lanes_grow_with_the_state(nbytes: int, message_bytes: int) -> None:
+    assert LaneOptions(torch.device("cpu"), chain=False).limits(nbytes).message_bytes == message_bytes
+    assert LaneOptions(torch.device("cpu"), chain=True).limits(nbytes).message_bytes == 2 << 20

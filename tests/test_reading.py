@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -18,11 +19,20 @@ from ft_transport.errors import PeerFailure, TransferTimeout
 MUCH = _lanes._MUCH_BYTES
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[socket.socket, Connection]]:
+def connected(address: str) -> tuple[socket.socket, socket.socket]:
+    """Both ends; the first one has the address."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        ours = socket.create_connection(server.getsockname())
-        theirs, _ = server.accept()
+        ours = socket.create_connection(server.getsockname(), source_address=(address, 0))
+        return ours, server.accept()[0]
+
+
+NEAR, FAR = "127.0.0.1", "127.0.0.2"
+
+
+@pytest.fixture(params=[FAR, NEAR], ids=["far", "near"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[socket.socket, Connection]]:
+    """A peer, and the connection to it; on one machine only if both have the same address."""
+    ours, theirs = connected(request.param)
     connection = Connection(ours, "peer")
     with theirs:
         yield theirs, connection
@@ -95,6 +105,28 @@ def test_somebody_aborts(pair: tuple[socket.socket, Connection]) -> None:
     threading.Timer(0.1, connection.abort).start()
     with pytest.raises(PeerFailure):
         connection.read(4 * MUCH, patience())
+
+
+@pytest.mark.parametrize("address", [NEAR, FAR])
+def test_little_is_buffered_between_processes_of_one_machine(address: str) -> None:
+    ours, theirs = connected(address)
+    before = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    connection = Connection(ours, "peer")
+    after = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    assert after == (2 * _lanes._NEAR_BUFFER_BYTES if address == NEAR else before)
+    connection.close()
+    theirs.close()
+
+
+def test_a_peer_that_is_gone_already() -> None:
+    ours, theirs = connected(NEAR)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
+    theirs.close()
+    time.sleep(0.05)
+    connection = Connection(ours, "peer")
+    with pytest.raises(PeerFailure):
+        connection.read(1, patience())
+    connection.close()
 
 
 def test_a_system_that_cannot(pair: tuple[socket.socket, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
