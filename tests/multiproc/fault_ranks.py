@@ -29,7 +29,7 @@ from ft_transport._layout import Limits
 from ft_transport._transfer import Options
 from ft_transport.testing import FaultyTransport
 
-from .harness import Residue, digest, quiet, residue, tell, wait_until
+from .harness import PATIENCE, Residue, digest, quiet, residue, tell, wait_until
 
 SIZE = 4
 DESTINATIONS = [1, 2, 3]
@@ -162,6 +162,9 @@ class Rank:
         self.group = ProcessGroupGloo(timeout=timedelta(seconds=60))
         self.template = make_state(old=True)
         self.progress: list[Progress] = []
+        # Of a source: all destinations have some of the state, and since then it has changed.
+        self.all_have_some = threading.Event()
+        self.changed = threading.Event()
         # As the Manager keeps it: with its traceback, whose frames hold whatever they hold.
         self.kept_error: BaseException | None = None
         self.meeting: TCPStore | None = None
@@ -383,11 +386,14 @@ def _with_faults(case: Case, rank: int, faulty: FaultyTransport) -> FaultyTransp
 def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
     """Notes how far it is; a source that is to have its fault waits until all destinations are so far."""
     this, seen = this_rank(), set[int]()
+    this.all_have_some.clear()
+    this.changed.clear()
     lock = threading.Lock()
 
     def progress(now: Progress) -> None:
         this.progress.append(now)
-        if rank or 0 not in case.victims or not case.signals or case.phase not in ("move", "verify"):
+        faulty = case.signals or case.fault == "changing"
+        if rank or 0 not in case.victims or not faulty or case.phase not in ("move", "verify"):
             return
         if case.phase == "verify" and now.nbytes_done < now.nbytes_total:
             return
@@ -395,6 +401,9 @@ def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
             # Over lanes the ranks are not known, and each destination has a thread of its own.
             seen.add(threading.get_ident())
         wait_until(lambda: len(seen) == len(DESTINATIONS))
+        if case.fault == "changing":
+            this.all_have_some.set()
+            this.changed.wait(PATIENCE)
 
     return progress
 
@@ -434,12 +443,15 @@ def _fault_before(case: Case, rank: int) -> None:
 @contextmanager
 def _twisted(case: Case, state: dict[str, Any]) -> Iterator[None]:
     """Make the state one that cannot travel, or change all of it again and again."""
-    over = threading.Event()
+    over, this = threading.Event(), this_rank()
 
     def change() -> None:
+        if case.fault == "changing":
+            this.all_have_some.wait(PATIENCE)
         while not over.is_set():
             for tensor in tensors(state):
                 (tensor.data if case.fault == "changing unseen" else tensor).bitwise_xor_(1)
+            this.changed.set()
 
     if case.fault == "no code":
         state["model"] = {"hook": lambda: None}

@@ -259,7 +259,7 @@ def leave() -> None:
 def lighthouse() -> Iterator[tuple[str, TCPStore]]:
     """A Lighthouse's address, and a store through which replicas agree who dies."""
     server = LighthouseServer(
-        bind="[::]:0", min_replicas=1, join_timeout_ms=10_000, quorum_tick_ms=50, heartbeat_timeout_ms=1500
+        bind="[::]:0", min_replicas=1, join_timeout_ms=5_000, quorum_tick_ms=50, heartbeat_timeout_ms=1500
     )
     signals = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     try:
