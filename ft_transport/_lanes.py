@@ -110,11 +110,9 @@ class Connection:
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._splicer: Splicer | None = None
         self._can_splice = not self._tls
-        self._can_read_much = not self._tls and hasattr(select, "poll")
+        self._near = _is_near(sock)
+        self._can_read_much = not self._tls and not self._near and hasattr(select, "poll")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if _is_near(sock):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEAR_BUFFER_BYTES)
-            self._can_read_much = False
         if self._tls:
             sock.settimeout(HEARTBEAT.total_seconds())
         else:
@@ -178,6 +176,8 @@ class Connection:
         if self._can_splice and self._splicer is None:
             try:
                 self._splicer = Splicer()
+                if self._near:
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEAR_BUFFER_BYTES)
             except OSError:
                 self._can_splice = False
         return self._splicer
