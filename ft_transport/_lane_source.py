@@ -227,8 +227,8 @@ class Offer:
             peer.reason = reason_of(exc)
             outcome = _outcome(exc, guest.patience)
             if outcome in ("failed", "timed out") and not guest.done:
-                # Who has been silent for so long will hardly listen now.
-                _say_failed(talk, peer.reason, HEARTBEAT if isinstance(exc, Silence) else 2 * HEARTBEAT)
+                # Who has been silent for so long is told, and not waited for.
+                _say_failed(talk, peer.reason, wait=not isinstance(exc, Silence))
         finally:
             self._desk.unregister(guest.ident)
             peer.nbytes_wire = talk.connection.nbytes_wire
@@ -399,13 +399,14 @@ def _outcome(exc: Exception, patience: Patience) -> Outcome:
     return "failed"
 
 
-def _say_failed(talk: Talk, reason: str, limit: timedelta) -> None:
+def _say_failed(talk: Talk, reason: str, *, wait: bool) -> None:
     """Tell a destination why there will be no more, if it still listens. Never raises."""
     if talk.conversation.state is State.CLOSED:
         return
-    patience = Patience(Deadline(limit), HEARTBEAT)
+    patience = Patience(Deadline(2 * HEARTBEAT if wait else timedelta(0)), HEARTBEAT)
     try:
         talk.say(Frame.FAILED, patience, body=[reason])
-        talk.connection.finish(patience)
+        if wait:
+            talk.connection.finish(patience)
     except (TransferError, RemoteProtocolError):
         pass
