@@ -41,12 +41,12 @@ class LaneOptions(Options):
         """As ``Options.limits``.
 
         In a chain each destination waits for a whole message before it passes it on, so there they are small. Else
-        they grow with the state, up to a point: each costs some 100 us on either side, and what is under way when a
-        lane breaks is a small part of the state.
+        they grow with the state, up to a point, by 4 MiB for each 512 MiB: each costs some 100 us on either side, and
+        what is under way when a lane breaks is a small part of the state.
         """
         if self.chain:
             return Limits(message_bytes=2 << 20)
-        return Limits(message_bytes=min(max(nbytes // 128, 4 << 20), 16 << 20) >> 22 << 22)
+        return Limits(message_bytes=min(max(nbytes // (512 << 20), 1), 4) * (4 << 20))
 
     @property
     def sample(self) -> int:

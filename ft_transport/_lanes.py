@@ -33,8 +33,8 @@ HEARTBEAT = timedelta(milliseconds=250)
 # Whoever reads much is woken up once so many bytes are there, and not for every packet.
 _MUCH_BYTES = 512 << 10
 
-# Between two processes of one machine nothing is under way on a wire: what waits in between only leaves the processor's
-# cache before its reader comes. The system doubles it.
+# For a lane between two processes of one machine, where nothing is under way on a wire: what waits in between only
+# leaves the processor's cache before its reader comes. The system doubles it.
 _NEAR_BUFFER_BYTES = 256 << 10
 
 View = memoryview
@@ -176,10 +176,11 @@ class Connection:
         if self._can_splice and self._splicer is None:
             try:
                 self._splicer = Splicer()
-                if self._near:
-                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEAR_BUFFER_BYTES)
             except OSError:
                 self._can_splice = False
+            else:
+                if self._near:
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEAR_BUFFER_BYTES)
         return self._splicer
 
     def read_into(self, view: View, patience: Patience) -> None:
