@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -319,7 +320,7 @@ def test_the_last_source_dies(transport: str, async_quorum: bool) -> None:
             assert end["torn"] == [True, True]
             assert end["optimizer steps"] == 0
             assert end["step"] == BEHIND
-            assert end["kinds"] == {float(AHEAD), float(BEHIND)}  # it is a mix indeed
+            assert_mixed(end["kinds"])
             assert survivor._events.get("committed", []) == []
             said = survivor.call(insist)
             assert ["cannot serve" in text for text in said] == [False, True, False]
@@ -351,6 +352,13 @@ def test_another_source_heals(transport: str, async_quorum: bool) -> None:
             found[1 - dead].result()
 
 
+def assert_mixed(kinds: set[float]) -> None:
+    """Some numbers are the source's and some are still one's own; where the bytes broke off, one may be half of each."""
+    received, own = struct.pack("<f", AHEAD), struct.pack("<f", BEHIND)
+    halves = {struct.unpack("<f", received[:at] + own[at:])[0] for at in range(1, 4)}
+    assert {float(AHEAD), float(BEHIND)} <= kinds <= {float(AHEAD), float(BEHIND), *halves}
+
+
 def _first_to_die(workers: Sequence[Worker]) -> int:
     for _ in range(100):
         for number, worker in enumerate(workers):
@@ -375,7 +383,7 @@ def test_a_quorum_that_may_not_heal(async_quorum: bool) -> None:
             assert isinstance(end["error"], TornStateError)
             assert end["votes"] == [False]
             assert end["optimizer steps"] == 0
-            assert end["kinds"] == {float(AHEAD), float(BEHIND)}
+            assert_mixed(end["kinds"])
             survivor.end()
             assert source.result()["error"] is None
             source.call(leave)
