@@ -353,7 +353,7 @@ def test_another_source_heals(transport: str, async_quorum: bool) -> None:
 
 
 def assert_mixed(kinds: set[float]) -> None:
-    """Some numbers are the source's and some are still one's own; where the bytes broke off, one may be half of each."""
+    """Some numbers are the source's, some still one's own; where the bytes broke off, one may be half of each."""
     received, own = struct.pack("<f", AHEAD), struct.pack("<f", BEHIND)
     halves = {struct.unpack("<f", received[:at] + own[at:])[0] for at in range(1, 4)}
     assert {float(AHEAD), float(BEHIND)} <= kinds <= {float(AHEAD), float(BEHIND), *halves}
