@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import queue
 import threading
 from collections import Counter
@@ -166,15 +167,19 @@ def test_distinct_nbytes_counts_shared_bytes_once() -> None:
 # -------------------------------------------------------------------------------------------- plan
 
 
-def test_turns_rotate() -> None:
-    order = turns(["a", "b", "c"], rounds=3)
-    assert [turn.index for turn in order] == list(range(12))
-    assert ["".join(turn.transport for turn in order if turn.round == r) for r in range(4)] == [
-        "abc",
-        "bca",
-        "cab",
-        "abc",
-    ]
+@pytest.mark.parametrize("transports", ["a", "ab", "abc", "abcd", "abcde", "abcdef"])
+def test_every_transport_follows_every_other_equally_often(transports: str) -> None:
+    rounds = 2 * len(transports)
+    order = turns(list(transports), rounds - 1)
+    assert [turn.index for turn in order] == list(range(rounds * len(transports)))
+    by_round = ["".join(turn.transport for turn in order if turn.round == r) for r in range(rounds)]
+    assert all("".join(sorted(each)) == transports for each in by_round)
+    assert Counter(each[0] for each in by_round) == dict.fromkeys(transports, 2)
+    neighbours = Counter(pair for each in by_round for pair in itertools.pairwise(each))
+    assert neighbours == dict.fromkeys(itertools.permutations(transports, 2), 2)
+
+
+def test_no_transports_take_no_turns() -> None:
     assert turns([], rounds=3) == []
 
 

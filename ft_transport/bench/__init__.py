@@ -1,8 +1,8 @@
 """``python -m ft_transport.bench``: transports side by side, turn by turn, on the same state, every byte checked.
 
 One rank serves a state, the others receive it. For each state and mode (fresh, or in place) the transports take
-turns: in every round each moves the state once, in an order that rotates from round to round, so that whatever
-else the machine does hits all of them alike. Round 0 warms up and is not counted, though it is checked.
+turns: in every round each moves the state once, in an order balanced over the rounds, so that whatever else the
+machine does hits all of them alike. Round 0 warms up and is not counted, though it is checked.
 
 ==============  =================================================================================
 ``plan.py``     what is to be run: options, cases, turns

@@ -111,10 +111,17 @@ class Job:
 
 
 def turns(transports: list[str], rounds: int) -> list[Turn]:
-    """Each transport once in each round, the warm-up and ``rounds`` more, beginning one later each time."""
+    """Each transport once in each round, the warm-up and ``rounds`` more, in a balanced (Williams) order.
+
+    What a transport leaves behind, warm caches or memory just freed, is met by whichever follows it. So every round
+    begins with another one, and in as many rounds as there are transports, twice as many where they are odd in number,
+    each follows each other one equally often.
+    """
+    count = len(transports)
+    zigzag = [(place + 1) // 2 * (1 if place % 2 else -1) for place in range(count)]
     order: list[Turn] = []
     for number in range(rounds + 1):
-        first = number % len(transports) if transports else 0
-        for transport in transports[first:] + transports[:first]:
-            order.append(Turn(len(order), number, transport))
+        places = [(number + step) % count for step in zigzag]
+        for place in reversed(places) if count and number // count % 2 else places:
+            order.append(Turn(len(order), number, transports[place]))
     return order
