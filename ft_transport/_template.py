@@ -142,8 +142,16 @@ def _score(
         if index is not None and isinstance(leaf, torch.Tensor):
             views = manifest.leaves[index].views
             places += bool(views)
-            agreeing += len(views) == 1 and views[0].geometry.shape == leaf.shape
+            agreeing += len(views) == 1 and views[0].geometry.shape == _shape_of(leaf)
     return places, agreeing
+
+
+def _shape_of(leaf: torch.Tensor) -> tuple[int, ...] | None:
+    """The shape of the template's leaf; None for one that has none, as a nested tensor of the old layout."""
+    try:
+        return leaf.shape
+    except Exception:  # or whatever a subclass raises
+        return None
 
 
 def _some(paths: Sequence[Path]) -> str:

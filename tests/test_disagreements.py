@@ -61,6 +61,10 @@ def _jagged(rows: int) -> torch.Tensor:
     return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(rows, 3)], layout=torch.jagged)
 
 
+def _nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)])
+
+
 def _quantized(dtype: torch.dtype) -> torch.Tensor:
     return torch.quantize_per_tensor(torch.ones(3), 0.5, 0, dtype)
 
@@ -109,6 +113,9 @@ DISAGREEMENTS: dict[str, tuple[Callable[[], Any], Callable[[], Any], tuple[str, 
         ("qint8", "quint8"),
     ),
     "jagged for a plain one": (lambda: _jagged(4), lambda: noise((2, 3), 1), ("float32",)),
+    "plain for a jagged one": (lambda: noise((2, 3), 1), lambda: _jagged(4), ("nestedtensor", "(2, 3)")),
+    "nested for a plain one": (_nested, lambda: noise((2, 3), 1), ("float32", "nested")),
+    "plain for a nested one": (lambda: noise((2, 3), 1), _nested, ("float32", "nested")),
     "rows of a jagged one": (lambda: _jagged(4), lambda: _jagged(5), ("(6, 3)", "(7, 3)")),
     "dtensor for a plain one": (lambda: _dtensor((2, 3), (4, 3)), lambda: noise((2, 3), 1), ("dtensor", "tensor")),
     "plain for a dtensor": (lambda: noise((2, 3), 1), lambda: _dtensor((2, 3), (4, 3)), ("dtensor", "tensor")),
@@ -209,7 +216,9 @@ def test_a_disagreement_is_refused_on_both_sides(wire: Wire, kind: str) -> None:
 def test_all_disagreements_are_listed_at_once(wire: Wire) -> None:
     kinds = {name.replace(" ", "_"): (source, mine) for name, (source, mine, _) in DISAGREEMENTS.items()}
     template = template_with_neighbours(**{name: mine() for name, (_, mine) in kinds.items()})
-    outcome = refused(wire, state_for(template, **{name: source() for name, (source, _) in kinds.items()}), template)
+    # One leaf more than the template has: where its tree fits into the source's is then found by its paths and shapes.
+    state = state_for(template, **{name: source() for name, (source, _) in kinds.items()}, more=1)
+    outcome = refused(wire, state, template)
     for text in (str(outcome.error), source_text(outcome)):
         for name in kinds:
             assert "expected" in line_of(text, name, list(kinds))
