@@ -13,7 +13,7 @@ from ft_transport import PeerFailure, TransferTimeout
 from ft_transport._deadline import Deadline
 from ft_transport.testing import FaultyChannel, memory_channels
 
-LONG = Deadline(timedelta(seconds=30))
+LONG = timedelta(seconds=30)
 
 
 def ones(n: int = 4) -> torch.Tensor:
@@ -29,13 +29,13 @@ def test_bytes_arrive_whichever_side_is_first() -> None:
     for first, second in ((left, right), (right, left)):
         got = zeros()
         sending = first.send(ones(), 1)
-        second.wait(second.recv(got, 1), LONG)
-        first.wait(sending, LONG)
+        second.wait(second.recv(got, 1), Deadline(LONG))
+        first.wait(sending, Deadline(LONG))
         assert torch.equal(got, ones())
         got = zeros()
         receiving = first.recv(got, 1)
-        second.wait(second.send(ones(), 1), LONG)
-        first.wait(receiving, LONG)
+        second.wait(second.send(ones(), 1), Deadline(LONG))
+        first.wait(receiving, Deadline(LONG))
         assert torch.equal(got, ones())
     assert left.num_posted == right.num_posted == 0
     assert left.nbytes_wire == right.nbytes_wire == 16
@@ -48,7 +48,7 @@ def test_messages_of_one_tag_arrive_in_order() -> None:
         left.send(torch.full((2,), i, dtype=torch.uint8), 7)
     got = [zeros(2) for _ in range(5)]
     for tensor in got:
-        right.wait(right.recv(tensor, 7), LONG)
+        right.wait(right.recv(tensor, 7), Deadline(LONG))
     assert [int(tensor[0]) for tensor in got] == [0, 1, 2, 3, 4]
 
 
@@ -57,7 +57,7 @@ def test_tags_do_not_mix() -> None:
     left.send(ones(), 1)
     left.send(zeros(2), 2)
     got = ones(2)
-    right.wait(right.recv(got, 2), LONG)
+    right.wait(right.recv(got, 2), Deadline(LONG))
     assert torch.equal(got, zeros(2))
 
 
@@ -68,7 +68,7 @@ def test_a_send_takes_the_bytes_when_the_receive_is_there() -> None:
     left.send(message, 1)
     message.fill_(9)
     got = zeros()
-    right.wait(right.recv(got, 1), LONG)
+    right.wait(right.recv(got, 1), Deadline(LONG))
     assert got.tolist() == [9] * 4
 
 
@@ -95,7 +95,7 @@ def test_closing_wakes_who_waits() -> None:
 
     def wait() -> None:
         try:
-            left.wait(pending, LONG)
+            left.wait(pending, Deadline(LONG))
         except PeerFailure as exc:
             caught.append(exc)
 
@@ -111,7 +111,7 @@ def test_what_has_arrived_before_the_close_has_arrived() -> None:
     pending = right.recv(zeros(), 1)
     left.send(ones(), 1)
     left.abort()
-    right.wait(pending, LONG)
+    right.wait(pending, Deadline(LONG))
 
 
 def test_nothing_moves_after_abort() -> None:
@@ -130,10 +130,10 @@ def test_an_operation_is_waited_for_once() -> None:
     left, right = memory_channels()
     pending = left.send(ones(), 1)
     right.recv(zeros(), 1)
-    left.wait(pending, LONG)
+    left.wait(pending, Deadline(LONG))
     assert pending.tensor is None
     with pytest.raises(ValueError, match="not in list"):
-        left.wait(pending, LONG)
+        left.wait(pending, Deadline(LONG))
 
 
 @pytest.mark.parametrize("operation", range(4))
@@ -169,7 +169,7 @@ def test_a_faulty_channel_without_a_fault_passes_everything_on() -> None:
     got = zeros()
     pending = faulty.send(ones(), 1)
     right.recv(got, 1)
-    faulty.wait(pending, LONG)
+    faulty.wait(pending, Deadline(LONG))
     assert torch.equal(got, ones())
     assert (faulty.peer_rank, faulty.nbytes_wire, faulty.broken) == (1, 4, False)
     faulty.recv(zeros(), 2)
