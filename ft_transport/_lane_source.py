@@ -11,7 +11,6 @@ import secrets
 import threading
 import time
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from typing import Any
 
 from ft_transport._conversation import Frame, State
@@ -401,9 +400,9 @@ def _outcome(exc: Exception, patience: Patience) -> Outcome:
 
 def _say_failed(talk: Talk, reason: str, *, wait: bool) -> None:
     """Tell a destination why there will be no more, if it still listens. Never raises."""
-    if talk.conversation.state is State.CLOSED:
+    if talk.conversation.state is State.CLOSED or not (wait or talk.connection.takes_more):
         return
-    patience = Patience(Deadline(2 * HEARTBEAT if wait else timedelta(0)), HEARTBEAT)
+    patience = Patience(Deadline(2 * HEARTBEAT), HEARTBEAT)
     try:
         talk.say(Frame.FAILED, patience, body=[reason])
         if wait:

@@ -57,12 +57,12 @@ class Patience:
         self.deadline = deadline
         self._peer = peer
         self._silent = Deadline(silence) if silence is not None else None
-        self._moved = False
         self._cancelled = ""
 
     def moved(self) -> None:
-        """Something has: the silence is over, and begins anew with the next :meth:`check`."""
-        self._moved = True
+        """Something has: the silence is over, and begins anew."""
+        if self._silent is not None:
+            self._silent = Deadline(self._silent.timeout)
 
     @property
     def cancelled(self) -> bool:
@@ -85,11 +85,7 @@ class Patience:
             raise TransferTimeout(f"timed out after {self.deadline.timeout.total_seconds():g} s")
         if self._cancelled:
             raise PeerFailure(self._cancelled)
-        if self._silent is None:
-            return
-        if self._moved:
-            self._moved, self._silent = False, Deadline(self._silent.timeout)
-        elif self._silent.expired():
+        if self._silent is not None and self._silent.expired():
             raise Silence(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")
 
 
@@ -255,6 +251,13 @@ class Connection:
         except OSError:
             pass
         return False
+
+    @property
+    def takes_more(self) -> bool:
+        """Whether some more bytes can be written without waiting for the peer."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self, selectors.EVENT_WRITE)
+            return bool(selector.select(0))
 
     def pending(self) -> bool:
         """Whether bytes are here that a poll of the descriptor does not show."""

@@ -93,6 +93,26 @@ def test_silence(pair: tuple[socket.socket, Connection]) -> None:
     assert connection.nbytes_wire == MUCH + 1
 
 
+def test_a_silence_begins_when_something_moved_last() -> None:
+    """Not when it is asked about, which is a tick later: ticks would add up to more than anybody was promised."""
+    silent = patience(silence=0.05)
+    silent.check()
+    silent.moved()
+    time.sleep(0.06)
+    with pytest.raises(Silence):
+        silent.check()
+    silent.moved()
+    silent.check()
+
+
+def test_a_peer_that_does_not_read_takes_no_more(pair: tuple[socket.socket, Connection]) -> None:
+    _, connection = pair
+    assert connection.takes_more
+    with pytest.raises(Silence):
+        connection.write([bytes(64 << 20)], patience(silence=0.5))
+    assert not connection.takes_more
+
+
 def test_the_peer_closes(pair: tuple[socket.socket, Connection]) -> None:
     peer, connection = pair
     peer.sendall(bytes(MUCH + 1))
