@@ -254,10 +254,10 @@ class Connection:
 
     @property
     def takes_more(self) -> bool:
-        """Whether some more bytes can be written without waiting for the peer."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self, selectors.EVENT_WRITE)
-            return bool(selector.select(0))
+        """Whether some more bytes can be written without waiting for the peer. Needs no descriptor of its own."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        return bool(poll.poll(0))
 
     def pending(self) -> bool:
         """Whether bytes are here that a poll of the descriptor does not show."""

@@ -137,6 +137,7 @@ class Supply:
 
     def drain(self) -> None:
         """Wait until no lane is open, as long as its patience lasts. Never raises."""
+        self._patience.moved()  # until now nobody has waited for them
         with self._changed:
             try:
                 while not self._changed.wait_for(lambda: not self._lanes, HEARTBEAT.total_seconds()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 import struct
 import threading
@@ -111,6 +112,16 @@ def test_a_peer_that_does_not_read_takes_no_more(pair: tuple[socket.socket, Conn
     with pytest.raises(Silence):
         connection.write([bytes(64 << 20)], patience(silence=0.5))
     assert not connection.takes_more
+
+
+def test_whether_it_takes_more_is_known_without_a_free_descriptor(pair: tuple[socket.socket, Connection]) -> None:
+    _, connection = pair
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+    try:
+        assert connection.takes_more
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_peer_closes(pair: tuple[socket.socket, Connection]) -> None:
