@@ -40,13 +40,12 @@ class LaneOptions(Options):
     def limits(self, nbytes: int) -> Limits:
         """As ``Options.limits``.
 
-        In a chain each destination waits for a whole message before it passes it on, so there they are small. Else
-        they grow with the state, up to a point, by 4 MiB for each 512 MiB: each costs some 100 us on either side, and
-        what is under way when a lane breaks is a small part of the state.
+        They grow with the state, up to a point: each costs some 100 us on either side, and what is under way when a
+        lane breaks is a small part of the state. In a chain each destination waits for a whole message before it passes
+        it on, so there they are smaller.
         """
-        if self.chain:
-            return Limits(message_bytes=2 << 20)
-        return Limits(message_bytes=min(max(nbytes // (512 << 20), 1), 4) * (4 << 20))
+        unit, most = (2 << 20, 2) if self.chain else (4 << 20, 4)
+        return Limits(message_bytes=min(max(nbytes // (512 << 20), 1), most) * unit)
 
     @property
     def sample(self) -> int:

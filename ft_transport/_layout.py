@@ -31,14 +31,15 @@ class Limits(NamedTuple):
         pack_below: Ranges smaller than this are packed into buckets: a message costs gloo about 60 us on
             each side, in which memory is copied at some 4 GB/s.
         pack_from: Number of small ranges from which packing starts; fewer travel one by one.
-        window: Flights that are under way at once: enough that neither side ever waits for the other's Python.
+        window: Flights that are under way at once: enough that neither side ever waits for the other's Python, nor,
+            to post the next one, for the thread that reads or writes. Those that are staged are bounded by the buckets.
     """
 
     message_bytes: int = 4 << 20
     flight_bytes: int = 64 << 20
     pack_below: int = 256 << 10
     pack_from: int = 16
-    window: int = 8
+    window: int = 32
 
 
 class Piece(NamedTuple):

@@ -106,16 +106,16 @@ def test_range_of() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "message_bytes"),
+    ("nbytes", "in_a_chain", "else_"),
     [
-        (0, 4 << 20),
-        (600 << 20, 4 << 20),
-        (1 << 30, 8 << 20),
-        (1500 << 20, 8 << 20),
-        (2 << 30, 16 << 20),
-        (1 << 40, 16 << 20),
+        (0, 2 << 20, 4 << 20),
+        (600 << 20, 2 << 20, 4 << 20),
+        (1 << 30, 4 << 20, 8 << 20),
+        (1500 << 20, 4 << 20, 8 << 20),
+        (2 << 30, 4 << 20, 16 << 20),
+        (1 << 40, 4 << 20, 16 << 20),
     ],
 )
-def test_messages_of_lanes_grow_with_the_state(nbytes: int, message_bytes: int) -> None:
-    assert LaneOptions(torch.device("cpu"), chain=False).limits(nbytes).message_bytes == message_bytes
-    assert LaneOptions(torch.device("cpu"), chain=True).limits(nbytes).message_bytes == 2 << 20
+def test_messages_of_lanes_grow_with_the_state(nbytes: int, in_a_chain: int, else_: int) -> None:
+    assert LaneOptions(torch.device("cpu"), chain=True).limits(nbytes).message_bytes == in_a_chain
+    assert LaneOptions(torch.device("cpu"), chain=False).limits(nbytes).message_bytes == else_
