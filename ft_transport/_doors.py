@@ -16,6 +16,7 @@ import ssl
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from ft_transport._deadline import Deadline
@@ -44,17 +45,29 @@ Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
 class _Greeting:
     """A handshake under way on a socket that does not block. Owns the socket until it is :meth:`taken`.
 
+    Args:
+        wrap: Makes it speak TLS once it is connected: the other way round it would take the socket for a broken one.
+
     Attributes:
         result: What the handshake returned, once :meth:`advance` has given 0.
     """
 
-    def __init__(self, sock: socket.socket, address: str, handshake: Any, limit: Deadline, connecting: bool) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        address: str,
+        handshake: Any,
+        limit: Deadline,
+        connecting: bool,
+        wrap: Callable[[socket.socket], ssl.SSLSocket] | None = None,
+    ) -> None:
         self.address = address
         self.result: Any = None
         self.limit = limit
         self.socket = sock
         self._connecting = connecting
-        self._shaken = not isinstance(sock, ssl.SSLSocket)
+        self._wrap = wrap
+        self._shaken = wrap is None and not isinstance(sock, ssl.SSLSocket)
         self._handshake = handshake
         self._incoming = bytearray()
         self._outgoing = b""
@@ -81,6 +94,8 @@ class _Greeting:
         try:
             if self._connecting:
                 self._check_connected()
+                if self._wrap is not None:
+                    self.socket = self._wrap(self.socket)
             if not self._shaken:
                 assert isinstance(self.socket, ssl.SSLSocket)
                 self.socket.do_handshake()
@@ -186,16 +201,17 @@ class _Calls:
             sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setblocking(False)
             sock.connect_ex((address, self._invitation.port))
-            if self._context is not None:
-                name = address if self._context.check_hostname else None
-                sock = self._context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=name)
         except OSError as exc:
             self._failed.append(f"{address}: {exc}")
             if sock is not None:
                 sock.close()
             return
         handshake: Handshake = knock(self._invitation.secret)
-        greeting = _Greeting(sock, address, handshake, Deadline(_HANDSHAKE), connecting=True)
+        wrap = None
+        if self._context is not None:
+            name = address if self._context.check_hostname else None
+            wrap = partial(self._context.wrap_socket, do_handshake_on_connect=False, server_hostname=name)
+        greeting = _Greeting(sock, address, handshake, Deadline(_HANDSHAKE), connecting=True, wrap=wrap)
         self._selector.register(sock, selectors.EVENT_WRITE, greeting)
 
     def _advance(self, greeting: _Greeting) -> bool:

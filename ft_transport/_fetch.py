@@ -6,7 +6,6 @@ answer; a slow lane so takes fewer. What is asked for on a lane that breaks goes
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from ft_transport._memory import Bucket, aligned, memory_at
 from ft_transport._relay import Relay
 from ft_transport._talk import Talk, fingerprint
 from ft_transport._work import Work
-from ft_transport.errors import RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError, TransferTimeout
 from ft_transport.report import TransferReport
 
 __all__ = ["Fetcher", "Route", "Sink"]
@@ -243,9 +242,14 @@ class Fetcher:
             invitation = invitation._replace(addresses=(connection.address,))
             thread = threading.Thread(target=self._run, args=(connection, own), name="ft_transport-lane", daemon=True)
             with self._lock:
+                try:
+                    thread.start()
+                except RuntimeError as exc:  # no more threads to be had
+                    connection.close()
+                    self.error = LocalProtocolError(f"a lane cannot be served: {exc}")
+                    return
                 self._lanes[connection] = thread
             self._threads.append(thread)
-            thread.start()
 
     @property
     def alive(self) -> bool:
@@ -273,9 +277,10 @@ class Fetcher:
         talk = Talk(connection, conversation)
         bucket = Bucket(CPU, pinned=True)
         try:
-            with self._stream or contextlib.nullcontext():
-                while self._ask(talk, bucket, patience):
-                    self._hear(talk, bucket, patience)
+            if self._stream is not None:
+                torch.accelerator.set_stream(self._stream)
+            while self._ask(talk, bucket, patience):
+                self._hear(talk, bucket, patience)
         except TransferError as exc:
             if not self._closing:
                 self.error = exc

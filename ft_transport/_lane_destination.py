@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -208,7 +208,7 @@ class Reception:
     def _agree(self, talk: Talk, state_dict: Callable[[], object] | None, earlier: Kept | None) -> tuple[_Plan, Sink]:
         header, data = self._await_manifest(talk)
         try:
-            with _heartbeats(talk, self._patience()), no_collection():
+            with self._heartbeats(talk), no_collection():
                 self._stream = settled_stream()
                 plan = self._plan(data, state_dict)
                 sink = self._sink(plan, earlier)
@@ -321,7 +321,7 @@ class Reception:
         fetcher = Fetcher(sink, self._bell, self._options, self._attempt, self._step, self._stream)
         trial = Trial(fetcher, lambda: self._try_source(talk, sink), self._options.stall)
         try:
-            fetcher.open(route, self._me.contexts, self._patience)
+            self._open(fetcher, talk, route)
             while not sink.todo.complete and fetcher.alive:
                 self._pump(talk)
                 if fetcher.fatal is not None:
@@ -347,8 +347,13 @@ class Reception:
         fetcher = Fetcher(
             sink, self._bell, self._options, self._attempt, self._step, self._stream, num_messages=TRIAL_MESSAGES
         )
-        fetcher.open(self._from_source(talk), self._me.contexts, self._patience)
+        self._open(fetcher, talk, self._from_source(talk))
         return fetcher
+
+    def _open(self, fetcher: Fetcher, talk: Talk, route: Route) -> None:
+        # Whoever does not answer is waited for as long as the source waits for a word from here.
+        with self._heartbeats(talk) if self._lost is None else nullcontext():
+            fetcher.open(route, self._me.contexts, self._patience)
 
     def _reroute(self, talk: Talk, route: Route, reason: str, *, slow: bool) -> None:
         """Ask the source for another supplier; if it was slow, perhaps there is no better one."""
@@ -415,6 +420,29 @@ class Reception:
             now = Progress("destination", self._step, self._peer.rank, nbytes, self._report.nbytes_total)
             tell_progress(self._options.progress, now)
 
+    @contextmanager
+    def _heartbeats(self, talk: Talk) -> Iterator[None]:
+        """Say every now and then that this side is alive, while it is busy with something else."""
+        changed, over = threading.Condition(), False
+
+        def beat() -> None:
+            with changed:
+                while not changed.wait_for(lambda: over, HEARTBEAT.total_seconds()):
+                    try:
+                        talk.say(Frame.PROGRESS, self._patience(), self._nbytes_here)
+                    except TransferError:
+                        return  # whoever talks next finds out
+
+        thread = threading.Thread(target=beat, name="ft_transport-heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            with changed:
+                over = True
+                changed.notify_all()
+            thread.join()
+
     # --------------------------------------------------------------------------------------- end
 
     def _say_done(self, talk: Talk, *, verified: bool) -> None:
@@ -458,27 +486,3 @@ class Reception:
                 self._talk.connection.finish(patience)
             except TransferError:
                 pass
-
-
-@contextmanager
-def _heartbeats(talk: Talk, patience: Patience) -> Iterator[None]:
-    """Say every now and then that this side is alive, while it is busy with something else."""
-    changed, over = threading.Condition(), False
-
-    def beat() -> None:
-        with changed:
-            while not changed.wait_for(lambda: over, HEARTBEAT.total_seconds()):
-                try:
-                    talk.say(Frame.PROGRESS, patience)
-                except TransferError:
-                    return  # whoever talks next finds out
-
-    thread = threading.Thread(target=beat, name="ft_transport-heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        with changed:
-            over = True
-            changed.notify_all()
-        thread.join()

@@ -109,7 +109,6 @@ class _Guest:
     settling: Deadline | None = None
     avoided: set[bytes] = field(default_factory=set)
     done: bool = False
-    thread: threading.Thread | None = None
 
 
 def _is_to_blame(slow: _Guest | None) -> bool:
@@ -123,7 +122,7 @@ def _is_to_blame(slow: _Guest | None) -> bool:
 
 
 # Bytes that a destination may lag behind the one before it, whatever the speed: what is on its way between them.
-_AHEAD_BYTES = 16 << 20
+_AHEAD_BYTES = 32 << 20
 
 
 class _Refused(TransferError):
@@ -197,9 +196,16 @@ class Offer:
             patience = Patience(self._deadline, self._options.stall, "the destination")
             guest = _Guest(talk, peer, patience)
             self._guests[identity] = guest
-            guest.thread = threading.Thread(target=self._run, args=(guest,), name="ft_transport-guest", daemon=True)
-            self._threads.append(guest.thread)
-            guest.thread.start()
+            thread = threading.Thread(target=self._run, args=(guest,), name="ft_transport-guest", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as exc:  # no more threads to be had
+                logger.warning("%s cannot be served: %s", peer.label, exc)
+                peer.outcome, peer.reason = "failed", reason_of(exc)
+                talk.connection.close()
+                self._settle()
+                return True
+            self._threads.append(thread)
         return True
 
     def _peer_of(self, identity: bytes) -> PeerReport:
@@ -341,7 +347,7 @@ class Offer:
         if self._deadline.expired():
             with self._changed:
                 self._give_up_expected("timed out waiting for it")
-            self._tell()
+        self._tell()
         self._watch.tick()
 
     def _give_up_expected(self, reason: str) -> None:

@@ -144,6 +144,8 @@ class Connection:
                 written -= len(views.pop(0))
             if written:
                 views[0] = views[0][written:]
+            if views:
+                patience.check()  # a trickle is no silence, but has a deadline
 
     def write_steady(self, view: View, patience: Patience) -> None:
         """Write memory without a copy, where the system can; raises as :meth:`write`.
@@ -165,6 +167,8 @@ class Connection:
             except OSError as exc:
                 raise self._broken(exc) from None
             patience.moved()
+            if len(view) or not splicer.empty:
+                patience.check()
         if len(view):
             self.write([view], patience, more=True)
 
@@ -194,7 +198,7 @@ class Connection:
                 raise self._broken(exc) from None
             done += self._note_read(count, patience)
             if done < len(view):
-                patience.check()  # a trickle is no silence, but has a deadline
+                patience.check()  # as in write
 
     def _read_much(self, view: View, patience: Patience) -> int:
         """Read all of ``view`` but less than :data:`_MUCH_BYTES`; gives how many bytes."""

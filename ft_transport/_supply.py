@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from typing import Any, Protocol
@@ -83,13 +82,19 @@ class Supply:
             thread = threading.Thread(
                 target=self._run, args=(connection, header), name="ft_transport-supply", daemon=True
             )
+            try:
+                thread.start()
+            except RuntimeError as exc:  # no more threads to be had
+                logger.warning("a lane of %s cannot be served: %s", connection.address, exc)
+                connection.close()
+                return
             self._lanes[connection] = thread
-            thread.start()
 
     def _run(self, connection: Connection, header: Header) -> None:
         try:
-            with self._stream or contextlib.nullcontext():
-                self._serve(connection, header)
+            if self._stream is not None:
+                torch.accelerator.set_stream(self._stream)
+            self._serve(connection, header)
         except TransferError as exc:
             # The destination closes its lanes once it has everything, and asks elsewhere for what a lane still owed.
             logger.debug("a lane of %s has ended: %s", connection.address, exc)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import random
@@ -132,11 +131,14 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
     changed = threading.Condition()
 
     def in_stream(index: int) -> None:
-        with stream or contextlib.nullcontext():
+        try:
+            if stream is not None:
+                torch.accelerator.set_stream(stream)
             guarded(index)
-        with changed:
-            over.add(index)
-            changed.notify_all()
+        finally:
+            with changed:
+                over.add(index)
+                changed.notify_all()
 
     started: list[threading.Thread] = []
 
