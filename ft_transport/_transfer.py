@@ -115,8 +115,10 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
     """
     errors: list[BaseException | None] = [None] * len(channels)
 
-    def guarded(index: int) -> None:
+    def guarded(index: int, stream: torch.Stream | None = None) -> None:
         try:
+            if stream is not None:
+                torch.accelerator.set_stream(stream)
             run(index)
         except BaseException as exc:
             # A traceback kept here would keep the frames of this thread, and with them the group.
@@ -131,14 +133,10 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
     changed = threading.Condition()
 
     def in_stream(index: int) -> None:
-        try:
-            if stream is not None:
-                torch.accelerator.set_stream(stream)
-            guarded(index)
-        finally:
-            with changed:
-                over.add(index)
-                changed.notify_all()
+        guarded(index, stream)
+        with changed:
+            over.add(index)
+            changed.notify_all()
 
     started: list[threading.Thread] = []
 

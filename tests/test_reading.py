@@ -114,6 +114,34 @@ def test_a_peer_that_does_not_read_takes_no_more(pair: tuple[socket.socket, Conn
     assert not connection.takes_more
 
 
+@pytest.mark.parametrize("steady", [False, True], ids=["copied", "steady"])
+@pytest.mark.parametrize("ended", ["deadline", "cancelled"])
+def test_a_peer_that_reads_slowly_has_a_deadline(
+    pair: tuple[socket.socket, Connection], steady: bool, ended: str
+) -> None:
+    peer, connection = pair
+    over, memory = threading.Event(), memoryview(bytearray(256 << 20))
+    peer.settimeout(5)
+
+    def trickle() -> None:
+        while not over.wait(0.01):
+            peer.recv(1 << 20)
+
+    limit = patience(silence=1, seconds=0.8 if ended == "deadline" else 20)
+    if ended == "cancelled":
+        threading.Timer(0.8, limit.cancel, ["enough"]).start()
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        write = connection.write_steady if steady else lambda view, limit: connection.write([view], limit)
+        with pytest.raises(TransferTimeout if ended == "deadline" else PeerFailure):
+            write(memory, limit)
+    finally:
+        over.set()
+        thread.join()
+    assert 0 < connection.nbytes_wire < len(memory)
+
+
 def test_whether_it_takes_more_is_known_without_a_free_descriptor(pair: tuple[socket.socket, Connection]) -> None:
     _, connection = pair
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

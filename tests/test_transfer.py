@@ -677,6 +677,19 @@ def test_for_each_gives_what_each_raised_in_order() -> None:
     assert boom.__traceback__ is None
 
 
+def test_for_each_where_the_stream_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_stream(stream: object) -> None:
+        raise RuntimeError("no such stream")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", object)
+    monkeypatch.setattr(torch.accelerator, "set_stream", set_stream)
+    seen: list[int] = []
+    errors = for_each([memory_channels()[0] for _ in range(2)], seen.append)
+    assert [str(error) for error in errors] == ["no such stream"] * 2
+    assert not seen
+
+
 def test_for_each_of_none_and_of_one() -> None:
     seen: list[int] = []
     assert for_each([], seen.append) == []

@@ -171,7 +171,7 @@ _GROUP = [
     Row(GROUP, SOURCE, ("stopped",), LATE, None, AtDestination(TORN, ("TransferTimeout",)), "deadline",
         woken=AtSource("dead timed out failed", "*")),
     Row(GROUP, SOURCE, ("interrupted",), (MOVE,), AtSource("failed", "KeyboardInterrupt"), AtDestination(TORN,
-        ("PeerFailure",)), "at once", "the destinations are told why"),
+        ("PeerFailure",)), "at once", "the destinations are told why, if what is under way leaves within 1 s"),
     Row(GROUP, SOURCE, ("changing",), (MOVE,), AtSource("failed", "LocalProtocolError"), AtDestination(TORN,
         ("PeerFailure",)), "at once", "the paths are named on both sides"),
     Row(GROUP, SOURCE, ("changing unseen",), (MOVE,), AtSource("failed"), AtDestination(TORN,

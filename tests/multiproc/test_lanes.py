@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -850,6 +851,83 @@ def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
         connection.close()
 
 
+# -------------------------------------------------------------------------------------------- threads
+
+
+@pytest.mark.parametrize("name", ["ft_transport-lane", "ft_transport-supply"])
+def test_a_lane_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    state, template = make_state(), make_state(2)
+    refused = refuse_a_thread(monkeypatch, name)
+    source = lanes.transport()
+    destination = lanes.destination(template).start(source.metadata())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    assert destination.join().sound(state), destination.error
+    source.disallow_checkpoint()
+    assert refused == [name]
+    assert source.last_report is not None
+    assert source.last_report.peers[0].outcome == "complete"
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["comes later", "waits already"])
+def test_a_destination_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+    """It fails, the other one is served, and the source has no trouble with it."""
+    state = make_state()
+    source = lanes.transport()
+    first = lanes.destination(make_state(2))
+    if early:
+        first.start(source.metadata())
+        wait_until(lambda: bool(source._self.desk._waiting), 5)
+    refused = refuse_a_thread(monkeypatch, "ft_transport-guest")
+    source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
+    if not early:
+        first.start(source.metadata())
+    assert isinstance(first.join().error, PeerFailure)
+    second = lanes.destination(make_state(3)).start(source.metadata())
+    assert second.join().sound(state), second.error
+    source.disallow_checkpoint()
+    report = source.last_report
+    assert report is not None
+    assert refused == ["ft_transport-guest"]
+    assert [peer.outcome for peer in report.peers] == ["failed", "complete"]
+    assert "no more threads" in report.peers[0].reason
+
+
+def refuse_a_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
+    """Let the next thread of this name not start; gives those that did not."""
+    refused: list[str] = []
+    start = threading.Thread.start
+
+    def unwilling(thread: threading.Thread) -> None:
+        if thread.name == name and not refused:
+            refused.append(name)
+            raise RuntimeError("no more threads")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", unwilling)
+    return refused
+
+
+def test_dialling_for_long_is_no_silence(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever a destination dials may take its time to answer: the source hears meanwhile that it is alive."""
+    from ft_transport._fetch import Fetcher
+
+    opened = Fetcher.open
+
+    def slowly(fetcher: Fetcher, *arguments: Any) -> None:
+        time.sleep(2 * STALL.total_seconds())
+        opened(fetcher, *arguments)
+
+    monkeypatch.setattr(Fetcher, "open", slowly)
+    state, template = make_state(), make_state(2)
+    source = lanes.transport()
+    destination = lanes.destination(template).start(source.metadata())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    assert destination.join().sound(state), destination.error
+    source.disallow_checkpoint()
+    assert source.last_report is not None
+    assert source.last_report.peers[0].outcome == "complete"
+
+
 # ----------------------------------------------------------------------------------------------- TLS
 
 
@@ -899,6 +977,25 @@ def test_tls(lanes: Lanes, contexts: Any, topology: str) -> None:
     for tensor in state["large"]:
         assert bytes(tensor[:64].tolist()) not in seen
     assert b"FTLN" not in seen
+
+
+@pytest.mark.parametrize("tls", [True, False], ids=["TLS", "plain"])
+def test_a_connection_that_is_not_there_at_once(lanes: Lanes, contexts: Any, tls: bool) -> None:
+    """As over any real network. On this machine: one that waits for room in the listener's queue, one second or so."""
+    own = contexts if tls else None
+    source = lanes.transport(ssl_context=own)
+    invitation = Invitation.decode(source.metadata())
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as stack:
+        port = server.getsockname()[1]
+        for _ in range(2):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", port))
+        far = invitation._replace(addresses=("127.0.0.1",), port=port).encode()
+        destination = (
+            lanes.destination(make_state(2), ssl_context=own).start(far, timeout=timedelta(seconds=0.5)).join()
+        )
+        assert isinstance(destination.error, TransferTimeout), destination.error
 
 
 def test_tls_on_one_side_only(lanes: Lanes, contexts: Any) -> None:
