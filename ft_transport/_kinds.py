@@ -59,6 +59,8 @@ class PythonTensor(Kind):
         inner: list[Any] = []
         state = torch._utils._get_obj_state(leaf)  # type: ignore[no-untyped-call]
         state = (attributes_of(leaf), *state[1:]) if isinstance(state, tuple) else state and attributes_of(leaf)
+        if not _sets_its_own_state(cls):
+            _check_attributes(state)
         data, values = pickle_leaf(state, inner) if state else (b"", [])
         with torch._C.DisableTorchFunctionSubclass():
             base = leaf.detach().as_subclass(torch.Tensor)
@@ -96,12 +98,16 @@ class PythonTensor(Kind):
         *_, data, values = context
         if data:
             state = unpickle_leaf(data, values, inner[1:], here)
-            if hasattr(type(mine), "__setstate__") and type(mine).__setstate__ is not torch.Tensor.__setstate__:
+            if _sets_its_own_state(type(mine)):
                 mine.__setstate__(state)
             else:
                 _check_attributes(state)
                 torch._utils._set_obj_state(mine, state)  # type: ignore[no-untyped-call]
         return mine
+
+
+def _sets_its_own_state(cls: type) -> bool:
+    return getattr(cls, "__setstate__", torch.Tensor.__setstate__) is not torch.Tensor.__setstate__
 
 
 def _check_attributes(state: Any) -> None:
@@ -139,11 +145,10 @@ class LazyTensor(Kind):
     family = "tensor"
 
     def claims(self, leaf: torch.Tensor) -> bool:
-        return type(leaf) is torch.Tensor and leaf.layout is torch.strided and (leaf.is_conj() or leaf.is_neg())
+        bare = type(leaf) is torch.Tensor and not leaf.__dict__ and not leaf.requires_grad
+        return bare and leaf.layout is torch.strided and (leaf.is_conj() or leaf.is_neg())
 
     def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
-        if leaf.__dict__ or leaf.requires_grad:
-            return PythonTensor().take_apart(leaf.resolve_conj().resolve_neg())
         lazy = leaf.is_conj(), leaf.is_neg()
         return [_toggle(leaf, *lazy)], lazy
 

@@ -19,6 +19,7 @@ from ft_transport._layout import Gaps, Layout, Piece
 from ft_transport._leaves import KINDS, Maker, Surroundings, plain, put_together, refresh
 from ft_transport._manifest import Leaf, Manifest, View, covered
 from ft_transport._memory import (
+    CARRIERS,
     CPU,
     FROM_ARENA,
     Arena,
@@ -158,8 +159,12 @@ class Landing:
                 shift = int(tensor.storage_offset()) * view.geometry.itemsize - view.begin
                 exact.setdefault((tensor.untyped_storage()._cdata, shift), []).append((slot, view))
         for (_, shift), matching in exact.items():
-            # Bytes in a view's gaps are its neighbours': a range is taken as it is where each byte is of some view.
-            if len(matching) == len(group) or covered([view for _, view in matching], piece.begin, piece.end):
+            # Bytes in a view's gaps are its neighbours': a range is taken as it is where each byte is of some view, and
+            # where those that the template lacks can begin at the same bytes.
+            if len(matching) == len(group) or (
+                all(shift % view.geometry.itemsize == 0 for _, view in group)
+                and covered([view for _, view in matching], piece.begin, piece.end)
+            ):
                 flat = storage_as(self._targets[matching[0][0]], torch.uint8)
                 self._settle(group, {slot for slot, _ in matching}, flat, shift)
                 return Block(flat[piece.begin + shift : piece.end + shift])
@@ -282,7 +287,9 @@ class Landing:
     def rebuild(self) -> object:
         """The received state dict. Call it once, after every message has landed and been verified."""
         for target, slot in self._copies:
-            _quiet(self._targets[target]).copy_(_quiet(self._values[slot]))
+            mine, new = _quiet(self._targets[target]), _quiet(self._values[slot])
+            carrier = CARRIERS[mine.dtype.itemsize]
+            mine.view(carrier).copy_(new.view(carrier))
             self._settled.add(target)
         manifest, matched = self._manifest, self._matched
         here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))

@@ -294,7 +294,8 @@ class Arena:
         except (OSError, ValueError) as exc:
             raise MemoryError(f"no room for {size} bytes: {exc}") from exc
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a kernel that has none
+                mapping.madvise(mmap.MADV_HUGEPAGE)
         first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
         self._used = -first % _HUGE_PAGE
         self._mapping = mapping

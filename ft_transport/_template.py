@@ -229,8 +229,7 @@ class _Comparison:
                 self._keep_away(index, "inside of an object")
             return ""
         if _family(part.kind) == "tensor":
-            lazy = [c.context if c.kind == "lazy" else None for c in (part, mine)]
-            if lazy[0] != lazy[1]:
+            if _laziness(part) != _laziness(mine):
                 self._keep_away(index, "a lazy conjugate or negative on one side only")
                 return ""
             return self._tensor((index, view), self._manifest.leaves[index].views[view], tensors[first])
@@ -262,6 +261,16 @@ class _Comparison:
 
     def _keep_away(self, index: int, reason: str) -> None:
         self._report.not_in_place[format_path(self._manifest.paths[index])] = reason
+
+
+def _laziness(part: Part) -> tuple[bool, bool]:
+    """Whether a tensor, at whatever depth, is a lazy conjugate of its bytes, and whether a lazy negative."""
+    conjugate = negative = False
+    while part.parts:
+        if part.kind == "lazy":
+            conjugate, negative = conjugate != part.context[0], negative != part.context[1]
+        part = part.parts[0]
+    return conjugate, negative
 
 
 def _family(kind: str) -> str:

@@ -31,7 +31,9 @@ from ft_transport._leaves import (
     register_kind,
     take_apart,
 )
+from ft_transport._transfer import Options
 from ft_transport._values import decode_value, dtype_name, encode_value
+from ft_transport.errors import LocalProtocolError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ShardedTensor.*")
 
@@ -205,3 +207,91 @@ def test_sharded_tensors_through_a_transfer(mesh: DeviceMesh) -> None:
     assert ends.destination.result["s"] is template["s"]
     assert raw_bytes(template["s"].local_shards()[0].tensor) == expected
     assert ends.destination.report.in_place_share == 1.0
+
+
+# ---------------------------------------------------------------------- values beside bytes, found by a review
+
+
+CONJUGATE = torch.tensor([1 + 2j, 3 - 4j]).conj()
+LAZY = {
+    "conjugate Parameter": torch.nn.Parameter(CONJUGATE),
+    "negative Parameter": torch.nn.Parameter(CONJUGATE.imag),
+    "conjugate that requires grad": torch.tensor([1 + 2j]).conj().repeat(2).conj().requires_grad_(),
+    "negative that requires grad": CONJUGATE.imag.detach().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+@pytest.mark.parametrize("template", ["none", "plain", "lazy"])
+def test_what_is_lazy_below_a_parameter_or_with_grad(name: str, template: str) -> None:
+    """Its bytes are another's than its values: they land in nothing that reads them otherwise."""
+    source = LAZY[name]
+    assert source.is_conj() or source.is_neg()
+    mine: torch.Tensor | None = None
+    if template == "plain":
+        mine = torch.zeros(2, dtype=source.dtype)
+    elif template == "lazy":
+        mine = torch.zeros(2, dtype=torch.complex64).conj()
+        mine = mine if source.dtype.is_complex else mine.imag
+    if mine is not None and isinstance(source, torch.nn.Parameter):
+        mine = torch.nn.Parameter(mine)
+    elif mine is not None:
+        mine.requires_grad_()
+    got = succeed({"w": source}, (lambda: {"w": mine}) if mine is not None else None).destination.result["w"]
+    assert type(got) is type(source)
+    assert got.requires_grad
+    assert torch.equal(got.detach().resolve_conj().resolve_neg(), source.detach().resolve_conj().resolve_neg())
+    assert (got is mine) == (template == "lazy")
+
+
+def test_a_plain_parameter_does_not_land_in_a_conjugate_one() -> None:
+    source = torch.nn.Parameter(torch.tensor([1 + 2j, 3 - 4j]))
+    mine = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64).conj())
+    ends = succeed({"w": source}, lambda: {"w": mine})
+    assert torch.equal(ends.destination.result["w"].resolve_conj(), source)
+    assert "lazy" in ends.destination.report.not_in_place["w"]
+
+
+@pytest.mark.parametrize(("narrow", "wide"), [(torch.uint8, torch.float32), (torch.int16, torch.int64)])
+@pytest.mark.parametrize("own", [False, True], ids=["missing", "its own"])
+def test_a_view_of_another_dtype_where_the_template_begins_between_its_elements(
+    narrow: torch.dtype, wide: torch.dtype, own: bool
+) -> None:
+    whole = noise(256, 1).to(torch.uint8).view(narrow) if narrow is torch.uint8 else torch.arange(64, dtype=narrow)
+    source = {"a": whole, "b": whole.view(wide)}
+    mine: dict[str, torch.Tensor] = {"a": torch.zeros(whole.numel() + 8, dtype=narrow)[1 : 1 + whole.numel()]}
+    if own:
+        mine["b"] = torch.zeros(source["b"].shape, dtype=wide)
+    got = succeed(source, lambda: mine).destination.result
+    assert got["a"] is mine["a"]
+    assert not own or got["b"] is mine["b"]
+    for name, tensor in source.items():
+        assert raw_bytes(got[name]) == raw_bytes(tensor), name
+
+
+SMALL_INTS = [dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.itemsize == 1]
+
+
+@pytest.mark.parametrize(
+    "dtype", sorted(set(SMALL_INTS) - {torch.qint8, torch.quint8, torch.quint4x2, torch.quint2x4}, key=str)
+)
+def test_every_dtype_of_a_byte_is_copied_bit_for_bit(dtype: torch.dtype) -> None:
+    """Through shadow memory, and where one source tensor is two of the template's."""
+    whole = torch.arange(256, dtype=torch.uint8).view(dtype)
+    for source, options in (
+        ({"w": whole}, Options(torch.device("cpu"), shadow=True)),
+        ({"w": whole, "x": whole.view(16, 16)}, None),
+    ):
+        mine = {name: torch.zeros(tensor.shape, dtype=torch.uint8).view(dtype) for name, tensor in source.items()}
+        ends = succeed(source, lambda mine=mine: mine, destination_options=options)
+        for name, tensor in source.items():
+            assert ends.destination.result[name] is mine[name]
+            assert raw_bytes(mine[name]) == raw_bytes(tensor)
+
+
+def test_an_attribute_that_hides_a_method_is_refused_at_the_source() -> None:
+    """A receiver would refuse it, too, and not before all bytes have landed."""
+    tensor = torch.ones(3)
+    tensor.mean = 0.5  # type: ignore[assignment, method-assign]
+    with pytest.raises(LocalProtocolError, match="w: an attribute of a tensor called mean"):
+        transfer({"v": torch.ones(3), "w": tensor})
