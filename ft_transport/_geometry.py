@@ -141,5 +141,5 @@ def index_of(views: Iterable[tuple[Geometry, int]], begin: int, end: int) -> tup
         sizes = [shape.shape[dim] for dim in dims] + [per_element]
         steps = [shape.stride[dim] * per_element for dim in dims] + [1]
         taken.as_strided(sizes, steps, (first - begin) // unit).fill_(True)
-    index = taken.nonzero().flatten()
-    return None if index.numel() == taken.numel() else (index, unit)
+    # Most often it is the whole range, and the places are eight times as large as the bytes.
+    return None if taken.all() else (taken.nonzero().flatten(), unit)

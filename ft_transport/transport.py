@@ -143,9 +143,9 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             timeout: Upper bound of the whole call.
 
         Raises:
-            LocalProtocolError: A leaf cannot travel, or a rank is not in the group. Nothing was sent, and the
-                destinations have been told. Or: the state has changed while it was sent (in-place operations of torch
-                on its large tensors are seen), and destinations that were not done have been told.
+            LocalProtocolError: A rank is not in the group; nobody was told. Or: a leaf cannot travel; nothing was sent,
+                and the destinations have been told. Or: the state has changed while it was sent (in-place operations
+                of torch on its large tensors are seen), and destinations that were not done have been told.
             TransferTimeout: The deadline passed for at least one destination. What the others got is theirs, but
                 the group must be configured anew.
             PeerFailure: The group was unusable from the start.
