@@ -269,12 +269,11 @@ def test_a_view_of_another_dtype_where_the_template_begins_between_its_elements(
         assert raw_bytes(got[name]) == raw_bytes(tensor), name
 
 
-SMALL_INTS = [dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.itemsize == 1]
+QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+OF_A_BYTE = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.itemsize == 1}
 
 
-@pytest.mark.parametrize(
-    "dtype", sorted(set(SMALL_INTS) - {torch.qint8, torch.quint8, torch.quint4x2, torch.quint2x4}, key=str)
-)
+@pytest.mark.parametrize("dtype", sorted(OF_A_BYTE - QUANTIZED, key=str), ids=str)
 def test_every_dtype_of_a_byte_is_copied_bit_for_bit(dtype: torch.dtype) -> None:
     """Through shadow memory, and where one source tensor is two of the template's."""
     whole = torch.arange(256, dtype=torch.uint8).view(dtype)
