@@ -22,10 +22,12 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
+from urllib.request import urlopen
 
 import torch
 import xxhash
 from torch.distributed import TCPStore
+from torchft.manager import REPLICA_ID_KEY, Manager
 
 __all__ = [
     "Died",
@@ -37,6 +39,7 @@ __all__ = [
     "residue",
     "store_address",
     "tell",
+    "wait_for_heartbeat",
     "wait_until",
     "workers",
 ]
@@ -146,6 +149,17 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
         if time.monotonic() > limit:
             raise TimeoutError(f"still not so after {seconds:g} s")
         time.sleep(0.001)
+
+
+def wait_for_heartbeat(lighthouse: str, manager: Manager) -> None:
+    """Until the Lighthouse knows of this replica: from then on the others' quorum waits for it."""
+    replica_id = manager._store.get(REPLICA_ID_KEY).decode()
+
+    def known() -> bool:
+        with urlopen(f"{lighthouse}/status", timeout=PATIENCE) as page:
+            return replica_id in page.read().decode()
+
+    wait_until(known)
 
 
 # ---------------------------------------------------------------------------------- inside the test

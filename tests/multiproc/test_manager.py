@@ -26,7 +26,7 @@ from ft_transport import LaneTransport, PGTransport, TransferReport
 from ft_transport._meeting import Invitation
 from ft_transport.testing import FaultProxy, FaultyTransport
 
-from .harness import Worker, digest, tell
+from .harness import Worker, digest, tell, wait_for_heartbeat
 
 KILL_AT = 3  # committed steps
 GATE = 6  # up to which the others go on alone
@@ -179,9 +179,10 @@ _rank: Rank | None = None
 
 
 def join(job: Job, replica: int, group_rank: int, store: int) -> None:
-    """Make a Manager: from now on the others' quorum waits for this replica."""
+    """Make a Manager; after that the others' quorum waits for this replica."""
     global _rank
     _rank = Rank(job, replica, group_rank, store)
+    wait_for_heartbeat(job.lighthouse, _rank.manager)
 
 
 def train(doomed: bool, returning: bool) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from ft_transport._lane_source import SourceStock
 from ft_transport._layout import Limits
 from ft_transport._transfer import Options
 
-from .harness import Worker, digest, tell
+from .harness import Worker, digest, tell, wait_for_heartbeat
 
 AHEAD, BEHIND = 10, 5
 TIMEOUT = timedelta(seconds=20)
@@ -197,9 +197,10 @@ def this() -> Replica:
 
 
 def join(job: Job, number: int, step: int, store: int) -> None:
-    """Make a Manager: from now on the others' quorum waits for this replica."""
+    """Make a Manager; after that the others' quorum waits for this replica."""
     global _replica
     _replica = Replica(job, number, step, store)
+    wait_for_heartbeat(job.lighthouse, _replica.manager)
 
 
 def train(last_step: int, heal_once: bool) -> dict[str, Any]:
@@ -448,6 +449,7 @@ def join_recording(address: str, async_quorum: bool, number: int, step: int, sto
     manager.load_state_dict({"step": step, "batches_committed": step})
     transport.manager = manager
     _recording = transport, manager
+    wait_for_heartbeat(address, manager)
 
 
 def recorded_step(fail: str) -> tuple[bool | str, list[tuple[str, int]], int]:
