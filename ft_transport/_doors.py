@@ -6,6 +6,7 @@ stranger's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import ipaddress
 import logging
@@ -20,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes import HEARTBEAT, Connection, Patience
+from ft_transport._lanes import HEARTBEAT, Connection, Patience, is_near
 from ft_transport._meeting import Handshake, Interface, Invitation, Visit, admit, knock
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 
@@ -30,7 +31,7 @@ logger = logging.getLogger("ft_transport")
 
 # A peer's handshake takes two round trips; what is not through by then is a stranger.
 _HANDSHAKE = timedelta(seconds=3)
-# Handshakes under way at once; the oldest makes room. A peer is through long before so many strangers have come.
+# Handshakes under way at once; the oldest makes room, of those that have not shown yet that they know the secret.
 _MAX_HANDSHAKES = 64
 # The next address is tried when the one before has not answered for so long, or has failed.
 _STAGGER = timedelta(milliseconds=100)
@@ -49,6 +50,7 @@ class _Greeting:
         wrap: Makes it speak TLS once it is connected: the other way round it would take the socket for a broken one.
 
     Attributes:
+        known: Whether the handshake has said anything; a listener's does to those alone who know the secret.
         result: What the handshake returned, once :meth:`advance` has given 0.
     """
 
@@ -62,12 +64,13 @@ class _Greeting:
         wrap: Callable[[socket.socket], ssl.SSLSocket] | None = None,
     ) -> None:
         self.address = address
+        self.known = False
         self.result: Any = None
         self.limit = limit
         self.socket = sock
         self._connecting = connecting
         self._wrap = wrap
-        self._shaken = wrap is None and not isinstance(sock, ssl.SSLSocket)
+        self._shaken = wrap is None
         self._handshake = handshake
         self._incoming = bytearray()
         self._outgoing = b""
@@ -82,6 +85,7 @@ class _Greeting:
             self.result = stop.value
             return False
         self._outgoing, self._needed = (step, 0) if isinstance(step, bytes) else (b"", step)
+        self.known = self.known or bool(self._outgoing)
         return True
 
     def advance(self) -> int:
@@ -94,8 +98,8 @@ class _Greeting:
         try:
             if self._connecting:
                 self._check_connected()
-                if self._wrap is not None:
-                    self.socket = self._wrap(self.socket)
+            if self._wrap is not None:
+                self.socket, self._wrap = self._wrap(self.socket), None
             if not self._shaken:
                 assert isinstance(self.socket, ssl.SSLSocket)
                 self.socket.do_handshake()
@@ -266,8 +270,9 @@ class Listener:
         self._context = context
         self._welcome = welcome
         self._tick = tick
-        self._greetings: dict[socket.socket, _Greeting] = {}
+        self._greetings: dict[_Greeting, None] = {}  # the oldest first
         self._socket = _listen(port)
+        self._pacing = _turn_off_pacing(self._socket)
         self.port = int(self._socket.getsockname()[1])
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
@@ -304,7 +309,7 @@ class Listener:
                     self._expire()
                     self._guarded(self._tick)
         finally:
-            for greeting in list(self._greetings.values()):
+            for greeting in list(self._greetings):
                 self._dismiss(greeting)
             self._selector.close()
             self._socket.close()
@@ -319,37 +324,37 @@ class Listener:
             # No descriptor to be had: those of strangers are the first to go. The selector would report who waits for
             # one again and again, so nobody is looked for until the next heartbeat.
             logger.warning("a connection could not be accepted: %s", exc)
-            self._dismiss_oldest()
+            self._make_room()
             self._selector.unregister(self._socket)
             self._deaf = True
             return
         sock.setblocking(False)
-        try:
-            if self._context is not None:
-                sock = self._context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        except (OSError, ValueError):
-            sock.close()
-            return
+        if self._pacing and not is_near(sock):
+            with contextlib.suppress(OSError):  # it is gone already
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._pacing)
         if len(self._greetings) >= _MAX_HANDSHAKES:
-            self._dismiss_oldest()
+            self._make_room()
+        wrap = None
+        if self._context is not None:
+            wrap = partial(self._context.wrap_socket, server_side=True, do_handshake_on_connect=False)
         address = address.removeprefix("::ffff:")
-        greeting = _Greeting(sock, address, admit(self._secret), Deadline(_HANDSHAKE), connecting=False)
-        self._greetings[sock] = greeting
+        greeting = _Greeting(sock, address, admit(self._secret), Deadline(_HANDSHAKE), connecting=False, wrap=wrap)
+        self._greetings[greeting] = None
         self._selector.register(sock, selectors.EVENT_READ, greeting)
 
     def _advance(self, greeting: _Greeting) -> None:
-        if greeting.socket not in self._greetings:
+        if greeting not in self._greetings:
             return  # dismissed in this very round
         try:
             events = greeting.advance()
-        except (OSError, RemoteProtocolError) as exc:
+        except (OSError, ValueError, RemoteProtocolError) as exc:  # the second is for a context that cannot listen
             logger.debug("%s is no peer: %s", greeting.address, exc)
             self._dismiss(greeting)
             return
         if events:
             self._selector.modify(greeting.socket, events, greeting)
             return
-        del self._greetings[greeting.socket]
+        del self._greetings[greeting]
         self._selector.unregister(greeting.socket)
         self._guarded(lambda: self._welcome(greeting.taken(), greeting.result))
 
@@ -360,15 +365,16 @@ class Listener:
             logger.exception("the listener goes on")
 
     def _expire(self) -> None:
-        for greeting in [greeting for greeting in self._greetings.values() if greeting.limit.expired()]:
+        for greeting in [greeting for greeting in self._greetings if greeting.limit.expired()]:
             self._dismiss(greeting)
 
-    def _dismiss_oldest(self) -> None:
+    def _make_room(self) -> None:
         if self._greetings:
-            self._dismiss(next(iter(self._greetings.values())))
+            # False comes before True, and the oldest before the others.
+            self._dismiss(min(self._greetings, key=lambda greeting: greeting.known))
 
     def _dismiss(self, greeting: _Greeting) -> None:
-        del self._greetings[greeting.socket]
+        del self._greetings[greeting]
         self._selector.unregister(greeting.socket)
         greeting.socket.close()
 
@@ -384,6 +390,22 @@ def _listen(port: int) -> socket.socket:
     sock = socket.create_server(("", port), backlog=1024)
     sock.setblocking(False)
     return sock
+
+
+def _turn_off_pacing(listening: socket.socket) -> bytes:
+    """Let connections begin without BBR, where it is the system's choice; gives what it is called there, or nothing.
+
+    It sets a timer for each packet, also between two processes of one machine, where no wire can be overrun: a tenth
+    of such a heal. And it cannot be turned off where it has begun.
+    """
+    try:
+        chosen = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+        if not chosen.startswith(b"bbr"):
+            return b""
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")  # which no system lacks or forbids
+    except (AttributeError, OSError):  # a system without that choice
+        return b""
+    return chosen
 
 
 # ----------------------------------------------------------------------------------------- addresses

@@ -25,17 +25,13 @@ from ft_transport._deadline import Deadline
 from ft_transport._splice import SPLICE_FROM, Splicer
 from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
 
-__all__ = ["HEARTBEAT", "Bell", "Connection", "Patience", "Silence"]
+__all__ = ["HEARTBEAT", "Bell", "Connection", "Patience", "Silence", "is_near"]
 
 # How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again.
 HEARTBEAT = timedelta(milliseconds=250)
 
 # Whoever reads much is woken up once so many bytes are there, and not for every packet.
 _MUCH_BYTES = 512 << 10
-
-# For a lane between two processes of one machine, where nothing is under way on a wire: what waits in between only
-# leaves the processor's cache before its reader comes. The system doubles it.
-_NEAR_BUFFER_BYTES = 256 << 10
 
 View = memoryview
 
@@ -106,8 +102,7 @@ class Connection:
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._splicer: Splicer | None = None
         self._can_splice = not self._tls
-        self._near = _is_near(sock)
-        self._can_read_much = not self._tls and not self._near and hasattr(select, "poll")
+        self._can_read_much = not self._tls and not is_near(sock) and hasattr(select, "poll")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls:
             sock.settimeout(HEARTBEAT.total_seconds())
@@ -178,9 +173,6 @@ class Connection:
                 self._splicer = Splicer()
             except OSError:
                 self._can_splice = False
-            else:
-                if self._near:
-                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _NEAR_BUFFER_BYTES)
         return self._splicer
 
     def read_into(self, view: View, patience: Patience) -> None:
@@ -307,7 +299,7 @@ class Connection:
         self._socket.close()
 
 
-def _is_near(sock: socket.socket) -> bool:
+def is_near(sock: socket.socket) -> bool:
     """Whether the peer is on this machine."""
     try:
         return bool(sock.getsockname()[0] == sock.getpeername()[0])
