@@ -26,6 +26,7 @@ from ft_transport._geometry import QUANTIZED, Geometry, checked_geometry, merge
 from ft_transport._layout import Limits
 from ft_transport._leaves import VALUE, Part, check_parts
 from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, covered, made, plain_leaves
+from ft_transport._memory import physical_bytes
 from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
 from ft_transport._values import (
     allowed_class,
@@ -59,6 +60,8 @@ MAX_CUTS = 1 << 20
 MAX_NODES = 4 << 20
 # Bounds the elements that are gone through to find the gaps between views of one storage, some seconds.
 MAX_GAP_STEPS = 1 << 32
+# Memory for each such element: whether it is of a view, and where it is.
+_PLACE_BYTES = 9
 # Bounds what is said, sent back and logged about a manifest that is refused, in characters: it quotes what was sent.
 MAX_TEXT = 4_000
 
@@ -328,7 +331,8 @@ def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra:
     check_keys(decoded)
     if not 0 <= expect(int, num_attrs) <= expect(int, num_children):
         raise ValueError(f"{num_attrs} attributes among {num_children} children")
-    if len(decoded) != (num_children if kind in _KEYED else 0) or len(set(decoded)) != len(decoded):
+    is_keyed = kind in _KEYED or (kind == "namedtuple" and num_attrs)
+    if len(decoded) != (num_children if is_keyed else 0) or len(set(decoded)) != len(decoded):
         raise ValueError(f"{kind} of {num_children} children has {len(set(decoded))} distinct keys")
     if num_attrs and kind not in _WITH_ATTRS:
         raise ValueError(f"{kind} has no attributes")
@@ -339,13 +343,15 @@ def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra:
     named = decoded if kind == "dataclass" else decoded[num_children - num_attrs :]
     if not all(_is_free_name(name, cls) for name in named):
         raise ValueError("name of an attribute out of range")
-    if kind == "namedtuple" and len(node.extra._fields) != num_children:
-        raise ValueError(f"{extra} of {len(node.extra._fields)} fields has {num_children} children")
+    if kind == "namedtuple" and len(node.extra._fields) != num_children - num_attrs:
+        raise ValueError(f"{extra} of {len(node.extra._fields)} fields has {num_children - num_attrs} of them")
+    if kind == "namedtuple" and num_attrs and decoded[:-num_attrs] != node.extra._fields:
+        raise ValueError(f"{extra} has other fields than {decoded[:-num_attrs]}")
     return node
 
 
 _KEYED = frozenset({"dict", "OrderedDict", "defaultdict", "dataclass", "subdict", "sublist"})
-_WITH_ATTRS = frozenset({"OrderedDict", "defaultdict", "subdict", "sublist"})
+_WITH_ATTRS = frozenset({"OrderedDict", "defaultdict", "subdict", "sublist", "namedtuple"})
 
 
 def _is_free_name(name: object, cls: Any) -> bool:
@@ -560,23 +566,27 @@ def _check_size(nbytes: int, referenced: int, num_ranges: int) -> None:
 
 
 def _check_gaps(manifest: Manifest) -> None:
-    """Finding what lies between views, as ``_layout`` does, takes a bounded number of steps."""
+    """Finding what lies between views, as ``_layout`` does, takes bounded time, and memory that there is."""
     with_gaps = {view.storage for leaf in manifest.leaves for view in leaf.views if not view.geometry.dense}
     found: dict[int, set[View]] = {storage: set() for storage in with_gaps if storage >= 0}
     for leaf in manifest.leaves if found else ():
         for view in leaf.views:
             if view.storage in found:
                 found[view.storage].add(view)
-    num_steps = 0
+    num_steps = num_elements = 0
     for views in found.values():
         in_order = sorted(views, key=_begin)
         for begin, end in merge((view.begin, view.end) for view in views):
             inside = in_order[bisect_left(in_order, begin, key=_begin) : bisect_left(in_order, end, key=_begin)]
             if not covered(inside, begin, end):
                 nbytes = end - begin + sum(_num_written(view.geometry) * view.geometry.itemsize for view in inside)
-                num_steps += nbytes // min(view.geometry.itemsize for view in inside)
+                unit = min(view.geometry.itemsize for view in inside)
+                num_steps += nbytes // unit
+                num_elements += (end - begin) // unit
     if num_steps > MAX_GAP_STEPS:
         raise ValueError(f"views with gaps that take {num_steps} steps, at most {MAX_GAP_STEPS} are accepted")
+    if num_elements * _PLACE_BYTES > physical_bytes() // 2:
+        raise ValueError(f"views with gaps that take {num_elements * _PLACE_BYTES} bytes, more than half of the memory")
 
 
 def _begin(view: View) -> int:

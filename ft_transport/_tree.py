@@ -40,8 +40,9 @@ class Node(NamedTuple):
     Attributes:
         kind: ``"leaf"`` or the container's name.
         num_children: Subtrees that follow, 0 for a leaf.
-        keys: Keys of a mapping, fields of a dataclass; names of attributes come last.
-        num_attrs: How many of the last children are attributes of the mapping (``_metadata``).
+        keys: Keys of a mapping, fields of a dataclass, and of a namedtuple that has attributes; names of attributes
+            come last.
+        num_attrs: How many of the last children are attributes of the container (``_metadata``).
         extra: ``default_factory``, the class of a namedtuple or dataclass, ``maxlen`` of a deque; for a node
             registered with torch's pytree its class and context.
     """
@@ -126,7 +127,7 @@ def _opener(cls: type) -> _Opener | None:
     if cls in _OPENERS:
         return _OPENERS[cls]
     if issubclass(cls, tuple) and isinstance(getattr(cls, "_fields", None), tuple):
-        return lambda value: (Node("namedtuple", len(value), extra=cls), tuple(value))
+        return _open_namedtuple
     if cls in pytree.SUPPORTED_NODES:
         flatten_fn = pytree.SUPPORTED_NODES[cls].flatten_fn
         return lambda value: _open_registered(cls, *flatten_fn(value))
@@ -146,6 +147,14 @@ def _open_mapping(kind: str) -> _Opener:
         return Node(kind, len(keys), keys, len(attrs), extra), (*value.values(), *attrs.values())
 
     return opened
+
+
+def _open_namedtuple(value: Any) -> _Opened:
+    attrs = getattr(value, "__dict__", None)
+    if not attrs:
+        return Node("namedtuple", len(value), extra=type(value)), tuple(value)
+    keys = (*value._fields, *attrs)
+    return Node("namedtuple", len(keys), keys, len(attrs), type(value)), (*value, *attrs.values())
 
 
 def _open_sequence(kind: str) -> _Opener:
@@ -304,6 +313,14 @@ def _build_subclass(node: Node, children: list[object]) -> object:
     return value
 
 
+def _build_namedtuple(node: Node, children: list[object]) -> object:
+    split = node.num_children - node.num_attrs
+    value: object = node.extra._make(children[:split])
+    if node.num_attrs:
+        vars(value).update(zip(map(str, node.keys[split:]), children[split:], strict=True))
+    return value
+
+
 def _build_registered(node: Node, children: list[object]) -> object:
     cls, context = node.extra
     return pytree.SUPPORTED_NODES[cls].unflatten_fn(children, context)
@@ -317,7 +334,7 @@ _BUILD: dict[str, Callable[[Node, list[object]], object]] = {
     "tuple": lambda node, children: tuple(children),
     "Size": lambda node, children: torch.Size(children),  # type: ignore[arg-type]
     "deque": lambda node, children: deque(children, node.extra),
-    "namedtuple": lambda node, children: node.extra._make(children),
+    "namedtuple": _build_namedtuple,
     "dataclass": _build_dataclass,
     "subdict": _build_subclass,
     "sublist": _build_subclass,
@@ -406,7 +423,7 @@ _END: Any = object()
 
 
 def _names(node: Node) -> Iterable[Hashable]:
-    if node.kind == "namedtuple":
+    if node.kind == "namedtuple" and not node.keys:
         names: tuple[Hashable, ...] = node.extra._fields
         return names
     return node.keys or range(node.num_children)

@@ -79,6 +79,10 @@ class Rows(list):  # type: ignore[type-arg]
     """A user's list."""
 
 
+class Labelled(Point):
+    """A namedtuple with room for attributes."""
+
+
 class Node(Holder):
     """A node of torch's pytree."""
 
@@ -106,6 +110,12 @@ def _with_attributes() -> list[Any]:
     tensor = noise(2, 3)
     tensor.scale, tensor.history = noise(1, 4), [Config(), 2]  # type: ignore[attr-defined]
     return [torch.nn.Buffer(noise(2, 5)), tensor, noise(2, 6).as_subclass(Scaled)]
+
+
+def _labelled() -> Labelled:
+    labelled = Labelled(noise(1, 4), 2)
+    labelled.label = noise(2, 5)  # type: ignore[attr-defined]
+    return labelled
 
 
 def _quantized() -> list[Any]:
@@ -155,6 +165,7 @@ def make_states() -> dict[str, Any]:
             Holder(w=noise(2, 3), n=5, array=np.ones(2)), Holder(inner=Holder(w=torch.eye(2).to_sparse()))
         ],
         "nodes": [Moments(noise(2, 1), 5), Node(weight=noise(2, 2), name="n"), Table(a=1, b=noise(1, 3)), Rows([1])],
+        "labelled": _labelled(),
         "shared": _shared(),
         "attributes": _with_attributes(),
         "without bytes": _without_bytes(),
@@ -162,7 +173,7 @@ def make_states() -> dict[str, Any]:
 
 
 # Classes that the states below need.
-ALLOWED = [Config, Point, Moments, Holder, Table, Rows, Color, Scaled]
+ALLOWED = [Config, Point, Moments, Holder, Table, Rows, Labelled, Color, Scaled]
 # Small ones with everything in them, to be attacked at every place.
 with warnings.catch_warnings():  # torch calls some kinds beta
     warnings.simplefilter("ignore")

@@ -406,6 +406,13 @@ def test_billions_of_messages_out_of_a_few_bytes(message_bytes: int) -> None:
         refused(with_view([1 << 10], [nbytes >> 10], (1023 * nbytes >> 10) + 1, **limits), "views with gaps")
 
 
+def test_gaps_that_take_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = with_view([1 << 20], [2], (1 << 21) - 1)
+    assert receive(data) == ""
+    monkeypatch.setattr(_codec, "physical_bytes", lambda: 1 << 22)
+    refused(data, "more than half of the memory")
+
+
 def test_billions_of_messages_out_of_many_storages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_codec, "MAX_CUTS", 1000)
     body = body_of([noise(2, i) for i in range(100)])
@@ -1065,6 +1072,33 @@ def test_allowed_classes_where_they_do_not_belong(name: str) -> None:
     for kind in ("namedtuple", "deque"):
         refused(tree([node(kind, 1, [], 0, name), None]))
     refused(tree([node("namedtuple", 2, [], 0, name), None, None], 2))
+
+
+@pytest.mark.parametrize(
+    ("keys", "num_attrs", "reason"),
+    [
+        (["x", "y", "label"], 1, ""),
+        (["x", "z", "label"], 1, "has other fields"),
+        (["x", "label"], 1, "has 1 of them"),
+        (["x", "y", "label"], 2, "has 1 of them"),
+        (["x", "y", "_replace"], 1, "name of an attribute"),
+        (["x", "y", "__class__"], 1, "name of an attribute"),
+        (["x", "y", "count"], 1, "name of an attribute"),
+        (["x", "y"], 0, "distinct keys"),
+        ([], 1, "distinct keys"),
+    ],
+)
+def test_attributes_of_a_namedtuple(keys: list[str], num_attrs: int, reason: str) -> None:
+    num_children = len(keys) or 3
+    data = tree(
+        [node("namedtuple", num_children, keys, num_attrs, "hostile.Labelled"), *[None] * num_children], num_children
+    )
+    assert reason in receive(data)
+    assert bool(receive(data)) == bool(reason)
+
+
+def test_attributes_of_a_namedtuple_that_has_no_room_for_them() -> None:
+    refused(tree([node("namedtuple", 3, ["x", "y", "label"], 1, "helpers.Point"), None, None, None], 3))
 
 
 # --------------------------------------------------------------------------------------- by the thousand

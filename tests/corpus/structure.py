@@ -26,6 +26,10 @@ class Pair(NamedTuple):
     second: Any = None
 
 
+class Labelled(Pair):
+    """A namedtuple with room for attributes."""
+
+
 @dataclasses.dataclass
 class Moments:
     """A dataclass."""
@@ -153,6 +157,14 @@ def lists_and_tuples(seed: int) -> Any:
 @CASES.case(allow=[Pair])
 def namedtuples(seed: int) -> Any:
     return Pair(noise(2, seed), {"inner": Pair(seed, [Pair(noise(1, seed + 1))])})
+
+
+@CASES.case(allow=[Labelled])
+def namedtuples_with_attributes(seed: int) -> Any:
+    labelled = Labelled(noise(2, seed), Labelled(seed, None))
+    labelled.scale = noise(3, seed + 1)  # type: ignore[attr-defined]
+    labelled.label = f"{seed}"  # type: ignore[attr-defined]
+    return [labelled]
 
 
 @CASES.case()
