@@ -7,6 +7,7 @@ Each is a few lines: what is inside, what else is needed, how to build it again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -234,12 +235,12 @@ class SparseTensor(Kind):
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
         layout, shape, coalesced, is_parameter, requires_grad = context
-        shape_of(shape)
         _bools(coalesced, is_parameter, requires_grad)
-        if len(inner) != (2 if _LAYOUTS[layout] is torch.sparse_coo else 3) or None in inner:
+        found = [geometry for geometry in inner if geometry is not None]
+        if len(found) != len(inner) or len(inner) != (2 if _LAYOUTS[layout] is torch.sparse_coo else 3):
             raise ValueError(f"a tensor of layout {layout} of {len(inner)} tensors")
-        if inner[-1] is not None:
-            check_grad(inner[-1].dtype, requires_grad)
+        check_grad(found[-1].dtype, requires_grad)
+        _check_sparse(_LAYOUTS[layout], shape_of(shape), found)
 
     def label(self, context: Any) -> str:
         return f"{context[0]} {context[1]}"
@@ -260,6 +261,25 @@ class SparseTensor(Kind):
             how: Any = {"layout": _LAYOUTS[layout], "check_invariants": True}
             leaf = torch.sparse_compressed_tensor(outer, indices, values, shape, **how)
         return _with_grad(leaf, is_parameter, requires_grad)
+
+
+def _check_sparse(layout: torch.layout, shape: Sequence[int], inner: Sequence[Geometry]) -> None:
+    """Let torch see whether indices and values make a tensor of this shape; what the indices are is seen later."""
+    *_, indices, values = inner
+    if indices.dtype not in (torch.int64, torch.int32) or inner[0].dtype is not indices.dtype:
+        raise TypeError(f"indices of {inner[0].dtype} and {indices.dtype}")
+    sizes = [list(geometry.shape) for geometry in inner]
+    if layout is not torch.sparse_coo:
+        # Without memory torch accepts no values: their number is compared here.
+        num_batch_dims = len(sizes[0]) - 1
+        if len(values.shape) <= num_batch_dims or indices.shape[-1:] != values.shape[num_batch_dims:][:1]:
+            raise ValueError(f"indices {indices.shape} of values {values.shape}")
+        sizes[1][-1] = sizes[2][num_batch_dims] = 0
+    tensors = [torch.empty(size, dtype=each.dtype, device="meta") for size, each in zip(sizes, inner, strict=True)]
+    make: Any = partial(torch.sparse_coo_tensor, check_invariants=False)
+    if layout is not torch.sparse_coo:
+        make = partial(torch.sparse_compressed_tensor, layout=layout, check_invariants=True)
+    make(*tensors, shape)
 
 
 class NestedTensor(Kind):
@@ -353,8 +373,8 @@ class QuantizedTensor(Kind):
         if flat is None or requires_grad or flat.dtype is not (carrier or torch.uint8):
             raise ValueError(f"a quantized tensor of {dtype}")
         wanted = checked_geometry(torch.uint8, sizes(shape), sizes(stride))
-        # Two elements in a byte, or four.
-        if (flat.shape != wanted.shape) if carrier else (flat.numel * 4 < wanted.span):
+        per_byte = {torch.quint4x2: 2, torch.quint2x4: 4}.get(dtype_of(dtype), 1)
+        if flat.shape != wanted.shape if carrier else flat.numel * per_byte < wanted.span or not flat.dense:
             raise ValueError(f"a quantized tensor of {shape} in {flat}")
         if axis is None:
             if type(scale) is not float or type(zero_point) is not int or channels:

@@ -876,6 +876,58 @@ def test_jagged_rows_outside_of_their_tensor(offsets: list[int], in_place: bool)
         rebuild(state, offsets, template)
 
 
+def reshaped(state: Any, which: int, shape: list[int], stride: list[int] | None = None, dtype: str = "") -> bytes:
+    """A frame of one tensor that is made of several, one of which has another geometry."""
+    body = body_of(state)
+    inner = body[2][body[3][0][1][which][1]]
+    change = [dtype or inner[0], shape, torch.empty(shape, device="meta").stride() if stride is None else stride]
+    body[2].append(change)
+    body[3][0][1][which][1] = len(body[2]) - 1
+    body[4][body[3][0][1][which][0]][0] = geometry_bytes(*change)
+    return frame(body)
+
+
+def geometry_bytes(dtype: str, shape: list[int], stride: list[int]) -> int:
+    return _geometry.Geometry(getattr(torch, dtype), tuple(shape), tuple(stride)).span
+
+
+EYE = torch.eye(4)
+
+
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize(
+    ("state", "which", "shape", "dtype"),
+    [
+        (EYE.to_sparse(), 0, [4], ""),
+        (EYE.to_sparse(), 0, [1, 4], ""),
+        (EYE.to_sparse(), 0, [2, 3], ""),
+        (EYE.to_sparse(), 0, [2, 4], "float64"),
+        (EYE.to_sparse(), 1, [4, 4], ""),
+        (EYE.to_sparse_csr(), 0, [4], ""),
+        (EYE.to_sparse_csr(), 0, [1, 5], ""),
+        (EYE.to_sparse_csc(), 1, [3], ""),
+        (EYE.to_sparse_csc(), 1, [], ""),
+        (EYE.to_sparse_csr(), 1, [4], "int32"),
+        (EYE.to_sparse_bsr((2, 2)), 2, [2, 3, 2], ""),
+        (EYE.to_sparse_bsr((2, 2)), 2, [1, 2, 2], ""),
+        (EYE.to_sparse_bsc((2, 2)), 2, [], ""),
+    ],
+)
+def test_indices_and_values_that_make_no_sparse_tensor(
+    state: torch.Tensor, which: int, shape: list[int], dtype: str
+) -> None:
+    refused(reshaped(state, which, shape, dtype=dtype), "[phase agree]")
+
+
+@pytest.mark.filterwarnings(*WARNINGS)
+@pytest.mark.parametrize(("dtype", "per_byte"), [(torch.quint4x2, 2), (torch.quint2x4, 4)])
+def test_quantized_elements_that_share_bytes(dtype: torch.dtype, per_byte: int) -> None:
+    state = torch.quantize_per_tensor(torch.arange(24.0).view(4, 6), 1.0, 0, dtype)
+    assert receive(reshaped(state, 0, [24 // per_byte])) == ""
+    refused(reshaped(state, 0, [24 // per_byte - 1]), "a quantized tensor")
+    refused(reshaped(state, 0, [24], [0]), "a quantized tensor")
+
+
 def test_an_expanded_quantized_tensor_takes_no_more_than_its_bytes() -> None:
     flat = torch._make_per_tensor_quantized_tensor(torch.zeros(1, dtype=torch.int8), 0.5, 3)
     body = body_of(flat)
