@@ -8,9 +8,8 @@ else; when all lanes to the source have, they are opened again as long as that m
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
 from ft_transport._meeting import Invitation
 from ft_transport._memory import no_collection
-from ft_transport._progress import Watch
+from ft_transport._progress import Watch, meanwhile
 from ft_transport._relay import Relay
 from ft_transport._resume import Kept, state_of
 from ft_transport._talk import Talk
@@ -420,28 +419,14 @@ class Reception:
             now = Progress("destination", self._step, self._peer.rank, nbytes, self._report.nbytes_total)
             tell_progress(self._options.progress, now)
 
-    @contextmanager
-    def _heartbeats(self, talk: Talk) -> Iterator[None]:
+    def _heartbeats(self, talk: Talk) -> AbstractContextManager[None]:
         """Say every now and then that this side is alive, while it is busy with something else."""
-        changed, over = threading.Condition(), False
 
         def beat() -> None:
-            with changed:
-                while not changed.wait_for(lambda: over, HEARTBEAT.total_seconds()):
-                    try:
-                        talk.say(Frame.PROGRESS, self._patience(), self._nbytes_here)
-                    except TransferError:
-                        return  # whoever talks next finds out
+            with suppress(TransferError):  # whoever talks next finds out
+                talk.say(Frame.PROGRESS, self._patience(), self._nbytes_here)
 
-        thread = threading.Thread(target=beat, name="ft_transport-heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            with changed:
-                over = True
-                changed.notify_all()
-            thread.join()
+        return meanwhile(beat, HEARTBEAT, "heartbeat")
 
     # --------------------------------------------------------------------------------------- end
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +18,7 @@ from ft_transport._deadline import Deadline
 from ft_transport.events import PROGRESS, log_event
 from ft_transport.report import PeerReport, Progress, ProgressCallback, TransferReport
 
-__all__ = ["INTERVAL", "Watch", "progress_bar", "watching"]
+__all__ = ["INTERVAL", "Watch", "meanwhile", "progress_bar", "watching"]
 
 # Between two lines about the same peer. Most transfers are over by then and have none.
 INTERVAL = timedelta(seconds=5)
@@ -110,19 +110,22 @@ def _of(done: int, total: int) -> str:
 
 
 @contextmanager
-def watching(report: TransferReport, deadline: Deadline) -> Iterator[None]:
-    """Follow a transfer from a thread of its own, which has ended when this does."""
-    watch, changed, over = Watch(report, deadline), threading.Condition(), False
+def meanwhile(call: Callable[[], None], interval: timedelta, name: str) -> Iterator[None]:
+    """Call something every so often while the block runs, from a thread that has ended when this does.
 
-    def look() -> None:
+    Where no thread is to be had, nothing is called.
+    """
+    changed, over = threading.Condition(), False
+
+    def run() -> None:
         with changed:
-            while not changed.wait_for(lambda: over, INTERVAL.total_seconds() / 4):
-                watch.tick()
+            while not changed.wait_for(lambda: over, interval.total_seconds()):
+                call()
 
-    thread = threading.Thread(target=look, name="ft_transport-progress", daemon=True)
+    thread = threading.Thread(target=run, name=f"ft_transport-{name}", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # no more threads to be had: no lines, then
+    except RuntimeError:
         yield
         return
     try:
@@ -132,6 +135,11 @@ def watching(report: TransferReport, deadline: Deadline) -> Iterator[None]:
             over = True
             changed.notify_all()
         thread.join()
+
+
+def watching(report: TransferReport, deadline: Deadline) -> AbstractContextManager[None]:
+    """Follow a transfer from a thread of its own, which has ended when this does."""
+    return meanwhile(Watch(report, deadline).tick, INTERVAL / 4, "progress")
 
 
 def progress_bar(**options: Any) -> ProgressCallback:
