@@ -19,11 +19,12 @@ class Deadline:
         timeout: Budget from now on. Zero or less is already past.
     """
 
-    __slots__ = ("_end", "_timeout")
+    __slots__ = ("_begin", "_end", "_timeout")
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
-        self._end = time.monotonic() + timeout.total_seconds()
+        self._begin = time.monotonic()
+        self._end = self._begin + timeout.total_seconds()
 
     @property
     def timeout(self) -> timedelta:
@@ -40,4 +41,8 @@ class Deadline:
 
     def elapsed(self) -> float:
         """Seconds since the deadline was made."""
-        return self._timeout.total_seconds() - (self._end - time.monotonic())
+        return time.monotonic() - self._begin
+
+    def expire(self) -> None:
+        """Let it have passed. Any thread."""
+        self._end = min(self._end, time.monotonic())

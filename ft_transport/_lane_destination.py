@@ -150,6 +150,7 @@ class Reception:
         self._stream: Any = None
         self._lane_wire = 0
         self._hopeless = False  # whether the source's lanes would break again
+        self._cancelled = ""
 
     def run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
         """Receive the state.
@@ -165,6 +166,8 @@ class Reception:
         peer, self.kept = self._peer, earlier
         self._me.desk.on_tick(Watch(self._report, self._deadline).tick)
         try:
+            if self._cancelled:
+                raise LocalProtocolError(self._cancelled)
             with peer.enter("agree", "destination"):
                 talk = self._call()
                 plan, sink = self._agree(talk, state_dict, earlier)
@@ -180,8 +183,9 @@ class Reception:
             peer.outcome = "complete"
             return Received(state, plan.landing.written(), self._relay)
         except BaseException as exc:
-            self._end_badly(exc)
-            raise
+            error = LocalProtocolError(self._cancelled) if self._cancelled and isinstance(exc, TransferTimeout) else exc
+            self._end_badly(error)
+            raise error from None
         finally:
             self._me.desk.on_tick(None)
             peer.nbytes_wire = self._lane_wire
@@ -189,6 +193,11 @@ class Reception:
                 peer.nbytes_wire += self._talk.connection.nbytes_wire
                 self._talk.connection.close()
             self._bell.close()
+
+    def cancel(self, reason: str) -> None:
+        """Let the receive fail within a moment. Any thread."""
+        self._cancelled = reason
+        self._deadline.expire()
 
     def _patience(self, label: str = "the source") -> Patience:
         return Patience(self._deadline, self._options.stall, label)

@@ -41,6 +41,8 @@ logger = logging.getLogger("ft_transport")
 
 T = TypeVar("T")
 
+_SHUT_DOWN = "this transport has been shut down"
+
 
 class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
     """Moves a healthy replica's state to recovering ones over TCP connections of its own, apart from training.
@@ -134,6 +136,9 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         self._changed: list[torch.Tensor] = []
         self._offer: Offer | None = None
         self._relay: Relay | None = None
+        self._reception: Reception | None = None
+        self._receiver = 0  # the thread that receives
+        self._is_shut_down = False
         self._kept: Kept | None = None
         self._attempts = 0
         self._self, self._listener = _listen(host, interface, port, ssl_context)
@@ -193,11 +198,21 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             relay.close()
 
     def shutdown(self, wait: bool = True) -> None:
-        """End every transfer and stop listening. May be called twice.
+        """End every transfer and stop listening. May be called twice, and from any thread.
+
+        A receive that is under way in another thread fails with :class:`LocalProtocolError`, as does every later call
+        that would move a state.
 
         Args:
-            wait: Return only when no thread is left.
+            wait: Return only when no thread is left, and nothing writes to the template any more.
         """
+        self._is_shut_down = True
+        reception = self._reception
+        if reception is not None:
+            reception.cancel(_SHUT_DOWN)
+            if wait and self._receiver != threading.get_ident():
+                with self._busy:
+                    pass
         if wait:
             self._end()
         else:
@@ -222,7 +237,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             timeout: Upper bound of the whole transfer.
 
         Raises:
-            LocalProtocolError: A leaf cannot travel. Nothing was sent, and the destinations are told.
+            LocalProtocolError: A leaf cannot travel. Nothing was sent, and the destinations are told. Or: the transport
+                was shut down.
             TornStateError: This replica is torn. As above.
 
         If the state changes before :meth:`disallow_checkpoint` has returned (in-place operations of torch on its large
@@ -233,6 +249,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         """
         report = TransferReport("source", type(self).__name__, step)
         with Call(self, report, goes_on=True):
+            if self._is_shut_down:
+                raise LocalProtocolError(_SHUT_DOWN)
             self._end()
             if not dst_ranks or len(set(dst_ranks)) != len(dst_ranks):
                 raise LocalProtocolError(f"ranks {dst_ranks}: expected some, each once")
@@ -273,7 +291,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             PeerFailure: The source is gone, silent for too long, or gave up and said why.
             RemoteProtocolError: The source sent another step, a state that does not fit the template (every path
                 is listed; the template is untouched), or bytes that never agree with their digests.
-            LocalProtocolError: This side has no room.
+            LocalProtocolError: This side has no room, or was shut down.
 
         After an error: nothing reads or writes the template any more. If ``error.torn``, it holds a mix of two
             states, and this replica cannot serve or commit until it has healed.
@@ -287,11 +305,14 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             self._attempts += 1
             invitation = Invitation.decode(metadata)
             reception = Reception(invitation, step, self._attempts, self._self, self._options, deadline, report)
+            self._reception, self._receiver = reception, threading.get_ident()
+            if self._is_shut_down:
+                reception.cancel(_SHUT_DOWN)
             earlier, self._kept = self._kept, None
             try:
                 received = reception.run(self._state_dict, earlier)
             finally:
-                self._kept = reception.kept
+                self._reception, self._kept = None, reception.kept
             self._changed, self._relay = received.written, received.relay
             return cast(T, received.state)
 

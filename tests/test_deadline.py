@@ -37,6 +37,19 @@ def test_it_runs_down(clock: Clock) -> None:
     assert deadline.timeout == timedelta(seconds=10)
 
 
+def test_it_can_be_over_early(clock: Clock) -> None:
+    deadline = Deadline(timedelta(seconds=10))
+    clock.now += 4
+    deadline.expire()
+    assert deadline.expired()
+    assert deadline.remaining() == MIN_WAIT
+    assert deadline.elapsed() == pytest.approx(4)
+    assert deadline.timeout == timedelta(seconds=10)
+    clock.now += 20
+    deadline.expire()
+    assert deadline.expired()
+
+
 def test_a_wait_is_never_zero_or_negative(clock: Clock) -> None:
     """To gloo that would mean the group's own time-out."""
     deadline = Deadline(timedelta(seconds=1))

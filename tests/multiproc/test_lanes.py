@@ -429,6 +429,43 @@ def test_shutdown_ends_everything(lanes: Lanes) -> None:
     assert "the source has ended the transfer" in str(destination.error)
 
 
+@pytest.mark.parametrize("moving", [True, False], ids=["bytes move", "nobody offers"])
+def test_shutdown_ends_a_receive(lanes: Lanes, moving: bool) -> None:
+    source, state, template = lanes.transport(), make_state(), make_state(2)
+    proxy = lanes.proxy(source.metadata(), slowly(2))
+    destination = lanes.destination(template).start(proxy.metadata)
+    if moving:
+        source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+        wait_until(lambda: proxy.nbytes > 1_000_000)
+    else:
+        wait_until(lambda: proxy.nbytes > 0)
+    begin = time.monotonic()
+    destination.transport.shutdown()
+    landed = digest(template)  # and nothing lands any more
+    assert time.monotonic() - begin < 2.0
+    destination.join()
+    assert isinstance(destination.error, LocalProtocolError)
+    assert "has been shut down" in str(destination.error)
+    assert destination.error.torn == destination.transport.torn == moving
+    source.disallow_checkpoint()
+    assert digest(template) == landed
+    if moving:
+        assert "has been shut down" in source.last_report.peers[0].reason
+
+
+def test_nothing_moves_after_shutdown(lanes: Lanes) -> None:
+    source, ended = lanes.transport(), lanes.transport()
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    ended.shutdown()
+    begin = time.monotonic()
+    with pytest.raises(LocalProtocolError, match="has been shut down"):
+        ended.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    ended.disallow_checkpoint()
+    with pytest.raises(LocalProtocolError, match="has been shut down"):
+        ended.recv_checkpoint(0, source.metadata(), STEP, TIMEOUT)
+    assert time.monotonic() - begin < 1.0
+
+
 def test_a_transport_that_nobody_holds_stops_listening() -> None:
     before = residue()
     transport: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU)
