@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes import HEARTBEAT, Connection, Patience, is_near
+from ft_transport._lanes import HEARTBEAT, Connection, Patience, is_near, keep_out_of_forks
 from ft_transport._meeting import Handshake, Interface, Invitation, Visit, admit, knock
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 
@@ -179,7 +179,7 @@ class _Calls:
         self._label = label
         self._rest = list(invitation.addresses)
         self._failed: list[str] = []
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.PollSelector()  # which takes no descriptor
 
     def answered(self, patience: Patience) -> Connection:
         stagger = Deadline(timedelta(0))
@@ -272,6 +272,7 @@ class Listener:
         self._tick = tick
         self._greetings: dict[_Greeting, None] = {}  # the oldest first
         self._socket = _listen(port)
+        keep_out_of_forks(self._socket)
         self._pacing = _turn_off_pacing(self._socket)
         self.port = int(self._socket.getsockname()[1])
         self._selector = selectors.DefaultSelector()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._conversation import Conversation, Frame, Header, Role, encode
+from ft_transport._crew import Crew, insist
 from ft_transport._doors import Contexts, dial
 from ft_transport._landing import Landing
 from ft_transport._lane_options import CPU, LaneOptions
@@ -217,8 +218,8 @@ class Fetcher:
         self._num_lanes = options.lanes if num_messages is None else 1
         self._num_left = num_messages
         self._lock = threading.Lock()
-        self._lanes: dict[Connection, threading.Thread] = {}
-        self._threads: list[threading.Thread] = []
+        self._lanes: set[Connection] = set()
+        self._crew = Crew()
         self._closing = False
 
     def open(self, route: Route, contexts: Contexts | None, patience: Callable[[str], Patience]) -> None:
@@ -240,16 +241,16 @@ class Fetcher:
                 return
             # What has answered once is all that is tried from now on.
             invitation = invitation._replace(addresses=(connection.address,))
-            thread = threading.Thread(target=self._run, args=(connection, own), name="ft_transport-lane", daemon=True)
             with self._lock:
-                try:
-                    thread.start()
-                except RuntimeError as exc:  # no more threads to be had
-                    connection.close()
-                    self.error = LocalProtocolError(f"a lane cannot be served: {exc}")
-                    return
-                self._lanes[connection] = thread
-            self._threads.append(thread)
+                self._lanes.add(connection)
+            try:
+                self._crew.start("lane", self._run, connection, own)
+            except RuntimeError as exc:  # no more threads to be had
+                with self._lock:
+                    self._lanes.discard(connection)
+                connection.close()
+                self.error = LocalProtocolError(f"a lane cannot be served: {exc}")
+                return
 
     @property
     def alive(self) -> bool:
@@ -263,13 +264,15 @@ class Fetcher:
 
     def close(self) -> None:
         """End all lanes; when this returns, nothing lands any more. May be called twice."""
+        insist(self._close)
+
+    def _close(self) -> None:
         self._closing = True
         self._sink.todo.wake()
         with self._lock:
             for connection in self._lanes:
                 connection.abort()
-        for thread in self._threads:
-            thread.join()
+        self._crew.join()
 
     def _run(self, connection: Connection, patience: Patience) -> None:
         conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
@@ -289,7 +292,7 @@ class Fetcher:
         finally:
             self._sink.todo.give_back(conversation.asked)
             with self._lock:
-                del self._lanes[connection]
+                self._lanes.discard(connection)
                 self.nbytes_wire += connection.nbytes_wire
             connection.close()
             self._bell.ring()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -339,8 +339,10 @@ class Reception:
                     if self._route is not None:
                         break
         finally:
-            trial.close()
-            fetcher.close()
+            try:
+                trial.close()
+            finally:
+                fetcher.close()
             self._lane_wire += fetcher.nbytes_wire + trial.nbytes_wire
         if fetcher.fatal is not None:
             raise fetcher.fatal
@@ -431,9 +433,12 @@ class Reception:
     def _heartbeats(self, talk: Talk) -> AbstractContextManager[None]:
         """Say every now and then that this side is alive, while it is busy with something else."""
 
-        def beat() -> None:
-            with suppress(TransferError):  # whoever talks next finds out
+        def beat() -> bool:
+            try:
                 talk.say(Frame.PROGRESS, self._patience(), self._nbytes_here)
+            except TransferError:
+                return True  # whoever talks next finds out
+            return False
 
         return meanwhile(beat, HEARTBEAT, "heartbeat")
 
@@ -444,7 +449,7 @@ class Reception:
         try:
             if self._lost is not None:
                 raise self._lost
-            patience = Patience(self._deadline, _LAST_WORDS)
+            patience = Patience(self._deadline, _LAST_WORDS if verified else self._options.stall)
             talk.say(Frame.DONE, patience, self._nbytes_here)
             while (heard := talk.hear(patience))[0].frame is not Frame.BYE:
                 if heard[0].frame is Frame.FAILED:
@@ -472,8 +477,9 @@ class Reception:
         elif not refused:
             peer.outcome = "failed"
         if self._talk is not None and self._lost is None and not isinstance(exc, _GaveUp):
-            # Who has been silent for so long will hardly answer now.
-            patience = Patience(Deadline(HEARTBEAT if isinstance(exc, Silence) else _LAST_WORDS))
+            # Who has been silent for so long will hardly answer now, and after the deadline there is no time.
+            is_late = isinstance(exc, (Silence, TransferTimeout))
+            patience = Patience(Deadline(HEARTBEAT if is_late else _LAST_WORDS))
             try:
                 if not refused:
                     self._talk.say(Frame.FAILED, patience, body=[peer.reason])

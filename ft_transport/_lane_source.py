@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ft_transport._conversation import Frame, State
+from ft_transport._crew import Crew, insist
 from ft_transport._deadline import Deadline
 from ft_transport._desk import Desk
 from ft_transport._lane_options import CPU, SMALL_BYTES, LaneOptions, settled_stream
@@ -150,7 +151,7 @@ class Offer:
         self._expected = list(report.peers)
         self._guests: dict[bytes, _Guest] = {}
         self._chain: list[_Guest] = []
-        self._threads: list[threading.Thread] = []
+        self._crew = Crew()
         self._over = False
         self._failure = ""
         self._error: LocalProtocolError | None = None  # the source's own, once destinations are served
@@ -196,16 +197,14 @@ class Offer:
             patience = Patience(self._deadline, self._options.stall, "the destination")
             guest = _Guest(talk, peer, patience)
             self._guests[identity] = guest
-            thread = threading.Thread(target=self._run, args=(guest,), name="ft_transport-guest", daemon=True)
             try:
-                thread.start()
+                self._crew.start("guest", self._run, guest)
             except RuntimeError as exc:  # no more threads to be had
                 logger.warning("%s cannot be served: %s", peer.label, exc)
                 peer.outcome, peer.reason = "failed", reason_of(exc)
                 talk.connection.close()
                 self._settle()
-                return True
-            self._threads.append(thread)
+                self._changed.notify_all()
         return True
 
     def _peer_of(self, identity: bytes) -> PeerReport:
@@ -372,11 +371,14 @@ class Offer:
                 self._changed.wait_for(lambda: self._over, min(limits).total_seconds())
 
     def close(self, wait: bool = True) -> None:
-        """End what is still under way; when this returns, nothing reads the state. Never raises."""
+        """End what is still under way; when this returns, nothing reads the state. Raises nothing but Ctrl-C."""
+        insist(lambda: self._close(wait))
+
+    def _close(self, wait: bool) -> None:
         self._desk.close(self)
         with self._changed:
             self._give_up_expected("it has not come before the source ended the transfer")
-            guests, threads = list(self._guests.values()), list(self._threads)
+            guests = list(self._guests.values())
             for guest in guests:
                 guest.patience.cancel("the source has ended the transfer")
         self._tell()
@@ -384,8 +386,7 @@ class Offer:
             for guest in guests:
                 guest.talk.connection.abort()
             return
-        for thread in threads:
-            thread.join()
+        self._crew.join()
         with self._changed:
             self._stock = None
 

@@ -12,12 +12,12 @@ import contextlib
 import fcntl
 import os
 import select
-import selectors
 import socket
 import ssl
 import struct
 import sys
 import termios
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -25,7 +25,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._splice import SPLICE_FROM, Splicer
 from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
 
-__all__ = ["HEARTBEAT", "Bell", "Connection", "Patience", "Silence", "is_near"]
+__all__ = ["HEARTBEAT", "Bell", "Connection", "Patience", "Silence", "is_near", "keep_out_of_forks"]
 
 # How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again.
 HEARTBEAT = timedelta(milliseconds=250)
@@ -85,6 +85,24 @@ class Patience:
             raise Silence(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")
 
 
+# A process that was forked (a DataLoader's worker) would keep a connection open that this one has closed, and a port
+# that it listens on taken.
+_not_in_forks: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def keep_out_of_forks(sock: socket.socket) -> None:
+    """Let processes that are forked from this one close it first of all."""
+    _not_in_forks.add(sock)
+
+
+def _close_in_fork() -> None:
+    for sock in list(_not_in_forks):
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)
+
+
 class Connection:
     """One TCP connection to a peer that is known to be one.
 
@@ -99,6 +117,7 @@ class Connection:
         self.address = address
         self.nbytes_wire = 0
         self._socket = sock
+        keep_out_of_forks(sock)
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._splicer: Splicer | None = None
         self._can_splice = not self._tls
@@ -321,14 +340,19 @@ class Bell:
         """Wait for the bell, the connection, or the limit; gives whether the connection can be read."""
         if connection is not None and connection.pending():
             return True
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._descriptor, selectors.EVENT_READ)
-            if connection is not None:
-                selector.register(connection, selectors.EVENT_READ)
-            ready = [key.fd for key, _ in selector.select(limit.total_seconds())]
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        if connection is not None:
+            poll.register(connection, select.POLLIN)
+        ready = [descriptor for descriptor, _ in poll.poll(limit.total_seconds() * 1000)]
         if self._descriptor in ready:
             os.eventfd_read(self._descriptor)
         return connection is not None and connection.fileno() in ready
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """May be called twice."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    __del__ = close

@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
+from ft_transport._crew import Crew
 from ft_transport._deadline import Deadline
 from ft_transport.events import PROGRESS, log_event
 from ft_transport.report import PeerReport, Progress, ProgressCallback, TransferReport
@@ -110,31 +111,28 @@ def _of(done: int, total: int) -> str:
 
 
 @contextmanager
-def meanwhile(call: Callable[[], None], interval: timedelta, name: str) -> Iterator[None]:
+def meanwhile(call: Callable[[], bool | None], interval: timedelta, name: str) -> Iterator[None]:
     """Call something every so often while the block runs, from a thread that has ended when this does.
 
-    Where no thread is to be had, nothing is called.
+    Until it gives True; and where no thread is to be had, never.
     """
-    changed, over = threading.Condition(), False
+    changed, over, crew = threading.Condition(), False, Crew()
 
     def run() -> None:
         with changed:
             while not changed.wait_for(lambda: over, interval.total_seconds()):
-                call()
+                if call():
+                    return
 
-    thread = threading.Thread(target=run, name=f"ft_transport-{name}", daemon=True)
     try:
-        thread.start()
-    except RuntimeError:
-        yield
-        return
-    try:
+        with suppress(RuntimeError):
+            crew.start(name, run)
         yield
     finally:
+        over = True
         with changed:
-            over = True
             changed.notify_all()
-        thread.join()
+        crew.join()
 
 
 def watching(report: TransferReport, deadline: Deadline) -> AbstractContextManager[None]:

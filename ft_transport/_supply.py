@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ft_transport._conversation import Conversation, Frame, Header, Role
+from ft_transport._crew import Crew, insist
 from ft_transport._lanes import HEARTBEAT, Connection, Patience
 from ft_transport._memory import Bucket, aligned
 from ft_transport._talk import Talk, fingerprint
@@ -71,7 +72,8 @@ class Supply:
         self._stream = stream
         self._changed = threading.Condition()
         self._closed = False
-        self._lanes: dict[Connection, threading.Thread] = {}
+        self._lanes: set[Connection] = set()
+        self._crew = Crew()
 
     def attach(self, connection: Connection, header: Header) -> None:
         """Serve a lane, whose first frame was ``header``, in a thread of its own."""
@@ -79,16 +81,13 @@ class Supply:
             if self._closed or len(self._lanes) >= MAX_LANES:
                 connection.close()
                 return
-            thread = threading.Thread(
-                target=self._run, args=(connection, header), name="ft_transport-supply", daemon=True
-            )
+            self._lanes.add(connection)
             try:
-                thread.start()
+                self._crew.start("supply", self._run, connection, header)
             except RuntimeError as exc:  # no more threads to be had
                 logger.warning("a lane of %s cannot be served: %s", connection.address, exc)
+                self._lanes.discard(connection)
                 connection.close()
-                return
-            self._lanes[connection] = thread
 
     def _run(self, connection: Connection, header: Header) -> None:
         try:
@@ -104,7 +103,7 @@ class Supply:
             connection.close()
             with self._changed:
                 self.nbytes_wire += connection.nbytes_wire
-                del self._lanes[connection]
+                self._lanes.discard(connection)
                 self._changed.notify_all()
 
     def _serve(self, connection: Connection, header: Header) -> None:
@@ -152,10 +151,11 @@ class Supply:
 
     def close(self) -> None:
         """End all lanes. When this returns, no thread reads the stock any more. May be called twice."""
+        insist(self._close)
+
+    def _close(self) -> None:
         with self._changed:
             self._closed = True
-            lanes = dict(self._lanes)
-        for connection in lanes:
-            connection.abort()
-        for thread in lanes.values():
-            thread.join()
+            for connection in self._lanes:
+                connection.abort()
+        self._crew.join()

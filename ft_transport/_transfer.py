@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import random
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ import torch
 
 from ft_transport._channel import Channel
 from ft_transport._control import Control
+from ft_transport._crew import Crew
 from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport.errors import PeerFailure, TransferTimeout, reason_of
@@ -129,37 +129,16 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
         return errors
     stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
 
-    over: set[int] = set()
-    changed = threading.Condition()
-
-    def in_stream(index: int) -> None:
-        guarded(index, stream)
-        with changed:
-            over.add(index)
-            changed.notify_all()
-
-    started: list[threading.Thread] = []
-
-    def all_over() -> bool:
-        return len(over) >= sum(thread.ident is not None for thread in started)
-
+    crew = Crew()
     try:
         for index, channel in enumerate(channels):
-            name = f"ft_transport-rank{channel.peer_rank}"
-            started.append(threading.Thread(target=in_stream, args=(index,), name=name))
-            started[-1].start()
-        with changed:
-            changed.wait_for(all_over)
+            crew.start(f"rank{channel.peer_rank}", guarded, index, stream)
+        crew.attend()
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.
         for channel in channels:
             channel.abort()
         raise
     finally:
-        # A join that Ctrl-C interrupts takes its thread for ended (CPython 3.11), so none is joined before it is over.
-        with changed:
-            changed.wait_for(all_over)
-        for thread in started:
-            if thread.ident is not None:
-                thread.join()
+        crew.join()
     return errors

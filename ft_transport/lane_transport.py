@@ -190,12 +190,13 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
     def _end(self) -> None:
         """End what an earlier call has left under way; nothing reads the state any more then."""
-        offer, self._offer = self._offer, None
-        relay, self._relay = self._relay, None
-        if offer is not None:
-            offer.close()
-        if relay is not None:
-            relay.close()
+        # Forgotten only once they are closed: Ctrl-C may come meanwhile.
+        if self._offer is not None:
+            self._offer.close()
+            self._offer = None
+        if self._relay is not None:
+            self._relay.close()
+            self._relay = None
 
     def shutdown(self, wait: bool = True) -> None:
         """End every transfer and stop listening. May be called twice, and from any thread.

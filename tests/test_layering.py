@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "report": {"errors"},
     "_deadline": set(),
+    "_crew": set(),
     "_digest": set(),
     "_memory": set(),
     "_geometry": set(),
@@ -46,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "_landing": _DATA | {"_kinds_distributed", "_template", "errors", "report"},
     "_channel": {"_deadline", "errors"},
     "_control": {"_channel", "_codec", "_deadline", "errors"},
-    "_transfer": {"_channel", "_control", "_digest", "_layout", "errors", "events", "report"},
+    "_transfer": {"_channel", "_control", "_crew", "_digest", "_layout", "errors", "events", "report"},
     "_torn": {"errors", "report"},
     "_versions": {"_layout", "_manifest", "_tree", "errors"},
     "_source": _SHARED | {"_codec", "_digest", "_transfer", "_versions"},
@@ -54,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "divergence": {"_digest", "_kinds", "_kinds_distributed", "_leaves", "_memory", "_tree", "_values", "errors"},
     "_telemetry": {"_version", "report"},
     "events": {"_telemetry", "report"},
-    "_progress": {"_deadline", "events", "report"},
+    "_progress": {"_crew", "_deadline", "events", "report"},
     "_call": {"_torn", "divergence", "errors", "events", "report"},
     "transport": {
         "_call",
@@ -80,14 +81,15 @@ ALLOWED: dict[str, set[str]] = {
     "_doors": {"_deadline", "_lanes", "_meeting", "errors"},
     "_talk": {"_conversation", "_lanes", "errors"},
     "_work": set(),
-    "_supply": {"_conversation", "_lanes", "_memory", "_talk", "errors"},
+    "_supply": {"_conversation", "_crew", "_lanes", "_memory", "_talk", "errors"},
     "_desk": {"_conversation", "_deadline", "_lanes", "_meeting", "_supply", "_talk", "errors"},
     "_lane_options": {"_layout", "_transfer"},
     "_relay": {"_desk", "_lane_options", "_landing", "_lanes", "_layout", "_memory", "_supply", "_work"},
-    "_fetch": _LANES | {"_landing", "_lane_options", "_layout", "_memory", "_relay", "_work", "errors", "report"},
+    "_fetch": _LANES
+    | {"_crew", "_landing", "_lane_options", "_layout", "_memory", "_relay", "_work", "errors", "report"},
     "_trial": {"_deadline", "_fetch"},
     "_lane_source": _LANES
-    | {"_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_transfer"}
+    | {"_crew", "_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_transfer"}
     | _REPORT
     | {"events"},
     "_lane_destination": _LANES

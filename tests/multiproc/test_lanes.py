@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import random
+import re
 import socket
 import subprocess
 import threading
@@ -451,6 +452,31 @@ def test_shutdown_ends_a_receive(lanes: Lanes, moving: bool) -> None:
     assert digest(template) == landed
     if moving:
         assert "has been shut down" in source.last_report.peers[0].reason
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_process_keeps_nothing_open(lanes: Lanes) -> None:
+    """As a DataLoader's worker, forked while a state is sent."""
+    source, state = lanes.transport(), make_state()
+    proxy = lanes.proxy(source.metadata(), slowly(10))
+    destination = lanes.destination().start(proxy.metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    wait_until(lambda: proxy.nbytes > 1_000_000)
+    waits, go_on = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(go_on)
+        os.read(waits, 1)  # until the other end is closed
+        os._exit(0)
+    try:
+        assert destination.join().sound(state)
+        source.disallow_checkpoint()
+        source.shutdown()
+        lanes.transport(port=Invitation.decode(source.metadata()).port)
+    finally:
+        os.close(go_on)
+        os.close(waits)
+        os.waitpid(child, 0)
 
 
 def test_nothing_moves_after_shutdown(lanes: Lanes) -> None:
@@ -929,6 +955,51 @@ def test_a_destination_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: p
     assert "no more threads" in report.peers[0].reason
 
 
+def test_the_last_destination_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is waited for any more then."""
+    source = lanes.transport(stall_timeout=timedelta(seconds=10))
+    refuse_a_thread(monkeypatch, "ft_transport-guest")
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    begin = time.monotonic()
+    waiting = threading.Thread(target=source.disallow_checkpoint)
+    waiting.start()
+    destination = lanes.destination().start(source.metadata()).join()
+    waiting.join()
+    assert isinstance(destination.error, PeerFailure)
+    assert time.monotonic() - begin < 5.0
+
+
+def test_a_pause_after_the_last_byte_is_no_silence(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without digests the source has the last word, and as long to say it as for any other."""
+    from ft_transport._lane_source import Offer
+
+    check = Offer._check_unchanged
+
+    def late(offer: Offer) -> None:
+        if all(peer.nbytes == offer.report.nbytes_total for peer in offer.report.peers):
+            time.sleep(1.3)
+        check(offer)
+
+    monkeypatch.setattr(Offer, "_check_unchanged", late)
+    state = make_state()
+    source = lanes.transport(verify=False, stall_timeout=timedelta(seconds=8))
+    destination = lanes.destination(make_state(2), stall_timeout=timedelta(seconds=8)).start(source.metadata())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    assert destination.join().sound(state), destination.error
+
+
+def test_a_frozen_source_costs_no_more_than_the_deadline(lanes: Lanes) -> None:
+    source = lanes.transport()
+    proxy = lanes.proxy(source.metadata(), slowly(10))
+    patient = {"stall_timeout": timedelta(seconds=30)}
+    destination = lanes.destination(**patient).start(proxy.metadata, timeout=timedelta(seconds=1))
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    wait_until(lambda: proxy.nbytes > 1_000_000)
+    proxy.freeze()
+    assert isinstance(destination.join().error, TransferTimeout)
+    assert destination.seconds < 1.9
+
+
 def refuse_a_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     """Let the next thread of this name not start; gives those that did not."""
     refused: list[str] = []
@@ -1013,7 +1084,7 @@ def test_tls(lanes: Lanes, contexts: Any, topology: str) -> None:
         transport.disallow_checkpoint()
     for tensor in state["large"]:
         assert bytes(tensor[:64].tolist()) not in seen
-    assert b"FTLN" not in seen
+    assert not re.search(rb"FTLN\x01.\x00\x00|FTLN-knock", seen, re.DOTALL)
 
 
 @pytest.mark.parametrize("tls", [True, False], ids=["TLS", "plain"])

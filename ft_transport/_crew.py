@@ -1,0 +1,93 @@
+"""Threads that work for one call, and are over when it is.
+
+Strategy: the caller may be in the main thread, where Ctrl-C can come at any moment, also while it ends its threads. So
+what ends them is begun again when it is interrupted. Each thread says itself that it is over, and none is joined
+before: a join that Ctrl-C interrupts takes its thread for ended (CPython 3.11).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+__all__ = ["Crew", "insist"]
+
+# A thread that was being started when Ctrl-C came runs by then, or never will.
+_BEGINNING = timedelta(seconds=1)
+
+
+class Crew:
+    """Some threads. Any thread may start one, and wait for all."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._working: set[threading.Thread] = set()
+
+    def start(self, name: str, run: Callable[..., None], *args: Any) -> None:
+        """Run something in a thread of its own.
+
+        Raises:
+            RuntimeError: No more threads are to be had.
+        """
+
+        def work() -> None:
+            with self._changed:
+                self._changed.notify_all()
+            try:
+                run(*args)
+            finally:
+                with self._changed:
+                    self._working.discard(thread)
+                    self._changed.notify_all()
+
+        thread = threading.Thread(target=work, name=f"ft_transport-{name}", daemon=True)
+        with self._changed:
+            self._threads.append(thread)
+            self._working.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            with self._changed:
+                self._threads.remove(thread)
+                self._working.discard(thread)
+            raise
+        except BaseException:
+            with self._changed:
+                self._changed.wait_for(lambda: thread.ident is not None, _BEGINNING.total_seconds())
+            raise
+
+    def attend(self) -> None:
+        """Wait until all are over, or Ctrl-C comes."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(thread.ident is None for thread in self._working))
+
+    def join(self) -> None:
+        """Wait until all are over.
+
+        Raises:
+            KeyboardInterrupt: It came meanwhile. They are over.
+        """
+        insist(self.attend)
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+
+def insist(end: Callable[[], None]) -> None:
+    """Call what ends something; again, whenever Ctrl-C interrupts it.
+
+    Raises:
+        KeyboardInterrupt: It came meanwhile. What had to end has ended.
+    """
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            end()
+            break
+        except KeyboardInterrupt as exc:
+            interrupt = exc
+    if interrupt is not None:
+        raise interrupt
