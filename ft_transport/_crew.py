@@ -60,19 +60,20 @@ class Crew:
             raise
 
     def attend(self) -> None:
-        """Wait until all are over, or Ctrl-C comes."""
+        """Wait until all others are over, or Ctrl-C comes."""
+        own = threading.get_ident()
         with self._changed:
-            self._changed.wait_for(lambda: all(thread.ident is None for thread in self._working))
+            self._changed.wait_for(lambda: all(thread.ident in (None, own) for thread in self._working))
 
     def join(self) -> None:
-        """Wait until all are over.
+        """Wait until all others are over: one of them may call what waits for them, by way of a user's callback.
 
         Raises:
             KeyboardInterrupt: It came meanwhile. They are over.
         """
         insist(self.attend)
         for thread in self._threads:
-            if thread.ident is not None:
+            if thread.ident not in (None, threading.get_ident()):
                 thread.join()
 
 

@@ -62,6 +62,7 @@ class Invitation(NamedTuple):
         Raises:
             RemoteProtocolError: It is another transport's, of another version, or damaged.
         """
+        metadata = str(metadata)  # another transport's may be anything
         match = _URL.fullmatch(metadata)
         # The text holds the secret, which must not get into a log.
         if match is None:

@@ -44,6 +44,8 @@ def fit(
         RemoteProtocolError: It cannot; every path is listed.
     """
     matched = match_template(manifest, state_dict(), report) if state_dict is not None else {}
+    # A slot that is still empty (an optimizer's, before its first step) lacks the tensor.
+    matched = {i: mine for i, mine in matched.items() if mine is not None or not manifest.leaves[i].views}
     targets, reasons = compare(manifest, matched, report)
     if strict:
         reasons += [f"{path}: expected in the template, source has it" for path in report.missing]

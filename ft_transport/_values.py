@@ -9,6 +9,7 @@ torch's weights-only unpickler, and may name nothing but classes that the receiv
 
 from __future__ import annotations
 
+import _compat_pickle
 import datetime
 import decimal
 import enum
@@ -108,11 +109,22 @@ def _user_allowed() -> dict[str, Any]:
 
 
 def _not_allowed(name: str) -> str:
-    short = name.rpartition(".")[2]
+    if name == _STORAGE:
+        return "a bare storage cannot travel, since reading one may run code: send a tensor of it"
+    module, _, short = name.rpartition(".")
+    # By what name protocol 2 knows what has had another one since.
+    modern = _compat_pickle.NAME_MAPPING.get(
+        (module, short), (_compat_pickle.IMPORT_MAPPING.get(module, module), short)
+    )
+    entry = short if modern == (module, short) else f'({modern[1]}, "{name}")'
     return (
         f"class {name} is not allowed; if you trust it, call "
-        f"torch.serialization.add_safe_globals([{short}]) on the receiver"
+        f"torch.serialization.add_safe_globals([{entry}]) on the receiver"
     )
+
+
+# What storages are pickled as: a call of torch.load, which runs what it is given. Whoever allows it is mistaken.
+_STORAGE = "torch.storage._load_from_bytes"
 
 
 def imported_class(name: str) -> Any:
@@ -532,5 +544,5 @@ def check_pickle(data: bytes) -> None:
     except (pickle.UnpicklingError, EOFError, ValueError, struct.error, IndexError, AssertionError) as exc:
         raise ValueError(f"damaged pickle: {type(exc).__name__}: {exc}") from exc
     check_cost(data)
-    for name in sorted(names - _HARMLESS - _user_allowed().keys()):
+    for name in sorted(names - _HARMLESS - (_user_allowed().keys() - {_STORAGE})):
         raise ValueError(_not_allowed(name))

@@ -10,7 +10,7 @@ XXH3 with 64 bits for a leaf and 128 for the whole: no defence against somebody 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -42,7 +42,8 @@ class LeafDigest(NamedTuple):
 
     Attributes:
         what: What it is, in words: ``"float32 (768, 768)"``, ``"int 7"``, ``"list of 2"``.
-        digest: 16 hex digits for what is in it; empty for a container, whose leaves have entries of their own.
+        digest: 16 hex digits for what is in it; of a container, whose leaves have entries of their own, for its keys
+            where their text does not say which they are (7 or "7", "a.b"), else empty.
     """
 
     what: str
@@ -55,8 +56,9 @@ class StateDigest:
 
     Attributes:
         whole: 32 hex digits for all of it.
-        by_path: An entry for each leaf, in the order of the state dict, and for each container that is empty or no
-            mapping. Paths are written with dots; where two would be written alike, as tuples of keys.
+        by_path: An entry for each leaf, in the order of the state dict, and for each container that is empty, no
+            mapping, or one with other keys than text without dots. Paths are written with dots; where two would be
+            written alike, as tuples of keys.
     """
 
     whole: str
@@ -84,7 +86,8 @@ class StateDigest:
             elif mine.what != theirs.what:
                 lines.append(f"{path}: {mine.what} here, {theirs.what} there")
             elif mine.digest != theirs.digest:
-                lines.append(f"{path}: values differ ({mine.what})")
+                what = "keys" if mine.what.endswith(_KEYS) else "values"
+                lines.append(f"{path}: {what} differ ({mine.what})")
         more = [(path, entry.what) for path, entry in other.by_path.items() if path not in self.by_path]
         return lines + [f"{path}: {what} only there" for path, what in more]
 
@@ -141,7 +144,7 @@ def state_digest(state_dict: object) -> StateDigest:
         if any(_counts(node) for node in containers):
             paths = paths_of(nodes, of_containers=True)
             entries += [
-                (path, LeafDigest(_container(node), ""))
+                (path, LeafDigest(_container(node), _digest_of_keys(node)))
                 for path, node in zip(paths, containers, strict=True)
                 if _counts(node)
             ]
@@ -164,12 +167,27 @@ _MAPPINGS = frozenset({"dict", "OrderedDict", "defaultdict"})
 
 def _counts(node: Node) -> bool:
     """Whether a container needs an entry: its leaves' paths do not say what it is."""
-    return node.kind not in _MAPPINGS or not node.num_children
+    return node.kind not in _MAPPINGS or not node.num_children or not _are_plain(node.keys)
+
+
+def _are_plain(keys: Iterable[object]) -> bool:
+    """Whether the text of a path says which keys these are."""
+    return all(type(key) is str and key and "." not in key for key in keys)
+
+
+def _digest_of_keys(node: Node) -> str:
+    if _are_plain(node.keys):
+        return ""
+    return _hex(_packed(sorted(_packed(_canonical(encode_value(key))) for key in node.keys)))
+
+
+# Ends what is said of a mapping.
+_KEYS = " keys"
 
 
 def _container(node: Node) -> str:
     if node.kind in _MAPPINGS:
-        return "empty dict"
+        return f"dict of {node.num_children}{_KEYS}" if node.num_children else "empty dict"
     cls = node.extra[0] if node.kind == "pytree" else node.extra
     name = class_name(cls) if isinstance(cls, type) else node.kind
     limit = f" with maxlen {node.extra}" if node.kind == "deque" and node.extra is not None else ""

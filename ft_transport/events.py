@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ft_transport import _telemetry
-from ft_transport.report import PHASES, PeerReport, TransferReport
+from ft_transport.report import PHASES, PeerReport, TransferReport, shortened
 
 __all__ = ["PROGRESS", "TRANSFER", "EventCallback", "log_event", "tell", "transfer_event"]
 
@@ -43,8 +43,8 @@ def transfer_event(report: TransferReport) -> Event:
         "step": report.step,
         "outcome": _outcome(report, worst),
         "phase": worst.phase if worst is not None else "",
-        "reason": worst.reason if worst is not None else "",
-        "error": report.error,
+        "reason": shortened(worst.reason) if worst is not None else "",
+        "error": shortened(report.error),
         "error_type": error_type,
         "torn": report.torn,
         "seconds": report.total_seconds,
@@ -87,7 +87,7 @@ def _peer(peer: PeerReport) -> Event:
         "address": peer.address,
         "outcome": peer.outcome,
         "phase": peer.phase,
-        "reason": peer.reason,
+        "reason": shortened(peer.reason),
         "nbytes": peer.nbytes,
         "nbytes_wire": peer.nbytes_wire,
         **{f"seconds_{phase}": peer.seconds.get(phase, 0.0) for phase in PHASES},

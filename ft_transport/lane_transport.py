@@ -68,7 +68,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         blocking: :meth:`send_checkpoint` returns only when every destination is served or has failed.
         skip_unchanged: As a destination, compare the template with the source's state first, and move what differs.
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
-        strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
+        strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
         progress: Called while bytes move, from a thread that serves the transfer.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs memory for another state while it is received,
@@ -108,8 +108,14 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
             if value <= timedelta(0):
                 raise ValueError(f"{name}: expected more than 0 s, got {value.total_seconds():g} s")
-        if not 1 <= lanes <= 16:
-            raise ValueError(f"lanes: expected 1 to 16, got {lanes}")
+        if type(lanes) is not int or not 1 <= lanes <= 16:
+            raise ValueError(f"lanes: expected 1 to 16, got {lanes!r}")
+        if type(port) is not int or not 0 <= port < 1 << 16:
+            raise ValueError(f"port: expected 0 to 65535, got {port!r}")
+        if ssl_context is not None and not _are_two_contexts(ssl_context):
+            raise ValueError(f"ssl_context: expected two of ssl.SSLContext, got {ssl_context!r}")
+        if strict and state_dict is None:
+            raise ValueError("strict: expected False without state_dict, which gives the template")
         if topology not in ("chain", "star"):
             raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
         if shadow and skip_unchanged:
@@ -316,6 +322,10 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 self._reception, self._kept = None, reception.kept
             self._changed, self._relay = received.written, received.relay
             return cast(T, received.state)
+
+
+def _are_two_contexts(found: object) -> bool:
+    return isinstance(found, tuple) and len(found) == 2 and all(isinstance(each, ssl.SSLContext) for each in found)
 
 
 def _listen(

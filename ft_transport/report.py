@@ -16,7 +16,7 @@ import torch
 
 from ft_transport.errors import TransferError
 
-__all__ = ["Outcome", "PeerReport", "Progress", "ProgressCallback", "TransferReport"]
+__all__ = ["Outcome", "PeerReport", "Progress", "ProgressCallback", "TransferReport", "shortened"]
 
 Role = Literal["source", "destination"]
 Outcome = Literal["pending", "complete", "refused", "failed", "dead", "timed out"]
@@ -169,7 +169,7 @@ class TransferReport:
         step = "" if self.step is None else f" step {self.step}"
         direction = "to" if self.role == "source" else "from"
         peers = ", ".join(
-            f"{peer.label} {peer.outcome}" + (f" ({peer.phase}: {peer.reason})" if peer.reason else "")
+            f"{peer.label} {peer.outcome}" + (f" ({peer.phase}: {shortened(peer.reason)})" if peer.reason else "")
             for peer in self.peers
         )
         phases = " ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name in self.seconds)
@@ -180,7 +180,7 @@ class TransferReport:
         if self.role == "destination" and not self.error:
             landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
         # What ended the call, where it was no peer's doing.
-        own = f" {self.error}" if self.error and not any(peer.reason for peer in self.peers) else ""
+        own = f" {shortened(self.error)}" if self.error and not any(peer.reason for peer in self.peers) else ""
         return (
             f"{self.transport}{step} {direction} {peers}: {size} in "
             f"{self.total_seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s), "
@@ -225,6 +225,16 @@ def _timed(report: PeerReport | TransferReport, phase: str, role: Role) -> Itera
             yield
     finally:
         seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def shortened(text: str) -> str:
+    """A text for people: of twenty thousand paths that disagree the first few say it all."""
+    rest = len(text) - _MAX_SHOWN
+    return text if rest <= 0 else f"{text[:_MAX_SHOWN]}… and {rest} characters more, which are in the error"
+
+
+# Of a reason, in the log and in events, in characters.
+_MAX_SHOWN = 2_000
 
 
 def _megabytes(nbytes: int) -> str:

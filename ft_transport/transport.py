@@ -55,7 +55,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         verify: Compare digests of the messages that this side sends as the source: True of every byte, False none.
             None: of every byte where this process has at least four cores, else of every byte of messages below 2 MiB
             and of one block in 32 of larger ones, because there the digests would take time from the transfer.
-        strict: Refuse a state when the template lacks one of its leaves, or has one that it lacks.
+        strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
         progress: Called while bytes move, from the thread that moves them.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs memory for another state while it is received,
@@ -81,6 +81,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
     ) -> None:
         if timeout <= timedelta(0):
             raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
+        if strict and state_dict is None:
+            raise ValueError("strict: expected False without state_dict, which gives the template")
         self._pg = pg
         self._timeout = timeout
         self._state_dict = state_dict

@@ -83,6 +83,15 @@ def test_a_thread_that_never_was_is_not_waited_for(error: BaseException, monkeyp
     crew.join()
 
 
+def test_one_of_them_waits_for_the_others() -> None:
+    crew, seen, go_on = Crew(), [], threading.Event()
+    crew.start("test", lambda: go_on.wait(10) and seen.append(1))
+    crew.start("test", lambda: crew.join() or seen.append(2))  # type: ignore[func-returns-value]
+    go_on.set()
+    crew.join()
+    assert seen == [1, 2]
+
+
 def test_what_a_thread_raises_does_not_keep_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
     crew = Crew()

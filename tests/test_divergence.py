@@ -16,6 +16,7 @@ import torch
 from corpus import CASES, WARNINGS
 from corpus.case import Case
 from corpus.kinds import dtensor, mesh
+from corpus.structure import Dict
 from corpus.wire import Wire, wires
 from helpers import noise
 from test_corpus import rich
@@ -242,9 +243,32 @@ def test_paths_that_are_written_alike_stay_apart() -> None:
     state = {"a": {"b": 1}, "a.b": 2, 1: 3, "1": 4}
     turned = {"1": 4, 1: 3, "a.b": 2, "a": {"b": 1}}
     digest = state_digest(state)
-    assert set(digest.by_path) == {"('a', 'b')", "('a.b',)", "(1,)", "('1',)"}
+    assert set(digest.by_path) == {"('a', 'b')", "('a.b',)", "(1,)", "('1',)", "<root>"}
     assert digest == state_digest(turned)
     assert state_digest({**state, "1": 3, 1: 4}) != digest
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "lines"),
+    [
+        ({"a": {0: 1}}, {"a": {"0": 1}}, ["a: dict of 1 keys only here"]),
+        ({True: 1}, {"True": 1}, ["<root>: dict of 1 keys only here"]),
+        ({"m": {"a.b": 1}}, {"m": {"a": {"b": 1}}}, ["m: dict of 1 keys only here"]),
+        ({"a": {"": 1}}, {"a.": 1}, ["a: dict of 1 keys only here", "<root>: dict of 1 keys only there"]),
+        ({1: 1, 2.0: 2}, {1.0: 1, 2: 2}, None),
+        ({"a": {0: 1, "b": 2}}, {"a": {"0": 1, "b": 2}}, ["a: dict of 2 keys only here"]),
+        ({"a": {0: 1, 1: 2}}, {"a": {0: 1, "1": 2}}, ["a: keys differ (dict of 2 keys)"]),
+        ({"a": Dict({0: 1})}, {"a": Dict({"0": 1})}, None),
+    ],
+    ids=str,
+)
+def test_keys_and_nesting_count(one: Any, other: Any, lines: list[str] | None) -> None:
+    """As after a state went through JSON, or was flattened: the function that loads it sees the difference."""
+    digest = state_digest(one)
+    assert digest != state_digest(other)
+    found = digest.diff(state_digest(other))
+    assert found
+    assert lines is None or found == lines
 
 
 def test_it_goes_through_json() -> None:

@@ -534,6 +534,12 @@ def test_nobody_there(lanes: Lanes) -> None:
     [
         {"lanes": 0},
         {"lanes": 17},
+        {"lanes": 2.5},
+        {"port": -1},
+        {"port": 1 << 16},
+        {"ssl_context": 5},
+        {"ssl_context": (1, 2)},
+        {"strict": True},
         {"topology": "ring"},
         {"stall_timeout": timedelta(0)},
         {"interface": "no such"},
