@@ -44,8 +44,6 @@ def fit(
         RemoteProtocolError: It cannot; every path is listed.
     """
     matched = match_template(manifest, state_dict(), report) if state_dict is not None else {}
-    # A slot that is still empty (an optimizer's, before its first step) lacks the tensor.
-    matched = {i: mine for i, mine in matched.items() if mine is not None or not manifest.leaves[i].views}
     targets, reasons = compare(manifest, matched, report)
     if strict:
         reasons += [f"{path}: expected in the template, source has it" for path in report.missing]
@@ -65,7 +63,8 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
     whole state, all of ``"user"``, or the tree of one key.
 
     Returns:
-        The template's leaf for each manifest leaf that has one.
+        The template's leaf for each manifest leaf that has one. A None has none for a tensor: a slot that is still
+        empty, as an optimizer's before its first step.
 
     Raises:
         RemoteProtocolError: The source has tensors and none is where the callback's tree would have it, or
@@ -73,7 +72,9 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
     """
     nodes, leaves, _ = flatten(template)
     if _fits_as_a_whole(manifest.nodes, nodes):
-        return dict(enumerate(leaves))
+        return {
+            index: mine for index, mine in enumerate(leaves) if mine is not None or not manifest.leaves[index].views
+        }
     paths = paths_of(nodes)
     index_of = _places(manifest.paths, set(paths))
     scored = [(_score(manifest, index_of, prefix, paths, leaves), prefix) for prefix in _prefixes(manifest.paths)]
@@ -94,7 +95,7 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
         index = index_of.get(prefix + path)
         if index is None:
             report.unused.append(format_path(prefix + path))
-        else:
+        elif leaf is not None or not manifest.leaves[index].views:
             matched[index] = leaf
     return matched
 

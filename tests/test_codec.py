@@ -191,6 +191,28 @@ def test_a_namedtuple_must_be_allowed() -> None:
             decode(data)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("of", [torch.Tensor.untyped_storage, torch.Tensor.storage])
+def test_a_bare_storage_is_refused_even_if_somebody_allows_what_it_is_pickled_as(of: Any) -> None:
+    """That is a call of torch.load, which runs what it is given."""
+    data = encode({"a": of(torch.ones(2))})
+    for allowed in ([], [torch.storage._load_from_bytes]):
+        with torch.serialization.safe_globals(allowed):
+            with pytest.raises(RemoteProtocolError, match="a: a bare storage cannot travel") as caught:
+                decode(data)
+            assert "add_safe_globals" not in caught.value.message
+
+
+def test_the_remedy_for_a_class_that_pickle_knows_by_an_older_name() -> None:
+    data = encode({"a": ValueError("x")})
+    with pytest.raises(RemoteProtocolError) as caught:
+        decode(data)
+    entry = '(ValueError, "exceptions.ValueError")'
+    assert f"add_safe_globals([{entry}])" in caught.value.message
+    with torch.serialization.safe_globals([eval(entry)]):
+        decode(data)
+
+
 # ----------------------------------------------------------------------------------------- damaged frames
 
 

@@ -253,6 +253,26 @@ def test_without_strict_missing_leaves_are_made_and_extra_ones_listed(wire: Wire
     assert not before.changed_outside(list(template["agrees"].values()))
 
 
+def test_an_empty_slot_of_the_template_lacks_the_tensor(wire: Wire) -> None:
+    """As LBFGS and EMA have them before their first step. Where the source's is empty the template's memory stays."""
+    template = {"a": noise(3, 1), "slot": None, "deep": [None, noise(2, 2)], "plain": None}
+    state = {"a": noise(3, 3), "slot": noise(4, 4), "deep": [noise(1, 5), noise(2, 6)], "plain": 5}
+    outcome = wire.transfer(state, lambda: template)
+    outcome.check()
+    check_values(outcome.result, state)
+    assert outcome.report is not None
+    assert outcome.report.missing == ["slot", "deep.0"]
+    assert outcome.result["a"].data_ptr() == template["a"].data_ptr()
+    text = str(refused(wire, {"a": noise(3, 3), "slot": None}, {"a": noise(3, 1), "slot": noise(4, 2)}).error)
+    assert "slot: expected" in text
+
+
+def test_strict_refuses_an_empty_slot(lines: dict[str, Wire]) -> None:
+    template = template_with_neighbours(slot=None)
+    outcome = refused(lines["PGTransport"], state_for(template, slot=noise(2, 3)), template, strict=True)
+    assert "slot: expected in the template, source has it" in str(outcome.error)
+
+
 # --------------------------------------------------------------------- templates that are hard to write to
 
 

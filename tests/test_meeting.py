@@ -38,9 +38,11 @@ def test_metadata_round_trip(tls: bool) -> None:
         "ft-lanes://10.0.0.1:70000/1/" + "00" * 32,
         "ft-lanes://10.0.0.999:1/1/" + "00" * 32,
         "ft-lanes://10.0.0.1:1/1/" + "00" * 32 + "\n",
+        None,
+        b"ft-lanes://10.0.0.1:1/1/" + b"00" * 32,
     ],
 )
-def test_other_metadata_is_refused(metadata: str) -> None:
+def test_other_metadata_is_refused(metadata: Any) -> None:
     with pytest.raises(RemoteProtocolError, match="metadata"):
         Invitation.decode(metadata)
 

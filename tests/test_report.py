@@ -7,6 +7,7 @@ import json
 import pytest
 
 from ft_transport.errors import PeerFailure
+from ft_transport.events import transfer_event
 from ft_transport.report import PHASES, PeerReport, TransferReport
 
 
@@ -70,6 +71,21 @@ def test_the_summary_of_a_destination_says_what_landed_in_place() -> None:
     assert report.in_place_share == 0.75
     assert "PGTransport from rank 0 pending" in report.summary()
     assert "75% in place, 1.0 MB fresh" in report.summary()
+
+
+def test_a_long_reason_is_cut_for_people() -> None:
+    report = served()
+    report.peers[0].outcome, report.peers[0].reason = (
+        "refused",
+        "; ".join(f"layer.{i}: expected" for i in range(20_000)),
+    )
+    report.finish(1.0, PeerFailure(report.peers[0].reason))
+    event = transfer_event(report)
+    for text in (report.summary(), event["reason"], event["error"], event["peers"][0]["reason"]):
+        assert "layer.7: expected" in text
+        assert "characters more" in text
+        assert len(text) < 3_000
+    assert "layer.19999" in report.error
 
 
 def test_nothing_is_divided_by_zero() -> None:
