@@ -183,9 +183,12 @@ class Reception:
             peer.outcome = "complete"
             return Received(state, plan.landing.written(), self._relay)
         except BaseException as exc:
-            error = LocalProtocolError(self._cancelled) if self._cancelled and isinstance(exc, TransferTimeout) else exc
-            self._end_badly(error)
-            raise error from None
+            if self._cancelled and isinstance(exc, TransferTimeout):
+                error = LocalProtocolError(self._cancelled)
+                self._end_badly(error)
+                raise error from None
+            self._end_badly(exc)
+            raise
         finally:
             self._me.desk.on_tick(None)
             peer.nbytes_wire = self._lane_wire

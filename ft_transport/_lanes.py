@@ -329,6 +329,8 @@ def is_near(sock: socket.socket) -> bool:
 class Bell:
     """Wakes up one thread that waits for it or for a connection."""
 
+    _descriptor = -1
+
     def __init__(self) -> None:
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 

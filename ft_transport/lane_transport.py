@@ -196,13 +196,22 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
     def _end(self) -> None:
         """End what an earlier call has left under way; nothing reads the state any more then."""
-        # Forgotten only once they are closed: Ctrl-C may come meanwhile.
-        if self._offer is not None:
-            self._offer.close()
+        offer, relay = self._offer, self._relay
+        if offer is not None:
+            offer.close()
+        if relay is not None:
+            relay.close()
+        # Forgotten only now: Ctrl-C may have come.
+        if self._offer is offer:
             self._offer = None
-        if self._relay is not None:
-            self._relay.close()
+        if self._relay is relay:
             self._relay = None
+
+    def _end_all(self, is_receiving: bool) -> None:
+        if is_receiving:
+            with self._busy:  # until the receive has failed
+                pass
+        self._end()
 
     def shutdown(self, wait: bool = True) -> None:
         """End every transfer and stop listening. May be called twice, and from any thread.
@@ -217,13 +226,11 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         reception = self._reception
         if reception is not None:
             reception.cancel(_SHUT_DOWN)
-            if wait and self._receiver != threading.get_ident():
-                with self._busy:
-                    pass
+        is_receiving = reception is not None and self._receiver != threading.get_ident()
         if wait:
-            self._end()
+            self._end_all(is_receiving)
         else:
-            threading.Thread(target=self._end, name="ft_transport-end", daemon=True).start()
+            threading.Thread(target=self._end_all, args=(is_receiving,), name="ft_transport-end", daemon=True).start()
         self._finalizer()
         if wait:
             self._listener.join()
