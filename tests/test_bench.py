@@ -359,7 +359,16 @@ def test_the_picture_is_a_png(rows: list[Row], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["--states nothing", "--rounds 0", "--scale 0", "--scale 1.1", "--address nowhere", "--rank 2", "--timeout 0"],
+    [
+        "--states nothing",
+        "--rounds 0",
+        "--scale 0",
+        "--scale 1.1",
+        "--address nowhere",
+        "--rank 2 --address localhost:1",
+        "--rank 1",
+        "--timeout 0",
+    ],
 )
 def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as raised:

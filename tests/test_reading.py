@@ -15,7 +15,6 @@ import pytest
 from ft_transport import _lanes
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import Connection, Patience, Silence
-from ft_transport._splice import SPLICE_FROM
 from ft_transport.errors import PeerFailure, TransferTimeout
 
 MUCH = _lanes._MUCH_BYTES
@@ -165,17 +164,6 @@ def test_somebody_aborts(pair: tuple[socket.socket, Connection]) -> None:
     threading.Timer(0.1, connection.abort).start()
     with pytest.raises(PeerFailure):
         connection.read(4 * MUCH, patience())
-
-
-@pytest.mark.parametrize("address", [NEAR, FAR])
-def test_little_is_buffered_between_processes_of_one_machine(address: str) -> None:
-    ours, theirs = connected(address)
-    connection = Connection(ours, "peer")
-    connection.write_steady(memoryview(bytearray(SPLICE_FROM)), patience())
-    after = ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-    assert (after == 2 * _lanes._NEAR_BUFFER_BYTES) is (address == NEAR)
-    connection.close()
-    theirs.close()
 
 
 def test_a_peer_that_is_gone_already() -> None:

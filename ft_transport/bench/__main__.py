@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark. Returns the exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.rank and arguments.address is None:
+        parser.error("--rank: expected --address with it, where rank 0 runs")
     if arguments.rank > arguments.receivers:
         parser.error(f"--rank {arguments.rank}: the ranks are 0 to {arguments.receivers}, see --receivers")
     options = _options(arguments)
