@@ -443,7 +443,7 @@ def test_shutdown_ends_a_receive(lanes: Lanes, moving: bool) -> None:
     begin = time.monotonic()
     destination.transport.shutdown()
     landed = digest(template)  # and nothing lands any more
-    assert time.monotonic() - begin < 2.0
+    assert time.monotonic() - begin < 4.0
     destination.join()
     assert isinstance(destination.error, LocalProtocolError)
     assert "has been shut down" in str(destination.error)
@@ -489,7 +489,7 @@ def test_nothing_moves_after_shutdown(lanes: Lanes) -> None:
     ended.disallow_checkpoint()
     with pytest.raises(LocalProtocolError, match="has been shut down"):
         ended.recv_checkpoint(0, source.metadata(), STEP, TIMEOUT)
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 3.0
 
 
 def test_a_transport_that_nobody_holds_stops_listening() -> None:
@@ -1003,7 +1003,7 @@ def test_a_frozen_source_costs_no_more_than_the_deadline(lanes: Lanes) -> None:
     wait_until(lambda: proxy.nbytes > 1_000_000)
     proxy.freeze()
     assert isinstance(destination.join().error, TransferTimeout)
-    assert destination.seconds < 1.9
+    assert destination.seconds < 2.0
 
 
 def refuse_a_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
