@@ -47,22 +47,31 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 
 
 @pytest.fixture
-def let_in() -> Iterator[Connection]:
-    """A listener's end of a connection, from this machine."""
-    welcome: queue.SimpleQueue[Connection] = queue.SimpleQueue()
+def welcome() -> queue.SimpleQueue[Connection]:
+    """The listener's ends of the connections that it has let in."""
+    return queue.SimpleQueue()
+
+
+@pytest.fixture
+def invitation(welcome: queue.SimpleQueue[Connection]) -> Iterator[Invitation]:
+    """To a listener on this machine."""
     secret = secrets.token_bytes(32)
     listener = Listener(secret, 0, None, lambda connection, _: welcome.put(connection), lambda: None)
     try:
-        invitation = Invitation(("127.0.0.1",), listener.port, secret, False)
-        peer = dial(invitation, HELLO, Patience(Deadline(TIMEOUT)), None)
-        with (
-            contextlib.closing(peer),
-            contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())) as connection,
-        ):
-            yield connection
+        yield Invitation(("127.0.0.1",), listener.port, secret, False)
     finally:
         listener.close()
         listener.join()
+
+
+@pytest.fixture
+def let_in(invitation: Invitation, welcome: queue.SimpleQueue[Connection]) -> Iterator[Connection]:
+    """A listener's end of a connection, from this machine."""
+    with (
+        contextlib.closing(dial(invitation, HELLO, Patience(Deadline(TIMEOUT)), None)),
+        contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())) as connection,
+    ):
+        yield connection
 
 
 def test_nothing_paces_what_stays_on_the_machine(chosen: bytes, let_in: Connection) -> None:
@@ -78,19 +87,16 @@ def test_a_network_is_treated_as_the_system_has_chosen(chosen: bytes, far: None,
     assert congestion_control(let_in._socket) == chosen
 
 
-def test_strangers_do_not_crowd_out_who_knows_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strangers_do_not_crowd_out_who_knows_the_secret(
+    invitation: Invitation, welcome: queue.SimpleQueue[Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_doors, "_MAX_HANDSHAKES", 4)
-    welcome: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-    secret = secrets.token_bytes(32)
-    listener = Listener(secret, 0, None, lambda connection, _: welcome.put(connection), lambda: None)
     with contextlib.ExitStack() as stack:
-        stack.callback(listener.join)
-        stack.callback(listener.close)
 
         def connect() -> socket.socket:
-            return stack.enter_context(socket.create_connection(("127.0.0.1", listener.port), timeout=10))
+            return stack.enter_context(socket.create_connection(("127.0.0.1", invitation.port), timeout=10))
 
-        peer, knocking = connect(), knock(secret)
+        peer, knocking = connect(), knock(invitation.secret)
         peer.sendall(cast(bytes, next(knocking)))
         answer = peer.recv(cast(int, next(knocking)), socket.MSG_WAITALL)
         strangers = [connect() for _ in range(20)]
