@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
+from ft_transport._manager import calling_manager, goes_on_training, registered_state
+from ft_transport._rewrite import Rewrite
 from ft_transport._torn import Guard
 from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, TransferError
@@ -14,6 +18,8 @@ from ft_transport.events import EventCallback, tell
 from ft_transport.report import TransferReport
 
 __all__ = ["Asked", "Call"]
+
+logger = logging.getLogger("ft_transport")
 
 
 class _Options(Protocol):
@@ -34,7 +40,11 @@ class Asked:
     """What an application may ask a torchft transport about its state, or tell it."""
 
     _guard: Guard
-    _state_dict: Callable[[], object] | None
+    _state_dict: Callable[[], object] | Literal["manager"] | None
+    _captured: list[object]  # what capture_template() has found; empty without
+    _manager: weakref.ref[Any] | None
+    _rewrite: Rewrite | None
+    _from_manager: bool
 
     @property
     def torn(self) -> bool:
@@ -52,6 +62,40 @@ class Asked:
             LocalProtocolError: A receive is under way.
         """
         self._guard.restored()
+        self._rewrite = None
+
+    def capture_template(self) -> None:
+        """Take the template now, on the calling thread, and keep its tensors for all receives that follow.
+
+        Without, the ``state_dict`` function is called in each receive, on torchft's quorum thread; with an asynchronous
+        quorum that is under a running forward, which modules whose ``state_dict()`` moves their parameters (FSDP2,
+        which reshards) do not bear. Call it on the thread that trains, when the model is built, and again when tensors
+        have been replaced or added: after the optimizer's first step.
+
+        Raises:
+            ValueError: There is no ``state_dict`` function to call.
+        After an error: what was captured before is kept.
+        """
+        self._captured = [self._call_state_dict(None)]
+
+    def _template(self) -> Callable[[], object] | None:
+        """What gives the template in a receive that is beginning."""
+        if self._captured:
+            (captured,) = self._captured
+            return lambda: captured
+        if self._state_dict is None:
+            return None
+        manager = calling_manager()
+        return lambda: self._call_state_dict(manager)
+
+    def _call_state_dict(self, manager: object) -> object:
+        if self._state_dict is None:
+            raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
+        if self._state_dict != "manager":
+            return self._state_dict()
+        if manager is None and self._manager is not None:
+            manager = self._manager()
+        return registered_state(manager)
 
     def state_digest(self, state_dict: object = None) -> StateDigest:
         """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
@@ -59,11 +103,39 @@ class Asked:
         Args:
             state_dict: None for what the function gives that the constructor got.
         """
-        if state_dict is None:
-            if self._state_dict is None:
-                raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
-            state_dict = self._state_dict()
-        return state_digest(state_dict)
+        return state_digest(self._call_state_dict(None) if state_dict is None else state_dict)
+
+    # ------------------------------------------------------------------- what the Manager's calls mean
+
+    def _begin_quorum(self) -> None:
+        """A Manager asks for the metadata: a new step begins. Somebody else may ask at any time, which means nothing.
+
+        Who never had a Manager is taken at its word.
+        """
+        manager = calling_manager()
+        if manager is not None:
+            self._manager = weakref.ref(manager)
+        if manager is not None or not self._from_manager:
+            self._guard.begin_quorum()
+
+    def _trains_meanwhile(self) -> bool:
+        """Whether the training thread goes on during the receive that is beginning."""
+        manager = calling_manager()
+        self._from_manager = manager is not None
+        return goes_on_training(manager)
+
+    def _settle(self) -> None:
+        """Make what was received the source's again, whatever forward has written. Never raises."""
+        rewrite, self._rewrite = self._rewrite, None
+        if rewrite is None:
+            return
+        try:
+            lost = rewrite.write()
+        except Exception as exc:
+            logger.exception("a received state could not be written again")
+            lost = [f"an unknown part of the state ({exc})"]
+        if lost:
+            self._guard.lose(lost)
 
 
 class Call:

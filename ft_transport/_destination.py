@@ -18,14 +18,19 @@ from ft_transport._landing import Landing
 from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
 from ft_transport._memory import Bucket, aligned, no_collection
+from ft_transport._rewrite import Rewrite
 from ft_transport._template import fit
+from ft_transport._torn import Attempt
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import Progress, TransferReport
 
-__all__ = ["receive"]
+__all__ = ["Received", "receive"]
 
 logger = logging.getLogger("ft_transport")
+
+# Leaves that an error names.
+_MAX_NAMED = 3
 
 
 def receive(
@@ -35,7 +40,10 @@ def receive(
     options: Options,
     deadline: Deadline,
     report: TransferReport,
-) -> tuple[object, list[torch.Tensor]]:
+    *,
+    attempt: Attempt | None = None,
+    beside: set[str] | None = None,
+) -> Received:
     """Receive one state.
 
     Args:
@@ -45,9 +53,9 @@ def receive(
         options: The caller's choices.
         deadline: Of the whole call.
         report: Filled with what happened; its only peer is the source.
-
-    Returns:
-        The state, and the template's tensors that hold a new value; autograd has not been told of it.
+        attempt: Learns where the state lands.
+        beside: Set where the training thread goes on meanwhile: paths of large leaves that forward is known to write,
+            which so land beside the template. Learns of more.
 
     Raises:
         TransferError: As it happened. Nothing writes to the template any more; ``report.torn`` says whether it
@@ -57,9 +65,12 @@ def receive(
     control = Control(channel, options.device, deadline)
     try:
         with peer.enter("agree", "destination"):
-            header, layout, landing = _agree(control, step, state_dict, options, report)
+            header, layout, landing = _agree(control, step, state_dict, options, report, beside or set())
+            rewrite = Rewrite(layout, landing) if beside is not None else None
+            if attempt is not None:
+                attempt.landing = landing
         with peer.enter("move", "destination"):
-            flights = _Flights(control, header, layout, landing, options, report)
+            flights = _Flights(control, header, layout, landing, rewrite, options, report)
             flights.receive()
         with peer.enter("verify", "destination"):
             # Nothing is under way any more: a source that gives up here need not break the channel.
@@ -67,13 +78,17 @@ def receive(
             flights.confirm()
             if header.digest:
                 _verify(flights.digests, expected)
+            if rewrite is not None and beside is not None:
+                _check_unwritten(rewrite, beside)
             _say_done(control)
         with peer.enter("rebuild", "destination"), no_collection():
             report.torn = report.torn or landing.copies
             result = landing.rebuild()
         report.torn = False
         peer.outcome = "complete"
-        return result, landing.written()
+        if rewrite is not None and header.digest:
+            rewrite.note_digests(dict(enumerate(flights.digests)), header.digest, header.sample)
+        return Received(result, landing.written(), rewrite)
     except BaseException as exc:
         end_badly(control, peer, exc)
         # This replica will not take part in the step: break the group, so that nobody waits for it there.
@@ -82,6 +97,20 @@ def receive(
     finally:
         channel.drop()
         peer.nbytes_wire = channel.nbytes_wire
+
+
+class Received(NamedTuple):
+    """A received state.
+
+    Attributes:
+        state: The state dict.
+        written: The template's tensors that hold a new value; autograd has not been told of it.
+        rewrite: Makes it the source's again before the optimizer steps; None if nobody trains meanwhile.
+    """
+
+    state: object
+    written: list[torch.Tensor]
+    rewrite: Rewrite | None
 
 
 # --------------------------------------------------------------------------------------------- agree
@@ -93,6 +122,7 @@ def _agree(
     state_dict: Callable[[], object] | None,
     options: Options,
     report: TransferReport,
+    beside: set[str],
 ) -> tuple[Header, Layout, Landing]:
     data = control.recv_bytes()
     try:
@@ -100,7 +130,7 @@ def _agree(
             manifest, header = decode_manifest(control.check(Frame.MANIFEST, data))
             _check_header(header, step)
             layout = lay_out(manifest, header.limits)
-            landing = _plan(manifest, layout, state_dict, options, report)
+            landing = _plan(manifest, layout, state_dict, options, report, beside)
     except PeerFailure:
         raise
     except Exception as exc:
@@ -126,10 +156,13 @@ def _plan(
     state_dict: Callable[[], object] | None,
     options: Options,
     report: TransferReport,
+    beside: set[str],
 ) -> Landing:
     """Check the state against the template, and decide where each byte lands."""
     matched, targets = fit(manifest, state_dict, options.strict, report)
-    landing = Landing(manifest, layout, matched, targets, options.device, report, shadow=options.shadow)
+    landing = Landing(
+        manifest, layout, matched, targets, options.device, report, shadow=options.shadow, beside=beside
+    )
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)
     report.nbytes_total = layout.nbytes
@@ -161,6 +194,7 @@ class _Flights:
         header: Header,
         layout: Layout,
         landing: Landing,
+        rewrite: Rewrite | None,
         options: Options,
         report: TransferReport,
     ) -> None:
@@ -169,6 +203,7 @@ class _Flights:
         self._header = header
         self._layout = layout
         self._landing = landing
+        self._rewrite = rewrite
         self._options = options
         self._report = report
         self._buckets = [Bucket(options.device) for _ in range(NUM_BUCKETS)]
@@ -236,7 +271,22 @@ class _Flights:
                 self._landing.scatter(arrival.message, arrival.data)
                 self._report.nbytes_staged += arrival.data.numel()
         if bucket is not None:
-            self._buckets.append(bucket)
+            self._buckets.append(self._keep(arrivals, bucket))
+
+    def _keep(self, arrivals: list[_Arrival], bucket: Bucket) -> Bucket:
+        """Keep the small messages that were staged; gives a bucket to go on with."""
+        if self._rewrite is None:
+            return bucket
+        staged = [arrival for arrival in arrivals if arrival.staged]
+        small = [arrival for arrival in staged if self._layout.is_small(arrival.message)]
+        if len(small) == len(staged) and self._rewrite.keep_if_room({each.message: each.data for each in small}):
+            return Bucket(self._options.device)  # the memory of the old one is kept as it is
+        for each in small:
+            kept = self._rewrite.take(each.message)
+            if kept is not None:
+                kept.copy_(each.data)
+                self._rewrite.keep(each.message, kept)
+        return bucket
 
     def _answer(self, flight: int) -> None:
         self._answers.append(self._control.send_signal(flight))
@@ -268,6 +318,17 @@ def _verify(digests: list[int], expected: Any) -> None:
         raise RemoteProtocolError(
             f"{len(damaged)} of {len(digests)} messages differ from what the source sent, the first is message "
             f"{damaged[0]}: damaged on the way, or changed at the source while it was sent"
+        )
+
+
+def _check_unwritten(rewrite: Rewrite, beside: set[str]) -> None:
+    """Refuse what forward has written to: the source's bytes of it are gone, and its conversation is at its end."""
+    written = rewrite.paths(rewrite.written())
+    if written:
+        beside.update(written)
+        raise LocalProtocolError(
+            f"forward has written to {', '.join(written[:_MAX_NAMED])} while the state landed there. The next receive "
+            "puts that beside the template first; shadow=True does so with all, from the start"
         )
 
 

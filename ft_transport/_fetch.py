@@ -23,6 +23,7 @@ from ft_transport._layout import Layout
 from ft_transport._meeting import Invitation
 from ft_transport._memory import Bucket, aligned, memory_at
 from ft_transport._relay import Relay
+from ft_transport._rewrite import Rewrite
 from ft_transport._talk import Talk, fingerprint
 from ft_transport._work import Work
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError, TransferTimeout
@@ -52,6 +53,7 @@ class Sink:
         report: Learns how many bytes are.
         verified: Whether messages have digests.
         claims: Messages that may be here already, with their digests; None where it is still to be taken.
+        rewrite: Keeps what forward may overwrite; None if nobody trains meanwhile.
 
     Attributes:
         relay: Passes on what has landed, None if nobody would ask.
@@ -67,17 +69,28 @@ class Sink:
         claims: dict[int, int | None],
         *,
         verified: bool,
+        rewrite: Rewrite | None = None,
     ) -> None:
         self.todo = work
         self.relay: Relay | None = None
         self.verified = verified
         self.sizes = layout.sizes
-        self._layout = layout
+        self._is_small = layout.is_small
         self._landing = landing
         self._report = report
         self._claims = claims
         self._claimed: dict[int, int] = {}
+        self._rewrite = rewrite
+        self._counted: set[int] = set()  # messages that the report counts
         self._lock = threading.Lock()
+
+    def fetch_written_again(self) -> bool:
+        """Ask again for the large messages that forward has written to, to keep them; gives whether there are any."""
+        written = self._rewrite.written() if self._rewrite is not None else []
+        if written:
+            logger.info("forward has written to what had landed: %d messages are fetched again", len(written))
+            self.todo.again(written)
+        return bool(written)
 
     def bitmap(self) -> bytes:
         """Which messages may be here already: bit ``i % 8`` of byte ``i // 8``, the lowest bit first."""
@@ -88,7 +101,7 @@ class Sink:
 
     def claim(self, message: int, bucket: Bucket) -> int | None:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
-        if message not in self._claims or self.todo.was_damaged(message):
+        if message not in self._claims or self.todo.was_damaged(message) or self._is_written(message):
             return None
         here = self._landing.view(message)
         if here is None:
@@ -105,8 +118,11 @@ class Sink:
             TransferError: It did not come.
         """
         message, nbytes = header.number, self.sizes[header.number]
-        view, staged = self._landing.view(message), None
-        if view is None:
+        view, staged, aside = self._landing.view(message), None, None
+        if self._rewrite is not None and self._is_written(message):
+            aside = self._rewrite.take_aside(message)
+            view = memory_at(aside.data_ptr(), nbytes)
+        elif view is None:
             staged = self._take(message, bucket)
             view = memory_at(staged.data_ptr(), nbytes)
         else:
@@ -117,17 +133,30 @@ class Sink:
         if staged is not None:
             self._note_torn(message)
             self._landing.scatter(message, staged)
-            if self.relay is not None:
+            if self._rewrite is not None and self._rewrite.taken(message) is staged:
+                self._rewrite.keep(message, staged)
+            elif self.relay is not None:
                 self.relay.keep(message, staged)
+        if aside is not None and self._rewrite is not None:
+            self._rewrite.keep(message, aside)
         with self._lock:
-            self._report.peers[0].nbytes += nbytes
-            self._report.nbytes_staged += nbytes if staged is not None else 0
+            if message not in self._counted:
+                self._counted.add(message)
+                self._report.peers[0].nbytes += nbytes
+                self._report.nbytes_staged += nbytes if staged is not None else 0
         self.todo.landed(message, digest)
         return True
 
+    def _is_written(self, message: int) -> bool:
+        """Whether forward has written where a large message lands, which so must land aside."""
+        return self._rewrite is not None and self._rewrite.is_written(message)
+
     def _take(self, message: int, bucket: Bucket) -> torch.Tensor:
-        bucket.reset(aligned(self.sizes[message]))
-        return bucket.take(self.sizes[message])
+        taken = self._rewrite.take(message) if self._rewrite is not None and self._is_small(message) else None
+        if taken is None:
+            bucket.reset(aligned(self.sizes[message]))
+            taken = bucket.take(self.sizes[message])
+        return taken
 
     def _note_torn(self, message: int) -> None:
         """A message is about to be written to where it belongs."""
@@ -153,7 +182,10 @@ class Sink:
     def keep(self, message: int) -> None:
         """A message was here already, as :meth:`claim` has said."""
         with self._lock:
+            self._counted.add(message)
             self._report.nbytes_kept += self.sizes[message]
+        if self._rewrite is not None and (taken := self._rewrite.taken(message)) is not None:
+            self._rewrite.keep(message, taken)
         self.todo.landed(message, self._claimed[message])
 
 

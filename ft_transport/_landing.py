@@ -7,7 +7,8 @@ cannot take without harm to a neighbour, lands in fresh memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -54,9 +55,11 @@ class Landing:
         surroundings: What the receiver has, but for the meshes, which come from the template.
         fresh_device: Where fresh leaves that were on an accelerator live, if not on ``device``.
         shadow: Let no message land in the template: :meth:`rebuild` copies to it.
+        beside: Paths of leaves for which the same holds.
 
     Attributes:
         in_place: Whether any byte lands in the template's memory while messages move.
+        large: For each large range that lands in place, by its index: the template's tensors there.
 
     Raises:
         MemoryError: There is no room for the fresh leaves.
@@ -76,8 +79,10 @@ class Landing:
         surroundings: Surroundings | None = None,
         fresh_device: torch.device | None = None,
         shadow: bool = False,
+        beside: Set[str] = frozenset(),
     ) -> None:
         self.in_place = False
+        self.large: dict[int, list[torch.Tensor]] = {}
         self._manifest = manifest
         self._layout = layout
         self._matched = matched
@@ -88,6 +93,9 @@ class Landing:
         self._surroundings = surroundings or Surroundings()
         self._fresh_device = fresh_device or device
         self._shadow = shadow
+        self._beside: set[int] = set()
+        if beside:
+            self._beside = {index for index, path in enumerate(manifest.paths) if format_path(path) in beside}
         self._fresh_ranges: set[int] = set()
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
@@ -98,6 +106,7 @@ class Landing:
         self._values: dict[Slot, torch.Tensor] = {}
         self._settled: set[Slot] = set()
         self._copies: list[tuple[Slot, Slot]] = []
+        self._counts: list[int] = []  # of the targets of these copies, as torch counts their in-place operations
         self._plan(report)
 
     # ---------------------------------------------------------------------------------------- plan
@@ -114,7 +123,7 @@ class Landing:
         in_place = copied = 0
         for which, (piece, group) in enumerate(zip(ranges, members, strict=True)):
             gaps = self._layout.gaps.get(which)
-            if self._shadow or not self._targets:
+            if self._shadow or not self._targets or (self._beside and any(i in self._beside for (i, _), _ in group)):
                 block = None
             elif gaps is not None:
                 block = self._in_place_with_gaps(piece, gaps, group)
@@ -127,6 +136,8 @@ class Landing:
                     copied += piece.end - piece.begin
             else:
                 in_place += piece.end - piece.begin
+                if piece.end - piece.begin >= self._layout.stage_below:
+                    self.large[which] = [self._targets[slot] for slot, _ in group if slot in self._targets]
             self._blocks.append(block)
         self._try_to_rebuild()
         report.nbytes_in_place += in_place
@@ -286,10 +297,9 @@ class Landing:
 
     def rebuild(self) -> object:
         """The received state dict. Call it once, after every message has landed and been verified."""
+        self._counts = [_count(self._targets[target]) for target, _ in self._copies]
         for target, slot in self._copies:
-            mine, new = _quiet(self._targets[target]), _quiet(self._values[slot])
-            carrier = CARRIERS[mine.dtype.itemsize]
-            mine.view(carrier).copy_(new.view(carrier))
+            self._copy(target, slot)
             self._settled.add(target)
         manifest, matched = self._manifest, self._matched
         here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
@@ -318,6 +328,36 @@ class Landing:
             else:
                 built.append(put_together(leaf.part, self._makers(index, leaf, objects), here))
         return manifest.build(built)
+
+    def _copy(self, target: Slot, slot: Slot) -> None:
+        mine, new = _quiet(self._targets[target]), _quiet(self._values[slot])
+        carrier = CARRIERS[mine.dtype.itemsize]
+        mine.view(carrier).copy_(new.view(carrier))
+
+    def copy_again(self) -> None:
+        """Repeat the copies of :meth:`rebuild`: of small tensors all, of large ones those that have changed since."""
+        for (target, slot), before in zip(self._copies, self._counts, strict=True):
+            mine = self._targets[target]
+            if mine.nbytes < self._layout.stage_below or _count(mine) != before:
+                self._copy(target, slot)
+
+    def paths_of(self, ranges: Set[int]) -> list[str]:
+        """The leaves that have bytes in these ranges."""
+        range_of, manifest = self._layout.range_of, self._manifest
+        return [
+            format_path(manifest.paths[index])
+            for index, leaf in enumerate(manifest.leaves)
+            if any(view.storage >= 0 and range_of(view.storage, view.begin) in ranges for view in leaf.views)
+        ]
+
+    def paths_in_place(self) -> set[str]:
+        """The leaves whose bytes land in the template, or are copied to it."""
+        slots = itertools.chain(self._settled, (target for target, _ in self._copies))
+        return {format_path(self._manifest.paths[index]) for index in {index for index, _ in slots}}
+
+    def paths(self) -> set[str]:
+        """All leaves of the state."""
+        return set(map(format_path, self._manifest.paths))
 
     def _objects(self) -> _Objects:
         """Tensors that leaves may hold, beginning with the template's own."""
@@ -402,6 +442,11 @@ def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
 def _quiet(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a version counter of its own, unlike ``detach()``: see :func:`mark_changed`."""
     return tensor.data
+
+
+def _count(tensor: torch.Tensor) -> int:
+    """How many in-place operations autograd has counted; 0 for a tensor of inference mode, which has no count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _view_of(flat: torch.Tensor, view: View, shift: int) -> torch.Tensor:

@@ -33,8 +33,10 @@ from ft_transport._memory import no_collection
 from ft_transport._progress import Watch, meanwhile
 from ft_transport._relay import Relay
 from ft_transport._resume import Kept, state_of
+from ft_transport._rewrite import Rewrite
 from ft_transport._talk import Talk
 from ft_transport._template import fit
+from ft_transport._torn import Attempt
 from ft_transport._transfer import tell_progress
 from ft_transport._trial import TRIAL_MESSAGES, Trial
 from ft_transport._work import Work
@@ -83,11 +85,13 @@ class Received(NamedTuple):
         state: The state dict.
         written: The template's tensors that hold a new value; autograd has not been told of it.
         relay: Goes on passing the state on until it is closed; None if nobody would ask.
+        rewrite: Makes it the source's again before the optimizer steps; None if nobody trains meanwhile.
     """
 
     state: object
     written: list[torch.Tensor]
     relay: Relay | None
+    rewrite: Rewrite | None
 
 
 class _Plan(NamedTuple):
@@ -97,6 +101,7 @@ class _Plan(NamedTuple):
     state: int
     layout: Layout
     landing: Landing
+    rewrite: Rewrite | None
 
 
 class _GaveUp(PeerFailure):
@@ -114,6 +119,8 @@ class Reception:
         options: The caller's choices.
         deadline: Of the whole call.
         report: Filled with what happened; its only peer is the source.
+        torn: Learns where the state lands.
+        trains: Whether the training thread goes on meanwhile.
 
     Attributes:
         kept: After an error, what it has left in the template; else None.
@@ -128,8 +135,13 @@ class Reception:
         options: LaneOptions,
         deadline: Deadline,
         report: TransferReport,
+        torn: Attempt | None = None,
+        *,
+        trains: bool = False,
     ) -> None:
         self.kept: Kept | None = None
+        self._torn = torn
+        self._trains = trains
         self._invitation = invitation
         self._step = step
         self._attempt = attempt
@@ -181,7 +193,9 @@ class Reception:
             self._report.torn = False
             self.kept = None
             peer.outcome = "complete"
-            return Received(state, plan.landing.written(), self._relay)
+            if plan.rewrite is not None and plan.header.digest:
+                plan.rewrite.note_digests(sink.todo.digests, plan.header.digest)
+            return Received(state, plan.landing.written(), self._relay, plan.rewrite)
         except BaseException as exc:
             if self._cancelled and isinstance(exc, TransferTimeout):
                 error = LocalProtocolError(self._cancelled)
@@ -238,6 +252,7 @@ class Reception:
                 self._patience(),
                 verified=sink.verified,
                 stream=self._stream,
+                rewrite=plan.rewrite,
             )
             metadata, ident = self._me.metadata, self._relay.ident
         talk.say(Frame.READY, self._patience(), body=[metadata, ident, sink.bitmap()])
@@ -272,7 +287,11 @@ class Reception:
         self._report.num_leaves = len(manifest.leaves)
         self._report.num_messages = len(layout.messages)
         self._report.nbytes_total = layout.nbytes
-        return _Plan(header, state_of(data, body[0]), layout, landing)
+        if self._torn is not None:
+            self._torn.landing = landing
+        return _Plan(
+            header, state_of(data, body[0]), layout, landing, Rewrite(layout, landing) if self._trains else None
+        )
 
     def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
         report, options = self._report, self._options
@@ -294,7 +313,10 @@ class Reception:
             # These are in the template already, and the others are not.
             self._report.torn = bool(left)
         work = Work(len(plan.layout.messages))
-        return Sink(plan.layout, plan.landing, work, self._report, claims, verified=bool(plan.header.digest))
+        verified = bool(plan.header.digest)
+        return Sink(
+            plan.layout, plan.landing, work, self._report, claims, verified=verified, rewrite=plan.rewrite
+        )
 
     # -------------------------------------------------------------------------------------- move
 
@@ -309,7 +331,9 @@ class Reception:
                 assert route is not None
                 error = self._fetch(talk, route, plan, sink)
                 if work.complete:
-                    break
+                    if sink.fetch_written_again():
+                        self._route = self._route or route
+                    continue
                 if self._route is not None:
                     continue
                 if not route.from_source and self._lost is None:

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-from ft_transport._layout import Limits
+from ft_transport._layout import SMALL_BYTES, Limits
 from ft_transport._transfer import Options
 
 __all__ = ["CPU", "SMALL_BYTES", "LaneOptions", "settled_stream"]
 
 CPU = torch.device("cpu")
-
-# Bounds what a side copies of the small tensors that forward may change (see ``docs/design.md``): one bucket.
-SMALL_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ import torch
 from ft_transport._geometry import merge
 from ft_transport._manifest import Manifest, View, range_index
 
-__all__ = ["Gaps", "Layout", "Limits", "Piece", "lay_out"]
+__all__ = ["SMALL_BYTES", "Gaps", "Layout", "Limits", "Piece", "lay_out"]
+
+# Bounds what a side copies of the small messages that forward may change (see ``docs/design.md``): one bucket.
+SMALL_BYTES = 64 << 20
 
 
 class Limits(NamedTuple):
@@ -80,6 +83,10 @@ class Layout:
     nbytes: int
     stage_below: int
     gaps: dict[int, Gaps]
+
+    def is_small(self, message: int) -> bool:
+        """Whether a message is staged on both sides, because forward may change small tensors meanwhile."""
+        return len(self.messages[message]) > 1 or self.sizes[message] < self.stage_below
 
     def range_of(self, storage: int, begin: int) -> int:
         """Index of the range that holds byte ``begin`` of ``storage``."""

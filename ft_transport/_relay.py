@@ -13,6 +13,7 @@ from ft_transport._lane_options import SMALL_BYTES
 from ft_transport._lanes import HEARTBEAT, Patience
 from ft_transport._layout import Layout
 from ft_transport._memory import Bucket, memory_at
+from ft_transport._rewrite import Rewrite
 from ft_transport._supply import Supply
 from ft_transport._work import Work
 
@@ -33,6 +34,7 @@ class Relay:
         verified: Whether messages have digests.
         stream: The accelerator's stream to gather in, None without one.
         patience: Until when it waits for the others in :meth:`drain`.
+        rewrite: Has messages as they came, too; None if nobody trains meanwhile.
 
     Attributes:
         ident: By which the next one asks for it.
@@ -48,6 +50,7 @@ class Relay:
         *,
         verified: bool,
         stream: Any = None,
+        rewrite: Rewrite | None = None,
     ) -> None:
         self.ident = secrets.token_bytes(16)
         self.sizes = layout.sizes
@@ -57,6 +60,7 @@ class Relay:
         self._desk = desk
         self._landing = landing
         self._work = work
+        self._rewrite = rewrite
         # Small messages as they came: training goes on once this side has the state, and changes small buffers.
         self._copies: dict[int, torch.Tensor] = {}
         self._room = SMALL_BYTES
@@ -64,7 +68,7 @@ class Relay:
         desk.register(self.ident, self._supply)
 
     def keep(self, message: int, data: torch.Tensor) -> None:
-        """Copy a message that was staged, if there is room."""
+        """Copy a message that was staged, if there is room; the rewrite may have it already."""
         if data.numel() <= self._room:
             self._room -= data.numel()
             self._copies[message] = data.clone()
@@ -74,6 +78,8 @@ class Relay:
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         here = self._copies.get(message)
+        if here is None and self._rewrite is not None:
+            here = self._rewrite.kept(message)
         if here is None and (direct := self._landing.view(message)) is not None:
             return direct
         if here is None:

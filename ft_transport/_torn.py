@@ -6,6 +6,9 @@ the quorum is there, ``recv_checkpoint()`` if it found this replica to be behind
 the vote and before the optimizer steps. So a torn replica for which no receive was tried between the two counts as
 healthy, and this is the last moment to stop it. A receive that was tried and failed has failed the step already.
 
+A receive heals what it brings. A state that lacks a leaf which an earlier receive has left half written (another model,
+an EMA that the new source does not keep) heals all but that leaf, and the replica stays torn.
+
 ``docs/faults.md`` says which calls this rests on; ``tests/multiproc/test_torn.py`` holds torchft to them.
 """
 
@@ -13,11 +16,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from ft_transport.errors import LocalProtocolError, TornStateError, reason_of
 from ft_transport.report import TransferReport
 
-__all__ = ["Guard"]
+__all__ = ["Attempt", "Guard"]
+
+# Leaves that a text names.
+_MAX_NAMED = 3
+
+
+class _Landing(Protocol):
+    def paths(self) -> set[str]: ...
+    def paths_in_place(self) -> set[str]: ...
+
+
+class Attempt:
+    """A receive that is under way.
+
+    Attributes:
+        landing: Where it lands, once that is planned.
+    """
+
+    def __init__(self) -> None:
+        self.landing: _Landing | None = None
 
 
 class Guard:
@@ -29,6 +52,8 @@ class Guard:
     def __init__(self) -> None:
         self._torn = False
         self._cause = ""
+        self._paths: set[str] = set()  # of the leaves that are a mix
+        self._unseen = False  # a receive was tried, and the Manager takes it for complete
         self._report: TransferReport | None = None  # of the receive that is under way
         self._tried = False
 
@@ -43,20 +68,40 @@ class Guard:
         self._tried = False
 
     @contextmanager
-    def receiving(self, report: TransferReport) -> Iterator[None]:
-        """A receive, which says in ``report.torn`` from when on it has written to the template."""
+    def receiving(self, report: TransferReport) -> Iterator[Attempt]:
+        """A receive, which says in ``report.torn`` from when on it has written to the template, and in the attempt
+        what lands where."""
+        attempt = Attempt()
         self._tried, self._report = True, report
         try:
-            yield
-            self._torn, self._cause = False, ""
+            yield attempt
+            self._heal(attempt.landing)
         except BaseException as exc:
             if report.torn:
-                text = reason_of(exc)
                 step = "" if report.step is None else f" of step {report.step}"
-                self._torn, self._cause = True, f"a receive{step} broke off ({text})"
+                paths = attempt.landing.paths_in_place() if attempt.landing is not None else set()
+                self._tear(f"a receive{step} broke off ({reason_of(exc)})", paths)
             raise
         finally:
-            self._report = None
+            self._report = attempt.landing = None
+
+    def _heal(self, landing: _Landing | None) -> None:
+        left = self._paths - landing.paths() if self._paths and landing is not None else set()
+        self._torn = self._unseen = bool(left)
+        self._paths = left
+        self._cause = f"{self._cause}, and what has arrived since lacks {_some(left)}" if left else ""
+
+    def _tear(self, cause: str, paths: set[str]) -> None:
+        self._torn, self._unseen, self._cause = True, False, cause
+        self._paths |= paths
+
+    def lose(self, paths: list[str]) -> None:
+        """This replica's forward has written to leaves of a state that was received, and nobody has their bytes."""
+        self._tear(
+            f"forward has written to {_some(set(paths))} after the state had landed there; shadow=True keeps a copy",
+            set(paths),
+        )
+        self._unseen = True
 
     def restored(self) -> None:
         """The whole template holds one state again, from elsewhere.
@@ -66,7 +111,7 @@ class Guard:
         """
         if self._report is not None:
             raise LocalProtocolError("a receive is under way; restore the template when it is over")
-        self._torn, self._cause = False, ""
+        self._torn, self._unseen, self._paths, self._cause = False, False, set(), ""
 
     def check_source(self) -> None:
         """Call before a state is described.
@@ -81,12 +126,18 @@ class Guard:
         """Call before the optimizer steps.
 
         Raises:
-            TornStateError: The state is a mix, and the newest quorum has found no source to heal it from.
+            TornStateError: The state is a mix, and the newest quorum has found no source to heal it from, or takes it
+                for healed.
         """
-        if self.torn and not self._tried:
+        if self.torn and (self._unseen or not self._tried):
             raise TornStateError(
                 f"this replica holds a mix of two states, and nobody was left to heal it: {self._cause}. Restart it "
                 "from the last durable checkpoint, or empty so that it heals from others. (Or load a whole state into "
                 "the template and call the transport's restored().)",
                 torn=True,
             )
+
+
+def _some(paths: set[str]) -> str:
+    named = sorted(paths)[:_MAX_NAMED]
+    return ", ".join(named) + (f" and {len(paths) - len(named)} more" if len(paths) > len(named) else "")

@@ -72,6 +72,14 @@ class Work:
             self._changed.notify_all()
             return self._damaged[message]
 
+    def again(self, messages: Iterable[int]) -> None:
+        """These were here, and are to be fetched once more."""
+        with self._changed:
+            for message in messages:
+                del self.digests[message]
+                self._todo.append(message)
+            self._changed.notify_all()
+
     def was_damaged(self, message: int) -> bool:
         """Whether this one came damaged before."""
         return self._damaged[message] > 0

@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torchft.checkpointing.transport import CheckpointTransport
@@ -30,6 +30,7 @@ from ft_transport._lane_source import Offer
 from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
 from ft_transport._relay import Relay
 from ft_transport._resume import Kept
+from ft_transport._rewrite import Rewrite
 from ft_transport._torn import Guard
 from ft_transport.errors import LocalProtocolError, TornStateError
 from ft_transport.events import EventCallback
@@ -54,7 +55,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         timeout: Upper bound of each transfer as a whole; the shorter of this and the Manager's own counts.
         device: Where received leaves live that the template lacks and that were on an accelerator at the source.
         state_dict: Gives the template, whose tensors receive the state in place. Pass the function that the
-            Manager gets as ``state_dict``, or one that returns a dict of them by registered key.
+            Manager gets as ``state_dict``, or one that returns a dict of them by registered key; ``"manager"`` gives
+            all that is registered with the Manager that calls, keys that are added later (DiLoCo's fragments) among it.
         lanes: TCP connections that this side opens for the bytes of a state, 1 to 16.
         host: Name or address that others reach this process at; tried before all others.
         interface: Network interface that others reach this process at; tried next. Then those of
@@ -88,7 +90,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         self,
         timeout: timedelta,
         device: torch.device,
-        state_dict: Callable[[], object] | None = None,
+        state_dict: Callable[[], object] | Literal["manager"] | None = None,
         *,
         lanes: int = LaneOptions.lanes,
         host: str | None = None,
@@ -114,6 +116,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             raise ValueError(f"port: expected 0 to 65535, got {port!r}")
         if ssl_context is not None and not _are_two_contexts(ssl_context):
             raise ValueError(f"ssl_context: expected two of ssl.SSLContext, got {ssl_context!r}")
+        if isinstance(state_dict, str) and state_dict != "manager":
+            raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
         if strict and state_dict is None:
             raise ValueError("strict: expected False without state_dict, which gives the template")
         if topology not in ("chain", "star"):
@@ -140,6 +144,10 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         self._guard = Guard()
         self._last_report: TransferReport | None = None
         self._changed: list[torch.Tensor] = []
+        self._captured: list[object] = []
+        self._manager: weakref.ref[Any] | None = None
+        self._from_manager = False
+        self._rewrite: Rewrite | None = None
         self._offer: Offer | None = None
         self._relay: Relay | None = None
         self._reception: Reception | None = None
@@ -168,7 +176,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
         torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
         """
-        self._guard.begin_quorum()
+        self._begin_quorum()
         return self._self.metadata
 
     def disallow_checkpoint(self) -> None:
@@ -191,6 +199,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             self._end()
         except Exception:
             logger.exception("the transfer could not be ended as it should")
+        self._settle()
         mark_changed(changed)
         self._guard.check_step()
 
@@ -312,22 +321,26 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("destination", type(self).__name__, step)
-        with Call(self, report), self._guard.receiving(report):
+        with Call(self, report), self._guard.receiving(report) as attempt:
+            self._rewrite = None
+            trains = self._trains_meanwhile()
             self._end()
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             self._attempts += 1
             invitation = Invitation.decode(metadata)
-            reception = Reception(invitation, step, self._attempts, self._self, self._options, deadline, report)
+            reception = Reception(
+                invitation, step, self._attempts, self._self, self._options, deadline, report, attempt, trains=trains
+            )
             self._reception, self._receiver = reception, threading.get_ident()
             if self._is_shut_down:
                 reception.cancel(_SHUT_DOWN)
             earlier, self._kept = self._kept, None
             try:
-                received = reception.run(self._state_dict, earlier)
+                received = reception.run(self._template(), earlier)
             finally:
                 self._reception, self._kept = None, reception.kept
-            self._changed, self._relay = received.written, received.relay
+            self._changed, self._relay, self._rewrite = received.written, received.relay, received.rewrite
             return cast(T, received.state)
 
 

@@ -8,9 +8,10 @@ configure every group anew.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torchft.checkpointing.transport import CheckpointTransport
@@ -22,6 +23,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
 from ft_transport._progress import watching
+from ft_transport._rewrite import Rewrite
 from ft_transport._source import Outbound, serve, tell_failure
 from ft_transport._torn import Guard
 from ft_transport._transfer import Options, for_each
@@ -51,7 +53,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             below the Manager's time-out, so that a failed heal ends before the other replicas' collectives do.
         device: Where messages live: what the process group can send (CPU for Gloo, an accelerator for NCCL).
         state_dict: Gives the template, whose tensors receive the state in place. Pass the function that the
-            Manager gets as ``state_dict``, or one that returns a dict of them by registered key.
+            Manager gets as ``state_dict``, or one that returns a dict of them by registered key; ``"manager"`` gives
+            all that is registered with the Manager that calls, keys that are added later (DiLoCo's fragments) among it.
         verify: Compare digests of the messages that this side sends as the source: True of every byte, False none.
             None: of every byte where this process has at least four cores, else of every byte of messages below 2 MiB
             and of one block in 32 of larger ones, because there the digests would take time from the transfer.
@@ -71,7 +74,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         pg: ProcessGroup,
         timeout: timedelta,
         device: torch.device,
-        state_dict: Callable[[], object] | None = None,
+        state_dict: Callable[[], object] | Literal["manager"] | None = None,
         *,
         verify: bool | None = None,
         strict: bool = False,
@@ -81,6 +84,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
     ) -> None:
         if timeout <= timedelta(0):
             raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
+        if isinstance(state_dict, str) and state_dict != "manager":
+            raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
         if strict and state_dict is None:
             raise ValueError("strict: expected False without state_dict, which gives the template")
         self._pg = pg
@@ -98,6 +103,11 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         self._guard = Guard()
         self._last_report: TransferReport | None = None
         self._changed: list[torch.Tensor] = []
+        self._captured: list[object] = []
+        self._manager: weakref.ref[Any] | None = None
+        self._from_manager = False
+        self._rewrite: Rewrite | None = None
+        self._beside: set[str] = set()  # paths that forward has written to while they landed
 
     @property
     def last_report(self) -> TransferReport | None:
@@ -109,7 +119,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
         torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
         """
-        self._guard.begin_quorum()
+        self._begin_quorum()
         return "<n/a>"
 
     def disallow_checkpoint(self) -> None:
@@ -124,6 +134,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             TornStateError: The replica is torn, and no receive was tried since the newest :meth:`metadata`: the quorum
                 takes it for healthy, and its optimizer must not step. Raised again each time, until it is healed.
         """
+        self._settle()
         changed, self._changed = self._changed, []
         mark_changed(changed)
         self._guard.check_step()
@@ -209,14 +220,19 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("destination", type(self).__name__, step)
-        with Call(self, report), self._guard.receiving(report):
+        with Call(self, report), self._guard.receiving(report) as attempt:
+            self._rewrite = None
+            beside = self._beside if self._trains_meanwhile() else None
             _check_ranks(self._pg, [src_rank])
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             channel = self._channel(src_rank)
             with watching(report, deadline):
-                state, self._changed = receive(channel, step, self._state_dict, self._options, deadline, report)
-            return cast(T, state)
+                received = receive(
+                    channel, step, self._template(), self._options, deadline, report, attempt=attempt, beside=beside
+                )
+            self._changed, self._rewrite = received.written, received.rewrite
+            return cast(T, received.state)
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
         return GroupChannel(self._pg, rank, self._options.device, lock)

@@ -204,7 +204,7 @@ def transfer(
 
     def run_destination() -> None:
         try:
-            destination.result, destination.written = receive(
+            received = receive(
                 ends[1],
                 expected_step,
                 template,
@@ -212,6 +212,7 @@ def transfer(
                 Deadline(destination_timeout or timeout),
                 destination.report,
             )
+            destination.result, destination.written = received.state, received.written
         except BaseException as exc:
             destination.error = exc
         destination.report.finish(1.0, destination.error)

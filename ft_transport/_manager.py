@@ -1,0 +1,66 @@
+"""What the Manager that calls a transport is like. Reads torchft's Manager, does not import it.
+
+Strategy: torchft hands a transport no word of how it is used, and two things hang on it: whether training goes on while
+a state lands (``use_async_quorum``), and which state dicts are registered. Both are attributes of the Manager, whose
+method is among the callers; torchft 0.2.0 and its nightly of 2026-10-26 call them alike. Where no Manager is among the
+callers (a test, another library) there is None, and the caller decides what that means.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ft_transport.errors import LocalProtocolError
+
+__all__ = ["calling_manager", "goes_on_training", "registered_state"]
+
+# Frames between a transport's method and the Manager's: wrappers, subclasses, profilers.
+_MAX_FRAMES = 32
+
+
+def calling_manager() -> Any:
+    """The Manager that has called, directly or through wrappers; None if nobody of that kind has."""
+    frame = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        if frame.f_globals.get("__name__") == "torchft.manager":
+            return frame.f_locals.get("self")
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def goes_on_training(manager: Any) -> bool:
+    """Whether the replica's training thread runs forward while its state lands, and loads the state after that.
+
+    With a synchronous quorum it waits, loads at once, and what it writes afterwards is training that counts (DiLoCo's
+    inner steps among it): that must never be undone. Who calls without a Manager gets the other answer.
+
+    Raises:
+        LocalProtocolError: This torchft's Manager does not say. Either guess would make wrong states.
+    """
+    if manager is None:
+        return True
+    try:
+        return bool(manager._use_async_quorum)
+    except AttributeError:
+        raise LocalProtocolError(
+            "expected a Manager with _use_async_quorum, as in torchft 0.2.0: this one does not say whether training "
+            "goes on while a state lands"
+        ) from None
+
+
+def registered_state(manager: Any) -> dict[str, object]:
+    """What each function gives that is registered with a Manager, by key, as the Manager itself would send it.
+
+    Raises:
+        LocalProtocolError: No Manager has called, or it is of a torchft that keeps them elsewhere.
+    """
+    try:
+        functions = dict(manager._user_state_dicts)
+    except AttributeError:
+        raise LocalProtocolError(
+            f"state_dict='manager': expected to be called by a Manager of torchft 0.2.0 or its like, got {manager!r}"
+        ) from None
+    return {key: function() for key, function in functions.items()}
