@@ -114,6 +114,7 @@ class Asked:
         """
         manager = calling_manager()
         if manager is not None:
+            goes_on_training(manager)  # one that does not say must not get as far as a heal
             self._manager = weakref.ref(manager)
         if manager is not None or not self._from_manager:
             self._guard.begin_quorum()

@@ -5,8 +5,9 @@ runs forward and backward on them, and forward writes: BatchNorm's statistics, t
 of FP8 maxima, biases of a router, metrics. ``load_state_dict``, which comes after that, is given the same memory and
 so repairs nothing. What the optimizer then steps from must be the source's all the same, so:
 
-* small messages, which are staged anyway, are kept as they came, up to :data:`SMALL_BYTES`, and written again before
-  the step: whatever wrote there, torch need not have counted it (BatchNorm's kernel does not);
+* small messages, which are staged anyway, are kept as they came, up to ``SMALL_BYTES``, and written again before the
+  step: whatever wrote there, torch need not have counted it (BatchNorm's kernel does not). Beyond that bound they are
+  compared with their digests;
 * of larger tensors torch's count of in-place operations from before the first byte is compared. Loading counts, too,
   where it copies a tensor onto itself: the digests tell these from what is really another state. Over lanes those that
   change before all has landed are fetched again, *beside* the template; what changes later, and has no copy here, is
@@ -128,7 +129,15 @@ class Rewrite:
         for message, data in self._kept.items():
             self._landing.scatter(message, data)
         self._landing.copy_again()
-        return self.paths([message for message in self.written() if not self._is_as_sent(message)])
+        suspects = self.written() + self._not_kept()
+        return self.paths([message for message in suspects if not self._is_as_sent(message)])
+
+    def _not_kept(self) -> list[int]:
+        """The small messages for which there was no room. Of so many small tensors the counts are not looked at."""
+        if not self._landing.in_place:
+            return []
+        messages = filter(self._layout.is_small, range(len(self._layout.messages)))
+        return [message for message in messages if message not in self._kept]
 
     def _is_as_sent(self, message: int) -> bool:
         if message not in self._digests:

@@ -130,8 +130,9 @@ class Guard:
                 for healed.
         """
         if self.torn and (self._unseen or not self._tried):
+            why = "which the Manager takes for healed" if self._unseen else "and nobody was left to heal it"
             raise TornStateError(
-                f"this replica holds a mix of two states, and nobody was left to heal it: {self._cause}. Restart it "
+                f"this replica holds a mix of two states, {why}: {self._cause}. Restart it "
                 "from the last durable checkpoint, or empty so that it heals from others. (Or load a whole state into "
                 "the template and call the transport's restored().)",
                 torn=True,
