@@ -73,8 +73,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
         progress: Called while bytes move, from a thread that serves the transfer.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
-            nothing that happens on the wire can tear the replica. Costs memory for another state while it is received,
-            and the copy. A receive that broke is not resumed then, but begins anew.
+            nothing that happens on the wire can tear the replica. Costs memory for another state until the optimizer may
+            step, and the copy. A receive that broke is not resumed then, but begins anew.
         on_event: Called with a dict when a transfer is over, from a thread that served it; see ``docs/operations.md``.
             What it raises is logged.
 
@@ -183,8 +183,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         """Wait until the state is no longer read; afterwards it may change.
 
         Waits for destinations that are being served, until the deadline of their transfer at most, and ends what is
-        left then. Tells autograd about the tensors that the newest receive has written to (see
-        ``PGTransport.disallow_checkpoint``).
+        left then. Makes what was received the source's again where forward has written meanwhile, and tells autograd
+        about it (see ``PGTransport.disallow_checkpoint``).
 
         Raises:
             TornStateError: As ``PGTransport.disallow_checkpoint``, after all that. Nothing else.

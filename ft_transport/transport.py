@@ -61,8 +61,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
         progress: Called while bytes move, from the thread that moves them.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
-            nothing that happens on the wire can tear the replica. Costs memory for another state while it is received,
-            and the copy.
+            nothing that happens on the wire can tear the replica. Costs memory for another state until the optimizer may
+            step, and the copy.
         on_event: Called with a dict when a transfer is over, from the thread that called; see ``docs/operations.md``.
             What it raises is logged.
 
@@ -123,7 +123,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         return "<n/a>"
 
     def disallow_checkpoint(self) -> None:
-        """Tell autograd about the tensors that the newest receive has written to.
+        """Make what was received the source's again where forward has written meanwhile (``docs/faults.md`` says what
+        holds), and tell autograd about the tensors that the receive has written to.
 
         Not earlier: under async quorum the state lands between forward and backward, and backward, whose gradients
         torchft discards, would raise. A graph that lives on after this call errs if it is used.
@@ -131,8 +132,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Nothing is waited for: :meth:`send_checkpoint` returns when the state is no longer read.
 
         Raises:
-            TornStateError: The replica is torn, and no receive was tried since the newest :meth:`metadata`: the quorum
-                takes it for healthy, and its optimizer must not step. Raised again each time, until it is healed.
+            TornStateError: The replica is torn, and no receive was tried since the newest :meth:`metadata`, or one that
+                the Manager takes for complete: its optimizer must not step. Raised again each time, until it is healed.
         """
         self._settle()
         changed, self._changed = self._changed, []
