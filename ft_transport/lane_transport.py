@@ -73,8 +73,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
         progress: Called while bytes move, from a thread that serves the transfer.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
-            nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until the
-            optimizer may step. A receive that broke is not resumed then, but begins anew.
+            nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
+            the optimizer may step. A receive that broke is not resumed then, but begins anew.
         on_event: Called with a dict when a transfer is over, from a thread that served it; see ``docs/operations.md``.
             What it raises is logged.
 

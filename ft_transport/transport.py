@@ -61,8 +61,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
         progress: Called while bytes move, from the thread that moves them.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
-            nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until the
-            optimizer may step.
+            nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
+            the optimizer may step.
         on_event: Called with a dict when a transfer is over, from the thread that called; see ``docs/operations.md``.
             What it raises is logged.
 

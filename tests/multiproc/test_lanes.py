@@ -21,7 +21,14 @@ from typing import Any
 import pytest
 import torch
 
-from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+from ft_transport import (
+    LaneTransport,
+    LocalProtocolError,
+    PeerFailure,
+    RemoteProtocolError,
+    TornStateError,
+    TransferError,
+)
 from ft_transport._conversation import HEADER_BYTES
 from ft_transport._lane_options import LaneOptions
 from ft_transport._meeting import Invitation, knock
@@ -797,7 +804,8 @@ def test_a_relay_that_changes_its_memory_is_found(lanes: Lanes) -> None:
     second = lanes.destination(make_state(2)).start(source.metadata()).join()
     assert second.sound(state)
     assert second.report.num_repaired > 0
-    first.transport.disallow_checkpoint()
+    with pytest.raises(TornStateError):  # its own state is not what was sent either
+        first.transport.disallow_checkpoint()
     source.disallow_checkpoint()
 
 
