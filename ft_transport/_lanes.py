@@ -229,6 +229,8 @@ class Connection:
                 except OSError as exc:
                     raise self._broken(exc) from None
                 done += self._note_read(count, patience)
+                if done < len(view):
+                    patience.check()  # there may be something to read each time, long after the deadline
         finally:
             self._wake_up_at(1)
         return done

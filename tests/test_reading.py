@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import socket
 import struct
@@ -83,6 +84,33 @@ def test_a_trickle_is_no_silence(pair: tuple[socket.socket, Connection]) -> None
     over.set()
     thread.join()
     assert connection.nbytes_wire > 10_000
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "seconds"), [(1000, 0.05), (200_000, 0.02)], ids=["a trickle", "as fast as it is read"]
+)
+def test_what_goes_on_coming_has_a_deadline(
+    pair: tuple[socket.socket, Connection], nbytes: int, seconds: float
+) -> None:
+    """However much of it: a slow one is not asked for much, and of a fast one there is always something to read."""
+    peer, connection = pair
+    times = int(2.5 / seconds)
+
+    def write() -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(times):
+                peer.sendall(bytes(nbytes))
+                time.sleep(seconds)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        with pytest.raises(TransferTimeout):
+            connection.read(times * nbytes, patience(seconds=0.5))
+    finally:
+        connection.abort()
+        thread.join()
+    assert 0 < connection.nbytes_wire < times * nbytes
 
 
 def test_silence(pair: tuple[socket.socket, Connection]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -11,7 +12,8 @@ from datetime import timedelta
 
 import pytest
 
-from ft_transport._conversation import Frame, Header
+from ft_transport import _supply
+from ft_transport._conversation import Frame, Header, encode
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import Connection, Patience
 from ft_transport._memory import Bucket
@@ -73,3 +75,35 @@ def test_who_does_not_leave_is_not_waited_for(
     with caplog.at_level(logging.WARNING, "ft_transport"):
         supply.drain()
     assert "has not fetched everything from here: the peer has been silent" in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, 1, (1 << 64) - 1])
+def test_a_message_that_there_is_not_is_not_looked_for(
+    lane: tuple[socket.socket, Supply], caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """The lane is closed; that is the peer's fault, and no trouble of this side."""
+    destination, _ = lane
+    destination.settimeout(10)
+    with caplog.at_level(logging.WARNING, "ft_transport"):
+        destination.sendall(encode(Frame.WANT, 1, 7, number))
+        assert destination.recv(1) == b""
+    assert not caplog.records
+
+
+def test_how_many_lanes_a_destination_may_open_is_bounded(
+    lane: tuple[socket.socket, Supply], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a thread."""
+    first, supply = lane
+    monkeypatch.setattr(_supply, "MAX_LANES", 2)
+    peers = [first]
+    with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(3):
+            peers.append(stack.enter_context(socket.create_connection(server.getsockname())))
+            supply.attach(Connection(server.accept()[0], "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
+        for peer in peers[2:]:
+            peer.settimeout(3)
+            assert peer.recv(1) == b""
+        for peer in peers[:2]:
+            with pytest.raises(BlockingIOError):
+                peer.recv(1, socket.MSG_DONTWAIT)

@@ -80,6 +80,17 @@ def test_an_optimizer_that_writes_as_it_likes_is_seen_before_it_does() -> None:
     assert "weight" in found(noted)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_every_parameter_group_of_an_optimizer_is_seen(place: int) -> None:
+    weights = [torch.nn.Parameter(noise(200, i)) for i in range(3)]
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr": 0.1} for weight in weights], fused=True)
+    noted = versions({"weight": weights[place].detach()})
+    optimizer.step()
+    assert "weight" in found(noted)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_optimizer_is_seen_and_not_compiled_again() -> None:
     state, step = in_place_by(torch.optim.AdamW, foreach=True)

@@ -648,6 +648,34 @@ def test_random_damage_is_never_returned(lanes: Lanes, seed: int) -> None:
         assert destination.sound(state)
 
 
+def spoiled_heal(lanes: Lanes, state: dict[str, Any], template: dict[str, Any]) -> Destination:
+    """A receive of which everything lands but one message, which always comes damaged."""
+    source = lanes.transport()
+    proxy = lanes.proxy(source.metadata()).corrupt(2, times=-1)
+    destination = lanes.destination(template, lanes=1).start(proxy.metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    assert isinstance(destination.join().error, RemoteProtocolError)
+    source.shutdown()
+    return destination
+
+
+@pytest.mark.parametrize("kind", ["small", "strided"])
+def test_what_goes_through_a_bucket_tears_the_replica_too(lanes: Lanes, kind: str) -> None:
+    """Several messages of tensors none of which takes its bytes from the wire itself."""
+
+    def staged(seed: int) -> dict[str, Any]:
+        flat = make_state(seed, large=1, nbytes=12 * MIB)["large"][0]
+        return {"all": list(flat.split(4096)) if kind == "small" else flat.view(3, 1024, 4096).transpose(1, 2)}
+
+    template = staged(2)
+    before = digest(template)
+    destination = spoiled_heal(lanes, staged(1), template)
+    assert digest(template) != before
+    assert destination.report.torn
+    assert destination.error.torn  # type: ignore[union-attr]
+    assert destination.transport.torn
+
+
 # -------------------------------------------------------------------------------------------- resume
 
 
@@ -716,6 +744,22 @@ def test_another_step_begins_anew(lanes: Lanes) -> None:
     source.disallow_checkpoint()
     assert destination.sound(state)
     assert destination.report.nbytes_kept == 0
+
+
+def test_what_is_left_of_an_earlier_receive_is_a_mix_from_the_beginning(lanes: Lanes) -> None:
+    """The next receive keeps some of it, and is torn too if it breaks before a byte of its own has landed."""
+    state = make_state()
+    destination = spoiled_heal(lanes, state, make_state(2))
+    source = lanes.transport()
+    proxy = lanes.proxy(source.metadata()).corrupt("ROUTE")
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination.start(proxy.metadata).join()
+    source.disallow_checkpoint()
+    assert isinstance(destination.error, TransferError)
+    assert (destination.report.peers[0].nbytes, destination.report.nbytes_kept) == (0, 0)
+    assert destination.report.torn
+    assert destination.error.torn
+    assert destination.transport.torn
 
 
 def test_unchanged_bytes_stay(lanes: Lanes) -> None:
@@ -807,6 +851,46 @@ def test_a_relay_that_changes_its_memory_is_found(lanes: Lanes) -> None:
     with pytest.raises(TornStateError):  # its own state is not what was sent either
         first.transport.disallow_checkpoint()
     source.disallow_checkpoint()
+
+
+def test_the_source_has_no_part_in_what_a_relay_has_damaged(lanes: Lanes) -> None:
+    """A message came damaged from the relay as often as it may, and then once more from the source: it is repaired."""
+    state = make_state()
+    calm = {"stall_timeout": timedelta(seconds=10)}
+    source = lanes.transport(**calm)
+    source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
+    first = lanes.destination(make_state(2), **calm).start(source.metadata()).join()
+    for tensor in first.template["large"]:  # type: ignore[index]
+        tensor.zero_()
+    proxy = lanes.proxy(source.metadata()).corrupt(0)
+    second = lanes.destination(make_state(2), lanes=1, **calm).start(proxy.metadata).join()
+    assert second.sound(state), second.error
+    assert second.report.num_repaired > 3
+    first.transport.disallow_checkpoint()
+    source.disallow_checkpoint()
+
+
+def test_a_relay_waits_for_who_fetches_from_it(lanes: Lanes) -> None:
+    """In disallow_checkpoint(), as a source does: else the source would send a second copy."""
+    state = make_state()
+    calm = {"stall_timeout": timedelta(seconds=10)}
+    source = lanes.transport(**calm)
+    source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
+    first = lanes.destination(make_state(2), **calm)
+    mine = lanes.proxy(first.transport.metadata(), slowly(30))
+    first.transport._self = first.transport._self._replace(metadata=mine.metadata)
+    assert first.start(source.metadata()).join().sound(state)
+    second = lanes.destination(make_state(2), **calm).start(source.metadata())
+    wait_until(lambda: mine.nbytes > MIB)
+    first.transport.disallow_checkpoint()
+    for tensor in tensors(first.template):  # type: ignore[arg-type]
+        tensor.zero_()
+    assert second.join().sound(state), second.error
+    assert second.report.num_repaired == 0
+    source.disallow_checkpoint()
+    report = source.last_report
+    assert report is not None
+    assert report.nbytes_wire < 1.1 * report.nbytes_total
 
 
 def test_a_relay_serves_until_disallow(lanes: Lanes) -> None:

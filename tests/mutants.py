@@ -1,0 +1,258 @@
+"""Breaks one promise of the code after the other, and sees whether the test that holds it notices.
+
+    python tests/mutants.py              all of them, a few seconds each
+    python tests/mutants.py lanes relay  those whose promise has one of these words in it
+
+Works on a copy of the tree in a temporary folder: the tests must pass there first, and then each must fail once its
+promise is broken. Exits with 1 if one passes all the same (the mutant *survives*), or if what is to be replaced is not
+in the source any more, exactly once: then the promise has moved, and its line in :data:`MUTANTS` must follow.
+``tests/test_mutants.py`` looks for that in each run of the tests, which do not include this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("ft_transport", "tests", "docs", "examples", "setup.cfg", "pyproject.toml", "README.md")
+# A test that hangs has noticed, too.
+LIMIT = 180.0
+
+
+class Mutant(NamedTuple):
+    """One change of the code.
+
+    Attributes:
+        promise: What it breaks.
+        file: Of the package.
+        old: What is replaced, which must be there exactly once.
+        new: By what.
+        test: The one that must fail.
+    """
+
+    promise: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+    def apply(self, root: Path = ROOT) -> str:
+        """The file's text with the change.
+
+        Raises:
+            LookupError: What is to be replaced is not there exactly once.
+        """
+        text = (root / "ft_transport" / self.file).read_text(encoding="utf-8")
+        count = text.count(self.old)
+        if count != 1:
+            raise LookupError(f"{self.file}: {self.old.strip()!r} is there {count} times; where is this promise now?")
+        return text.replace(self.old, self.new)
+
+
+LANES = "tests/multiproc/test_lanes.py::"
+SOURCE = "tests/test_lane_source.py::"
+
+MUTANTS = [
+    Mutant(
+        "a staged message marks the replica torn",
+        "_fetch.py",
+        "            self._note_torn(message)\n            self._landing.scatter",
+        "            self._landing.scatter",
+        LANES + "test_what_goes_through_a_bucket_tears_the_replica_too",
+    ),
+    Mutant(
+        "a relay without digests does not splice",
+        "_relay.py",
+        "self.steady = verified",
+        "self.steady = True",
+        "tests/test_relay.py::test_what_nobody_could_check_is_copied_before_this_side_goes_on",
+    ),
+    Mutant(
+        "a new supplier begins without the damage of the one before",
+        "_lane_destination.py",
+        "work.forgive()",
+        "pass",
+        LANES + "test_the_source_has_no_part_in_what_a_relay_has_damaged",
+    ),
+    Mutant(
+        "a supplier bounds message numbers",
+        "_supply.py",
+        "if message >= len(self._stock.sizes)",
+        "if False",
+        "tests/test_supply.py::test_a_message_that_there_is_not_is_not_looked_for",
+    ),
+    Mutant(
+        "how many peers wait is bounded",
+        "_desk.py",
+        "if len(self._waiting) > ",
+        "if len(self._waiting) > 100_000 + ",
+        "tests/test_desk.py::test_how_many_wait_is_bounded_and_the_oldest_make_room",
+    ),
+    Mutant(
+        "a relay is drained in disallow_checkpoint",
+        "lane_transport.py",
+        "relay.drain()",
+        "pass",
+        LANES + "test_a_relay_waits_for_who_fetches_from_it",
+    ),
+    Mutant(
+        "a trickle does not outlast the deadline of who reads",
+        "_lanes.py",
+        "                patience.check()  # as in write",
+        "                pass",
+        "tests/test_reading.py::test_what_goes_on_coming_has_a_deadline",
+    ),
+    Mutant(
+        "what is as fast as it is read does not outlast the deadline of who reads",
+        "_lanes.py",
+        "patience.check()  # there may be something to read each time",
+        "pass  # there may be something to read each time",
+        "tests/test_reading.py::test_what_goes_on_coming_has_a_deadline",
+    ),
+    Mutant(
+        "how many lanes a destination opens is bounded",
+        "_supply.py",
+        "len(self._lanes) >= MAX_LANES",
+        "len(self._lanes) >= 1000 * MAX_LANES",
+        "tests/test_supply.py::test_how_many_lanes_a_destination_may_open_is_bounded",
+    ),
+    Mutant(
+        "a relay keeps copies of small messages",
+        "_relay.py",
+        "data.clone()",
+        "data",
+        "tests/test_relay.py::test_small_messages_are_passed_on_as_they_came",
+    ),
+    Mutant(
+        "failed destinations are not named as suppliers",
+        "_lane_source.py",
+        'alive = other.peer.outcome in ("pending", "complete")',
+        "alive = True",
+        SOURCE + "test_who_has_failed_supplies_nobody",
+    ),
+    Mutant(
+        "a resumed receive begins torn",
+        "_lane_destination.py",
+        "self._report.torn = bool(left)",
+        "pass",
+        LANES + "test_what_is_left_of_an_earlier_receive_is_a_mix_from_the_beginning",
+    ),
+    Mutant(
+        "the source's deadline is told to destinations",
+        "_lane_source.py",
+        'if outcome in ("failed", "timed out")',
+        'if outcome in ("failed",)',
+        SOURCE + "test_the_sources_deadline_is_told",
+    ),
+    Mutant(
+        "who goes on talking does not outlast the source's deadline",
+        "_lane_source.py",
+        "header, body = talk.hear(patience)\n            patience.check()\n",
+        "header, body = talk.hear(patience)\n",
+        SOURCE + "test_the_sources_deadline_is_told",
+    ),
+    Mutant(
+        "an earlier visit of the same identity is cut",
+        "_lane_source.py",
+        "earlier.talk.connection.abort()",
+        "pass",
+        SOURCE + "test_whoever_comes_again_is_served_in_place_of_the_earlier_visit",
+    ),
+    Mutant(
+        "the optimizer's hook looks at every parameter group",
+        "_versions.py",
+        "optimizer.param_groups",
+        "optimizer.param_groups[:1]",
+        "tests/test_versions.py::test_every_parameter_group_of_an_optimizer_is_seen",
+    ),
+]
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    """A copy that the tests run in."""
+    root = folder / "tree"
+    root.mkdir()
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(ROOT / name, root / name)
+    return root
+
+
+def passes(root: Path, tests: list[str]) -> tuple[bool, str]:
+    """Whether these tests pass in a copy of the tree, and the end of what they say.
+
+    Raises:
+        RuntimeError: They could not be run: there is no such test, or the code cannot be imported.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=line", "--timeout=60"]
+    try:
+        done = subprocess.run(
+            [*command, *tests], cwd=root, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False, f"no end after {LIMIT:g} s"
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{' '.join(tests)} cannot be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 0, done.stdout[-2000:]
+
+
+def is_noticed(mutant: Mutant, root: Path) -> bool:
+    """Whether the test fails with the change; the copy is as before afterwards."""
+    path = root / "ft_transport" / mutant.file
+    before, changed = path.read_text(encoding="utf-8"), mutant.apply(root)
+    path.write_text(changed, encoding="utf-8")
+    try:
+        return not passes(root, [mutant.test])[0]
+    finally:
+        path.write_text(before, encoding="utf-8")
+
+
+def run(mutants: list[Mutant]) -> bool:
+    """Try them all and print a table; gives whether each was noticed."""
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        root = copy_of_the_tree(Path(folder))
+        for mutant in mutants:
+            mutant.apply(root)
+        sound, said = passes(root, sorted({mutant.test for mutant in mutants}))
+        if not sound:
+            raise RuntimeError(f"the tests fail already:\n{said}")
+        print(f"| {'promise that is broken':76} | {'file':20} | {'':8} | {'s':>4} |", flush=True)
+        survivors = 0
+        for mutant in mutants:
+            begin = time.perf_counter()
+            noticed = is_noticed(mutant, root)
+            survivors += not noticed
+            seconds = time.perf_counter() - begin
+            verdict = "noticed" if noticed else "SURVIVES"
+            print(f"| {mutant.promise:76} | {mutant.file:20} | {verdict:8} | {seconds:4.0f} |", flush=True)
+    print(f"{len(mutants) - survivors} of {len(mutants)} noticed")
+    return not survivors
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("words", nargs="*", help="only promises with one of these words in them")
+    words = parser.parse_args().words
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.promise for word in words)]
+    if not chosen:
+        parser.error("no promise has one of these words in it")
+    try:
+        return 0 if run(chosen) else 1
+    except (LookupError, RuntimeError) as exc:
+        print(exc, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
