@@ -46,7 +46,7 @@ class Teller:
                 self._begin()
                 return
             self._caller = threading.get_ident()
-        self._make_calls()
+        self._make_calls(is_caller=True)
 
     def drain(self, limit: Deadline) -> bool:
         """Wait until all were called, or the limit has passed; gives whether they were. From a call itself: at once."""
@@ -58,7 +58,7 @@ class Teller:
             if not self._caller and self._calls:
                 self._caller = own  # no thread is to be had: here, then
         if self._caller == own:
-            self._make_calls()
+            self._make_calls(is_caller=True)
         with self._changed:
             idle = self._changed.wait_for(
                 lambda: not self._caller and not self._calls, limit.remaining().total_seconds()
@@ -88,9 +88,9 @@ class Teller:
             if self._caller not in (0, _NOBODY_YET):
                 return
             self._caller = threading.get_ident()
-        self._make_calls()
+        self._make_calls(is_caller=False)
 
-    def _make_calls(self) -> None:
+    def _make_calls(self, is_caller: bool) -> None:
         try:
             while True:
                 with self._changed:
@@ -99,7 +99,9 @@ class Teller:
                     call = self._calls.popleft()
                 try:
                     call()
-                except Exception:
+                except BaseException as exc:
+                    if is_caller and not isinstance(exc, Exception):
+                        raise  # Ctrl-C
                     with contextlib.suppress(Exception):  # a filter or handler of the user's
                         logger.exception("what was told something raised")
         finally:
