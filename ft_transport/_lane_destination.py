@@ -247,18 +247,22 @@ class Reception:
         return plan, sink
 
     def _await_manifest(self, talk: Talk) -> tuple[Header, bytes]:
+        is_there = False
         while True:
             patience = self._patience()
             while not self._bell.await_ring(talk.connection, min(HEARTBEAT, self._deadline.remaining())):
+                if is_there and self._deadline.expired():
+                    break
                 patience.check()
+            if is_there and self._deadline.expired():
+                seconds = self._deadline.timeout.total_seconds()
+                raise TransferTimeout(f"timed out after {seconds:g} s: the source is there and has not begun to send")
             header, body = talk.hear(patience)
+            is_there = True
             if header.frame is Frame.MANIFEST:
                 return header, bytes(body)
             if header.frame is Frame.FAILED:
                 raise _GaveUp(f"the source gave up: {'; '.join(body)}")
-            if self._deadline.expired():
-                seconds = self._deadline.timeout.total_seconds()
-                raise TransferTimeout(f"timed out after {seconds:g} s: the source is there and has not begun to send")
 
     def _plan(self, data: bytes, state_dict: Callable[[], object] | None) -> _Plan:
         """Check the state against the template, and decide where each byte lands."""

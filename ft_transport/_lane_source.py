@@ -135,6 +135,9 @@ SPARE_GUESTS = 16
 # Conversations of one transfer beyond those that are expected, one after the other: each leaves a line in the report.
 SPARE_CONVERSATIONS = 1024
 
+# Who waits for a place asks again with each heartbeat; who has not for so long is gone.
+_CROWDED = 4 * HEARTBEAT
+
 # The longest identity of a supply that is passed on to others. Ours have 16 bytes.
 _MAX_IDENT_BYTES = 64
 
@@ -186,6 +189,8 @@ class Offer:
         # How many may still come, and be served at once.
         self._num_left = len(report.peers) + SPARE_CONVERSATIONS
         self._num_places = len(report.peers) + SPARE_GUESTS
+        self._crowded = Deadline(timedelta(0))  # until then somebody may be waiting for a place
+        self._is_closing = False
 
     def open(self, state_dict: object) -> None:
         """Describe the state and let destinations in, those that wait first.
@@ -222,7 +227,10 @@ class Offer:
                 _say_failed(talk, reason, wait=False)
                 talk.connection.close()
                 return True
-            if self._over or not self._has_place(identity):
+            if self._over:
+                return False
+            if not self._has_place(identity):
+                self._crowded = Deadline(_CROWDED)
                 return False
             self._num_left -= 1
             peer = self._peer_of(identity)
@@ -392,6 +400,8 @@ class Offer:
         """Complete the report, once no destination is expected or served any more. The lock is held."""
         if self._over or any(peer.outcome == "pending" for peer in self.report.peers):
             return
+        if not (self._crowded.expired() or self._deadline.expired() or self._is_closing):
+            return  # those who had the places are gone, and it is the turn of whoever waits
         self._over = True
         self._stock = None
         # If it has failed, the call has raised, and that was told.
@@ -400,9 +410,11 @@ class Offer:
 
     def tick(self) -> None:
         """End an offer whose deadline has passed and for which nobody has come; say how far the others are."""
-        if self._deadline.expired():
-            with self._changed:
+        with self._changed:
+            if self._deadline.expired():
                 self._give_up_expected("timed out waiting for it")
+            self._settle()
+            self._changed.notify_all()
         if self._watch.is_due and not self._is_watching:
             self._is_watching = True
             self._teller.leave(self._look)
@@ -439,6 +451,7 @@ class Offer:
     def _close(self, wait: bool) -> None:
         self._desk.close(self)
         with self._changed:
+            self._is_closing = True
             self._give_up_expected("it has not come before the source ended the transfer")
             guests = list(self._guests.values())
             for guest in guests:

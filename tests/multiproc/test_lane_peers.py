@@ -184,9 +184,9 @@ def test_so_many_are_served_at_once_and_the_others_wait(lanes: Lanes, monkeypatc
 
 
 def test_so_many_conversations_of_one_transfer_and_no_more(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lane_source, "SPARE_CONVERSATIONS", 2)
+    monkeypatch.setattr(_lane_source, "SPARE_CONVERSATIONS", 0)
     source = lanes.transport()
-    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    source.send_checkpoint([1, 2, 3], STEP, envelope(make_state()), TIMEOUT)
     for identity in (b"a", b"b", b"a"):
         with peer(source.metadata(), identity=identity) as one:
             one.await_frame(Frame.MANIFEST)
@@ -194,7 +194,7 @@ def test_so_many_conversations_of_one_transfer_and_no_more(lanes: Lanes, monkeyp
         _, reasons = one.await_frame(Frame.FAILED)
     assert reasons == ("too many have come for this transfer",)
     source.disallow_checkpoint()
-    assert len(outcomes(source)) == 2
+    assert outcomes(source) == ["dead", "dead", "timed out"]
 
 
 def test_so_many_lanes_in_all(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
