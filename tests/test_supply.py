@@ -46,7 +46,7 @@ def lane() -> Iterator[tuple[socket.socket, Supply]]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()
-    supply = Supply(Empty(), Patience(Deadline(timedelta(seconds=20)), timedelta(seconds=20)))
+    supply = Supply(Empty(), Patience(Deadline(timedelta(seconds=20)), timedelta(seconds=8)))
     supply.attach(Connection(ours, "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
     with theirs:
         yield theirs, supply
@@ -106,7 +106,7 @@ def test_who_reads_slowly_is_waited_for_and_who_has_stopped_is_not(
         ours = socket.create_connection(server.getsockname())
         theirs, _ = server.accept()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
-    supply = Supply(Large(2 << 20), Patience(Deadline(timedelta(seconds=60)), timedelta(seconds=60)))
+    supply = Supply(Large(2 << 20), Patience(Deadline(timedelta(seconds=60)), timedelta(seconds=8)))
     supply.attach(Connection(ours, "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
     theirs.sendall(encode(Frame.WANT, 1, 7, 0))
     heard = 0
