@@ -156,10 +156,12 @@ class Supply:
         """
         deadline, still, arrived = self._patience.deadline, Deadline(_STILL), -1
         with self._changed:
-            while self._lanes and not deadline.expired() and not still.expired():
+            while self._lanes and not deadline.expired():
                 now = self.nbytes_wire + sum(lane.nbytes_arrived for lane in self._lanes)
                 if now != arrived:
                     still, arrived = Deadline(_STILL), now
+                elif still.expired():
+                    break
                 limit = min(HEARTBEAT / 2, deadline.remaining(), still.remaining())
                 self._changed.wait_for(lambda: not self._lanes, limit.total_seconds())
             if self._lanes:

@@ -60,9 +60,8 @@ class Teller:
         if self._caller == own:
             self._make_calls(is_caller=True)
         with self._changed:
-            idle = self._changed.wait_for(
-                lambda: not self._caller and not self._calls, limit.remaining().total_seconds()
-            )
+            seconds = min(limit.remaining().total_seconds(), threading.TIMEOUT_MAX)
+            idle = self._changed.wait_for(lambda: not self._caller and not self._calls, seconds)
             thread = self._thread
         if idle and thread is not None and thread.ident is not None:
             thread.join()  # it has nothing left to do

@@ -210,7 +210,7 @@ def test_a_handler_that_runs_again_and_again_does_not_prolong_a_wait(
     ending = threading.Timer(6, over.set)  # else it would never end
     sending.start()
     ending.start()
-    limit = patience(seconds=0.6)
+    limit = patience(seconds=0.4)
     waits = {
         "read": lambda: connection.read(10, limit),
         "read much": lambda: connection.read(4 * MUCH, limit),
