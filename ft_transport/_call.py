@@ -7,10 +7,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Protocol
 
 from ft_transport._manager import calling_manager, goes_on_training, registered_state
 from ft_transport._rewrite import Rewrite
+from ft_transport._teller import Teller
 from ft_transport._torn import Guard
 from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, TransferError
@@ -146,13 +148,17 @@ class Call:
         transport: Whose call it is.
         report: Of this call; ``last_report`` from now on.
         goes_on: What the call has begun goes on when it has returned: the report is completed by somebody else then.
+        teller: Tells in the right order what is told from several threads; None where nothing is.
     """
 
-    def __init__(self, transport: _Transport, report: TransferReport, *, goes_on: bool = False) -> None:
+    def __init__(
+        self, transport: _Transport, report: TransferReport, *, goes_on: bool = False, teller: Teller | None = None
+    ) -> None:
         self._busy = transport._busy
         self._report = report
         self._transport = transport
         self._goes_on = goes_on
+        self._teller = teller
         self._start = 0.0
 
     def __enter__(self) -> None:
@@ -176,7 +182,11 @@ class Call:
 
     def _finish(self, exc: BaseException | None) -> None:
         if self._report.finish(time.perf_counter() - self._start, exc):
-            tell(self._report, self._transport._options.on_event)
+            told = partial(tell, self._report, self._transport._options.on_event)
+            if self._teller is None:
+                told()
+            else:
+                self._teller.call(told)
 
 
 def _fill_in(error: TransferError, report: TransferReport, guard: Guard) -> None:

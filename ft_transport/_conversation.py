@@ -24,6 +24,9 @@ from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 __all__ = [
     "BODIES",
     "HEADER_BYTES",
+    "MAX_BODY_BYTES",
+    "MAX_LONG_BODY_BYTES",
+    "MAX_MANIFEST_BYTES",
     "TABLE",
     "TRAILER",
     "Conversation",
@@ -35,6 +38,7 @@ __all__ = [
     "decode_header",
     "encode",
     "encode_header",
+    "max_body_bytes",
 ]
 
 MAGIC = b"FTLN"
@@ -46,9 +50,15 @@ HEADER_BYTES = _HEADER.size
 # Follows the body of a MESSAGE: its digest, which is known only once its last byte has been read.
 TRAILER = struct.Struct("<Q")
 
-# Bound what a peer can make us allocate. Reasons name every path of a state, so they may be as long as a manifest.
-_MAX_LONG_BODY = 256 << 20
-_MAX_BODY = 1 << 20
+# Bound what a peer can make us allocate, in bytes of a body; all but a manifest is read by a source, too. Reasons name
+# every path of a state: what goes beyond is cut by the one who gives them. READY has a bit for each message.
+MAX_MANIFEST_BYTES = 256 << 20
+MAX_LONG_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 64 << 10
+# Of a text that is not among reasons, in bytes. The longest that must be whole is a metadata.
+_MAX_TEXT_BYTES = 16 << 10
+# What msgpack puts before a text, and before an array, at most.
+_LENGTH_BYTES = 10
 
 
 class Role(Enum):
@@ -163,7 +173,14 @@ BODIES: dict[Frame, tuple[tuple[type, ...], ...] | type[str] | None] = {
     Frame.SAME: None,
 }
 
-_LONG = (Frame.MANIFEST, Frame.REFUSE, Frame.FAILED)
+_LONG = (Frame.READY, Frame.REFUSE, Frame.FAILED)
+
+
+def max_body_bytes(frame: Frame) -> int:
+    """How long the body of a frame may be. A message's is bounded by the layout."""
+    if frame is Frame.MANIFEST:
+        return MAX_MANIFEST_BYTES
+    return MAX_LONG_BODY_BYTES if frame in _LONG else MAX_BODY_BYTES
 
 
 class Header(NamedTuple):
@@ -219,17 +236,29 @@ def decode_header(data: bytes | bytearray) -> Header:
         frame = Frame(frame)
     except ValueError:
         raise RemoteProtocolError(f"unknown frame {frame}") from None
-    limit = _MAX_LONG_BODY if frame in _LONG else _MAX_BODY
+    limit = max_body_bytes(frame)
     if frame is not Frame.MESSAGE and nbytes > limit:
         raise RemoteProtocolError(f"{frame.name} of {nbytes} bytes, at most {limit} are accepted")
     return Header(frame, attempt, step, number, nbytes, digest)
 
 
 def encode(frame: Frame, attempt: int, step: int, number: int = 0, body: Any = None) -> bytes:
-    """Header and body of any frame but MESSAGE."""
+    """Header and body of any frame but MESSAGE. Reasons that are too long are cut."""
     assert frame is not Frame.MESSAGE
+    if isinstance(body, list):
+        limit = MAX_LONG_BODY_BYTES // max(len(body), 1) - _LENGTH_BYTES if BODIES[frame] is str else _MAX_TEXT_BYTES
+        body = [_fitting(entry, limit) if isinstance(entry, str) else entry for entry in body]
     data: bytes = body if frame is Frame.MANIFEST else b"" if body is None else msgpack.packb(body)
     return encode_header(Header(frame, attempt, step, number, len(data), digest_bytes(data))) + data
+
+
+def _fitting(text: str, nbytes: int) -> str:
+    """A text as UTF-8 has it, cut to so many bytes."""
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) > nbytes:
+        rest = f"… and {len(data) - nbytes} bytes more".encode()
+        data = data[: nbytes - len(rest)] + rest
+    return data.decode("utf-8", "ignore")
 
 
 def decode_body(header: Header, data: bytes) -> Any:
@@ -250,11 +279,18 @@ def decode_body(header: Header, data: bytes) -> Any:
         return None
     try:
         body = msgpack.unpackb(data, use_list=False, strict_map_key=True)
-    except (ValueError, RecursionError, msgpack.UnpackException) as exc:
-        raise RemoteProtocolError(f"damaged {name}: {exc}") from exc
+    except Exception as exc:
+        raise RemoteProtocolError(f"damaged {name}: {type(exc).__name__}: {exc}") from None
     if not _is_of(body, expected):
-        raise RemoteProtocolError(f"{name}: expected {expected}, got {str(body)[:80]}")
+        raise RemoteProtocolError(f"{name}: expected {expected}, got {_types(body)}")
     return body
+
+
+def _types(body: Any) -> str:
+    """What a body is: never as text, which of something nested deep cannot be made."""
+    if not isinstance(body, tuple):
+        return type(body).__name__
+    return f"({', '.join(type(entry).__name__ for entry in body[:8])}{', …' if len(body) > 8 else ''})"
 
 
 def _is_of(body: Any, expected: tuple[tuple[type, ...], ...] | type[str]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
 from typing import Protocol
 
 from ft_transport._conversation import Conversation, Frame, Role
@@ -19,15 +18,20 @@ __all__ = ["Desk", "Host"]
 
 logger = logging.getLogger("ft_transport")
 
-# Destinations that wait for a transfer to begin; the oldest makes room.
-_MAX_WAITING = 256
+# Destinations that wait for a transfer to begin, or for a place in one; the oldest makes room. None has a thread.
+MAX_WAITING = 256
+# Lanes open at once, whatever they are for: each has a thread. A destination that gets fewer than it wants makes do.
+MAX_ALL_LANES = 1024
 
 
 class Host(Protocol):
     """A transfer that is open to destinations."""
 
     def receive_guest(self, talk: Talk, visit: Visit) -> bool:
-        """Serve a destination from now on, in a thread of its own; False if the transfer is over."""
+        """Serve a destination from now on, in a thread of its own, or tell it at once why not. Must not block.
+
+        False to let it wait, for another transfer or for a place in this one.
+        """
         ...
 
     def tick(self) -> None:
@@ -44,7 +48,6 @@ class Desk:
         self._closed = False
         self._waiting: list[tuple[Talk, Visit]] = []
         self._supplies: dict[bytes, Supply] = {}
-        self._tick: Callable[[], None] | None = None
 
     def welcome(self, connection: Connection, visit: Visit) -> None:
         """Take over a new connection; called by the listener."""
@@ -52,7 +55,7 @@ class Desk:
         if header.frame is Frame.ATTACH:
             with self._lock:
                 supply = self._supplies.get(visit.body[0])
-                if supply is not None:
+                if supply is not None and sum(each.num_lanes for each in self._supplies.values()) < MAX_ALL_LANES:
                     supply.attach(connection, header)
                     return
             connection.close()
@@ -69,19 +72,23 @@ class Desk:
             talk.connection.close()
             return
         self._waiting.append((talk, visit))
-        if len(self._waiting) > _MAX_WAITING:
+        if len(self._waiting) > MAX_WAITING:
             self._waiting.pop(0)[0].connection.close()
 
     def open(self, host: Host) -> None:
         """From now on destinations are for this transfer, those that wait first."""
         with self._lock:
             self._host = host
-            waiting, self._waiting = self._waiting, []
-            for talk, visit in waiting:
-                if not talk.connection.idle:
-                    talk.connection.close()  # it has given up meanwhile
-                elif not host.receive_guest(talk, visit):
-                    self._wait(talk, visit)
+            self._let_in(host)
+
+    def _let_in(self, host: Host) -> None:
+        """Ask for each one that waits whether it is its turn. The lock is held."""
+        waiting, self._waiting = self._waiting, []
+        for talk, visit in waiting:
+            if not talk.connection.idle:
+                talk.connection.close()  # it has given up meanwhile
+            elif not host.receive_guest(talk, visit):
+                self._wait(talk, visit)
 
     def close(self, host: Host) -> None:
         """From now on destinations wait for another one."""
@@ -98,22 +105,18 @@ class Desk:
         with self._lock:
             self._supplies.pop(ident, None)
 
-    def on_tick(self, tick: Callable[[], None] | None) -> None:
-        """From now on call this, too, with each tick; None for nothing. Must not block."""
-        self._tick = tick
-
     def tick(self) -> None:
         """Tell those who wait that somebody is here; called by the listener."""
-        if (tick := self._tick) is not None:
-            tick()
         with self._lock:
             host = self._host
+            if host is not None:
+                self._let_in(host)
             for entry in list(self._waiting):
                 talk, _ = entry
                 try:
-                    if not talk.connection.idle:
+                    if not talk.connection.idle or not talk.connection.takes_more:
                         raise TransferError("gone")
-                    # A frame of a few bytes into an empty buffer does not block.
+                    # A frame of a few bytes into a buffer that has room does not block.
                     talk.say(Frame.WAIT, Patience(Deadline(HEARTBEAT)))
                 except TransferError:
                     self._waiting.remove(entry)

@@ -299,15 +299,15 @@ class Listener:
             while not self._closing:
                 for key, _ in self._selector.select(HEARTBEAT.total_seconds()):
                     if key.fileobj is self._socket:
-                        self._accept()
+                        self._guarded(self._accept)
                     elif key.data is not None:
-                        self._advance(key.data)
+                        self._guarded(partial(self._advance, key.data))
                 if heartbeat.expired():
                     heartbeat = Deadline(HEARTBEAT)
                     if self._deaf:
                         self._selector.register(self._socket, selectors.EVENT_READ)
                         self._deaf = False
-                    self._expire()
+                    self._guarded(self._expire)
                     self._guarded(self._tick)
         finally:
             for greeting in list(self._greetings):
@@ -348,22 +348,33 @@ class Listener:
             return  # dismissed in this very round
         try:
             events = greeting.advance()
-        except (OSError, ValueError, RemoteProtocolError) as exc:  # the second is for a context that cannot listen
-            logger.debug("%s is no peer: %s", greeting.address, exc)
+        except Exception as exc:  # whatever a peer sends, or a context that cannot listen does: others are not to blame
             self._dismiss(greeting)
+            logger.debug("%s is no peer: %s: %s", greeting.address, type(exc).__name__, exc)
             return
         if events:
             self._selector.modify(greeting.socket, events, greeting)
             return
         del self._greetings[greeting]
         self._selector.unregister(greeting.socket)
-        self._guarded(lambda: self._welcome(greeting.taken(), greeting.result))
+        try:
+            connection = greeting.taken()
+        except Exception:
+            greeting.socket.close()
+            raise
+        try:
+            self._welcome(connection, greeting.result)
+        except Exception:
+            connection.abort()  # some thread may have it already
+            raise
 
     def _guarded(self, call: Callable[[], None]) -> None:
+        """Call what may raise: the listener lives on."""
         try:
             call()
         except Exception:
-            logger.exception("the listener goes on")
+            with contextlib.suppress(Exception):  # a filter or handler of the user's
+                logger.exception("the listener goes on")
 
     def _expire(self) -> None:
         for greeting in [greeting for greeting in self._greetings if greeting.limit.expired()]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from ft_transport._layout import Layout, lay_out
 from ft_transport._manifest import Manifest
 from ft_transport._meeting import Invitation
 from ft_transport._memory import no_collection
-from ft_transport._progress import Watch, meanwhile
+from ft_transport._progress import meanwhile
 from ft_transport._relay import Relay
 from ft_transport._resume import Kept, state_of
 from ft_transport._rewrite import Rewrite
@@ -176,7 +176,6 @@ class Reception:
                 it holds a mix of two states.
         """
         peer, self.kept = self._peer, earlier
-        self._me.desk.on_tick(Watch(self._report, self._deadline).tick)
         try:
             if self._cancelled:
                 raise LocalProtocolError(self._cancelled)
@@ -204,7 +203,6 @@ class Reception:
             self._end_badly(exc)
             raise
         finally:
-            self._me.desk.on_tick(None)
             peer.nbytes_wire = self._lane_wire
             if self._talk is not None:
                 peer.nbytes_wire += self._talk.connection.nbytes_wire
@@ -242,6 +240,11 @@ class Reception:
             talk.say(Frame.REFUSE, self._patience(), body=[error.message])
             self._peer.outcome = "refused"
             raise error from None
+        except BaseException as exc:  # Ctrl-C, or the callback ends the process: the source is told as well
+            with suppress(TransferError):
+                talk.say(Frame.REFUSE, Patience(Deadline(_LAST_WORDS)), body=[reason_of(exc)])
+            self._peer.outcome = "refused"
+            raise
         metadata, ident = "", b""
         if header.number > 1:
             self._relay = sink.relay = Relay(
@@ -259,18 +262,22 @@ class Reception:
         return plan, sink
 
     def _await_manifest(self, talk: Talk) -> tuple[Header, bytes]:
+        is_there = False
         while True:
             patience = self._patience()
             while not self._bell.await_ring(talk.connection, min(HEARTBEAT, self._deadline.remaining())):
+                if is_there and self._deadline.expired():
+                    break
                 patience.check()
+            if is_there and self._deadline.expired():
+                seconds = self._deadline.timeout.total_seconds()
+                raise TransferTimeout(f"timed out after {seconds:g} s: the source is there and has not begun to send")
             header, body = talk.hear(patience)
+            is_there = True
             if header.frame is Frame.MANIFEST:
                 return header, bytes(body)
             if header.frame is Frame.FAILED:
                 raise _GaveUp(f"the source gave up: {'; '.join(body)}")
-            if self._deadline.expired():
-                seconds = self._deadline.timeout.total_seconds()
-                raise TransferTimeout(f"timed out after {seconds:g} s: the source is there and has not begun to send")
 
     def _plan(self, data: bytes, state_dict: Callable[[], object] | None) -> _Plan:
         """Check the state against the template, and decide where each byte lands."""
@@ -440,7 +447,11 @@ class Reception:
             if metadata is None:
                 self._route = self._from_source(talk)
             else:
-                self._route = Route(Invitation.decode(metadata), ident, from_source=False)
+                try:
+                    self._route = Route(Invitation.decode(metadata), ident, from_source=False)
+                except RemoteProtocolError as exc:  # what another destination has said of itself
+                    logger.warning("the source is asked for another supplier: %s", exc.message)
+                    talk.say(Frame.REROUTE, self._patience(), body=[ident, exc.message, False])
 
     def _from_source(self, talk: Talk) -> Route:
         here = self._invitation._replace(addresses=(talk.connection.address,))

@@ -11,6 +11,8 @@ import secrets
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from ft_transport._conversation import Frame, State
@@ -19,12 +21,13 @@ from ft_transport._deadline import Deadline
 from ft_transport._desk import Desk
 from ft_transport._lane_options import CPU, SMALL_BYTES, LaneOptions, settled_stream
 from ft_transport._lanes import HEARTBEAT, Patience, Silence
-from ft_transport._meeting import Visit
+from ft_transport._meeting import Invitation, Visit
 from ft_transport._memory import Bucket, aligned
 from ft_transport._progress import Watch
 from ft_transport._source import Outbound
 from ft_transport._supply import Supply
 from ft_transport._talk import Talk
+from ft_transport._teller import Teller
 from ft_transport._transfer import tell_progress
 from ft_transport.errors import (
     LocalProtocolError,
@@ -126,6 +129,22 @@ def _is_to_blame(slow: _Guest | None) -> bool:
 _AHEAD_BYTES = 32 << 20
 
 
+# Destinations that are served at once beyond those that are expected: some are started again, and come anew while the
+# source does not know yet that they were gone. Those who find no place wait for one. Each has a thread, and its lanes.
+SPARE_GUESTS = 16
+# Conversations of one transfer beyond those that are expected, one after the other: each leaves a line in the report.
+SPARE_CONVERSATIONS = 1024
+
+# Who waits for a place asks again with each heartbeat; who has not for so long is gone.
+_CROWDED = 4 * HEARTBEAT
+
+# The longest identity of a supply that is passed on to others. Ours have 16 bytes.
+_MAX_IDENT_BYTES = 64
+
+# How long whoever ends a transfer waits for callbacks that are told of it. What takes longer goes on behind its back.
+_TELLING = timedelta(seconds=2)
+
+
 class _Refused(TransferError):
     """The destination does not accept the state."""
 
@@ -138,14 +157,20 @@ class Offer:
         deadline: Of the whole transfer.
         report: Filled with what happened; has a ``PeerReport`` for each expected destination.
         desk: Leads destinations here.
+        teller: Calls the caller's callbacks.
     """
 
-    def __init__(self, options: LaneOptions, deadline: Deadline, report: TransferReport, desk: Desk) -> None:
+    def __init__(
+        self, options: LaneOptions, deadline: Deadline, report: TransferReport, desk: Desk, teller: Teller
+    ) -> None:
         self.report = report
         # A chain of one is none.
+        assert report.step is not None, "over lanes a transfer always has one"
+        self._step = report.step
         self._options = replace(options, chain=options.chain and len(report.peers) > 1)
         self._deadline = deadline
         self._desk = desk
+        self._teller = teller
         self._begin = time.perf_counter()
         self._changed = threading.Condition()
         self._expected = list(report.peers)
@@ -159,8 +184,13 @@ class Offer:
         self._stock: SourceStock | None = None
         self._stream: Any = None
         self._watch = Watch(report, deadline)
-        self._untold = False  # the report is complete, and nobody has been told
-        self._telling = threading.RLock()
+        self._is_watching = False
+        self._news: dict[int, Progress] = {}  # of peers, that the progress callback has not been told yet
+        # How many may still come, and be served at once.
+        self._num_left = len(report.peers) + SPARE_CONVERSATIONS
+        self._num_places = len(report.peers) + SPARE_GUESTS
+        self._crowded = Deadline(timedelta(0))  # until then somebody may be waiting for a place
+        self._is_closing = False
 
     def open(self, state_dict: object) -> None:
         """Describe the state and let destinations in, those that wait first.
@@ -190,8 +220,19 @@ class Offer:
     def receive_guest(self, talk: Talk, visit: Visit) -> bool:
         identity, name = visit.body
         with self._changed:
+            if visit.header.step > self._step:
+                return False  # the next transfer may be for it
+            if (reason := self._unwelcome(visit)) is not None:
+                self._teller.leave(partial(_log_unwelcome, str(name), talk.connection.address, reason))
+                _say_failed(talk, reason, wait=False)
+                talk.connection.close()
+                return True
             if self._over:
                 return False
+            if not self._has_place(identity):
+                self._crowded = Deadline(_CROWDED)
+                return False
+            self._num_left -= 1
             peer = self._peer_of(identity)
             peer.address, peer.name = talk.connection.address, str(name)
             patience = Patience(self._deadline, self._options.stall, "the destination")
@@ -206,6 +247,23 @@ class Offer:
                 self._settle()
                 self._changed.notify_all()
         return True
+
+    def _unwelcome(self, visit: Visit) -> str | None:
+        """Why a destination is never served by this transfer, None if it is."""
+        header = visit.header
+        if header.step < self._step:
+            return f"expected step {header.step}, source has step {self._step}"
+        earlier = self._guests.get(visit.body[0])
+        if earlier is not None and earlier.talk.conversation.attempt > header.attempt:
+            return "a later attempt has come before"
+        if not self._num_left:
+            return "too many have come for this transfer"
+        return None
+
+    def _has_place(self, identity: bytes) -> bool:
+        """Whether one more destination can be served now; it takes its own place if it is served already."""
+        served = [known for known, guest in self._guests.items() if guest.peer.outcome == "pending"]
+        return identity in served or len(served) < self._num_places
 
     def _peer_of(self, identity: bytes) -> PeerReport:
         """The report's entry for a destination, a new one if it has been here before."""
@@ -244,7 +302,6 @@ class Offer:
                 peer.outcome = outcome
                 self._settle()
                 self._changed.notify_all()
-            self._tell()
 
     def _serve(self, guest: _Guest) -> None:
         peer, talk, patience = guest.peer, guest.talk, guest.patience
@@ -283,12 +340,16 @@ class Offer:
                 raise _Failure(f"the destination gave up: {'; '.join(body)}")
             elif header.frame is Frame.READY:
                 guest.metadata, guest.relay, _ = body
+                if guest.metadata and not _is_invitation(guest.metadata, guest.relay):
+                    logger.warning("%s cannot pass the state on: nobody could read its metadata", peer.label)
+                    guest.metadata = ""
                 with self._changed:
                     self._chain.append(guest)
             elif header.frame is Frame.REROUTE:
                 failed, reason, slow = body
                 if not slow or _is_to_blame(guest.before):
-                    guest.avoided.add(failed)
+                    if guest.before is not None and failed == guest.before.relay:
+                        guest.avoided.add(failed)  # no other, of which one could name any number
                     logger.warning("%s turns to another supplier: %s", peer.label, reason)
             if talk.conversation.state in (until, State.ROUTING):
                 return
@@ -307,7 +368,17 @@ class Offer:
         if nbytes != peer.nbytes:
             peer.nbytes = nbytes
             now = Progress("source", self.report.step, peer.rank, nbytes, self.report.nbytes_total)
-            tell_progress(self._options.progress, now)
+            if self._options.progress is not None:
+                with self._changed:
+                    is_new, self._news[id(peer)] = id(peer) not in self._news, now
+                if is_new:
+                    self._teller.leave(partial(self._tell_progress, id(peer)))
+
+    def _tell_progress(self, peer: int) -> None:
+        """Tell the newest that is known of a peer: a callback that takes its time misses what was between."""
+        with self._changed:
+            now = self._news.pop(peer)
+        tell_progress(self._options.progress, now)
 
     def _route(self, guest: _Guest) -> None:
         """Tell a destination where to fetch: from the one before it in the chain, or from here."""
@@ -329,25 +400,28 @@ class Offer:
         """Complete the report, once no destination is expected or served any more. The lock is held."""
         if self._over or any(peer.outcome == "pending" for peer in self.report.peers):
             return
+        if not (self._crowded.expired() or self._deadline.expired() or self._is_closing):
+            return  # those who had the places are gone, and it is the turn of whoever waits
         self._over = True
         self._stock = None
-        if not self._failure:  # else the call has raised, and that was told
-            self._untold = self.report.finish(time.perf_counter() - self._begin, self._error)
-
-    def _tell(self) -> None:
-        """Tell how the transfer ended, if it has and nobody was told. Not under the lock: it calls anybody's code."""
-        with self._telling:
-            untold, self._untold = self._untold, False
-            if untold:
-                tell(self.report, self._options.on_event)
+        # If it has failed, the call has raised, and that was told.
+        if not self._failure and self.report.finish(time.perf_counter() - self._begin, self._error):
+            self._teller.leave(partial(tell, self.report, self._options.on_event))
 
     def tick(self) -> None:
         """End an offer whose deadline has passed and for which nobody has come; say how far the others are."""
-        if self._deadline.expired():
-            with self._changed:
+        with self._changed:
+            if self._deadline.expired():
                 self._give_up_expected("timed out waiting for it")
-        self._tell()
+            self._settle()
+            self._changed.notify_all()
+        if self._watch.is_due and not self._is_watching:
+            self._is_watching = True
+            self._teller.leave(self._look)
+
+    def _look(self) -> None:
         self._watch.tick()
+        self._is_watching = False
 
     def _give_up_expected(self, reason: str) -> None:
         while self._expected:
@@ -377,11 +451,11 @@ class Offer:
     def _close(self, wait: bool) -> None:
         self._desk.close(self)
         with self._changed:
+            self._is_closing = True
             self._give_up_expected("it has not come before the source ended the transfer")
             guests = list(self._guests.values())
             for guest in guests:
                 guest.patience.cancel("the source has ended the transfer")
-        self._tell()
         if not wait:
             for guest in guests:
                 guest.talk.connection.abort()
@@ -389,6 +463,20 @@ class Offer:
         self._crew.join()
         with self._changed:
             self._stock = None
+        self._teller.drain(Deadline(_TELLING))
+
+
+def _is_invitation(metadata: str, ident: bytes) -> bool:
+    """Whether those behind a destination can make something of where it says that they may fetch."""
+    try:
+        Invitation.decode(metadata)
+    except RemoteProtocolError:
+        return False
+    return len(ident) <= _MAX_IDENT_BYTES
+
+
+def _log_unwelcome(name: str, address: str, reason: str) -> None:
+    logger.warning("%s at %s is not served: %s", name, address, reason)
 
 
 class _Failure(TransferError):

@@ -33,6 +33,9 @@ HEARTBEAT = timedelta(milliseconds=250)
 # Whoever reads much is woken up once so many bytes are there, and not for every packet.
 _MUCH_BYTES = 512 << 10
 
+# Memory for what a peer only says that it will send is taken in such steps, each once the bytes of the last are here.
+_STEP_BYTES = 1 << 20
+
 View = memoryview
 
 
@@ -122,6 +125,10 @@ class Connection:
         self._splicer: Splicer | None = None
         self._can_splice = not self._tls
         self._can_read_much = not self._tls and not is_near(sock) and hasattr(select, "poll")
+        # One for each direction: a heartbeat may be written while another thread reads.
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(sock, select.POLLIN)
+        self._writable.register(sock, select.POLLOUT)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._tls:
             sock.settimeout(HEARTBEAT.total_seconds())
@@ -146,6 +153,7 @@ class Connection:
         flags = socket.MSG_MORE if more else 0
         while views:
             try:
+                self._await(self._writable)
                 written = self._socket.send(views[0]) if self._tls else self._socket.sendmsg(views, (), flags)
             except (BlockingIOError, TimeoutError):
                 patience.check()
@@ -174,6 +182,7 @@ class Connection:
                 except OSError:
                     break  # memory of a device, say
             try:
+                self._await(self._writable)
                 self.nbytes_wire += splicer.drain(self._socket.fileno())
             except BlockingIOError:
                 patience.check()
@@ -199,6 +208,7 @@ class Connection:
         done = self._read_much(view, patience) if len(view) > _MUCH_BYTES and self._can_read_much else 0
         while done < len(view):
             try:
+                self._await(self._readable)
                 # Never more than asked for, so nothing is left in a buffer of ours.
                 rest = view[done:]
                 count = self._socket.recv_into(rest, 0, 0 if self._tls else socket.MSG_WAITALL)
@@ -235,6 +245,18 @@ class Connection:
             self._wake_up_at(1)
         return done
 
+    def _await(self, poll: select.poll) -> None:
+        """Wait until at least a byte can be moved.
+
+        A call that moves none is begun anew, with the whole of the kernel's time-out, whenever a signal's handler has
+        run in the main thread (PEP 475): with one every 100 ms it would never end. A poll's time goes on.
+
+        Raises:
+            BlockingIOError: None could for a heartbeat.
+        """
+        if not self._tls and not poll.poll(HEARTBEAT.total_seconds() * 1000):
+            raise BlockingIOError
+
     def _wake_up_at(self, nbytes: int) -> bool:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
@@ -250,9 +272,13 @@ class Connection:
         return count
 
     def read(self, nbytes: int, patience: Patience) -> bytearray:
-        """The next ``nbytes``; raises as :meth:`read_into`."""
-        data = bytearray(nbytes)
+        """The next ``nbytes``; raises as :meth:`read_into`. Takes memory as they come."""
+        data = bytearray(min(nbytes, _STEP_BYTES))
         self.read_into(View(data), patience)
+        while len(data) < nbytes:
+            step = bytearray(min(nbytes - len(data), _STEP_BYTES))
+            self.read_into(View(step), patience)
+            data += step
         return data
 
     def _broken(self, exc: OSError) -> PeerFailure:
@@ -268,6 +294,15 @@ class Connection:
         except OSError:
             pass
         return False
+
+    @property
+    def nbytes_arrived(self) -> int:
+        """As ``nbytes_wire``, without what the peer's system has not taken yet; nearly, with TLS. Any thread."""
+        try:
+            waiting = int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except (OSError, ValueError):
+            waiting = 0  # it was closed just now
+        return self.nbytes_wire - waiting
 
     @property
     def takes_more(self) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import NamedTuple
 
 from ft_transport._conversation import HEADER_BYTES, Frame, Header, decode_body, decode_header
-from ft_transport.errors import RemoteProtocolError
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Handshake", "Interface", "Invitation", "Visit", "admit", "in_order", "knock"]
 
@@ -30,6 +30,9 @@ _MAC_BYTES = 32
 _KNOCK = b"FTLN-knock\x01"
 # Bounds the first frame of a connection. HELLO holds an identity and a name.
 _MAX_FIRST_BODY = 4096
+
+# Of an invitation: whoever dials tries one after the other, a moment apart, and the text stays a few kilobytes long.
+MAX_ADDRESSES = 64
 
 # Yields bytes to send, or the number of bytes to receive, which it then gets.
 Handshake = Generator["bytes | int", bytes, None]
@@ -51,8 +54,9 @@ class Invitation(NamedTuple):
     tls: bool
 
     def encode(self) -> str:
-        """The metadata: a URL."""
-        hosts = ",".join(f"[{address}]" if ":" in address else address for address in self.addresses)
+        """The metadata: a URL, which :meth:`decode` takes. It has the first :data:`MAX_ADDRESSES` addresses."""
+        addresses = self.addresses[:MAX_ADDRESSES]
+        hosts = ",".join(f"[{address}]" if ":" in address else address for address in addresses)
         return f"{'ft-lanes+tls' if self.tls else 'ft-lanes'}://{hosts}:{self.port}/{VERSION}/{self.secret.hex()}"
 
     @classmethod
@@ -153,6 +157,7 @@ def in_order(
 
     Raises:
         ValueError: There is no interface of that name.
+        LocalProtocolError: There is no address that another process could use.
     """
     named = [entry.address for entry in found if entry.name == interface]
     if interface is not None and not named:
@@ -163,7 +168,14 @@ def in_order(
     named += [entry.address for entry in found if _nccl_takes(environ.get("NCCL_SOCKET_IFNAME", ""), entry.name)]
     others = [entry.address for entry in found if not ipaddress.ip_address(entry.address).is_link_local]
     others.sort(key=lambda address: ipaddress.ip_address(address).is_loopback)
-    return tuple(dict.fromkeys([*hosts, *named, *others]))
+    addresses = tuple(dict.fromkeys([*hosts, *named, *others]))
+    if not addresses:
+        raise LocalProtocolError(
+            "this process could not be reached by anybody: no network interface is up that has an address beyond its "
+            f"own link ({', '.join(f'{entry.address} of {entry.name}' for entry in found) or 'none has any'}), and "
+            "host= names none"
+        )
+    return addresses
 
 
 def _nccl_takes(setting: str, name: str) -> bool:

@@ -1,8 +1,9 @@
 """A line every few seconds on how far a transfer has come: a long one is watched by people.
 
 Strategy: the report is filled in while bytes move, so it is enough to look at it now and then, from whatever thread
-wakes up anyway. A transfer that stalls wakes up nobody who moves bytes, which is when the line is wanted most: over
-lanes the listener's thread looks, over a group, where all wait in one call each, a thread for that alone.
+wakes up anyway. A transfer that stalls wakes up nobody who moves bytes, which is when the line is wanted most: where
+all wait in one call each, a thread for that alone looks; a source over lanes is in no call: its listener looks whether
+a line is due, and leaves the writing to another thread.
 """
 
 from __future__ import annotations
@@ -49,6 +50,11 @@ class Watch:
         self._begin = deadline.elapsed()
         self._next = self._begin + INTERVAL.total_seconds()
         self._seen: dict[int, _Seen] = {}
+
+    @property
+    def is_due(self) -> bool:
+        """Whether :meth:`tick` would write any. Any thread."""
+        return self._deadline.elapsed() >= self._next
 
     def tick(self) -> None:
         """Write the lines that are due. Never raises; one thread at a time."""

@@ -10,6 +10,7 @@ import torch
 
 from ft_transport._conversation import Conversation, Frame, Header, Role
 from ft_transport._crew import Crew, insist
+from ft_transport._deadline import Deadline
 from ft_transport._lanes import HEARTBEAT, Connection, Patience
 from ft_transport._memory import Bucket, aligned
 from ft_transport._talk import Talk, fingerprint
@@ -21,6 +22,9 @@ logger = logging.getLogger("ft_transport")
 
 # Bounds what somebody who knows the secret can make us start: a thread for each lane.
 MAX_LANES = 64
+
+# Who is waited for, and has taken no byte for so long, is not waited for any longer.
+_STILL = 2 * HEARTBEAT
 
 
 class Stock(Protocol):
@@ -139,15 +143,30 @@ class Supply:
             self._stock.note_digest(message, known)
         return known
 
+    @property
+    def num_lanes(self) -> int:
+        """How many are open."""
+        return len(self._lanes)
+
     def drain(self) -> None:
-        """Wait until no lane is open, as long as its patience lasts. Never raises."""
-        self._patience.moved()  # until now nobody has waited for them
+        """Wait until no lane is open, as long as bytes arrive on one and the deadline has not passed. Never raises.
+
+        Whoever stands still can have the rest from the source, which waits for it longer: the one who waits here has
+        its state, and a step to do.
+        """
+        deadline, still, arrived = self._patience.deadline, Deadline(_STILL), -1
         with self._changed:
-            try:
-                while not self._changed.wait_for(lambda: not self._lanes, HEARTBEAT.total_seconds()):
-                    self._patience.check()
-            except TransferError as exc:
-                logger.warning("a destination has not fetched everything from here: %s", exc)
+            while self._lanes and not deadline.expired():
+                now = self.nbytes_wire + sum(lane.nbytes_arrived for lane in self._lanes)
+                if now != arrived:
+                    still, arrived = Deadline(_STILL), now
+                elif still.expired():
+                    break
+                limit = min(HEARTBEAT / 2, deadline.remaining(), still.remaining())
+                self._changed.wait_for(lambda: not self._lanes, limit.total_seconds())
+            if self._lanes:
+                why = "stands still" if still.expired() else "has not come to an end by the deadline"
+                logger.warning("a destination has not fetched everything from here, and %s", why)
 
     def close(self) -> None:
         """End all lanes. When this returns, no thread reads the stock any more. May be called twice."""

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from ft_transport._channel import GroupChannel, Pending
 from ft_transport._codec import MAX_FRAME_BYTES
-from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
+from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG, LAST_WORDS
 from ft_transport._deadline import Deadline
 from ft_transport._geometry import geometry, geometry_of
 from ft_transport._landing import Landing, mark_changed
@@ -272,7 +272,9 @@ class PGTransport:
                 manifest = _from_meta(meta)
                 layout = lay_out(manifest, Limits())
                 data = _pickle(meta)
-        except Exception as exc:
+        except BaseException as exc:
+            if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
+                deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
             self._tell(channels, exc, deadline)
             raise
         _note(report, manifest, layout)
@@ -290,7 +292,7 @@ class PGTransport:
         if failed:
             raise failed[0]
 
-    def _tell(self, channels: list[GroupChannel], exc: Exception, deadline: Deadline) -> None:
+    def _tell(self, channels: list[GroupChannel], exc: BaseException, deadline: Deadline) -> None:
         """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
         data = pickle.dumps(_Failure(reason_of(exc)))
         length, body = _description(data, self._device)

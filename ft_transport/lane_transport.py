@@ -28,9 +28,11 @@ from ft_transport._lane_destination import Reception, Self
 from ft_transport._lane_options import CPU, LaneOptions
 from ft_transport._lane_source import Offer
 from ft_transport._meeting import SECRET_BYTES, Invitation, in_order
+from ft_transport._progress import watching
 from ft_transport._relay import Relay
 from ft_transport._resume import Kept
 from ft_transport._rewrite import Rewrite
+from ft_transport._teller import Teller
 from ft_transport._torn import Guard
 from ft_transport.errors import LocalProtocolError, TornStateError
 from ft_transport.events import EventCallback
@@ -71,15 +73,15 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         skip_unchanged: As a destination, compare the template with the source's state first, and move what differs.
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
-        progress: Called while bytes move, from a thread that serves the transfer.
+        progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
             the optimizer may step. A receive that broke is not resumed then, but begins anew.
-        on_event: Called with a dict when a transfer is over, from a thread that served it; see ``docs/operations.md``.
-            What it raises is logged.
+        on_event: Called with a dict when a transfer is over; see ``docs/operations.md``. What it raises is logged. A
+            source's is called from a thread of its own, for which :meth:`disallow_checkpoint` waits two seconds.
 
     Raises:
-        LocalProtocolError: It cannot listen on the port.
+        LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
         ValueError: An argument is out of range, or there is no such host or interface.
 
     Threading: one call at a time; torchft uses its quorum thread. Listens until :meth:`shutdown`, or until it is
@@ -141,6 +143,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             skip_unchanged=skip_unchanged,
         )
         self._busy = threading.Lock()
+        self._teller = Teller()
         self._guard = Guard()
         self._last_report: TransferReport | None = None
         self._changed: list[torch.Tensor] = []
@@ -243,6 +246,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         self._finalizer()
         if wait:
             self._listener.join()
+            self._teller.drain(Deadline(self._timeout))
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
         """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
@@ -271,7 +275,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("source", type(self).__name__, step)
-        with Call(self, report, goes_on=True):
+        with Call(self, report, goes_on=True, teller=self._teller):
             if self._is_shut_down:
                 raise LocalProtocolError(_SHUT_DOWN)
             self._end()
@@ -279,7 +283,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 raise LocalProtocolError(f"ranks {dst_ranks}: expected some, each once")
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
             deadline = Deadline(min(timeout, self._timeout))
-            offer = self._offer = Offer(self._options, deadline, report, self._self.desk)
+            offer = self._offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
             try:
                 self._guard.check_source()
             except TornStateError as exc:
@@ -311,8 +315,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
         Raises:
             TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.
-            PeerFailure: The source is gone, silent for too long, or gave up and said why.
-            RemoteProtocolError: The source sent another step, a state that does not fit the template (every path
+            PeerFailure: The source is gone, silent for too long, has gone on to a later step, or gave up and said why.
+            RemoteProtocolError: The source sent a state that does not fit the template (every path
                 is listed; the template is untouched), or bytes that never agree with their digests.
             LocalProtocolError: This side has no room, or was shut down.
 
@@ -321,7 +325,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("destination", type(self).__name__, step)
-        with Call(self, report), self._guard.receiving(report) as attempt:
+        with Call(self, report, teller=self._teller), self._guard.receiving(report) as attempt:
             self._rewrite = None
             trains = self._trains_meanwhile()
             self._end()
@@ -337,7 +341,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 reception.cancel(_SHUT_DOWN)
             earlier, self._kept = self._kept, None
             try:
-                received = reception.run(self._template(), earlier)
+                with watching(report, deadline):
+                    received = reception.run(self._template(), earlier)
             finally:
                 self._reception, self._kept = None, reception.kept
             self._changed, self._relay, self._rewrite = received.written, received.relay, received.rewrite
@@ -356,7 +361,10 @@ def _listen(
 ) -> tuple[Self, Listener]:
     """Begin to listen, and say where."""
     hosts = resolve(host) if host is not None else []
-    addresses = in_order(interfaces(), hosts, interface, os.environ)
+    try:
+        addresses = in_order(interfaces(), hosts, interface, os.environ)
+    except OSError as exc:
+        raise LocalProtocolError(f"the addresses of this machine cannot be listed: {exc}") from None
     secret = secrets.token_bytes(SECRET_BYTES)
     desk = Desk()
     try:

@@ -19,6 +19,7 @@ from torchft.process_group import ProcessGroup, ProcessGroupBaby
 
 from ft_transport._call import Asked, Call
 from ft_transport._channel import Channel, GroupChannel
+from ft_transport._control import LAST_WORDS
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
@@ -185,8 +186,10 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             self._guard.check_source()
             with report.phase("describe"):
                 outbound = Outbound(state_dict, report.step, self._options, report)
-        except Exception as exc:
+        except BaseException as exc:
             reason = reason_of(exc)
+            if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
+                deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
             for peer in report.peers:
                 peer.outcome, peer.reason = "failed", reason
             for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))

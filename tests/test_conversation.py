@@ -16,6 +16,9 @@ from hypothesis import strategies as st
 from ft_transport._conversation import (
     BODIES,
     HEADER_BYTES,
+    MAX_BODY_BYTES,
+    MAX_LONG_BODY_BYTES,
+    MAX_MANIFEST_BYTES,
     TABLE,
     TRAILER,
     Conversation,
@@ -27,6 +30,7 @@ from ft_transport._conversation import (
     decode_header,
     encode,
     encode_header,
+    max_body_bytes,
 )
 from ft_transport._digest import digest_bytes
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
@@ -103,6 +107,9 @@ def test_garbage_is_no_header(data: bytes) -> None:
     [
         (Header(Frame.READY, 1, 1, nbytes=1 << 21), "READY of 2097152 bytes"),
         (Header(Frame.MANIFEST, 1, 1, nbytes=(256 << 20) + 1), "MANIFEST of"),
+        (Header(Frame.REFUSE, 1, 1, nbytes=(1 << 20) + 1), "REFUSE of 1048577 bytes, at most 1048576"),
+        (Header(Frame.FAILED, 1, 1, nbytes=256 << 20), "FAILED of"),
+        (Header(Frame.CHECK, 1, 1, nbytes=(64 << 10) + 1), "CHECK of"),
         (Header(99, 1, 1), "unknown frame 99"),  # type: ignore[arg-type]
     ],
 )
@@ -128,6 +135,32 @@ def test_headers_out_of_bounds(header: Header, reason: str) -> None:
 def test_bodies_of_other_types_are_refused(frame: Frame, body: Any) -> None:
     with pytest.raises(RemoteProtocolError, match=frame.name):
         read(encode(frame, 1, 1, 0, body))
+
+
+@pytest.mark.parametrize("depth", [2, 500, 1010, 2000])
+@pytest.mark.parametrize("frame", [frame for frame, body in BODIES.items() if body], ids=lambda frame: frame.name)
+def test_bodies_that_nest_are_refused(frame: Frame, depth: int) -> None:
+    """Whatever it takes to read one, or to say what it is."""
+    body = b"\x91" * depth + b"\xc0"
+    data = encode_header(Header(frame, 1, 1, 0, len(body), digest_bytes(body))) + body
+    with pytest.raises(RemoteProtocolError, match=frame.name):
+        read(data)
+
+
+@pytest.mark.parametrize("reasons", [["é" * (1 << 20)], ["short", "x" * (3 << 20)], ["path"] * 1000, []])
+@pytest.mark.parametrize("frame", [Frame.REFUSE, Frame.FAILED], ids=lambda frame: frame.name)
+def test_reasons_that_are_too_long_are_cut(frame: Frame, reasons: list[str]) -> None:
+    _, body = read(encode(frame, 1, 1, 0, reasons))
+    assert len(body) == len(reasons)
+    for reason, got in zip(reasons, body, strict=True):
+        assert got == reason or re.fullmatch(f"{reason[:1]}+… and \\d+ bytes more", got)
+
+
+def test_a_reason_that_is_no_text_for_others_is_given_all_the_same() -> None:
+    (reason,) = read(encode(Frame.FAILED, 1, 1, 0, ["path.\udc80"]))[1]
+    assert reason == "path.\\udc80"
+    _, text, _ = read(encode(Frame.REROUTE, 1, 1, 0, [b"i", "x" * (1 << 20), False]))[1]
+    assert len(text) <= MAX_BODY_BYTES // 4
 
 
 # --------------------------------------------------------------------------------------------- table
@@ -244,3 +277,11 @@ def test_the_documented_table_is_this_one() -> None:
         for state, entries in TABLE.items()
         for (sender, frame), following in entries.items()
     }
+
+
+def test_the_documented_limits_are_these() -> None:
+    documented = {name: int(nbytes.replace(",", "")) for name, nbytes in rows("Limits of lanes")[: len(Frame)]}
+    limits = {frame.name: max_body_bytes(frame) for frame in Frame if frame is not Frame.MESSAGE}
+    assert documented.pop("others") == MAX_BODY_BYTES
+    assert documented == {name: nbytes for name, nbytes in limits.items() if nbytes != MAX_BODY_BYTES}
+    assert set(documented.values()) == {MAX_LONG_BODY_BYTES, MAX_MANIFEST_BYTES}

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import secrets
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
 from ft_transport import _doors
-from ft_transport._conversation import Frame, encode
+from ft_transport._conversation import Frame, Header, encode, encode_header
 from ft_transport._deadline import Deadline
+from ft_transport._digest import digest_bytes
 from ft_transport._doors import Listener, dial
 from ft_transport._lanes import Connection, Patience
 from ft_transport._meeting import Invitation, knock
@@ -104,3 +106,62 @@ def test_strangers_do_not_crowd_out_who_knows_the_secret(
         peer.sendall(cast(bytes, knocking.send(answer)) + HELLO)
         with contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())) as connection:
             assert connection.address == "127.0.0.1"
+
+
+def call(invitation: Invitation, first: bytes) -> socket.socket:
+    """A peer that has shown that it knows the secret, and has sent its first frame."""
+    peer, knocking = socket.create_connection(("127.0.0.1", invitation.port), timeout=10), knock(invitation.secret)
+    peer.sendall(cast(bytes, next(knocking)))
+    answer = peer.recv(cast(int, next(knocking)), socket.MSG_WAITALL)
+    peer.sendall(cast(bytes, knocking.send(answer)) + first)
+    return peer
+
+
+def nested(frame: Frame, depth: int) -> bytes:
+    body = b"\x91" * depth + b"\xc0"
+    return encode_header(Header(frame, 1, 7, 0, len(body), digest_bytes(body))) + body
+
+
+@pytest.mark.parametrize("depth", [500, 1010, 2000])
+@pytest.mark.parametrize("frame", [Frame.HELLO, Frame.ATTACH], ids=lambda frame: frame.name)
+def test_a_first_frame_that_nests_ends_its_connection_alone(
+    invitation: Invitation, welcome: queue.SimpleQueue[Connection], frame: Frame, depth: int
+) -> None:
+    with call(invitation, nested(frame, depth)) as peer:
+        assert peer.recv(1) == b""
+    with call(invitation, HELLO), contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())):
+        pass
+
+
+def test_no_exception_ends_the_listener(
+    invitation: Invitation, welcome: queue.SimpleQueue[Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a handshake, in a welcome, and in what the log makes of it."""
+
+    def broken(secret: bytes) -> Any:
+        yield 1
+        raise ArithmeticError("on purpose")
+
+    def no_connection(sock: socket.socket, address: str) -> Connection:
+        raise ArithmeticError("on purpose")
+
+    class Filter(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            raise ArithmeticError("on purpose, too")
+
+    logger, theirs = logging.getLogger("ft_transport"), Filter()
+    logger.addFilter(theirs)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(_doors, "admit", broken)
+            with socket.create_connection(("127.0.0.1", invitation.port), timeout=10) as peer:
+                peer.sendall(b"x")
+                assert peer.recv(1) == b""
+        with monkeypatch.context() as patch:
+            patch.setattr(_doors, "Connection", no_connection)
+            with call(invitation, HELLO) as peer:
+                assert peer.recv(1) == b""
+    finally:
+        logger.removeFilter(theirs)
+    with call(invitation, HELLO), contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())):
+        pass

@@ -58,10 +58,12 @@ ALLOWED: dict[str, set[str]] = {
     "_telemetry": {"_version", "report"},
     "events": {"_telemetry", "report"},
     "_progress": {"_crew", "_deadline", "events", "report"},
-    "_call": {"_manager", "_rewrite", "_torn", "divergence", "errors", "events", "report"},
+    "_teller": {"_deadline"},
+    "_call": {"_manager", "_rewrite", "_teller", "_torn", "divergence", "errors", "events", "report"},
     "transport": {
         "_call",
         "_channel",
+        "_control",
         "_deadline",
         "_destination",
         "_landing",
@@ -84,7 +86,7 @@ ALLOWED: dict[str, set[str]] = {
     "_doors": {"_deadline", "_lanes", "_meeting", "errors"},
     "_talk": {"_conversation", "_lanes", "errors"},
     "_work": set(),
-    "_supply": {"_conversation", "_crew", "_lanes", "_memory", "_talk", "errors"},
+    "_supply": {"_conversation", "_crew", "_deadline", "_lanes", "_memory", "_talk", "errors"},
     "_desk": {"_conversation", "_deadline", "_lanes", "_meeting", "_supply", "_talk", "errors"},
     "_lane_options": {"_layout", "_transfer"},
     "_relay": {"_desk", "_lane_options", "_landing", "_lanes", "_layout", "_memory", "_rewrite", "_supply", "_work"},
@@ -92,7 +94,7 @@ ALLOWED: dict[str, set[str]] = {
     | {"_crew", "_landing", "_lane_options", "_layout", "_memory", "_relay", "_rewrite", "_work", "errors", "report"},
     "_trial": {"_deadline", "_fetch"},
     "_lane_source": _LANES
-    | {"_crew", "_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_transfer"}
+    | {"_crew", "_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_teller", "_transfer"}
     | _REPORT
     | {"events"},
     "_lane_destination": _LANES
@@ -127,9 +129,11 @@ ALLOWED: dict[str, set[str]] = {
         "_lane_options",
         "_lane_source",
         "_meeting",
+        "_progress",
         "_relay",
         "_resume",
         "_rewrite",
+        "_teller",
         "_torn",
         "divergence",
         "errors",

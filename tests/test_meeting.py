@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ft_transport._conversation import Frame, encode
-from ft_transport._meeting import Interface, Invitation, Visit, admit, in_order, knock
-from ft_transport.errors import RemoteProtocolError
+from ft_transport._meeting import MAX_ADDRESSES, Interface, Invitation, Visit, admit, in_order, knock
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 SECRET = bytes(range(32))
 HELLO = encode(Frame.HELLO, 1, 7, 0, [b"i" * 16, "name"])
@@ -219,3 +219,29 @@ def test_addresses_in_order(
 def test_an_interface_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"interface: expected one of \['eth0', 'eth1', 'ib0', 'lo'\], got 'eth9'"):
         in_order(FOUND, [], "eth9", {})
+
+
+MANY_IPV4 = [Interface(f"veth{i}", f"100.100.1{i // 100:02}.1{i % 100:02}") for i in range(300)]
+MANY_IPV6 = [Interface(f"veth{i}", f"2001:db8:1111:2222:3333:4444:5555:{0x1000 + i:x}") for i in range(300)]
+
+
+@pytest.mark.parametrize("found", [MANY_IPV4, MANY_IPV6[:150], [*MANY_IPV4, *MANY_IPV6]], ids=["IPv4", "IPv6", "both"])
+def test_the_metadata_of_a_host_with_many_addresses_can_be_read(found: list[Interface]) -> None:
+    addresses = in_order(found, ["192.168.0.1"], "veth149", {"GLOO_SOCKET_IFNAME": "veth77"})
+    invitation = Invitation(addresses, 4711, SECRET, True)
+    known = Invitation.decode(invitation.encode())
+    named = ("192.168.0.1", *(entry.address for name in ("veth149", "veth77") for entry in found if entry.name == name))
+    assert known == invitation._replace(addresses=addresses[:MAX_ADDRESSES])
+    assert known.addresses[: len(named)] == named
+    assert len(known.addresses) == MAX_ADDRESSES
+
+
+@pytest.mark.parametrize("found", [[], [Interface("eth0", "fe80::1"), Interface("eth1", "169.254.3.4")]])
+def test_a_host_that_nobody_could_reach(found: list[Interface]) -> None:
+    with pytest.raises(LocalProtocolError, match="could not be reached by anybody: no network interface is up"):
+        in_order(found, [], None, {})
+    assert in_order(found, ["10.0.0.1"], None, {}) == ("10.0.0.1",)
+
+
+def test_loopback_alone_is_an_address() -> None:
+    assert in_order([Interface("lo", "127.0.0.1")], [], None, {}) == ("127.0.0.1",)

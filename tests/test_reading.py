@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import signal
 import socket
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -213,3 +215,57 @@ def test_a_system_that_cannot(pair: tuple[socket.socket, Connection], monkeypatc
     thread.start()
     assert connection.read(len(data), patience()) == data
     thread.join()
+
+
+# ------------------------------------------------------------------------------------ signals, claims
+
+
+@pytest.mark.parametrize("way", ["read", "read much", "write", "write steady"])
+def test_a_handler_that_runs_again_and_again_does_not_prolong_a_wait(
+    pair: tuple[socket.socket, Connection], way: str
+) -> None:
+    """In the main thread each one begins the kernel's time-out anew."""
+    _, connection = pair
+    over, main, memory = threading.Event(), threading.main_thread().ident, memoryview(bytearray(32 << 20))
+    assert main == threading.get_ident()
+
+    def send() -> None:
+        while not over.wait(0.05):
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+    earlier = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    sending = threading.Thread(target=send)
+    ending = threading.Timer(6, over.set)  # else it would never end
+    sending.start()
+    ending.start()
+    limit = patience(seconds=0.4)
+    waits = {
+        "read": lambda: connection.read(10, limit),
+        "read much": lambda: connection.read(4 * MUCH, limit),
+        "write": lambda: connection.write([memory], limit),
+        "write steady": lambda: connection.write_steady(memory, limit),
+    }
+    try:
+        with pytest.raises(TransferTimeout):
+            waits[way]()
+        assert not over.is_set()
+    finally:
+        ending.cancel()
+        over.set()
+        ending.join()
+        sending.join()
+        signal.signal(signal.SIGUSR1, earlier)
+
+
+def test_what_is_only_claimed_takes_no_memory(pair: tuple[socket.socket, Connection]) -> None:
+    peer, connection = pair
+    peer.sendall(bytes(100))
+    peer.shutdown(socket.SHUT_WR)
+    tracemalloc.start()
+    try:
+        with pytest.raises(PeerFailure):
+            connection.read(256 << 20, patience())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20

@@ -48,7 +48,7 @@ def lane() -> Iterator[tuple[socket.socket, Supply]]:
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()
-    supply = Supply(Empty(), Patience(Deadline(timedelta(seconds=20)), timedelta(seconds=STALL)))
+    supply = Supply(Empty(), Patience(Deadline(timedelta(seconds=20)), timedelta(seconds=8)))
     supply.attach(Connection(ours, "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
     with theirs:
         yield theirs, supply
@@ -60,7 +60,7 @@ def test_the_stall_time_out_begins_when_somebody_waits(
 ) -> None:
     destination, supply = lane
     time.sleep(STALL + 0.1)
-    leaving = threading.Timer(0.3, destination.close)
+    leaving = threading.Timer(0.1, destination.close)
     leaving.start()
     with caplog.at_level(logging.WARNING, "ft_transport"):
         supply.drain()
@@ -74,7 +74,7 @@ def test_who_does_not_leave_is_not_waited_for(
     _, supply = lane
     with caplog.at_level(logging.WARNING, "ft_transport"):
         supply.drain()
-    assert "has not fetched everything from here: the peer has been silent" in caplog.text
+    assert "has not fetched everything from here, and stands still" in caplog.text
 
 
 @pytest.mark.parametrize("number", [0, 1, (1 << 64) - 1])
@@ -107,3 +107,62 @@ def test_how_many_lanes_a_destination_may_open_is_bounded(
         for peer in peers[:2]:
             with pytest.raises(BlockingIOError):
                 peer.recv(1, socket.MSG_DONTWAIT)
+
+
+class Large(Empty):
+    """A stock of one message."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.sizes = [nbytes]
+        self._data = bytearray(nbytes)
+
+    def await_message(self, message: int) -> bool:
+        return True
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        return memoryview(self._data)
+
+    def digest(self, message: int) -> int | None:
+        return 0
+
+    def note_digest(self, message: int, digest: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["slow", "frozen"])
+def test_who_reads_slowly_is_waited_for_and_who_has_stopped_is_not(
+    frozen: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a message, which no buffer holds, and whatever the stall time-out."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
+    supply = Supply(Large(2 << 20), Patience(Deadline(timedelta(seconds=60)), timedelta(seconds=8)))
+    supply.attach(Connection(ours, "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
+    theirs.sendall(encode(Frame.WANT, 1, 7, 0))
+    heard = 0
+
+    def read() -> None:
+        nonlocal heard
+        while heard < (1 << 20 if frozen else 2 << 20):
+            heard += len(theirs.recv(64 << 10))
+            if not frozen:
+                time.sleep(0.03)
+        if not frozen:
+            theirs.close()
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    if frozen:
+        reading.join()
+    with theirs:
+        begin = time.monotonic()
+        with caplog.at_level(logging.WARNING, "ft_transport"):
+            supply.drain()
+        assert ("stands still" in caplog.text) is frozen
+        assert time.monotonic() - begin < 30
+        reading.join()
+        supply.close()

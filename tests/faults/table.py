@@ -201,8 +201,11 @@ _LANES = [
     Row(LANES, DESTINATION, ("stopped",), (VERIFY,), AtSource("timed out"), None, "silent", woken=_HEALED),
     Row(LANES, DESTINATION, ("slow",), (MOVE,), AtSource("complete"), _HEALED, "in time",
         "those behind it in the chain turn to others"),
-    Row(LANES, DESTINATION, _REFUSES, (MANIFEST,), AtSource("refused"), AtDestination(UNTOUCHED,
+    Row(LANES, DESTINATION, ("other template",), (MANIFEST,), AtSource("refused"), AtDestination(UNTOUCHED,
         ("RemoteProtocolError",)), "at once", "all reasons, on both sides"),
+    Row(LANES, DESTINATION, ("other step",), (MANIFEST,), AtSource("timed out"), AtDestination(UNTOUCHED,
+        ("PeerFailure", "TransferTimeout")), "deadline", "a later one: it waits until the source offers that; for an "
+        "earlier one it is told at once that the source has gone on"),
     Row(LANES, DESTINATION, ("no room", "callback raises"), (MANIFEST,), AtSource("refused"),
         AtDestination(UNTOUCHED, ("LocalProtocolError",)), "at once", "all reasons, on both sides"),
     Row(LANES, DESTINATION, ("callback blocks",), (MANIFEST,), AtSource("timed out"), AtDestination(UNTOUCHED,

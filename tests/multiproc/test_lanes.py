@@ -343,14 +343,14 @@ def test_refusals_are_learned_by_both(lanes: Lanes) -> None:
         assert "small.bias 3" in text
 
 
-def test_another_step_is_refused(lanes: Lanes) -> None:
+def test_a_step_that_is_over_is_refused(lanes: Lanes) -> None:
     source = lanes.transport()
-    destination = lanes.destination(make_state(2)).start(source.metadata(), step=STEP + 1)
+    destination = lanes.destination(make_state(2)).start(source.metadata(), step=STEP - 1)
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
     destination.join()
     source.disallow_checkpoint()
-    assert isinstance(destination.error, RemoteProtocolError)
-    assert "expected step 8, source has step 7" in str(destination.error)
+    assert isinstance(destination.error, PeerFailure)
+    assert "expected step 6, source has step 7" in str(destination.error)
 
 
 def test_a_state_that_cannot_travel(lanes: Lanes) -> None:

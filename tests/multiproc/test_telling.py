@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from corpus.wire import Torchft
+from corpus.wire import Plain, Torchft, Wire
 
 from ft_transport import LocalProtocolError, PeerFailure, _progress, state_digest
 
@@ -209,6 +209,29 @@ def test_a_failed_receive_over_a_group_is_told_once() -> None:
     (event,) = heard.events
     assert (event["outcome"], event["phase"], event["error_type"]) == ("refused", "agree", "RemoteProtocolError")
     assert "large" in event["reason"]
+
+
+class Ends:
+    """A leaf whose class ends the process when it is described."""
+
+    def __reduce__(self) -> Any:
+        raise SystemExit("enough")
+
+
+@pytest.mark.parametrize("kind", [Torchft, Plain])
+def test_a_leaf_that_ends_the_process_is_told_to_the_destinations(kind: type[Wire]) -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    with ThreadPoolExecutor(1, thread_name_prefix="destination") as helper:
+        wire = kind(store, helper)
+        groups = wire._groups = wire._connect()
+        source, destination = (wire._make(group, None) for group in groups)
+        received = helper.submit(wire._recv, destination)
+        with pytest.raises(SystemExit, match="enough"):
+            wire._send(source, {"leaf": Ends()})
+        error = received.exception(10)
+        wire.close()
+    assert isinstance(error, PeerFailure)
+    assert "SystemExit: enough" in str(error)
 
 
 def test_a_group_where_everybody_is_in_a_call_says_so_on_both_sides(
