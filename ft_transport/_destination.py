@@ -128,8 +128,17 @@ def _plan(
     report: TransferReport,
 ) -> Landing:
     """Check the state against the template, and decide where each byte lands."""
-    matched, targets = fit(manifest, state_dict, options.strict, report)
-    landing = Landing(manifest, layout, matched, targets, options.device, report, shadow=options.shadow)
+    matched, targets, here = fit(
+        manifest,
+        state_dict,
+        report,
+        strict=options.strict,
+        on_mismatch=options.on_mismatch,
+        copies=options.copies,
+    )
+    landing = Landing(
+        manifest, layout, matched, targets, options.device, report, surroundings=here, shadow=options.shadow
+    )
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)
     report.nbytes_total = layout.nbytes

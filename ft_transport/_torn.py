@@ -6,6 +6,9 @@ the quorum is there, ``recv_checkpoint()`` if it found this replica to be behind
 the vote and before the optimizer steps. So a torn replica for which no receive was tried between the two counts as
 healthy, and this is the last moment to stop it. A receive that was tried and failed has failed the step already.
 
+A replica that refuses the others' state will refuse it again: each time it stays in the quorum, takes no part in the
+step, and with that fails it for the others. It is stopped at the same place, as one whose ``load_state_dict`` raises is.
+
 ``docs/faults.md`` says which calls this rests on; ``tests/multiproc/test_torn.py`` holds torchft to them.
 """
 
@@ -14,10 +17,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ft_transport.errors import LocalProtocolError, TornStateError, reason_of
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TornStateError, reason_of
 from ft_transport.report import TransferReport
 
 __all__ = ["Guard"]
+
+# Refusals in a row for a reason that may pass (no memory, a callback that raises) until the replica is stopped. Each
+# costs the others a step, and some reasons do pass.
+MAX_REFUSALS = 3
 
 
 class Guard:
@@ -31,6 +38,8 @@ class Guard:
         self._cause = ""
         self._report: TransferReport | None = None  # of the receive that is under way
         self._tried = False
+        self._refusals = 0  # in a row
+        self._refusal = ""  # why this replica cannot take what the others have, as the newest receive has found
 
     @property
     def torn(self) -> bool:
@@ -41,6 +50,7 @@ class Guard:
     def begin_quorum(self) -> None:
         """A quorum is about to be asked for: from now on it counts whether a receive is tried."""
         self._tried = False
+        self._refusal = ""
 
     @contextmanager
     def receiving(self, report: TransferReport) -> Iterator[None]:
@@ -49,7 +59,12 @@ class Guard:
         try:
             yield
             self._torn, self._cause = False, ""
+            self._refusals = 0
         except BaseException as exc:
+            if any(peer.outcome == "refused" for peer in report.peers):
+                self._refusals += 1
+                if report.unfit or self._refusals >= MAX_REFUSALS:
+                    self._refusal = reason_of(exc)
             if report.torn:
                 text = reason_of(exc)
                 step = "" if report.step is None else f" of step {report.step}"
@@ -82,7 +97,13 @@ class Guard:
 
         Raises:
             TornStateError: The state is a mix, and the newest quorum has found no source to heal it from.
+            RemoteProtocolError: This replica has refused the state that it was to heal from, and will again.
         """
+        if self._refusal:
+            raise RemoteProtocolError(
+                f"this replica cannot take the state of the others, and would only fail their steps: {self._refusal}",
+                torn=self.torn,
+            )
         if self.torn and not self._tried:
             raise TornStateError(
                 f"this replica holds a mix of two states, and nobody was left to heal it: {self._cause}. Restart it "
