@@ -68,7 +68,7 @@ def fit(
         report: Filled with what does not land in place, and why.
         strict: Refuse what disagrees, is missing or is left over.
         on_mismatch: What becomes of a leaf that disagrees.
-        copies: What is known of the callback; it is called a second time if nothing is.
+        copies: What is known of the callback; it is called a second time if nothing is. None: it gives no copies.
 
     Raises:
         RemoteProtocolError: The template cannot take it; every path is listed.

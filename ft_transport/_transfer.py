@@ -9,7 +9,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -50,7 +50,7 @@ class Options:
         shadow: As a destination, receive beside the template, and copy into it once everything agrees.
         on_event: Called with the event of each transfer that is over.
         on_mismatch: As a destination, what becomes of a leaf that does not fit the template's.
-        copies: What is known of the callback that gives the template.
+        copies: What is known of the callback that gives the template; None: that it gives no copies.
     """
 
     device: torch.device
@@ -60,7 +60,7 @@ class Options:
     shadow: bool = False
     on_event: EventCallback | None = None
     on_mismatch: OnMismatch = "fresh"
-    copies: Copies = field(default_factory=Copies)
+    copies: Copies | None = None
 
     def limits(self, nbytes: int) -> Limits:
         """How this side cuts the messages of a state of ``nbytes`` when it is the source."""

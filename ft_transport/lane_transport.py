@@ -33,7 +33,7 @@ from ft_transport._resume import Kept
 from ft_transport._torn import Guard
 from ft_transport.errors import LocalProtocolError, TornStateError
 from ft_transport.events import EventCallback
-from ft_transport.report import OnMismatch, PeerReport, ProgressCallback, TransferReport
+from ft_transport.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["LaneTransport"]
 
@@ -139,6 +139,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             shadow=shadow,
             on_event=on_event,
             on_mismatch=on_mismatch,
+            copies=Copies(),
             fresh_device=torch.device(device),
             stall=stall_timeout,
             lanes=lanes,

@@ -33,7 +33,7 @@ from ft_transport.errors import (
     reason_of,
 )
 from ft_transport.events import EventCallback
-from ft_transport.report import OnMismatch, PeerReport, ProgressCallback, TransferReport
+from ft_transport.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["PGTransport"]
 
@@ -102,6 +102,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             shadow=shadow,
             on_event=on_event,
             on_mismatch=on_mismatch,
+            copies=Copies(),
         )
         self._busy = threading.Lock()
         self._guard = Guard()

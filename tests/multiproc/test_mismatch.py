@@ -1,4 +1,4 @@
-"""A joiner whose template disagrees in one leaf, under a real Lighthouse and Manager: what it costs the healthy replica."""
+"""A joiner whose template disagrees in one leaf, under a real Lighthouse and Manager: what it costs the others."""
 
 from __future__ import annotations
 
@@ -118,10 +118,9 @@ def joins(job: Job, signals: int, options: dict[str, Any]) -> dict[str, Any]:
     replica = Replica(job, 1, 7, **options)
     if options:
         with pytest.raises(RemoteProtocolError) as info:
-            for _ in range(3):
-                replica.step()
+            replica.step()
         assert replica.manager.current_step() == 0
-        return {"error": str(info.value), "steps": replica.manager.current_step()}
+        return {"error": str(info.value)}
     failed = 0
     while not replica.step():
         failed += 1
@@ -144,6 +143,8 @@ def end_of(replica: Replica, failed: int) -> dict[str, Any]:
     }
 
 
+# The second one to come heals, however its template differs. The first one refuses: it is told to end, in that step,
+# because each further attempt would fail a step of the healthy replica too.
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("async_quorum", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("lanes", [False, True], ids=["group", "lanes"])
@@ -159,8 +160,8 @@ def test_a_leaf_that_disagrees_heals_and_a_refusal_costs_the_others_a_step(lanes
         workers[1].start(joins, jobs[1], signals, {"on_mismatch": "refuse"})
         refused = workers[1].result()
         workers[1].end()  # what the exception does to a training process
-        for text in ("metric.seen.0: expected float32 (7,), source has float32 (32,)", "metric.blob: expected uint8 (0,)"):
-            assert text in refused["error"]
+        assert "metric.seen.0: expected float32 (7,), source has float32 (32,)" in refused["error"]
+        assert "metric.blob: expected uint8 (0,), source has uint8 (170,)" in refused["error"]
         assert workers[0].event("goes on").value <= 2, "a refusal costs a step, perhaps that which learns of its end"
         workers[2].start(joins, jobs[2], signals, {})
         ends = [workers[0].result(), workers[2].result()]
