@@ -166,9 +166,24 @@ def _plan(
     beside: set[str],
 ) -> Landing:
     """Check the state against the template, and decide where each byte lands."""
-    matched, targets = fit(manifest, state_dict, options.strict, report)
+    matched, targets, here = fit(
+        manifest,
+        state_dict,
+        report,
+        strict=options.strict,
+        on_mismatch=options.on_mismatch,
+        copies=options.copies,
+    )
     landing = Landing(
-        manifest, layout, matched, targets, options.device, report, shadow=options.shadow, beside=beside
+        manifest,
+        layout,
+        matched,
+        targets,
+        options.device,
+        report,
+        surroundings=here,
+        shadow=options.shadow,
+        beside=beside,
     )
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)

@@ -6,7 +6,7 @@ Each is a few lines: what is inside, what else is needed, how to build it again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -456,8 +456,14 @@ class WrapperSubclass(Kind):
     def label(self, context: Any) -> str:
         return str(context[0])
 
+    def caches(self, context: Any) -> Collection[int]:
+        return [i for i, name in enumerate(context[1]) if name in _CACHES] if context[0] == _JAGGED else ()
+
     def disagreement(self, context: Any, mine: Any) -> str:
-        expected, got = (f"{c[0]} {c[3]} of {', '.join(c[1])}" for c in (mine, context))
+        expected, got = (
+            f"{c[0]} {c[3]} of {', '.join(name for i, name in enumerate(c[1]) if i not in self.caches(c))}"
+            for c in (mine, context)
+        )
         return "" if expected == got else f"expected {expected}, source has {got}"
 
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
@@ -473,11 +479,16 @@ class WrapperSubclass(Kind):
 
     def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         leaf = self.put_together(inner, context, here)
-        return mine if self.take_apart(mine)[1] == context else leaf
+        my_inner, my_context = self.take_apart(mine)
+        # A cache holds its number as its shape.
+        stale = any(my_inner[i].shape != inner[i].shape for i in self.caches(context) if my_context == context)
+        return mine if my_context == context and not stale else leaf
 
 
 # torch's own, which needs no permission.
 _JAGGED = "torch.nested._internal.nested_tensor.NestedTensor"
+# Lengths of its shortest and longest row, once an operation has asked for them.
+_CACHES = ("_min_seqlen_tensor", "_max_seqlen_tensor")
 
 
 def _check_rows(values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor | None, dim: int) -> None:

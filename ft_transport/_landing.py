@@ -52,7 +52,7 @@ class Landing:
         device: Device of the wire's messages; fresh leaves that were on an accelerator live there too.
         report: Filled with what lands where.
         fresh_on_cpu: Allocate every fresh leaf on the CPU.
-        surroundings: What the receiver has, but for the meshes, which come from the template.
+        surroundings: What the receiver has; the meshes of matched leaves are added to its own.
         fresh_device: Where fresh leaves that were on an accelerator live, if not on ``device``.
         shadow: Let no message land in the template: :meth:`rebuild` copies to it.
         beside: Paths of leaves for which the same holds.
@@ -147,7 +147,7 @@ class Landing:
 
     def _try_to_rebuild(self) -> None:
         """Find what cannot be rebuilt before a byte lands."""
-        here = self._surroundings._replace(meshes=meshes_of(list(self._matched.values())))
+        here = self._here()
         for index, leaf in enumerate(self._manifest.leaves):
             if leaf.kind in KINDS and KINDS[leaf.kind].is_tried and (index, 0) not in self._targets:
                 try:
@@ -155,6 +155,10 @@ class Landing:
                 except Exception as exc:
                     path = format_path(self._manifest.paths[index])
                     raise RemoteProtocolError(f"{path}: it cannot be rebuilt: {str(exc)[:1000]}") from exc
+
+    def _here(self) -> Surroundings:
+        meshes = {**self._surroundings.meshes, **meshes_of(list(self._matched.values()))}
+        return self._surroundings._replace(meshes=meshes)
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""
@@ -302,7 +306,7 @@ class Landing:
             self._copy(target, slot)
             self._settled.add(target)
         manifest, matched = self._manifest, self._matched
-        here = self._surroundings._replace(meshes=meshes_of(list(matched.values())))
+        here = self._here()
         built: list[object] = []
         settled, values = self._settled, self._values
         objects = self._objects() if any(map(itemgetter(3), manifest.leaves)) else None

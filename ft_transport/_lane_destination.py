@@ -302,9 +302,24 @@ class Reception:
 
     def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
         report, options = self._report, self._options
-        matched, targets = fit(manifest, state_dict, options.strict, report)
+        matched, targets, here = fit(
+            manifest,
+            state_dict,
+            report,
+            strict=options.strict,
+            on_mismatch=options.on_mismatch,
+            copies=options.copies,
+        )
         return Landing(
-            manifest, layout, matched, targets, CPU, report, fresh_device=options.fresh_device, shadow=options.shadow
+            manifest,
+            layout,
+            matched,
+            targets,
+            CPU,
+            report,
+            surroundings=here,
+            fresh_device=options.fresh_device,
+            shadow=options.shadow,
         )
 
     def _sink(self, plan: _Plan, earlier: Kept | None) -> Sink:

@@ -9,7 +9,7 @@ Not here: the kinds that the package brings (``_kinds``, ``_kinds_distributed``)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -107,6 +107,11 @@ class Kind:
     def label(self, context: Any) -> str:
         """What errors call such a leaf."""
         return self.name
+
+    def caches(self, context: Any) -> Collection[int]:
+        """Positions of inner tensors that are not compared with a template's leaf: what the class works out from the
+        others when it is asked, so that one of two equal leaves may have it. What arrives is what the source has."""
+        return ()
 
     def disagreement(self, context: Any, mine: Any) -> str:
         """Why a template's leaf with context ``mine`` cannot take one with ``context``, beyond what its inner

@@ -1,26 +1,31 @@
 """How what the source sends fits the tensors that the receiver has: the *template*.
 
 Strategy: first find the callback's tree inside what the source sends, then compare leaf by leaf. Disagreements are
-collected, all of them. A template leaf that cannot be written without harm is left alone and named in the report.
+collected, all of them; the caller's choice says what becomes of each: the source's leaf is new, and the template's left
+alone, or all is refused. A template leaf that cannot be written without harm is left alone and named in the report.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ft_transport._geometry import Geometry, geometry, geometry_of
-from ft_transport._leaves import KINDS, VALUE, Part, is_plain, take_apart
+from ft_transport._kinds_distributed import meshes_of
+from ft_transport._leaves import KINDS, VALUE, Part, Surroundings, is_plain, take_apart
 from ft_transport._manifest import Leaf, Manifest, View, disjoint
 from ft_transport._memory import ReadOnlyMemory
 from ft_transport._tree import Node, Path, flatten, format_path, paths_of
 from ft_transport.errors import RemoteProtocolError
-from ft_transport.report import TransferReport
+from ft_transport.report import Copies, OnMismatch, TransferReport, shortened
 
-__all__ = ["Slot", "Targets", "compare", "fit", "match_template", "same_strides"]
+__all__ = ["Fit", "Slot", "Targets", "compare", "fit", "match_template", "same_strides"]
+
+logger = logging.getLogger("ft_transport")
 
 # Index of a leaf, and position of one of its views.
 Slot = tuple[int, int]
@@ -32,25 +37,171 @@ Targets = dict[Slot, torch.Tensor]
 MAX_KEYS = 100
 
 
-def fit(
-    manifest: Manifest, state_dict: Callable[[], object] | None, strict: bool, report: TransferReport
-) -> tuple[dict[int, object], Targets]:
-    """Find the template in what the source sends, and check that it can take it.
+class Fit(NamedTuple):
+    """How the template takes what the source sends.
 
-    Returns:
-        As :func:`match_template` and :func:`compare`.
+    Attributes:
+        matched: See :func:`match_template`; without the leaves that are new.
+        targets: The template's tensors that can take their bytes.
+        here: The meshes of those template leaves that take none.
+    """
+
+    matched: dict[int, object]
+    targets: Targets
+    here: Surroundings
+
+
+def fit(
+    manifest: Manifest,
+    state_dict: Callable[[], object] | None,
+    report: TransferReport,
+    *,
+    strict: bool = False,
+    on_mismatch: OnMismatch = "refuse",
+    copies: Copies | None = None,
+) -> Fit:
+    """Find the template in what the source sends, and decide what becomes of each leaf. Nothing is written.
+
+    Args:
+        manifest: What the source sends.
+        state_dict: Gives the template.
+        report: Filled with what does not land in place, and why.
+        strict: Refuse what disagrees, is missing or is left over.
+        on_mismatch: What becomes of a leaf that disagrees.
+        copies: What is known of the callback; it is called a second time if nothing is. None: it gives no copies.
 
     Raises:
-        RemoteProtocolError: It cannot; every path is listed.
+        RemoteProtocolError: The template cannot take it; every path is listed.
+        TypeError: ``on_mismatch`` has returned neither of its words.
     """
-    matched = match_template(manifest, state_dict(), report) if state_dict is not None else {}
-    targets, reasons = compare(manifest, matched, report)
+    if state_dict is None:
+        return Fit({}, {}, Surroundings())
+    try:
+        return _fit(manifest, state_dict, report, "refuse" if strict else on_mismatch, strict, copies)
+    except RemoteProtocolError:
+        report.unfit = True
+        raise
+
+
+def _fit(
+    manifest: Manifest,
+    state_dict: Callable[[], object],
+    report: TransferReport,
+    on_mismatch: OnMismatch,
+    strict: bool,
+    copies: Copies | None,
+) -> Fit:
+    template = state_dict()
+    matched = match_template(manifest, template, report)
+    compared = _compare(manifest, matched, report)
+    refused = _refused(manifest, matched, compared, on_mismatch, report)
     if strict:
-        reasons += [f"{path}: expected in the template, source has it" for path in report.missing]
-        reasons += [f"{path}: expected from the source, template has it" for path in report.unused]
-    if reasons:
-        raise RemoteProtocolError("; ".join(reasons))
-    return matched, targets
+        refused += [f"{path}: expected in the template, source has it" for path in report.missing]
+        refused += [f"{path}: expected from the source, template has it" for path in report.unused]
+    if refused:
+        raise RemoteProtocolError("; ".join(refused))
+    if report.missing and report.unused:
+        logger.warning("the template and the source's state differ in their leaves: %s", shortened(report.gaps()))
+    _warn(manifest, compared, report)
+    targets, new = compared.targets, set(compared.disagreements)
+    if copies is not None and targets:
+        new |= _drop_copies(manifest, template, state_dict, targets, copies, report)
+    here = Surroundings(meshes=meshes_of([matched.pop(index) for index in new]))
+    return Fit(matched, targets, here)
+
+
+def _refused(
+    manifest: Manifest, matched: dict[int, object], compared: _Compared, on_mismatch: OnMismatch, report: TransferReport
+) -> list[str]:
+    """What must be refused, a line for each path; notes in the report all that disagrees."""
+    refused = []
+    fits = any(manifest.leaves[i].views for i in matched if i not in compared.disagreements)
+    for index, reason in compared.disagreements.items():
+        path = format_path(manifest.paths[index])
+        report.mismatched[path] = reason
+        if (_choice(on_mismatch, path, reason) if fits else "refuse") == "refuse":
+            refused.append(f"{path}: {reason}")
+    return refused
+
+
+def _choice(on_mismatch: OnMismatch, path: str, reason: str) -> str:
+    if callable(on_mismatch):
+        expected, _, got = reason.removeprefix("expected ").partition(", source has ")
+        choice: object = on_mismatch(path, expected, got)
+    else:
+        choice = on_mismatch
+    if choice not in ("fresh", "refuse"):
+        raise TypeError(f"on_mismatch: expected 'fresh' or 'refuse' for {path}, got {choice!r}")
+    return str(choice)
+
+
+def _warn(manifest: Manifest, compared: _Compared, report: TransferReport) -> None:
+    if compared.disagreements:
+        lines = [
+            f"{path}: {reason}" + (" (load_state_dict casts it without a word)" if index in compared.casts else "")
+            for index, (path, reason) in zip(compared.disagreements, report.mismatched.items(), strict=True)
+        ]
+        logger.warning(
+            "%d leaves do not fit the template's and are new; the template's own are left alone, and load_state_dict "
+            "judges: %s",
+            len(lines),
+            shortened("; ".join(lines)),
+        )
+
+
+# ------------------------------------------------------------------------------------------- copies
+
+_A_COPY = "the state_dict callback gives a copy, another one each time: what lands in it is nobody's"
+
+
+def _drop_copies(
+    manifest: Manifest,
+    template: object,
+    state_dict: Callable[[], object],
+    targets: Targets,
+    copies: Copies,
+    report: TransferReport,
+) -> set[int]:
+    """Give up template tensors that the callback makes anew each time it is called: nobody keeps them.
+
+    Called twice in a row, while the first one's tensors live: so one that lies elsewhere the second time is a copy, but
+    for what another thread moves just then. Only once for each transport: a callback may cost much.
+    """
+    if copies.paths is None:
+        copies.paths = _find_copies(manifest, template, state_dict, targets)
+        if copies.paths:
+            logger.warning(
+                "the state_dict callback gives copies of %d leaves, the first is %s: they are received beside, and "
+                "reach the model through load_state_dict alone",
+                len(copies.paths),
+                shortened(min(copies.paths)),
+            )
+    if not copies.paths:
+        return set()
+    dropped = {index for index, _ in targets if format_path(manifest.paths[index]) in copies.paths}
+    for slot in [slot for slot in targets if slot[0] in dropped]:
+        del targets[slot]
+    for index in dropped:
+        report.not_in_place[format_path(manifest.paths[index])] = _A_COPY
+    return dropped
+
+
+def _find_copies(
+    manifest: Manifest, template: object, state_dict: Callable[[], object], targets: Targets
+) -> frozenset[str]:
+    try:
+        again = state_dict()
+        if again is template:
+            return frozenset()
+        unused = TransferReport("destination", "", None)
+        second = _compare(manifest, match_template(manifest, again, unused), unused).targets
+    except Exception:  # it has given a template once, and that one will do
+        return frozenset()
+    return frozenset(
+        format_path(manifest.paths[slot[0]])
+        for slot, tensor in targets.items()
+        if slot in second and second[slot].data_ptr() != tensor.data_ptr()
+    )
 
 
 # --------------------------------------------------------------------------------------------- match
@@ -165,24 +316,65 @@ def _some(paths: Sequence[Path]) -> str:
 # ------------------------------------------------------------------------------------------- compare
 
 
+class _Compared(NamedTuple):
+    """What came of a comparison.
+
+    Attributes:
+        targets: The template's tensors that can take their bytes.
+        disagreements: Why a leaf disagrees, by index, in order.
+        casts: Those of them that differ in nothing but the dtype.
+    """
+
+    targets: Targets
+    disagreements: dict[int, str]
+    casts: set[int]
+
+
 def compare(manifest: Manifest, matched: dict[int, object], report: TransferReport) -> tuple[Targets, list[str]]:
     """Compare what the source sends with the template, leaf by leaf.
 
     Returns:
         The tensors that can take their bytes, and what disagrees, one line for each path.
     """
+    targets, disagreements, _ = _compare(manifest, matched, report)
+    return targets, [f"{format_path(manifest.paths[index])}: {reason}" for index, reason in disagreements.items()]
+
+
+def _compare(manifest: Manifest, matched: dict[int, object], report: TransferReport) -> _Compared:
     targets: Targets = {}
-    disagreements: list[str] = []
+    disagreements: dict[int, str] = {}
     comparison = _Comparison(manifest, targets, report)
     for index, leaf in enumerate(manifest.leaves):
         if index in matched:
             reason = comparison.leaf(index, leaf, matched[index])
             if reason:
-                disagreements.append(f"{format_path(manifest.paths[index])}: {reason}")
+                disagreements[index] = reason
         elif leaf.views and matched:
             report.missing.append(format_path(manifest.paths[index]))
-    _drop_conflicts(manifest, targets, comparison.extents, report)
-    return targets, disagreements
+    extents = comparison.extents
+    if disagreements:
+        # What a part of a leaf has noted before another part disagreed.
+        for slot in [slot for slot in targets if slot[0] in disagreements]:
+            del targets[slot]
+        for index in disagreements:
+            report.not_in_place.pop(format_path(manifest.paths[index]), None)
+        extents = [extent for extent in extents if extent[2][0] not in disagreements]
+        extents += [extent for index in disagreements for extent in _left_alone(matched[index])]
+    _drop_conflicts(manifest, targets, extents, report)
+    return _Compared(targets, disagreements, comparison.casts)
+
+
+def _left_alone(mine: object) -> list[tuple[int, int, Slot]]:
+    """The memory of a template leaf that nobody may write to."""
+    try:
+        _, tensors = take_apart(mine)
+        return [(tensor.data_ptr(), tensor.data_ptr() + geometry_of(tensor).span, _NOBODYS) for tensor in tensors]
+    except Exception:  # a class of its own, or no memory
+        return []
+
+
+# In the place of the slot of what is written to.
+_NOBODYS: Slot = (-1, -1)
 
 
 class _Comparison:
@@ -190,10 +382,12 @@ class _Comparison:
 
     Attributes:
         extents: First address and the one behind the last, of each such tensor.
+        casts: Leaves that disagree in the dtype of a tensor, and not in its shape.
     """
 
     def __init__(self, manifest: Manifest, targets: Targets, report: TransferReport) -> None:
         self.extents: list[tuple[int, int, Slot]] = []
+        self.casts: set[int] = set()
         self._manifest = manifest
         self._targets = targets
         self._report = report
@@ -236,20 +430,22 @@ class _Comparison:
                 self._keep_away(index, "a lazy conjugate or negative on one side only")
                 return ""
             return self._tensor((index, view), self._manifest.leaves[index].views[view], tensors[first])
-        if len(part.parts) != len(mine.parts):
-            return f"expected {len(mine.parts)} local tensors, source has {len(part.parts)}"
-        for below, my_below in zip(part.parts, mine.parts, strict=True):
+        theirs, ours = _compared_parts(part, view), _compared_parts(mine, first)
+        if len(theirs) != len(ours):
+            return f"expected {len(ours)} local tensors, source has {len(theirs)}"
+        for (below, their_view), (my_below, my_first) in zip(theirs, ours, strict=True):
             if below.kind == "numpy":  # whether it can be written to is known of whole leaves alone
                 self._keep_away(index, "an array inside of a leaf")
-            elif reason := self._part(index, below, view, my_below, first, tensors):
+            elif reason := self._part(index, below, their_view, my_below, my_first, tensors):
                 return reason
-            view, first = view + below.num_views, first + my_below.num_views
         return ""
 
     def _tensor(self, slot: Slot, view: View, mine: torch.Tensor) -> str:
         shape = geometry(mine.dtype, mine.shape, mine.stride())
         wanted = view.geometry
         if shape is not wanted and (shape.dtype != wanted.dtype or shape.shape != wanted.shape):
+            if shape.shape == wanted.shape:
+                self.casts.add(slot[0])
             return f"expected {shape}, source has {wanted}"
         if shape.order is None or shape.expanded:
             self._keep_away(slot[0], "the template's tensor overlaps itself")
@@ -264,6 +460,17 @@ class _Comparison:
 
     def _keep_away(self, index: int, reason: str) -> None:
         self._report.not_in_place[format_path(self._manifest.paths[index])] = reason
+
+
+def _compared_parts(part: Part, first: int) -> list[tuple[Part, int]]:
+    """The inner tensors that two leaves are compared by, and where their plain tensors begin."""
+    caches = KINDS[part.kind].caches(part.context) if part.kind in KINDS else ()
+    compared = []
+    for position, below in enumerate(part.parts):
+        if position not in caches:
+            compared.append((below, first))
+        first += below.num_views
+    return compared
 
 
 def _laziness(part: Part) -> tuple[bool, bool]:
@@ -324,13 +531,17 @@ def _drop_conflicts(
             cluster.append((begin, slot))
             reached = max(reached, end)
             continue
-        if len(cluster) > 1 and not _harmless(manifest, targets, cluster):
+        left_alone = any(slot is _NOBODYS for _, slot in cluster)
+        if len(cluster) > 1 and (left_alone or not _harmless(manifest, targets, cluster)):
+            reason = "shares memory in the template in a way that it does not at the source"
             for _, other in cluster:
-                del targets[other]
-                path = format_path(manifest.paths[other[0]])
-                report.not_in_place[path] = "shares memory in the template in a way that it does not at the source"
+                if targets.pop(other, None) is not None:
+                    path = format_path(manifest.paths[other[0]])
+                    report.not_in_place[path] = _SHARED_WITH_OTHERS if left_alone else reason
         cluster, reached = [(begin, slot)], end
 
+
+_SHARED_WITH_OTHERS = "shares memory in the template with a leaf that does not fit the source's"
 
 # An address that no tensor has.
 _BEHIND = 1 << 64

@@ -9,6 +9,9 @@ healthy, and this is the last moment to stop it. A receive that was tried and fa
 A receive heals what it brings. A state that lacks a leaf which an earlier receive has left half written (another model,
 an EMA that the new source does not keep) heals all but that leaf, and the replica stays torn.
 
+A replica that refuses the others' state will refuse it again: each time it is in the quorum, takes no part in the step,
+and with that fails it for the others. It is stopped at the same place, and ends as one whose ``load_state_dict`` raises.
+
 ``docs/faults.md`` says which calls this rests on; ``tests/multiproc/test_torn.py`` holds torchft to them.
 """
 
@@ -18,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from ft_transport.errors import LocalProtocolError, TornStateError, reason_of
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TornStateError, reason_of
 from ft_transport.report import TransferReport
 
 __all__ = ["Attempt", "Guard"]
@@ -42,6 +45,10 @@ class Attempt:
     def __init__(self) -> None:
         self.landing: _Landing | None = None
 
+# Refusals in a row for a reason that may pass (no memory, a callback that raises) until the replica is stopped. Each
+# costs the others a step, and some reasons do pass.
+MAX_REFUSALS = 3
+
 
 class Guard:
     """What a transport remembers of its receives.
@@ -56,6 +63,8 @@ class Guard:
         self._unseen = False  # a receive was tried, and the Manager takes it for complete
         self._report: TransferReport | None = None  # of the receive that is under way
         self._tried = False
+        self._refusals = 0  # in a row
+        self._refusal = ""  # why this replica cannot take what the others have, as the newest receive has found
 
     @property
     def torn(self) -> bool:
@@ -66,6 +75,7 @@ class Guard:
     def begin_quorum(self) -> None:
         """A quorum is about to be asked for: from now on it counts whether a receive is tried."""
         self._tried = False
+        self._refusal = ""
 
     @contextmanager
     def receiving(self, report: TransferReport) -> Iterator[Attempt]:
@@ -76,7 +86,12 @@ class Guard:
         try:
             yield attempt
             self._heal(attempt.landing)
+            self._refusals = 0
         except BaseException as exc:
+            if any(peer.outcome == "refused" for peer in report.peers):
+                self._refusals += 1
+                if report.unfit or self._refusals >= MAX_REFUSALS:
+                    self._refusal = reason_of(exc)
             if report.torn:
                 step = "" if report.step is None else f" of step {report.step}"
                 paths = attempt.landing.paths_in_place() if attempt.landing is not None else set()
@@ -128,7 +143,13 @@ class Guard:
         Raises:
             TornStateError: The state is a mix, and the newest quorum has found no source to heal it from, or takes it
                 for healed.
+            RemoteProtocolError: This replica has refused the state that it was to heal from, and will again.
         """
+        if self._refusal:
+            raise RemoteProtocolError(
+                f"this replica cannot take the state of the others, and would only fail their steps: {self._refusal}",
+                torn=self.torn,
+            )
         if self.torn and (self._unseen or not self._tried):
             why = "which the Manager takes for healed" if self._unseen else "and nobody was left to heal it"
             raise TornStateError(

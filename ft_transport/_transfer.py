@@ -20,7 +20,7 @@ from ft_transport._digest import NUM_SAMPLES
 from ft_transport._layout import Limits
 from ft_transport.errors import PeerFailure, TransferTimeout, reason_of
 from ft_transport.events import EventCallback
-from ft_transport.report import PeerReport, Progress, ProgressCallback
+from ft_transport.report import Copies, OnMismatch, PeerReport, Progress, ProgressCallback
 
 __all__ = ["NUM_BUCKETS", "Options", "end_badly", "for_each", "tell_progress"]
 
@@ -49,6 +49,8 @@ class Options:
         progress: Called after each flight, from the thread that serves the peer.
         shadow: As a destination, receive beside the template, and copy into it once everything agrees.
         on_event: Called with the event of each transfer that is over.
+        on_mismatch: As a destination, what becomes of a leaf that does not fit the template's.
+        copies: What is known of the callback that gives the template; None: that it gives no copies.
     """
 
     device: torch.device
@@ -57,6 +59,8 @@ class Options:
     progress: ProgressCallback | None = None
     shadow: bool = False
     on_event: EventCallback | None = None
+    on_mismatch: OnMismatch = "fresh"
+    copies: Copies | None = None
 
     def limits(self, nbytes: int) -> Limits:
         """How this side cuts the messages of a state of ``nbytes`` when it is the source."""

@@ -64,6 +64,7 @@ def transfer_event(report: TransferReport) -> Event:
         "num_missing": len(report.missing),
         "num_unused": len(report.unused),
         "num_not_in_place": len(report.not_in_place),
+        "num_mismatched": len(report.mismatched),
         "num_peers": len(report.peers),
         "num_peers_complete": num_complete,
         "peers": [_peer(peer) for peer in report.peers],

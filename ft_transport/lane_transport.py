@@ -36,7 +36,7 @@ from ft_transport._teller import Teller
 from ft_transport._torn import Guard
 from ft_transport.errors import LocalProtocolError, TornStateError
 from ft_transport.events import EventCallback
-from ft_transport.report import PeerReport, ProgressCallback, TransferReport
+from ft_transport.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["LaneTransport"]
 
@@ -72,13 +72,18 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         blocking: :meth:`send_checkpoint` returns only when every destination is served or has failed.
         skip_unchanged: As a destination, compare the template with the source's state first, and move what differs.
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
-        strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
+        strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
+            not fit it.
         progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
             the optimizer may step. A receive that broke is not resumed then, but begins anew.
         on_event: Called with a dict when a transfer is over; see ``docs/operations.md``. What it raises is logged. A
             source's is called from a thread of its own, for which :meth:`disallow_checkpoint` waits two seconds.
+        on_mismatch: What becomes of a leaf whose shape, dtype or kind is not the template's. ``"fresh"``: it is new,
+            the template's own is left alone, and ``load_state_dict`` judges. ``"refuse"``: the state is refused. Or a
+            function of the path, what was expected and what the source has, which returns one of these. A state none of
+            whose tensors fits is refused in any case.
 
     Raises:
         LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
@@ -108,6 +113,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         progress: ProgressCallback | None = None,
         shadow: bool = False,
         on_event: EventCallback | None = None,
+        on_mismatch: OnMismatch = "fresh",
     ) -> None:
         for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
             if value <= timedelta(0):
@@ -122,6 +128,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
         if strict and state_dict is None:
             raise ValueError("strict: expected False without state_dict, which gives the template")
+        if on_mismatch not in ("fresh", "refuse") and not callable(on_mismatch):
+            raise ValueError(f"on_mismatch: expected 'fresh', 'refuse' or a function, got {on_mismatch!r}")
         if topology not in ("chain", "star"):
             raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
         if shadow and skip_unchanged:
@@ -136,6 +144,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             progress=progress,
             shadow=shadow,
             on_event=on_event,
+            on_mismatch=on_mismatch,
+            copies=Copies(),
             fresh_device=torch.device(device),
             stall=stall_timeout,
             lanes=lanes,
@@ -190,7 +200,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         about it (see ``PGTransport.disallow_checkpoint``).
 
         Raises:
-            TornStateError: As ``PGTransport.disallow_checkpoint``, after all that. Nothing else.
+            TornStateError, RemoteProtocolError: As ``PGTransport.disallow_checkpoint``, after all that. Nothing else.
         """
         changed, self._changed = self._changed, []
         try:

@@ -6,8 +6,9 @@ A report is filled in while the transfer runs and is complete once the call retu
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,7 +17,21 @@ import torch
 
 from ft_transport.errors import TransferError
 
-__all__ = ["Outcome", "PeerReport", "Progress", "ProgressCallback", "TransferReport", "shortened"]
+__all__ = [
+    "Copies",
+    "OnMismatch",
+    "Outcome",
+    "PeerReport",
+    "Progress",
+    "ProgressCallback",
+    "TransferReport",
+    "shortened",
+]
+
+# What becomes of a leaf that does not fit the template's; a function gets its path, what was expected, and what the
+# source has.
+Mismatch = Literal["fresh", "refuse"]
+OnMismatch = Mismatch | Callable[[str, str, str], Mismatch]
 
 Role = Literal["source", "destination"]
 Outcome = Literal["pending", "complete", "refused", "failed", "dead", "timed out"]
@@ -39,6 +54,17 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+
+
+@dataclass
+class Copies:
+    """What a transport has found out about its ``state_dict`` callback.
+
+    Attributes:
+        paths: Of the leaves that it makes anew each time it is called; None if that is not known yet.
+    """
+
+    paths: frozenset[str] | None = None
 
 
 @dataclass
@@ -112,6 +138,8 @@ class TransferReport:
         num_repaired: Messages that came damaged and were sent again.
         nbytes_copied: Bytes of ``nbytes_fresh`` that were copied into the template once all had arrived and agreed.
         began: When each phase that all peers share began, on the clock of ``time.perf_counter``.
+        mismatched: For each leaf whose shape, dtype or kind is not the template's: path and ``"expected …, source has
+            …"``. It was allocated, and the template's own was left alone.
     """
 
     role: Role
@@ -136,8 +164,10 @@ class TransferReport:
     num_repaired: int = 0
     nbytes_copied: int = 0
     began: dict[str, float] = field(default_factory=dict)
+    mismatched: dict[str, str] = field(default_factory=dict)
 
     _finished = False  # no field: it is nobody else's
+    unfit = False  # nor this: whether the state was refused because the template cannot take it
 
     @property
     def complete(self) -> bool:
@@ -179,6 +209,8 @@ class TransferReport:
             size = f"{moved / 1e6:.1f} of {size}"
         if self.role == "destination" and not self.error:
             landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
+            if self.in_place_share < 1 and (causes := self._causes()):
+                landed += f" ({shortened(causes)})"
         # What ended the call, where it was no peer's doing.
         own = f" {shortened(self.error)}" if self.error and not any(peer.reason for peer in self.peers) else ""
         return (
@@ -186,6 +218,24 @@ class TransferReport:
             f"{self.total_seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s), "
             f"{self.num_messages} messages{landed} [{phases}]{own}"
         )
+
+    def gaps(self) -> str:
+        """What only one side has, and the likely cause; empty if there is nothing."""
+        parts = []
+        if self.missing:
+            parts.append(f"the template lacks {_count(self.missing)}, first {self.missing[0]}")
+        if self.unused:
+            parts.append(f"the source lacks {_count(self.unused)} of the template, first {self.unused[0]}")
+        cause = _likely_cause(self.missing, self.unused)
+        return "; ".join(parts) + (f": {cause}" if cause else "")
+
+    def _causes(self) -> str:
+        """Why not all has landed in place, as far as the template is the reason."""
+        causes = [self.gaps()] if self.missing else []
+        for what, found in (("do not fit", self.mismatched), ("cannot be written to", self.not_in_place)):
+            for path, reason in list(found.items())[:1]:
+                causes.append(f"{_count(found)} {what}, first {path}: {reason}")
+        return "; ".join(causes)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -206,6 +256,30 @@ class TransferReport:
             if slowest or name in self.seconds:
                 self.seconds[name] = self.seconds.get(name, 0.0) + slowest
         return True
+
+
+def _count(found: Sized) -> str:
+    return "1 leaf" if len(found) == 1 else f"{len(found)} leaves"
+
+
+# Parts of a path that a wrapper adds, and which one.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DistributedDataParallel or DataParallel",
+    "_fsdp_wrapped_module": "FSDP",
+}
+_OPTIMIZER_STATE = re.compile(r"(?:^|\.)state\..+\.[^.]+$")
+
+
+def _likely_cause(missing: Sequence[str], unused: Sequence[str]) -> str:
+    """Why paths are on one side only, as people's states tell; empty if they do not."""
+    for name, wrapper in _WRAPPERS.items():
+        theirs, ours = (any(name in path.split(".") for path in paths[:100]) for paths in (missing, unused))
+        if theirs != ours:
+            return f"{name}. on one side alone comes of {wrapper}"
+    if missing and _OPTIMIZER_STATE.search(missing[0]):
+        return "a fresh optimizer has no state before its first step"
+    return ""
 
 
 def _public_name(error: BaseException) -> str:

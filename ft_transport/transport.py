@@ -36,7 +36,7 @@ from ft_transport.errors import (
     reason_of,
 )
 from ft_transport.events import EventCallback
-from ft_transport.report import PeerReport, ProgressCallback, TransferReport
+from ft_transport.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 
 __all__ = ["PGTransport"]
 
@@ -59,13 +59,18 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         verify: Compare digests of the messages that this side sends as the source: True of every byte, False none.
             None: of every byte where this process has at least four cores, else of every byte of messages below 2 MiB
             and of one block in 32 of larger ones, because there the digests would take time from the transfer.
-        strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks.
+        strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
+            not fit it.
         progress: Called while bytes move, from the thread that moves them.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
             the optimizer may step.
         on_event: Called with a dict when a transfer is over, from the thread that called; see ``docs/operations.md``.
             What it raises is logged.
+        on_mismatch: What becomes of a leaf whose shape, dtype or kind is not the template's. ``"fresh"``: it is new,
+            the template's own is left alone, and ``load_state_dict`` judges. ``"refuse"``: the state is refused. Or a
+            function of the path, what was expected and what the source has, which returns one of these. A state none of
+            whose tensors fits is refused in any case.
 
     Threading: one call at a time; torchft uses its quorum thread.
     """
@@ -82,6 +87,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         progress: ProgressCallback | None = None,
         shadow: bool = False,
         on_event: EventCallback | None = None,
+        on_mismatch: OnMismatch = "fresh",
     ) -> None:
         if timeout <= timedelta(0):
             raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
@@ -89,6 +95,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
         if strict and state_dict is None:
             raise ValueError("strict: expected False without state_dict, which gives the template")
+        if on_mismatch not in ("fresh", "refuse") and not callable(on_mismatch):
+            raise ValueError(f"on_mismatch: expected 'fresh', 'refuse' or a function, got {on_mismatch!r}")
         self._pg = pg
         self._timeout = timeout
         self._state_dict = state_dict
@@ -99,6 +107,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             progress=progress,
             shadow=shadow,
             on_event=on_event,
+            on_mismatch=on_mismatch,
+            copies=Copies(),
         )
         self._busy = threading.Lock()
         self._guard = Guard()
@@ -135,6 +145,9 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Raises:
             TornStateError: The replica is torn, and no receive was tried since the newest :meth:`metadata`, or one that
                 the Manager takes for complete: its optimizer must not step. Raised again each time, until it is healed.
+            RemoteProtocolError: The newest receive was refused, because the template cannot take the state: the next
+                one would be too, and each fails the step of the healthy replicas. So with the third refusal in a row
+                for another reason of this side's. Raised again until the next quorum.
         """
         self._settle()
         changed, self._changed = self._changed, []

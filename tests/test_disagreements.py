@@ -1,4 +1,5 @@
-"""What does not fit is refused: all of it at once, on both sides, before a byte moves, and nothing is touched.
+"""What does not fit arrives beside the template, which is not touched; or it is refused: all of it at once, on both
+sides, before a byte moves.
 
 And templates that cannot be written as they are: the values are right, and no neighbour is overwritten.
 """
@@ -6,14 +7,16 @@ And templates that cannot be written as they are: the values are right, and no n
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import subprocess
 import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ from helpers import noise
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 
-from ft_transport import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")
@@ -165,6 +168,8 @@ def state_for(template: dict[str, Any], **more: Any) -> dict[str, Any]:
 def refused(wire: Wire, state: object, template: object, **options: Any) -> Outcome:
     """A transfer that must be refused by the destination, and leave everything as it was."""
     before = Memory(template)
+    if wire.name != "distributed":  # it always refuses
+        options = {"on_mismatch": "refuse", **options}
     with torch.serialization.safe_globals([Scaled]):
         outcome = wire.transfer(state, lambda: template, **options)
     assert isinstance(outcome.error, RemoteProtocolError)
@@ -271,6 +276,259 @@ def test_strict_refuses_an_empty_slot(lines: dict[str, Wire]) -> None:
     template = template_with_neighbours(slot=None)
     outcome = refused(lines["PGTransport"], state_for(template, slot=noise(2, 3)), template, strict=True)
     assert "slot: expected in the template, source has it" in str(outcome.error)
+
+
+# ------------------------------------------------------------------------------- a leaf that arrives fresh
+
+
+@pytest.fixture(params=["PGTransport", "LaneTransport"])
+def torchft_wire(request: pytest.FixtureRequest, lines: dict[str, Wire]) -> Wire:
+    return lines[request.param]
+
+
+def arrives(wire: Wire, state: object, template: object, *, mismatched: set[str], **options: Any) -> Outcome:
+    """A transfer that must succeed, with these leaves new and nothing written to the template's own."""
+    before = Memory(template)
+    with torch.serialization.safe_globals([Scaled]):
+        outcome = wire.transfer(state, lambda: template, **options)
+    outcome.check()
+    report = outcome.report
+    assert report is not None
+    check_values(outcome.result, state)
+    assert set(report.mismatched) == mismatched
+    mine = dict(leaves(template))
+    landed = []
+    for path, leaf in leaves(outcome.result):
+        if path in mine and not mismatched & {dotted(path[:end]) for end in range(len(path) + 1)}:
+            landed += before.parts.get(path, {}).values()
+            assert not is_tensor(leaf) or dotted(path) in report.not_in_place or before.is_in_place(path, leaf)
+        elif path in mine and is_tensor(leaf):
+            assert leaf is not mine[path]
+    assert not before.changed_outside(landed), "a leaf that disagrees, or bytes that are no leaf's, have changed"
+    return outcome
+
+
+@pytest.mark.parametrize("kind", DISAGREEMENTS)
+def test_a_leaf_that_disagrees_arrives_fresh(torchft_wire: Wire, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    source, mine, words = DISAGREEMENTS[kind]
+    template = template_with_neighbours(deep=[{"leaf": mine()}])
+    state = state_for(template, deep=[{"leaf": source()}])
+    outcome = arrives(torchft_wire, state, template, mismatched={"deep.0.leaf"})
+    assert outcome.report is not None
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    for text in (outcome.report.mismatched["deep.0.leaf"], warning):
+        assert "expected" in text
+        for word in words:
+            assert word.lower() in text.lower()
+    assert "agrees" not in warning
+    casts = kind in ("dtype", "dtype of a parameter", "dtype without elements")
+    assert ("load_state_dict casts it without a word" in warning) is casts
+
+
+def test_all_disagreements_arrive_at_once(torchft_wire: Wire) -> None:
+    kinds = {name.replace(" ", "_"): (source, mine) for name, (source, mine, _) in DISAGREEMENTS.items()}
+    template = template_with_neighbours(**{name: mine() for name, (_, mine) in kinds.items()})
+    state = state_for(template, **{name: source() for name, (source, _) in kinds.items()}, more=1)
+    arrives(torchft_wire, state, template, mismatched=set(kinds))
+
+
+def test_a_metric_that_grows_and_an_empty_blob(torchft_wire: Wire) -> None:
+    """In torchft's envelope, as the Manager sends it."""
+    metric: dict[str, Any] = {"seen": [noise(7, 3)], "_extra_state": torch.empty(0, dtype=torch.uint8)}
+    template = template_with_neighbours(metric=metric)
+    theirs = {"seen": [noise(32, 1), noise(7, 2)], "_extra_state": noise(170, 4, torch.uint8)}
+    state = {"user": {"default": state_for(template, metric=theirs)}, "torchft": {"step": 7, "batches_committed": 9}}
+    outcome = torchft_wire.transfer(state, lambda: template)
+    outcome.check()
+    check_values(outcome.result, state)
+    report = outcome.report
+    assert report is not None
+    assert report.mismatched == {
+        "user.default.metric.seen.0": "expected float32 (7,), source has float32 (32,)",
+        "user.default.metric._extra_state": "expected uint8 (0,), source has uint8 (170,)",
+    }
+    assert report.missing == ["user.default.metric.seen.1"]
+    assert report.nbytes_fresh == (32 + 7) * 4 + 170
+    assert report.not_in_place == {}
+
+
+def test_strict_refuses_what_disagrees(lines: dict[str, Wire]) -> None:
+    template = template_with_neighbours(more=noise(3, 1))
+    outcome = refused(
+        lines["PGTransport"], state_for(template, more=noise(4, 1)), template, strict=True, on_mismatch="fresh"
+    )
+    assert "more: expected float32 (3,), source has float32 (4,)" in str(outcome.error)
+
+
+def test_a_template_of_which_nothing_fits_is_refused(torchft_wire: Wire) -> None:
+    template = {"a": noise(3, 1), "b": noise(4, 2), "lr": 0.5}
+    state = {"a": noise(4, 3), "b": noise(3, 4), "lr": 0.5}
+    outcome = refused(torchft_wire, state, template, on_mismatch="fresh")
+    assert "a: expected" in str(outcome.error)
+    assert "b: expected" in str(outcome.error)
+
+
+def test_a_function_chooses_for_each_leaf(torchft_wire: Wire) -> None:
+    asked: list[tuple[str, str, str]] = []
+
+    def choose(path: str, expected: str, got: str) -> Literal["fresh", "refuse"]:
+        asked.append((path, expected, got))
+        return "fresh" if path.startswith("metric") else "refuse"
+
+    template = template_with_neighbours(metric=noise(3, 1))
+    state = state_for(template, metric=noise(4, 2))
+    arrives(torchft_wire, state, template, mismatched={"metric"}, on_mismatch=choose)
+    assert asked == [("metric", "float32 (3,)", "float32 (4,)")]
+    template["weight"] = noise(2, 3)
+    state["weight"] = noise(2, 4, torch.bfloat16)
+    outcome = refused(torchft_wire, state, template, on_mismatch=choose)
+    assert str(outcome.error).count("expected") == 1
+    assert "weight: expected float32 (2,), source has bfloat16 (2,)" in str(outcome.error)
+
+
+def test_a_function_that_chooses_something_else_ends_the_transfer(lines: dict[str, Wire]) -> None:
+    template = template_with_neighbours(metric=noise(3, 1))
+    before = Memory(template)
+    state = state_for(template, metric=noise(4, 2))
+    outcome = lines["PGTransport"].transfer(state, lambda: template, on_mismatch=lambda *_: "skip")
+    assert isinstance(outcome.error, LocalProtocolError)
+    assert "expected 'fresh' or 'refuse' for metric, got 'skip'" in str(outcome.error)
+    assert not before.changed
+    with pytest.raises(ValueError, match="on_mismatch: expected"):
+        LaneTransport[Any](timedelta(seconds=1), torch.device("cpu"), on_mismatch=cast(Any, "skip"))
+
+
+def test_a_tie_with_a_leaf_that_disagrees(torchft_wire: Wire) -> None:
+    """The template's tie is written by neither; the source's arrives as one object."""
+    weight, tied = torch.nn.Parameter(noise((6, 4), 1)), noise((3, 4), 2)
+    template = template_with_neighbours(a=weight, b=weight, c=weight.data[1:3], d=noise((3, 4), 5), e=noise(3, 6))
+    state = state_for(template, a=noise((6, 4), 3), b=noise((8, 4), 4), c=noise((2, 4), 7), d=tied, e=tied)
+    outcome = arrives(torchft_wire, state, template, mismatched={"b", "e"})
+    assert outcome.report is not None
+    assert set(outcome.report.not_in_place) == {"a", "c"}
+    assert outcome.result["d"] is outcome.result["e"] is template["d"]
+
+
+def test_a_leaf_of_which_one_part_disagrees_is_new_as_a_whole(torchft_wire: Wire) -> None:
+    """The codes agree, the scales do not: not even the codes are written to."""
+    mine = Scaled(noise((4, 6), 5, torch.int8), noise(2, 6), 6)
+    template = template_with_neighbours(scaled=mine)
+    arrives(torchft_wire, state_for(template, scaled=_scaled(4)), template, mismatched={"scaled"})
+
+
+def test_a_new_dtensor_lives_on_the_mesh_of_the_one_that_disagrees(torchft_wire: Wire) -> None:
+    on = mesh((2,), ("only",))
+    template = {"a": dtensor(noise((2, 3), 1), on, (Shard(0),), (4, 3)), "b": noise(2, 2)}
+    there = DeviceMesh("cpu", [0, 1], mesh_dim_names=("only",), _init_backend=False)
+    state = {"a": dtensor(noise((5, 3), 3), there, (Shard(0),), (10, 3)), "b": noise(2, 4)}
+    outcome = arrives(torchft_wire, state, template, mismatched={"a"})
+    assert outcome.result["a"].device_mesh is on
+
+
+def _trained(optimizer: Callable[..., torch.optim.Optimizer], dtype: torch.dtype, steps: int, seed: int) -> Any:
+    model = torch.nn.Linear(4, 2).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+    made = optimizer(model.parameters())
+
+    def loss() -> torch.Tensor:
+        made.zero_grad()
+        value = model(torch.ones(3, 4, dtype=dtype)).float().square().sum()
+        value.backward()
+        return value
+
+    for _ in range(steps):
+        made.step(loss)
+    return model, made
+
+
+def _state_of(model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+@pytest.mark.parametrize("loaded", ["source", "template", "neither"])
+@pytest.mark.parametrize("optimizer", [torch.optim.NAdam, torch.optim.ASGD])
+def test_an_optimizer_whose_scalars_torch_has_cast(torchft_wire: Wire, optimizer: Any, loaded: str) -> None:
+    """torch's ``load_state_dict`` casts float32 scalars to the dtype of bf16 parameters; what arrives is never cast."""
+    sides = [_trained(optimizer, torch.bfloat16, 2, seed) for seed in (1, 2)]
+    for (_, made), side in zip(sides, ("source", "template"), strict=True):
+        if side == loaded:
+            made.load_state_dict(made.state_dict())
+    state, template = (_state_of(*side) for side in sides)
+    outcome = torchft_wire.transfer(state, lambda: template)
+    outcome.check()
+    check_values(outcome.result, state)  # dtypes and bytes of the source's
+    assert outcome.report is not None
+    assert bool(outcome.report.mismatched) is (loaded != "neither")
+    assert all("bfloat16" in reason for reason in outcome.report.mismatched.values())
+    model, made = sides[1]
+    model.load_state_dict(outcome.result["model"])
+    made.load_state_dict(outcome.result["optimizer"])
+
+
+@pytest.mark.parametrize("steps", [(3, 0), (3, 1), (1, 3)])
+def test_lbfgs_whose_numbers_become_tensors(torchft_wire: Wire, steps: tuple[int, int]) -> None:
+    def lbfgs(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(parameters, lr=0.01, max_iter=1)
+
+    sides = [_trained(lbfgs, torch.float32, number, number) for number in steps]
+    state, template = (_state_of(*side) for side in sides)
+    outcome = torchft_wire.transfer(state, lambda: template)
+    outcome.check()
+    check_values(outcome.result, state)
+    model, made = sides[1]
+    model.load_state_dict(outcome.result["model"])
+    made.load_state_dict(outcome.result["optimizer"])
+
+
+@pytest.mark.parametrize("ran", [("source",), ("template",), ("source", "template")])
+def test_caches_of_jagged_tensors_are_not_compared(torchft_wire: Wire, ran: tuple[str, ...]) -> None:
+    """Two forward passes that asked for different lengths: the values land in place, the caches are the source's."""
+
+    def jagged(*rows: int) -> Any:
+        return torch.nested.nested_tensor([torch.ones(n, 3) * n for n in rows], layout=torch.jagged)
+
+    sides = {"source": jagged(1, 5), "template": jagged(2, 4)}
+    for side in ran:
+        torch.softmax(sides[side], 1)
+    template, state = ({"jagged": sides[side], "plain": noise(2, i)} for i, side in enumerate(("template", "source")))
+    values = sides["template"].values().data_ptr()
+    outcome = torchft_wire.transfer(state, lambda: template)
+    outcome.check()
+    assert outcome.report is not None
+    assert (outcome.report.mismatched, outcome.report.not_in_place) == ({}, {})
+    got = outcome.result["jagged"]
+    assert got.values().data_ptr() == values
+    assert [row.shape[0] for row in got.unbind()] == [1, 5]
+    assert got.__tensor_flatten__()[0] == sides["source"].__tensor_flatten__()[0]
+    assert got._max_seqlen == 5
+    assert got._min_seqlen == 1
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_leaves_that_the_callback_copies_are_told(
+    torchft_wire: Wire, shadow: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = {"kept": noise((30, 40), 1), "copied": noise((40, 30), 2)}
+    calls = []
+
+    def callback() -> object:
+        calls.append(1)
+        return {"kept": mine["kept"], "copied": mine["copied"].clone()}
+
+    state = {"kept": noise((30, 40), 3), "copied": noise((40, 30), 4)}
+    outcome = torchft_wire.transfer(state, callback, shadow=shadow)
+    outcome.check()
+    check_values(outcome.result, state)
+    report = outcome.report
+    assert report is not None
+    assert "gives a copy" in report.not_in_place.pop("copied")
+    assert report.not_in_place == {}
+    assert report.nbytes_in_place == (0 if shadow else 4800)
+    assert report.nbytes_copied == (4800 if shadow else 0)
+    assert "copies of 1 leaves, the first is copied" in caplog.text
+    assert len(calls) == 2
 
 
 # --------------------------------------------------------------------- templates that are hard to write to
@@ -524,7 +782,7 @@ def test_a_template_on_meta_gets_new_memory(wire: Wire) -> None:
     if outcome.error is None:
         assert differences(outcome.result, state) == []
         assert outcome.report is not None
-        assert "weight" in outcome.report.not_in_place
+        assert "weight" in outcome.report.mismatched
     else:
         assert isinstance(outcome.error, RemoteProtocolError)
         assert "weight: expected" in str(outcome.error)

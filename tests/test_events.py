@@ -28,6 +28,7 @@ FIELDS = {
     "seconds_describe", "seconds_agree", "seconds_move", "seconds_verify", "seconds_rebuild", "gigabytes_per_second",
     "nbytes_total", "nbytes_moved", "nbytes_wire", "nbytes_in_place", "nbytes_fresh", "nbytes_staged", "nbytes_kept",
     "in_place_share", "num_leaves", "num_messages", "num_repaired", "num_missing", "num_unused", "num_not_in_place",
+    "num_mismatched",
     "num_peers", "num_peers_complete", "peers",
 }  # fmt: skip
 PEER_FIELDS = {

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
     "_manifest": {"_geometry", "_kinds", "_kinds_distributed", "_leaves", "_memory", "_tree", "_values", "errors"},
     "_layout": {"_geometry", "_manifest"},
     "_codec": {"_digest", "_geometry", "_layout", "_leaves", "_manifest", "_memory", "_tree", "_values", "errors"},
-    "_template": {"_geometry", "_leaves", "_manifest", "_memory", "_tree", "errors", "report"},
+    "_template": {"_geometry", "_kinds_distributed", "_leaves", "_manifest", "_memory", "_tree", "errors", "report"},
     "_landing": _DATA | {"_kinds_distributed", "_template", "errors", "report"},
     "_channel": {"_deadline", "errors"},
     "_control": {"_channel", "_codec", "_deadline", "errors"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
@@ -71,6 +72,45 @@ def test_the_summary_of_a_destination_says_what_landed_in_place() -> None:
     assert report.in_place_share == 0.75
     assert "PGTransport from rank 0 pending" in report.summary()
     assert "75% in place, 1.0 MB fresh" in report.summary()
+
+
+def landed(**fields: Any) -> str:
+    report = TransferReport(
+        "destination", "PGTransport", 5, [PeerReport(0, "complete")], nbytes_total=3_000_000, **fields
+    )
+    report.nbytes_in_place, report.nbytes_fresh = 1_000_000, 2_000_000
+    return report.summary()
+
+
+FRESH = "a fresh optimizer has no state before its first step"
+
+
+@pytest.mark.parametrize(
+    ("missing", "unused", "expected"),
+    [
+        (["optim.state.0.exp_avg", "optim.state.0.step"], [], f"lacks 2 leaves, first optim.state.0.exp_avg: {FRESH}"),
+        (["user.default.opt.state.layer.0.weight.exp_avg"], [], FRESH),
+        (["model.head.weight"], [], "the template lacks 1 leaf, first model.head.weight)"),
+        (["model._orig_mod.a"], ["model.a"], "first model.a: _orig_mod. on one side alone comes of torch.compile"),
+        (["model.a"], ["model._orig_mod.a"], "_orig_mod. on one side alone comes of torch.compile"),
+        (["model.a"], ["model.module.a"], "module. on one side alone comes of DistributedDataParallel"),
+        (["models.a"], ["model.a"], "first models.a; the source lacks 1 leaf of the template, first model.a)"),
+        (["model.module.b"], ["model.module.c"], "first model.module.c)"),
+    ],
+)
+def test_the_summary_names_the_first_path_and_the_likely_cause(
+    missing: list[str], unused: list[str], expected: str
+) -> None:
+    assert expected in landed(missing=missing, unused=unused)
+    assert "33% in place, 2.0 MB fresh (the template lacks" in landed(missing=missing, unused=unused)
+
+
+def test_the_summary_names_what_did_not_fit() -> None:
+    text = landed(mismatched={"a": "expected x, source has y", "b": "…"}, not_in_place={"c": "read-only"})
+    assert (
+        "2 leaves do not fit, first a: expected x, source has y; 1 leaf cannot be written to, first c: read-only"
+        in text
+    )
 
 
 def test_a_long_reason_is_cut_for_people() -> None:

@@ -15,11 +15,19 @@ import torch
 from helpers import CPU, SMALL, FakeGroup, SmallOptions, noise, snapshot, succeed, tensors_of, transfer
 from states import model_and_optimizer
 
-from ft_transport import LocalProtocolError, PeerFailure, PGTransport, Progress, TornStateError, distributed
+from ft_transport import (
+    LocalProtocolError,
+    PeerFailure,
+    PGTransport,
+    Progress,
+    RemoteProtocolError,
+    TornStateError,
+    distributed,
+)
 from ft_transport._channel import Channel
 from ft_transport._torn import Guard
 from ft_transport._transfer import Options
-from ft_transport.report import TransferReport
+from ft_transport.report import PeerReport, TransferReport
 from ft_transport.testing import FaultyChannel, memory_channels
 
 SECOND = timedelta(seconds=1)
@@ -247,6 +255,85 @@ def test_torn_while_bytes_move() -> None:
     assert seen
     assert all(seen)
     assert not pair.destination.torn
+
+
+# ------------------------------------------------------------------------------------- copies
+
+
+def test_a_model_that_the_callback_has_copied_is_not_torn() -> None:
+    mine = large(2)
+    before = snapshot(mine)
+    pair = Pair(None)
+    pair.destination._state_dict = lambda: {name: leaf.clone() for name, leaf in mine.items()}
+    for die_at in (BETWEEN, BETWEEN, -1):  # told apart in the first receive, and known from then on
+        _, error = pair.heal(large(1), die_at=die_at)
+        assert isinstance(error, PeerFailure) is (die_at >= 0)
+        assert not pair.destination.torn
+        report = pair.destination.last_report
+        assert report is not None
+        assert (report.nbytes_in_place, set(report.not_in_place)) == (0, set(mine))
+        pair.destination.metadata()
+        pair.destination.disallow_checkpoint()
+    assert snapshot(mine) == before
+
+
+def test_a_callback_is_asked_twice_once() -> None:
+    mine, calls = large(2), []
+    pair = Pair(None)
+    pair.destination._state_dict = lambda: calls.append(1) or dict(mine)  # type: ignore[func-returns-value]
+    for step in (7, 8, 9):
+        assert pair.heal(large(1), step=step) == [None, None]
+    assert len(calls) == 4
+    assert pair.destination.last_report is not None
+    assert pair.destination.last_report.in_place_share == 1.0
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+def refuse(guard: Guard, *, unfit: bool) -> None:
+    report = TransferReport("destination", "test", 7, [PeerReport(0, "refused")])
+    report.unfit = unfit
+    with contextlib.suppress(LocalProtocolError), guard.receiving(report):
+        raise LocalProtocolError("it does not fit")
+
+
+def test_a_replica_that_refuses_what_it_will_refuse_again_is_stopped() -> None:
+    guard = Guard()
+    refuse(guard, unfit=True)
+    for _ in range(2):
+        with pytest.raises(RemoteProtocolError, match="it does not fit"):
+            guard.check_step()
+    guard.begin_quorum()  # which may find that nobody is left to heal from
+    guard.check_step()
+
+
+def test_a_replica_that_refuses_for_what_may_pass_is_stopped_in_the_end() -> None:
+    guard = Guard()
+    for end in (receive, refuse):
+        for _ in range(2):
+            guard.begin_quorum()
+            refuse(guard, unfit=False)
+            guard.check_step()
+        guard.begin_quorum()
+        if end is receive:
+            receive(guard, torn=False)
+            guard.check_step()
+    refuse(guard, unfit=False)
+    with pytest.raises(RemoteProtocolError):
+        guard.check_step()
+
+
+def test_a_template_that_does_not_fit_stops_the_replica_before_its_step() -> None:
+    pair = Pair({"layer 0": noise(3, 1)})
+    pair.destination.metadata()
+    mine, theirs = pair.heal(large(1))
+    assert mine is None, "the source has done nothing wrong"
+    assert isinstance(theirs, RemoteProtocolError)
+    with pytest.raises(RemoteProtocolError, match="layer 0: expected") as info:
+        pair.destination.disallow_checkpoint()
+    assert not info.value.torn
+    pair.source.disallow_checkpoint()
 
 
 # ------------------------------------------------------------------------------------------ shadow

@@ -370,7 +370,7 @@ def test_all_disagreements_in_one_error_and_nothing_touched() -> None:
         "value": noise(2, 10),
     }
     before = snapshot(template)
-    text = refused(transfer(state, lambda: template))
+    text = refused(transfer(state, lambda: template, destination_options=Options(CPU, on_mismatch="refuse")))
     assert snapshot(template) == before
     assert "dtype: expected float32 (4,), source has bfloat16 (4,)" in text
     assert "shape: expected float32 (3, 2), source has float32 (2, 3)" in text

@@ -94,7 +94,7 @@ FAULTS = {
     "interrupted": "Ctrl-C",
     "two killed": "killed, and another one too",
     "slow": "slow",
-    "other template": "another template",
+    "other template": 'another template, with `on_mismatch="refuse"`',
     "other step": "another step",
     "no room": "no memory for what is fresh",
     "callback raises": "`state_dict` raises",

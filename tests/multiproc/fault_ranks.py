@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch.distributed import AllreduceOptions, TCPStore
 from torchft.process_group import ProcessGroupGloo
 
-from ft_transport import LaneTransport, LocalProtocolError, PGTransport, Progress
+from ft_transport import LaneTransport, LocalProtocolError, PGTransport, Progress, RemoteProtocolError
 from ft_transport._channel import GroupChannel, Pending
 from ft_transport._control import FRAME_TAG
 from ft_transport._lane_options import LaneOptions
@@ -314,7 +314,8 @@ def _receive(rank: int, case: Case) -> Outcome:
         outcome = _outcome(transport, call)
         arrive(case, "over")
         outcome.sound = bool(received) and digest(received[0]) == expected_digest(case.notes)
-        transport.disallow_checkpoint()
+        with suppress(RemoteProtocolError):  # one whose template cannot take the state is stopped here
+            transport.disallow_checkpoint()
         return outcome
     finally:
         transport.shutdown()
@@ -357,10 +358,12 @@ def _transport(case: Case, rank: int, template: Callable[[], object] | None) -> 
             stall_timeout=timedelta(seconds=STALL),
             blocking=True,
             progress=_progress(case, rank),
+            on_mismatch="refuse",
         )
         made._options = SmallLaneOptions(**vars(made._options))
     else:
-        made = PGTransport(this_rank().group, case.timeout(rank), cpu, template, progress=_progress(case, rank))
+        group, progress = this_rank().group, _progress(case, rank)
+        made = PGTransport(group, case.timeout(rank), cpu, template, progress=progress, on_mismatch="refuse")
         made._options = SmallOptions(**vars(made._options))
     return _with_faults(case, rank, FaultyTransport(made, on_fault=lambda text: tell("fault")))
 

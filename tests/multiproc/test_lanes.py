@@ -328,7 +328,7 @@ def test_refusals_are_learned_by_both(lanes: Lanes) -> None:
     template["large"][0] = torch.zeros(3)
     template["small"]["bias 3"] = torch.zeros(1)
     before = digest(template)
-    destination = lanes.destination(template).start(source.metadata())
+    destination = lanes.destination(template, on_mismatch="refuse").start(source.metadata())
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
     destination.join()
     source.disallow_checkpoint()

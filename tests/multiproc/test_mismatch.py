@@ -1,0 +1,175 @@
+"""A joiner whose template disagrees in one leaf, under a real Lighthouse and Manager: what it costs the others."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any, NamedTuple, cast
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+from torchft.manager import Manager
+from torchft.process_group import ProcessGroupGloo
+
+from ft_transport import LaneTransport, PGTransport, RemoteProtocolError
+
+from .harness import Worker, digest, tell, wait_for_heartbeat
+from .test_manager import new_lighthouse
+
+TIMEOUT = timedelta(seconds=10)
+TRANSFER_TIMEOUT = timedelta(seconds=5)
+STEPS_ALONE = 3
+STEPS_TOGETHER = 3
+
+
+class Job(NamedTuple):
+    lighthouse: str
+    store: int
+    lanes: bool
+    async_quorum: bool
+
+
+class Metric:
+    """A state that grows as it is used, and no parameter."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.seen = [torch.full((size,), float(size)) for size in sizes]
+        self.blob = torch.full((170 if len(sizes) > 1 else 0,), 7, dtype=torch.uint8)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "blob": self.blob}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen, self.blob = list(state["seen"]), state["blob"]
+
+
+class Replica:
+    def __init__(self, job: Job, number: int, *sizes: int, **options: Any) -> None:
+        torch.manual_seed(number)
+        self.model = torch.nn.Linear(16, 4)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.metric = Metric(*sizes)
+        self.group = ProcessGroupGloo(timeout=TIMEOUT)
+        cpu = torch.device("cpu")
+        self.transport: LaneTransport[Any] | PGTransport[Any] = (
+            LaneTransport(TRANSFER_TIMEOUT, cpu, self.state_dict, **options)
+            if job.lanes
+            else PGTransport(self.group, TRANSFER_TIMEOUT, cpu, self.state_dict, **options)
+        )
+        self.manager = Manager(
+            pg=self.group,
+            load_state_dict=cast(Any, self.load_state_dict),
+            state_dict=self.state_dict,
+            min_replica_size=1,
+            use_async_quorum=job.async_quorum,
+            timeout=TIMEOUT,
+            quorum_timeout=timedelta(seconds=30),
+            connect_timeout=TIMEOUT,
+            rank=0,
+            world_size=1,
+            store_addr="localhost",
+            store_port=job.store,
+            lighthouse_addr=job.lighthouse,
+            replica_id=f"replica_{number}",
+            hostname="localhost",
+            checkpoint_transport=self.transport,
+        )
+        wait_for_heartbeat(job.lighthouse, self.manager)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict(), "metric": self.metric.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.metric.load_state_dict(state["metric"])
+
+    def step(self) -> bool:
+        self.manager.start_quorum()
+        self.optimizer.zero_grad()
+        self.model(torch.ones(2, 16)).sum().backward()
+        for parameter in self.model.parameters():
+            self.manager.allreduce(parameter.grad).wait()
+        committed = self.manager.should_commit()
+        if committed:
+            self.optimizer.step()
+        return committed
+
+
+def healthy(job: Job, signals: int) -> dict[str, Any]:
+    """Trains until it is told to end. Tells of steps that fail, and of those that are committed next."""
+    told = TCPStore("localhost", signals, is_master=False, wait_for_workers=False)
+    replica = Replica(job, 0, 32, 7)
+    failed = in_a_row = 0
+    while not told.check(["last"]) or replica.manager.current_step() < int(told.get("last")):
+        if replica.step():
+            in_a_row += 1
+            if in_a_row == STEPS_ALONE:
+                tell("goes on", failed)
+        else:
+            failed, in_a_row = failed + 1, 0
+        time.sleep(0.01)
+    return end_of(replica, failed)
+
+
+def joins(job: Job, signals: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Comes later, and trains a few steps."""
+    told = TCPStore("localhost", signals, is_master=False, wait_for_workers=False)
+    replica = Replica(job, 1, 7, **options)
+    if options:
+        with pytest.raises(RemoteProtocolError) as info:
+            replica.step()
+        assert replica.manager.current_step() == 0
+        return {"error": str(info.value)}
+    failed = 0
+    while not replica.step():
+        failed += 1
+    last = replica.manager.current_step() + STEPS_TOGETHER
+    told.set("last", str(last))
+    while replica.manager.current_step() < last:
+        failed += not replica.step()
+    return end_of(replica, failed)
+
+
+def end_of(replica: Replica, failed: int) -> dict[str, Any]:
+    report = replica.transport.last_report
+    assert report is not None
+    replica.manager.shutdown(wait=False)
+    return {
+        "step": replica.manager.current_step(),
+        "failed": failed,
+        "digest": digest(replica.state_dict()),
+        "mismatched": report.mismatched,
+    }
+
+
+# The second one to come heals, however its template differs. The first one refuses: it is told to end, in that step,
+# because each further attempt would fail a step of the healthy replica too.
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("async_quorum", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("lanes", [False, True], ids=["group", "lanes"])
+def test_a_leaf_that_disagrees_heals_and_a_refusal_costs_the_others_a_step(lanes: bool, async_quorum: bool) -> None:
+    lighthouse = new_lighthouse()
+    stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(4)]
+    jobs = [Job(lighthouse.address(), store.port, lanes, async_quorum) for store in stores]
+    signals = stores[3].port
+    workers = [Worker(name) for name in ("healthy", "refuses", "heals")]
+    try:
+        workers[0].start(healthy, jobs[0], signals)
+        assert workers[0].event("goes on").value == 0
+        workers[1].start(joins, jobs[1], signals, {"on_mismatch": "refuse"})
+        refused = workers[1].result()
+        workers[1].end()  # what the exception does to a training process
+        assert "metric.seen.0: expected float32 (7,), source has float32 (32,)" in refused["error"]
+        assert "metric.blob: expected uint8 (0,), source has uint8 (170,)" in refused["error"]
+        assert workers[0].event("goes on").value <= 2, "a refusal costs a step, perhaps that which learns of its end"
+        workers[2].start(joins, jobs[2], signals, {})
+        ends = [workers[0].result(), workers[2].result()]
+    finally:
+        for worker in workers:
+            worker.end()
+        lighthouse.shutdown()
+    assert ends[0]["step"] == ends[1]["step"]
+    assert ends[0]["digest"] == ends[1]["digest"]
+    assert ends[1]["failed"] == 0
+    assert {path.removeprefix("user.default.") for path in ends[1]["mismatched"]} == {"metric.seen.0", "metric.blob"}
