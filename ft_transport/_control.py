@@ -18,14 +18,14 @@ from ft_transport._codec import MAX_FRAME_BYTES, Frame, decode_frame, encode_fra
 from ft_transport._deadline import Deadline
 from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError
 
-__all__ = ["CONTROL_TAG", "FIRST_MESSAGE_TAG", "FRAME_TAG", "LAST_WORDS", "Control", "Posted"]
+__all__ = ["CONTROL_TAG", "FIRST_MESSAGE_TAG", "FRAME_TAG", "Control", "Posted"]
 
 CONTROL_TAG = 1
 FRAME_TAG = 2
 FIRST_MESSAGE_TAG = 3
 
 # How long a side that gives up waits for its reason to leave, before it breaks the channel.
-LAST_WORDS = timedelta(seconds=1)
+_LAST_WORDS = timedelta(seconds=1)
 
 # A posted receive of a control message, and where it lands.
 Posted = tuple[torch.Tensor, Pending]
@@ -165,7 +165,7 @@ class Control:
             # Half a frame makes the peer wait for its other half; a message of another length would abort it.
             if not self._mid_frame:
                 self.send_frame(encode_frame(Frame.FAILED, [reason]))
-                self.flush(Deadline(min(self.deadline.remaining(), LAST_WORDS)))
+                self.flush(Deadline(min(self.deadline.remaining(), _LAST_WORDS)))
         except TransferError:
             pass
         self.channel.abort()

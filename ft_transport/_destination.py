@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 
 from ft_transport._channel import Channel, Pending
 from ft_transport._codec import Frame, Header, decode_manifest, encode_frame
-from ft_transport._control import FIRST_MESSAGE_TAG, LAST_WORDS, Control
+from ft_transport._control import FIRST_MESSAGE_TAG, Control
 from ft_transport._deadline import Deadline
 from ft_transport._digest import ALGORITHMS, digest_bytes, digest_message
 from ft_transport._landing import Landing
@@ -23,7 +22,7 @@ from ft_transport._rewrite import Rewrite
 from ft_transport._template import fit
 from ft_transport._torn import Attempt
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, reason_of
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import Progress, TransferReport
 
 __all__ = ["Received", "receive"]
@@ -140,12 +139,6 @@ def _agree(
         control.flush()
         control.refused = True
         raise error from None
-    except BaseException as exc:  # Ctrl-C, or the callback ends the process: the source is told as well
-        with suppress(TransferError):
-            control.send_frame(encode_frame(Frame.REFUSE, [reason_of(exc)]))
-            control.flush(Deadline(min(control.deadline.remaining(), LAST_WORDS)))
-        control.refused = True
-        raise
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
     return header, layout, landing
 

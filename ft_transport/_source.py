@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,12 @@ from ft_transport._versions import Versions
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
 
-__all__ = ["Gatherer", "Outbound", "serve", "tell_failure"]
+__all__ = ["LAST_WORDS", "Gatherer", "Outbound", "serve", "tell_failure"]
 
 logger = logging.getLogger("ft_transport")
+
+# How long a source whose process is about to end tries to tell the destinations why.
+LAST_WORDS = timedelta(seconds=1)
 
 
 class Gatherer:

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 from ft_transport._channel import GroupChannel, Pending
 from ft_transport._codec import MAX_FRAME_BYTES
-from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG, LAST_WORDS
+from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._deadline import Deadline
 from ft_transport._geometry import geometry, geometry_of
 from ft_transport._landing import Landing, mark_changed
@@ -36,7 +36,7 @@ from ft_transport._layout import Layout, Limits, lay_out
 from ft_transport._leaves import VALUE, Part, Surroundings
 from ft_transport._manifest import Blocks, Leaf, Manifest, Storage, View, describe
 from ft_transport._memory import Bucket, aligned, no_collection, storage_as
-from ft_transport._source import Gatherer
+from ft_transport._source import LAST_WORDS, Gatherer
 from ft_transport._template import compare, match_template
 from ft_transport._torn import Guard
 from ft_transport._transfer import NUM_BUCKETS

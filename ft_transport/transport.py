@@ -19,13 +19,12 @@ from torchft.process_group import ProcessGroup, ProcessGroupBaby
 
 from ft_transport._call import Asked, Call
 from ft_transport._channel import Channel, GroupChannel
-from ft_transport._control import LAST_WORDS
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
 from ft_transport._landing import mark_changed
 from ft_transport._progress import watching
 from ft_transport._rewrite import Rewrite
-from ft_transport._source import Outbound, serve, tell_failure
+from ft_transport._source import LAST_WORDS, Outbound, serve, tell_failure
 from ft_transport._torn import Guard
 from ft_transport._transfer import Options, for_each
 from ft_transport.errors import (

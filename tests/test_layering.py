@@ -63,7 +63,6 @@ ALLOWED: dict[str, set[str]] = {
     "transport": {
         "_call",
         "_channel",
-        "_control",
         "_deadline",
         "_destination",
         "_landing",

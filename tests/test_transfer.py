@@ -489,17 +489,6 @@ def test_what_the_callback_raises_ends_the_transfer_on_both_sides_at_once() -> N
     assert "no model yet" in ends.source.text
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt("by hand"), SystemExit("enough")], ids=lambda e: type(e).__name__)
-def test_a_callback_that_ends_the_process_tells_the_source_why(error: BaseException) -> None:
-    def callback() -> object:
-        raise error
-
-    ends = transfer({"a": noise(4, 1)}, callback)
-    assert ends.destination.error is error
-    assert isinstance(ends.source.error, RemoteProtocolError)
-    assert f"the destination refuses this state: {type(error).__name__}: {error}" in ends.source.text
-
-
 # --------------------------------------------------------------------------------------------- refusals
 
 
