@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ft_transport._memory import undisturbed
 from ft_transport._torn import Guard
 from ft_transport.divergence import StateDigest, state_digest
 from ft_transport.errors import LocalProtocolError, TransferError
@@ -67,7 +68,7 @@ class Asked:
 
 
 class Call:
-    """Keeps a second call out, completes the report, fills in the error, tells how it ended.
+    """Keeps a second call out, and torch's modes, completes the report, fills in the error, tells how it ended.
 
     Args:
         transport: Whose call it is.
@@ -85,10 +86,13 @@ class Call:
     def __enter__(self) -> None:
         if not self._busy.acquire(blocking=False):
             raise LocalProtocolError("a transfer is under way on this transport; one at a time")
+        self._modes = undisturbed()
+        self._modes.__enter__()
         self._transport._last_report = self._report
         self._start = time.perf_counter()
 
     def __exit__(self, cls: type | None, exc: BaseException | None, traceback: object) -> None:
+        self._modes.__exit__(None, None, None)
         self._busy.release()
         report = self._report
         if isinstance(exc, Exception) and not isinstance(exc, TransferError):

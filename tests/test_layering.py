@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "_telemetry": {"_version", "report"},
     "events": {"_telemetry", "report"},
     "_progress": {"_crew", "_deadline", "events", "report"},
-    "_call": {"_torn", "divergence", "errors", "events", "report"},
+    "_call": {"_memory", "_torn", "divergence", "errors", "events", "report"},
     "transport": {
         "_call",
         "_channel",
