@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from ft_transport._manager import calling_manager, goes_on_training, registered_state
+from ft_transport._memory import undisturbed
 from ft_transport._rewrite import Rewrite
 from ft_transport._teller import Teller
 from ft_transport._torn import Guard
@@ -133,7 +134,8 @@ class Asked:
         if rewrite is None:
             return
         try:
-            lost = rewrite.write()
+            with undisturbed():
+                lost = rewrite.write()
         except Exception as exc:
             logger.exception("a received state could not be written again")
             lost = [f"an unknown part of the state ({exc})"]
@@ -142,7 +144,7 @@ class Asked:
 
 
 class Call:
-    """Keeps a second call out, completes the report, fills in the error, tells how it ended.
+    """Keeps a second call out, and torch's modes, completes the report, fills in the error, tells how it ended.
 
     Args:
         transport: Whose call it is.
@@ -164,10 +166,13 @@ class Call:
     def __enter__(self) -> None:
         if not self._busy.acquire(blocking=False):
             raise LocalProtocolError("a transfer is under way on this transport; one at a time")
+        self._modes = undisturbed()
+        self._modes.__enter__()
         self._transport._last_report = self._report
         self._start = time.perf_counter()
 
     def __exit__(self, cls: type | None, exc: BaseException | None, traceback: object) -> None:
+        self._modes.__exit__(None, None, None)
         self._busy.release()
         report = self._report
         if isinstance(exc, Exception) and not isinstance(exc, TransferError):

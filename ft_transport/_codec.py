@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from ft_transport._digest import NUM_SAMPLES
 from ft_transport._geometry import QUANTIZED, Geometry, checked_geometry, merge
 from ft_transport._layout import Limits
-from ft_transport._leaves import VALUE, Part, check_parts
+from ft_transport._leaves import VALUE, Part, check_parts, check_readable
 from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, covered, made, plain_leaves
 from ft_transport._memory import physical_bytes
 from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
@@ -167,8 +167,9 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
             own = list(islice(views, len(leaf.views)))
             leaves.append(manifest.same[index] if index in manifest.same else _encode_leaf(leaf, own))
         except Exception as exc:  # pickling runs the classes' own code, which may raise anything
-            path, what = format_path(manifest.paths[index]), type(leaf.context).__qualname__
-            refused.append(f"{path}: a value of class {what} cannot be encoded: {exc}")
+            path = format_path(manifest.paths[index])
+            what = f"value of class {type(leaf.context).__qualname__}" if leaf.kind == VALUE else leaf.kind
+            refused.append(f"{path}: a {what} cannot be encoded: {exc}")
     leaves += views
     nodes: list[Any] = [None] * len(manifest.nodes)
     for index in [index for index, node in enumerate(manifest.nodes) if node is not LEAF]:
@@ -227,26 +228,30 @@ def _not_plain(manifest: Manifest) -> list[int]:
 def _encode_leaf(leaf: Leaf, views: Sequence[Any]) -> Any:
     if leaf.kind == VALUE:
         return [encode_value(leaf.context)]
+    check_readable(leaf.part)
     return [leaf.kind, views, encode_value(leaf.context), [_encode_part(part) for part in leaf.parts]]
 
 
 def _encode_part(part: Part) -> Any:
     if part.kind == "tensor" and part.context is None:
         return None
+    check_readable(part)
     return [part.kind, encode_value(part.context), [_encode_part(below) for below in part.parts]]
 
 
 def _encode_node(node: Node) -> Any:
     extra = node.extra
+    if node.num_attrs or node.kind == "dataclass":
+        _check_names(node)
     if node.kind == "pytree":
-        extra = [class_name(extra[0]), encode_value(extra[1])]
+        extra = [class_name(extra[0]), encode_value(extra[1]), *extra[2:]]
     elif node.kind in _CLASSES and extra is not None:
         extra = class_name(extra)
     return [node.kind, node.num_children, [encode_value(key) for key in node.keys], node.num_attrs, extra]
 
 
 # Nodes whose ``extra`` is a class, if any.
-_CLASSES = frozenset({"namedtuple", "dataclass", "defaultdict", "subdict", "sublist"})
+_CLASSES = frozenset({"namedtuple", "dataclass", "defaultdict", "subdict", "attrdict", "sublist"})
 
 
 # ------------------------------------------------------------------------------------------- decode
@@ -332,17 +337,17 @@ def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra:
     if not 0 <= expect(int, num_attrs) <= expect(int, num_children):
         raise ValueError(f"{num_attrs} attributes among {num_children} children")
     is_keyed = kind in _KEYED or (kind == "namedtuple" and num_attrs)
-    if len(decoded) != (num_children if is_keyed else 0) or len(set(decoded)) != len(decoded):
-        raise ValueError(f"{kind} of {num_children} children has {len(set(decoded))} distinct keys")
+    # Items and attributes of a mapping may have the same names.
+    split = len(decoded) - (num_attrs if kind in _MAPPINGS else 0)
+    num_distinct = len(set(decoded[:split])) + len(set(decoded[split:]))
+    if len(decoded) != (num_children if is_keyed else 0) or num_distinct != len(decoded):
+        raise ValueError(f"{kind} of {num_children} children has {num_distinct} distinct keys")
     if num_attrs and kind not in _WITH_ATTRS:
         raise ValueError(f"{kind} has no attributes")
     if kind not in CONTAINERS:
         raise ValueError(f"unknown kind of node {kind!r}")
     node = Node(kind, num_children, decoded, num_attrs, _decode_extra(kind, extra))
-    cls = {"OrderedDict": OrderedDict, "defaultdict": defaultdict}.get(kind, node.extra)
-    named = decoded if kind == "dataclass" else decoded[num_children - num_attrs :]
-    if not all(_is_free_name(name, cls) for name in named):
-        raise ValueError("name of an attribute out of range")
+    _check_names(node)
     if kind == "namedtuple" and len(node.extra._fields) != num_children - num_attrs:
         raise ValueError(f"{extra} of {len(node.extra._fields)} fields has {num_children - num_attrs} of them")
     if kind == "namedtuple" and num_attrs and decoded[:-num_attrs] != node.extra._fields:
@@ -350,8 +355,17 @@ def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra:
     return node
 
 
-_KEYED = frozenset({"dict", "OrderedDict", "defaultdict", "dataclass", "subdict", "sublist"})
+_MAPPINGS = frozenset({"OrderedDict", "defaultdict", "subdict"})
+_KEYED = _MAPPINGS | {"dict", "dataclass", "attrdict", "sublist"}
 _WITH_ATTRS = frozenset({"OrderedDict", "defaultdict", "subdict", "sublist", "namedtuple"})
+
+
+def _check_names(node: Node) -> None:
+    """Raise where an attribute of a container would hide what its class can do."""
+    cls = {"OrderedDict": OrderedDict, "defaultdict": defaultdict}.get(node.kind, node.extra)
+    for name in node.keys if node.kind == "dataclass" else node.keys[len(node.keys) - node.num_attrs :]:
+        if not _is_free_name(name, cls):
+            raise ValueError(f"an attribute called {str(name)[:80]!r}, which hides what its class can do")
 
 
 def _is_free_name(name: object, cls: Any) -> bool:
@@ -368,8 +382,16 @@ def _decode_extra(kind: str, extra: Any) -> Any:
     if kind == "deque":
         return extra if extra is None else expect(int, extra)
     if kind == "pytree":
-        name, context = extra
-        return _registered_class(expect(str, name)), decode_value(context)
+        name, context, *locked = extra
+        cls = _registered_class(expect(str, name))
+        if locked and (locked != [True] or not callable(getattr(cls, "lock_", None))):
+            raise ValueError(f"a {name} that is locked: {locked!r}")
+        try:
+            return cls, decode_value(context), *locked
+        except ValueError as exc:
+            if "not allowed" not in str(exc):
+                raise
+            raise _NotAllowed(f"a {name}: {exc}") from exc
     if kind not in _CLASSES:
         if extra is not None:
             raise ValueError(f"{kind} with {extra!r}")
@@ -389,6 +411,7 @@ _IS_A: dict[str, Callable[[type], bool]] = {
     "namedtuple": lambda cls: hasattr(cls, "_fields"),
     "dataclass": lambda cls: hasattr(cls, "__dataclass_fields__"),
     "subdict": lambda cls: issubclass(cls, dict),
+    "attrdict": lambda cls: issubclass(cls, dict) and hasattr(cls, "__dict__"),
     "sublist": lambda cls: issubclass(cls, list),
 }
 

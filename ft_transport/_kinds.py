@@ -14,7 +14,16 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ft_transport._geometry import Geometry, checked_geometry, geometry_of
-from ft_transport._kinds_python import check_object, pickle_leaf, shape_of, sizes, unpickle_leaf
+from ft_transport._kinds_python import (
+    KeepsAttributes,
+    check_attributes,
+    check_object,
+    pickle_leaf,
+    shape_of,
+    sizes,
+    unpickle_leaf,
+    which_refers_to,
+)
 from ft_transport._leaves import Kind, Surroundings, attributes_of, check_grad, register_kind
 from ft_transport._values import class_name, dtype_name, dtype_of, imported_class
 
@@ -61,8 +70,11 @@ class PythonTensor(Kind):
         state = torch._utils._get_obj_state(leaf)  # type: ignore[no-untyped-call]
         state = (attributes_of(leaf), *state[1:]) if isinstance(state, tuple) else state and attributes_of(leaf)
         if not _sets_its_own_state(cls):
-            _check_attributes(state)
+            check_attributes(state)
         data, values = pickle_leaf(state, inner) if state else (b"", [])
+        if any(each is leaf for each in inner):
+            what = which_refers_to(leaf)
+            raise ValueError(f"a tensor of class {cls.__qualname__} cannot travel: {what} refers back to it")
         with torch._C.DisableTorchFunctionSubclass():
             base = leaf.detach().as_subclass(torch.Tensor)
         context = (name, *_grad_of(leaf), data, tuple(values))
@@ -78,7 +90,10 @@ class PythonTensor(Kind):
             if not isinstance(cls, type) or not issubclass(cls, torch.Tensor):
                 raise TypeError(f"{name} is no class of tensor")
         if data:
-            check_object(data, values, len(inner) - 1)
+            check_object(data, values, inner[1:])
+
+    def pickle_in(self, context: Any) -> bytes:
+        return context[3]  # type: ignore[no-any-return]
 
     def label(self, context: Any) -> str:
         return context[0] or "tensor"
@@ -102,7 +117,7 @@ class PythonTensor(Kind):
             if _sets_its_own_state(type(mine)):
                 mine.__setstate__(state)
             else:
-                _check_attributes(state)
+                check_attributes(state)
                 torch._utils._set_obj_state(mine, state)  # type: ignore[no-untyped-call]
         return mine
 
@@ -111,16 +126,9 @@ def _sets_its_own_state(cls: type) -> bool:
     return getattr(cls, "__setstate__", torch.Tensor.__setstate__) is not torch.Tensor.__setstate__
 
 
-def _check_attributes(state: Any) -> None:
-    """No attribute hides what a tensor can do, or is more than an attribute."""
-    for names in state if isinstance(state, tuple) else (state,):
-        for name in names or ():
-            if type(name) is not str or name.startswith("__") or hasattr(torch.Tensor, name):
-                raise ValueError(f"an attribute of a tensor called {str(name)[:80]}")
-
-
 class UninitializedTensor(Kind):
-    """A parameter or buffer of a lazy module that has no shape yet. Context: (is parameter, requires grad)."""
+    """A parameter or buffer of a lazy module that has no shape yet. Context: (is parameter, requires grad), and
+    its dtype if that is not float32."""
 
     name = "uninitialized"
     not_compared = (1,)
@@ -128,14 +136,23 @@ class UninitializedTensor(Kind):
     types = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 
     def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
-        return [], (type(leaf) is torch.nn.UninitializedParameter, leaf.requires_grad)
+        with torch._C.DisableTorchFunctionSubclass():  # it lets nobody ask for anything
+            dtype = leaf.dtype
+        more = () if dtype is torch.float32 else (dtype_name(dtype),)
+        return [], (type(leaf) is torch.nn.UninitializedParameter, leaf.requires_grad, *more)
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
-        _bools(*context)
+        is_parameter, requires_grad, *more = context
+        _bools(is_parameter, requires_grad)
+        if len(more) > 1 or inner:
+            raise ValueError(f"an uninitialized tensor of {context!r}")
+        check_grad(dtype_of(*more) if more else torch.float32, requires_grad)
 
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
-        is_parameter, requires_grad = context
-        return (torch.nn.UninitializedParameter if is_parameter else torch.nn.UninitializedBuffer)(requires_grad)
+        is_parameter, requires_grad, *more = context
+        cls: Any = torch.nn.UninitializedParameter if is_parameter else torch.nn.UninitializedBuffer
+        # Where and of what dtype is not the receiver's default: that is of other tensors.
+        return cls(requires_grad, device="cpu", dtype=dtype_of(*more) if more else torch.float32)
 
 
 class LazyTensor(Kind):
@@ -168,7 +185,7 @@ def _toggle(tensor: torch.Tensor, conjugate: bool, negative: bool) -> torch.Tens
     return torch._neg_view(tensor) if negative else tensor
 
 
-class MetaTensor(Kind):
+class MetaTensor(KeepsAttributes):
     """A tensor without bytes. Context: (dtype, shape, strides, is parameter, requires grad)."""
 
     name = "meta"
@@ -178,10 +195,10 @@ class MetaTensor(Kind):
     def claims(self, leaf: torch.Tensor) -> bool:
         return leaf.is_meta and type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
 
-    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def take_bare_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         return [], (dtype_name(leaf.dtype), tuple(leaf.shape), leaf.stride(), *_grad_of(leaf))
 
-    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+    def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
         dtype, shape, stride, is_parameter, requires_grad = context
         _bools(is_parameter, requires_grad)
         check_grad(dtype_of(dtype), requires_grad)
@@ -193,7 +210,7 @@ class MetaTensor(Kind):
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected meta {mine[0]} {mine[1]}, source has {context[:2]}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         dtype, shape, stride, is_parameter, requires_grad = context
         leaf = torch.empty_strided(shape, stride, dtype=dtype_of(dtype), device="meta")
         return _with_grad(leaf, is_parameter, requires_grad)
@@ -210,7 +227,7 @@ _COMPRESSED = {
 _LAYOUTS = {str(layout): layout for layout in (torch.sparse_coo, *_COMPRESSED)}
 
 
-class SparseTensor(Kind):
+class SparseTensor(KeepsAttributes):
     """Sparse COO, CSR, CSC, BSR, BSC: indices and values travel.
 
     Context: (layout, shape, is coalesced, is parameter, requires grad).
@@ -223,7 +240,7 @@ class SparseTensor(Kind):
     def claims(self, leaf: torch.Tensor) -> bool:
         return str(leaf.layout) in _LAYOUTS and type(leaf) in (torch.Tensor, torch.nn.Parameter)
 
-    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def take_bare_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         plain = leaf.detach()
         coalesced = False
         if leaf.layout is torch.sparse_coo:
@@ -233,7 +250,7 @@ class SparseTensor(Kind):
             inner = [getattr(plain, name)() for name in _COMPRESSED[leaf.layout]] + [plain.values()]
         return inner, (str(leaf.layout), tuple(leaf.shape), coalesced, *_grad_of(leaf))
 
-    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+    def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
         layout, shape, coalesced, is_parameter, requires_grad = context
         _bools(coalesced, is_parameter, requires_grad)
         found = [geometry for geometry in inner if geometry is not None]
@@ -250,7 +267,7 @@ class SparseTensor(Kind):
             return ""
         return f"expected {mine[0]} {mine[1]}, source has {context[0]} {context[1]}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         layout, shape, coalesced, is_parameter, requires_grad = context
         leaf: Any
         if layout == str(torch.sparse_coo):
@@ -282,7 +299,7 @@ def _check_sparse(layout: torch.layout, shape: Sequence[int], inner: Sequence[Ge
     make(*tensors, shape)
 
 
-class NestedTensor(Kind):
+class NestedTensor(KeepsAttributes):
     """A nested tensor of strided layout (a jagged one is a wrapper subclass): its buffer travels.
 
     Context: (sizes, strides, offsets, is parameter, requires grad).
@@ -296,13 +313,13 @@ class NestedTensor(Kind):
     def claims(self, leaf: torch.Tensor) -> bool:
         return leaf.is_nested and leaf.layout is torch.strided and type(leaf) in (torch.Tensor, torch.nn.Parameter)
 
-    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def take_bare_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         plain = leaf.detach()
         shape, stride = (_rows(plain._nested_tensor_size()), _rows(plain._nested_tensor_strides()))
         offsets = tuple(plain._nested_tensor_storage_offsets().tolist())
         return [plain.values()], (shape, stride, offsets, *_grad_of(leaf))
 
-    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+    def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
         shapes, strides, offsets, is_parameter, requires_grad = context
         _bools(is_parameter, requires_grad)
         (buffer,) = inner
@@ -317,9 +334,9 @@ class NestedTensor(Kind):
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[0] == mine[0] else f"expected nested {mine[0]}, source has {context[0]}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         shape, stride, offsets, is_parameter, requires_grad = context
-        metadata = (torch.tensor(rows, dtype=torch.int64) for rows in (shape, stride, offsets))
+        metadata = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (shape, stride, offsets))
         leaf = torch._nested_view_from_buffer(inner[0], *metadata)
         return _with_grad(leaf, is_parameter, requires_grad)
 
@@ -332,7 +349,7 @@ def _rows(matrix: torch.Tensor) -> tuple[tuple[int, ...], ...]:
 _QUANTIZED = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
 
 
-class QuantizedTensor(Kind):
+class QuantizedTensor(KeepsAttributes):
     """A quantized tensor, per tensor or per channel.
 
     Context: (dtype, shape, strides, scale, zero point, axis, is parameter, requires grad); scale and zero point are
@@ -346,7 +363,7 @@ class QuantizedTensor(Kind):
     def claims(self, leaf: torch.Tensor) -> bool:
         return leaf.is_quantized and type(leaf) in (torch.Tensor, torch.nn.Parameter)
 
-    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def take_bare_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         carrier = _QUANTIZED.get(leaf.dtype)
         storage = leaf.untyped_storage()
         flat = torch.empty(0, dtype=carrier or torch.uint8, device=leaf.device)
@@ -365,7 +382,7 @@ class QuantizedTensor(Kind):
         shape = tuple(leaf.shape), leaf.stride()
         return inner, (dtype_name(leaf.dtype), *shape, scale, zero_point, axis, *_grad_of(leaf))
 
-    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+    def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
         dtype, shape, stride, scale, zero_point, axis, is_parameter, requires_grad = context
         _bools(is_parameter, requires_grad)
         flat, *channels = inner
@@ -385,7 +402,8 @@ class QuantizedTensor(Kind):
             raise ValueError(f"a quantized tensor of {shape} by axis {axis!r}")
         if any(channel is None or channel.shape != (shape[axis],) or channel.expanded for channel in channels):
             raise ValueError(f"{shape[axis]} channels, but scales and zero points of {channels}")
-        scales, points = (torch.ones(1, dtype=channel.dtype) for channel in channels if channel is not None)
+        dtypes = [channel.dtype for channel in channels if channel is not None]
+        scales, points = (torch.ones(1, dtype=each, device="cpu") for each in dtypes)
         _without_elements(dtype_of(dtype), (1,) * len(shape), scales, points, axis)
 
     def label(self, context: Any) -> str:
@@ -394,7 +412,7 @@ class QuantizedTensor(Kind):
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected {mine[0]} {mine[1]}, source has {context[0]} {context[1]}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         dtype, shape, stride, scale, zero_point, axis, is_parameter, requires_grad = context
         flat = inner[0]
         if axis is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
+import torch.distributed.distributed_c10d as c10d
 from torch.distributed._shard.metadata import ShardMetadata
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
@@ -16,8 +19,17 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import _StridedShard
 
+try:
+    from torch.distributed.tensor._ops._math_ops import _NormPartial
+except ImportError:  # none of its DTensors have one then
+    _NormPartial = None  # type: ignore[assignment,misc]
+try:
+    from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
+except ImportError:
+    ShardOrderEntry = None  # type: ignore[assignment,misc]
+
 from ft_transport._geometry import Geometry
-from ft_transport._kinds_python import sizes
+from ft_transport._kinds_python import KeepsAttributes, sizes
 from ft_transport._leaves import Kind, Surroundings, check_grad, register_kind
 from ft_transport._values import dtype_name, dtype_of, expect
 
@@ -28,10 +40,12 @@ MeshKey = tuple[str, tuple[int, ...], tuple[int, ...], tuple[str, ...] | None]
 Meshes = dict[MeshKey, DeviceMesh]
 
 
-class DTensorKind(Kind):
+class DTensorKind(KeepsAttributes):
     """``torch.distributed.tensor.DTensor``: the local tensor travels, the mesh is the receiver's own.
 
-    Context: (mesh, placements, global shape, global stride, requires grad, is parameter).
+    Context: (mesh, placements, global shape, global stride, requires grad, is parameter), and, where it is not what the
+    placements alone say, the order of shards: (whether strided shards stand for it, ((dim, dims of the mesh), …) or
+    None).
     """
 
     name = "dtensor"
@@ -42,7 +56,7 @@ class DTensorKind(Kind):
     def claims(self, leaf: torch.Tensor) -> bool:
         return isinstance(leaf, DTensor)
 
-    def take_apart(self, leaf: DTensor) -> tuple[Sequence[Any], Any]:
+    def take_bare_apart(self, leaf: DTensor) -> tuple[Sequence[Any], Any]:
         return [leaf._local_tensor], (
             mesh_key(leaf.device_mesh),
             tuple(_describe_placement(placement) for placement in leaf.placements),
@@ -50,10 +64,12 @@ class DTensorKind(Kind):
             tuple(leaf.stride()),
             leaf.requires_grad,
             isinstance(leaf, torch.nn.Parameter),
+            *_describe_order(leaf._spec),
         )
 
-    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
-        (device_type, mesh_shape, ranks, names), placements, shape, stride, requires_grad, is_parameter = context
+    def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        key, placements, shape, stride, requires_grad, is_parameter, *order = context
+        device_type, mesh_shape, ranks, names = key
         expect(bool, is_parameter)
         expect(bool, requires_grad)
         if len(inner) != 1:
@@ -71,31 +87,51 @@ class DTensorKind(Kind):
             _make_placement(placement)
         if len(sizes(shape)) != len(sizes(stride)):
             raise ValueError(f"a global shape {shape} with strides {stride}")
+        _check_order(order, placements, len(shape))
 
     def disagreement(self, context: Any, mine: Any) -> str:
-        expected, got = (f"global shape {c[2]} with placements {c[1]}" for c in (mine, context))
+        expected, got = (f"global shape {c[2]} with placements {c[1]}{_order_in(c)}" for c in (mine, context))
         return "" if expected == got else f"expected DTensor of {expected}, source has {got}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         (local,) = inner
-        key, placements, shape, stride, requires_grad, is_parameter = context
+        key, placements, shape, stride, requires_grad, is_parameter, *order = context
         meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
-        spec = DTensorSpec(_mesh_like(key, here.meshes), tuple(map(_make_placement, placements)), tensor_meta=meta)
+        how = _make_order(*order)
+        spec = DTensorSpec(_mesh_like(key, here.meshes), tuple(map(_make_placement, placements)), meta, **how)
         leaf = DTensor(local, spec, requires_grad=requires_grad and not is_parameter)  # type: ignore[no-untyped-call]
         return torch.nn.Parameter(leaf, requires_grad=requires_grad) if is_parameter else leaf
 
     def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
-        return mine  # on the receiver's own mesh
+        return self.with_attributes(mine, inner, context, here)  # on the receiver's own mesh
 
 
 def _mesh_like(key: MeshKey, meshes: Meshes) -> DeviceMesh:
-    """The receiver's mesh for a DTensor that the template lacks: the same one, one of the same form, or a new one."""
+    """The receiver's mesh for a DTensor that the template lacks: the template's of the same ranks,
+    or of the same form, the process's own, or a new one without groups."""
     device_type, shape, _, names = key
     if key not in meshes:
         form = device_type, shape, names
         alike = [mesh for other, mesh in meshes.items() if (other[0], other[1], other[3]) == form]
-        meshes[key] = alike[0] if len(alike) == 1 else _new_mesh(key)
+        meshes[key] = alike[0] if len(alike) == 1 else _own_mesh(key) or _new_mesh(key)
     return meshes[key]
+
+
+def _own_mesh(key: MeshKey) -> DeviceMesh | None:
+    """A mesh that this process has anyway, with these ranks and with groups: nobody else needs to be asked for it."""
+    # torch keeps no list of them. Of several the one whose groups were made first, which is so on every rank.
+    created: dict[str, int] = {}
+    if torch.distributed.is_initialized():
+        created = {name: place for place, name in enumerate(c10d._world.pg_names.values())}
+    found: list[tuple[list[int], DeviceMesh]] = []
+    for mesh in [each for each in gc.get_objects() if issubclass(type(each), DeviceMesh)]:
+        try:
+            if mesh_key(mesh) == key and mesh.get_coordinate() is not None:
+                groups = [created[group.group_name] for group in mesh.get_all_groups()]
+                found.append((groups, mesh))
+        except Exception:  # one that is half made, or whose groups are gone
+            continue
+    return min(found, key=itemgetter(0))[1] if found else None
 
 
 def _new_mesh(key: MeshKey) -> DeviceMesh:
@@ -121,15 +157,19 @@ def meshes_of(leaves: Sequence[object]) -> Meshes:
 
 
 def _describe_placement(placement: Placement) -> tuple[Any, ...]:
-    if isinstance(placement, _StridedShard):
-        return "strided shard", placement.dim, placement.split_factor
-    if isinstance(placement, Shard):
-        return "shard", placement.dim
-    if isinstance(placement, Replicate):
+    # Of exactly these classes: what one derived from them means, another would take for something else.
+    cls = type(placement)
+    if cls is _StridedShard:
+        return "strided shard", placement.dim, placement.split_factor  # type: ignore[attr-defined]
+    if cls is Shard:
+        return "shard", placement.dim  # type: ignore[attr-defined]
+    if cls is Replicate:
         return ("replicate",)
-    if isinstance(placement, Partial):
-        return "partial", placement.reduce_op
-    raise ValueError(f"a DTensor with placement {placement!r} cannot travel")
+    if cls is Partial:
+        return "partial", placement.reduce_op  # type: ignore[attr-defined]
+    if cls is _NormPartial:
+        return "norm partial", placement.norm_type  # type: ignore[attr-defined]
+    raise ValueError(f"a DTensor with placement {placement!r} of class {cls.__qualname__} cannot travel")
 
 
 def _make_placement(description: Sequence[Any]) -> Placement:
@@ -140,9 +180,53 @@ def _make_placement(description: Sequence[Any]) -> Placement:
             return Shard(dim)
         case ("partial", str(reduce_op)):
             return Partial(reduce_op)
+        case ("norm partial", int(norm_type) | float(norm_type)) if norm_type:
+            return _NormPartial(norm_type)
         case ("replicate",):
             return Replicate()
     raise ValueError(f"unknown placement {description!r}")
+
+
+def _order(spec: DTensorSpec) -> tuple[Any, Any]:
+    # Neither is known to the oldest torch that is supported.
+    strided = getattr(spec, "use_strided_shard_as_shard_order", None)
+    order = None if strided else getattr(spec, "shard_order", None)
+    return strided, order and tuple((entry.tensor_dim, tuple(entry.mesh_dims)) for entry in order)
+
+
+def _describe_order(spec: DTensorSpec) -> tuple[Any, ...]:
+    order = _order(spec)
+    return () if order == _order(DTensorSpec(spec.mesh, spec.placements)) else (order,)
+
+
+def _order_in(context: Any) -> str:
+    orders = [more for more in context[6:] if len(more) == 2]
+    return f" in the order {orders[0]}" if orders else ""
+
+
+def _make_order(order: Any = None) -> dict[str, Any]:
+    if order is None:
+        return {}
+    strided, entries = order
+    made = entries and tuple(ShardOrderEntry(dim, dims) for dim, dims in entries)
+    return {"use_strided_shard_as_shard_order": strided, "shard_order": made}
+
+
+def _check_order(order: Sequence[Any], placements: Sequence[Any], num_dims: int) -> None:
+    """Whether an order names each dimension of the mesh that shards, once, with the dimension that it shards."""
+    if not order:
+        return
+    ((strided, entries),) = order
+    if ShardOrderEntry is None:
+        raise ValueError("an order of shards, which this version of torch does not know")
+    if strided is not None:
+        expect(bool, strided)
+    named = [(expect(int, dim), expect(int, mesh_dim)) for dim, dims in entries or () for mesh_dim in dims]
+    sharded = [(each[1] % max(num_dims, 1), place) for place, each in enumerate(placements) if "shard" in each[0]]
+    if entries and sorted((place, dim) for dim, place in named) != sorted((place, dim) for dim, place in sharded):
+        raise ValueError(f"an order of shards {entries!r} of placements {placements!r}")
+    if strided and entries:
+        raise ValueError("an order of shards beside strided shards that stand for one")
 
 
 class ShardedTensorKind(Kind):

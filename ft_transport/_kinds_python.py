@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +15,19 @@ except ImportError:  # torch does without it, and so do we
     numpy = None  # type: ignore[assignment]
 
 from ft_transport._geometry import Geometry, checked_geometry
-from ft_transport._leaves import Kind, Surroundings, kind_of, register_kind
-from ft_transport._values import check_pickle, expect, numpy_descr, numpy_dtype, pickle_object, unpickle_object
+from ft_transport._leaves import Kind, Surroundings, attributes_of, kind_of, register_kind
+from ft_transport._values import (
+    UnpicklingError,
+    check_pickle,
+    expect,
+    numpy_descr,
+    numpy_dtype,
+    pickle_object,
+    unpickle_object,
+)
 
-__all__ = ["check_object", "pickle_leaf", "shape_of", "sizes", "unpickle_leaf"]
+__all__ = ["KeepsAttributes", "check_attributes", "check_object", "pickle_leaf", "shape_of", "sizes"]
+__all__ += ["unpickle_leaf", "which_refers_to"]
 
 
 def sizes(values: Any) -> tuple[int, ...]:
@@ -132,11 +142,109 @@ class ObjectKind(Kind):
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
         data, values = context
-        check_object(data, values, len(inner))
+        check_object(data, values, inner)
+
+    def pickle_in(self, context: Any) -> bytes:
+        return context[0]  # type: ignore[no-any-return]
 
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         data, values = context
         return unpickle_leaf(data, values, inner, here)
+
+
+class KeepsAttributes(Kind):
+    """A kind of tensor that keeps its Python attributes, as ``torch.save`` does.
+
+    Its subclasses take apart, check and put together what is below them. Context: theirs, and for a tensor that has
+    attributes one value more, ("attributes", pickle, values in it, tensors in it).
+    """
+
+    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        inner, context = self.take_bare_apart(leaf)
+        attributes = {name: value for name, value in attributes_of(leaf).items() if name != "_is_param"}
+        if not attributes:
+            return inner, context
+        check_attributes(attributes)
+        held: list[Any] = []
+        data, values = pickle_leaf(attributes, held)
+        if any(each is leaf for each in held):
+            what = which_refers_to(leaf)
+            raise ValueError(f"a tensor of class {type(leaf).__qualname__} cannot travel: {what} refers back to it")
+        return [*inner, *held], (*context, (_ATTRIBUTES, data, tuple(values), len(held)))
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        context, attributes = _split(context)
+        num_held = 0
+        if attributes:
+            _, data, values, num_held = attributes
+            if not 0 <= expect(int, num_held) <= len(inner):
+                raise ValueError(f"{num_held} tensors in the attributes of one of {len(inner)}")
+            check_object(data, values, inner[len(inner) - num_held :])
+        self.check_bare(inner[: len(inner) - num_held], context)
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        bare, attributes = _split(context)
+        num_held = attributes[3] if attributes else 0
+        leaf = self.put_bare_together(inner[: len(inner) - num_held], bare, here)
+        return self.with_attributes(leaf, inner, context, here)
+
+    def with_attributes(self, leaf: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        """The leaf itself, with the attributes that the context has."""
+        _, attributes = _split(context)
+        if attributes:
+            _, data, values, num_held = attributes
+            state = unpickle_leaf(data, values, inner[len(inner) - num_held :], here)
+            if type(state) is not dict:
+                raise TypeError(f"attributes that are a {type(state).__name__}")
+            check_attributes(state)
+            vars(leaf).update(state)
+        return leaf
+
+    def pickle_in(self, context: Any) -> bytes:
+        _, attributes = _split(context)
+        return attributes[1] if attributes else b""
+
+    def take_bare_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        """As :meth:`Kind.take_apart`, without attributes."""
+        raise NotImplementedError
+
+    def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        """As :meth:`Kind.check`, without attributes."""
+        raise NotImplementedError
+
+    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        """As :meth:`Kind.put_together`, without attributes."""
+        raise NotImplementedError
+
+
+_ATTRIBUTES = "attributes"
+
+
+def _split(context: Any) -> tuple[Any, Any]:
+    last = context[-1]
+    if type(last) is tuple and len(last) == 4 and type(last[0]) is str and last[0] == _ATTRIBUTES:
+        return context[:-1], last
+    return context, None
+
+
+def check_attributes(state: Any) -> None:
+    """No attribute hides what a tensor can do, or is more than an attribute."""
+    for names in state if isinstance(state, tuple) else (state,):
+        for name in names or ():
+            if type(name) is not str or name.startswith("__") or hasattr(torch.Tensor, name):
+                raise ValueError(f"an attribute of a tensor called {str(name)[:80]}")
+
+
+def which_refers_to(leaf: torch.Tensor) -> str:
+    """The attributes of a tensor that hold, at whatever depth, the tensor itself."""
+    names = []
+    for name, value in attributes_of(leaf).items():
+        inner: list[Any] = []
+        with contextlib.suppress(Exception):  # whatever the classes of what it holds raise
+            pickle_leaf([value], inner)
+        if any(each is leaf for each in inner):
+            names.append(repr(name))
+    return f"its attribute {' and '.join(names)}" if names else "what it is pickled as"
 
 
 def pickle_leaf(value: Any, inner: list[Any]) -> tuple[bytes, list[object]]:
@@ -151,14 +259,35 @@ def unpickle_leaf(data: bytes, values: Any, inner: Sequence[Any], here: Surround
     return unpickle_object(data, values, inner, here.unpickle)
 
 
-def check_object(data: Any, values: Any, num_inner: int) -> None:
+def check_object(data: Any, values: Any, inner: Sequence[Geometry | None]) -> None:
+    """Check that a pickle can be read: it is, with tensors of zeros in the place of those that have no bytes yet."""
     if type(data) is not bytes:
         raise TypeError(f"expected a pickle, got {type(data).__name__}")
-    if num_inner:
-        # Its classes' own code would run on tensors that have no bytes yet: what it names must do.
-        check_pickle(data)
-    else:
+    if not inner:
         unpickle_leaf(data, values, (), Surroundings())
+        return
+    check_pickle(data)
+    shapes = [geometry for geometry in inner if geometry is not None]
+    if len(shapes) < len(inner):
+        return  # what is inside cannot be made without its bytes
+    try:
+        unpickle_leaf(data, values, [_stand_in(shape) for shape in shapes], Surroundings())
+    except _WHATEVER_THE_BYTES as exc:
+        raise ValueError(f"it cannot be built: {type(exc).__name__}: {str(exc)[:1000]}") from exc
+    except Exception:  # the class's own code, which may have wanted other bytes
+        pass
+
+
+# What building an object raises whatever bytes its tensors hold. Others may come of the zeros.
+_WHATEVER_THE_BYTES = (UnpicklingError, TypeError, AttributeError, NameError, ImportError, NotImplementedError)
+# Bounds the memory of a tensor that stands in for another; of larger ones all elements are one.
+_STAND_IN_BYTES = 1 << 20
+
+
+def _stand_in(shape: Geometry) -> torch.Tensor:
+    if shape.span <= _STAND_IN_BYTES:
+        return torch.empty_strided(shape.shape, shape.stride, dtype=torch.uint8, device="cpu").zero_().to(shape.dtype)
+    return torch.zeros((), dtype=torch.uint8, device="cpu").to(shape.dtype).expand(shape.shape)
 
 
 for _kind in (ObjectKind(), GeneratorKind(), NumpyArray()):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._geometry import QUANTIZED, Geometry
-from ft_transport._values import FindClass, Load, allowed_class, is_native, unpickle_allowed
+from ft_transport._values import FindClass, Load, allowed_class, check_cost, is_native, unpickle_allowed
 
 __all__ = [
     "KINDS",
@@ -29,6 +29,7 @@ __all__ = [
     "Surroundings",
     "check_grad",
     "check_parts",
+    "check_readable",
     "is_plain",
     "kind_of",
     "plain",
@@ -121,6 +122,10 @@ class Kind:
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         """A new leaf that owns ``inner``."""
         raise NotImplementedError
+
+    def pickle_in(self, context: Any) -> bytes:
+        """The pickle in a context of this kind, if any: the source sends none that no receiver can read."""
+        return b""
 
     def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         """The leaf for the state, where the inner tensors of the template's leaf hold the new bytes already and
@@ -238,11 +243,17 @@ def take_apart(leaf: Any) -> tuple[Part, Sequence[torch.Tensor]]:
     kind = kind_of(leaf)
     if kind is None:
         return Part(VALUE, leaf), ()
-    inner, context = kind.take_apart(leaf)
     parts: list[Part] = []
     tensors: list[torch.Tensor] = []
-    for tensor in inner:
-        part, below = take_apart(tensor)
+    try:
+        inner, context = kind.take_apart(leaf)
+        taken = [(tensor, *take_apart(tensor)) for tensor in inner]
+    except RecursionError:
+        raise ValueError(
+            f"a leaf of class {cls.__qualname__} cannot travel: what is inside of it refers back to it, "
+            "or is nested deeper than Python recurses"
+        ) from None
+    for tensor, part, below in taken:
         if part.kind == VALUE:
             raise ValueError(f"a {type(tensor).__name__} inside of a {kind.name}, where a tensor is expected")
         parts.append(part)
@@ -275,6 +286,12 @@ def check_parts(part: Part, shapes: Iterator[Geometry]) -> None:
     if kind is None:
         raise ValueError(f"unknown kind of leaf {part.kind!r}: register it on the receiver")
     kind.check(direct, part.context)
+
+
+def check_readable(part: Part) -> None:
+    """Raise ``ValueError`` if a receiver's unpickler cannot build a part, whatever classes it allows."""
+    if part.kind in KINDS and (data := KINDS[part.kind].pickle_in(part.context)):
+        check_cost(data)
 
 
 def _check_plain(shape: Geometry | None, context: Any) -> None:

@@ -17,9 +17,10 @@ import re
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "CPU",
@@ -36,6 +37,7 @@ __all__ = [
     "indexed",
     "memory_at",
     "no_collection",
+    "undisturbed",
     "physical_bytes",
     "storage_as",
 ]
@@ -236,6 +238,24 @@ def no_collection() -> Iterator[None]:
             _collection_holders -= 1
             if _collection_holders == 0 and _collection_was_on:
                 gc.enable()
+
+
+_overrides: Any = torch.overrides
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put aside what this thread has told torch to do otherwise: a default device, inference mode, modes that see or
+    replace every operation. What is made for a transfer is what it says it is, and can be trained with."""
+    functions: list[Any] = []
+    try:
+        while _overrides._len_torch_function_stack():
+            functions.append(_overrides._pop_mode())
+        with torch.inference_mode(False), _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(functions):
+            _overrides._push_mode(mode)
 
 
 # --------------------------------------------------------------------------------------- fresh memory

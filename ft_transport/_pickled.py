@@ -33,13 +33,15 @@ _CHANGE = {"APPEND": 0, "APPENDS": 0, "BUILD": 0, "SETITEM": 2, "SETITEMS": 2, "
 class _Cell:
     """A value on the stack: what walking through it costs, how deep it is, how many keys of it are not text.
 
-    ``made_by`` is the opcode that made it; ``what`` the parts of a tuple, or a text, or a name.
+    ``made_by`` is the opcode that made it, ``called`` the name of what a call made it with; ``what`` the parts of a
+    tuple, or a text, or a name.
     """
 
-    __slots__ = ("cost", "depth", "is_text", "made_by", "num_keys", "what")
+    __slots__ = ("called", "cost", "depth", "is_text", "made_by", "num_keys", "what")
 
-    def __init__(self, is_text: bool = False, made_by: str = "", what: Any = None) -> None:
+    def __init__(self, is_text: bool = False, made_by: str = "", what: Any = None, called: str = "") -> None:
         self.made_by = made_by
+        self.called = called
         self.what = what
         self.cost = 1
         self.depth = 0
@@ -57,7 +59,8 @@ class _Cell:
 
 
 def check_cost(data: bytes) -> None:
-    """Check that unpickling ``data`` takes time and stack in proportion to its size.
+    """Check that unpickling ``data`` takes time and stack in proportion to its size, and that torch's weights-only
+    unpickler can do it, as far as the classes that it names have no say in it.
 
     Raises:
         ValueError: It does not, or ``data`` is no pickle.
@@ -74,11 +77,16 @@ _NAME = {"GLOBAL", "STACK_GLOBAL"}
 _CALL = {"REDUCE", "NEWOBJ", "NEWOBJ_EX"}
 
 
+def _name_of(function: _Cell) -> str:
+    name = function.what
+    return name.replace(" ", ".") if isinstance(name, str) else ".".join(map(str, name or ()))
+
+
 def _check_call(function: _Cell, args: _Cell) -> None:
     """A function comes from the pickle, and a harmless one gets what it gets from honest picklers."""
     if function.made_by not in _NAME:
         raise ValueError("a pickle that calls what it does not name")
-    name = function.what.replace(" ", ".") if isinstance(function.what, str) else ""
+    name = _name_of(function)
     given = args.what if isinstance(args.what, list) else []
     wanted = _ARGUMENTS.get(name)
     if wanted is not None and not ("TUPLE" in args.made_by and wanted(given)):
@@ -91,6 +99,18 @@ _ARGUMENTS: dict[str, Any] = {
     "collections.Counter": lambda given: all("DICT" in part.made_by for part in given) and len(given) < 2,
     "_codecs.encode": lambda given: [part.what for part in given[1:]] == ["latin1"] and given[0].is_text,
 }
+
+
+def _is_list(cell: _Cell) -> bool:
+    return cell.made_by in ("EMPTY_LIST", "LIST")
+
+
+def _is_dict(cell: _Cell) -> bool:
+    return cell.made_by in ("EMPTY_DICT", "DICT") or cell.called in ("collections.OrderedDict", "collections.Counter")
+
+
+# What the weights-only unpickler puts items into: of exactly these classes.
+_TAKEN_BY = {"APPEND": _is_list, "APPENDS": _is_list, "SETITEM": _is_dict, "SETITEMS": _is_dict}
 
 
 class _Machine:
@@ -117,6 +137,8 @@ class _Machine:
             parts = self._pop(opcode.stack_before[1:])
             if name == "BUILD" and self._top().made_by in _LOAD:
                 raise ValueError("a pickle that changes what it was given")
+            if name in _TAKEN_BY and not _TAKEN_BY[name](self._top()):
+                raise ValueError(f"a pickle that puts items into a {self._top().called}, which cannot be read")
             step = _CHANGE[name]
             self._top().take(parts, parts[::step] if step else [])
             self.cost += sum(part.cost for part in parts)
@@ -132,8 +154,9 @@ class _Machine:
             parts if "TUPLE" in opcode.name else [part.what for part in parts] if opcode.name == "STACK_GLOBAL" else arg
         )
         self.cost += sum(part.cost for part in parts)
+        called = _name_of(parts[0]) if opcode.name in _CALL else ""
         for made in opcode.stack_after:
-            cell = _Cell(made.name in _TEXT, opcode.name, what)
+            cell = _Cell(made.name in _TEXT, opcode.name, what, called)
             cell.take(parts, parts if opcode.name == "FROZENSET" else parts[::2] if opcode.name == "DICT" else [])
             self._stack.append(cell)
 

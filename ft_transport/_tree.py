@@ -41,10 +41,11 @@ class Node(NamedTuple):
         kind: ``"leaf"`` or the container's name.
         num_children: Subtrees that follow, 0 for a leaf.
         keys: Keys of a mapping, fields of a dataclass, and of a namedtuple that has attributes; names of attributes
-            come last.
+            come last. An item and an attribute may have the same one. An "attrdict" is a dict whose attributes are
+            its items (``self.__dict__ = self``).
         num_attrs: How many of the last children are attributes of the container (``_metadata``).
         extra: ``default_factory``, the class of a namedtuple or dataclass, ``maxlen`` of a deque; for a node
-            registered with torch's pytree its class and context.
+            registered with torch's pytree its class and context, and True if it is locked, as a TensorDict can be.
     """
 
     kind: str
@@ -130,7 +131,7 @@ def _opener(cls: type) -> _Opener | None:
         return _open_namedtuple
     if cls in pytree.SUPPORTED_NODES:
         flatten_fn = pytree.SUPPORTED_NODES[cls].flatten_fn
-        return lambda value: _open_registered(cls, *flatten_fn(value))
+        return lambda value: _open_registered(cls, value, *flatten_fn(value))
     for base, kind in _SUBCLASSED.items():
         if issubclass(cls, base) and _pickles_plainly(cls, base):
             return _open_subclass(cls, kind)
@@ -161,18 +162,25 @@ def _open_sequence(kind: str) -> _Opener:
     return lambda value: (Node(kind, len(value)), tuple(value))
 
 
-# The user's own classes of containers.
-_SUBCLASSED: dict[type, str] = {dict: "subdict", list: "sublist"}
+# The user's own classes of containers. An OrderedDict keeps its order beside the one of the dict that it is.
+_SUBCLASSED: dict[type, str] = {OrderedDict: "subdict", dict: "subdict", list: "sublist"}
 
 
 def _open_subclass(cls: type, kind: str) -> _Opener:
-    is_mapping = kind == "subdict"
+    base: Any = OrderedDict if issubclass(cls, OrderedDict) else dict
 
     def opened(value: Any) -> _Opened:
         attrs = getattr(value, "__dict__", None) or {}
-        keys = (*(dict.keys(value) if is_mapping else range(len(value))), *attrs)
-        children = (*(dict.values(value) if is_mapping else list.__iter__(value)), *attrs.values())
-        return Node(kind, len(keys), keys, len(attrs), cls), children
+        if kind == "sublist":
+            items = [*list.__iter__(value)]
+            return Node(kind, len(items) + len(attrs), (*range(len(items)), *attrs), len(attrs), cls), (
+                *items,
+                *attrs.values(),
+            )
+        keys, values = tuple(base.keys(value)), tuple(base.values(value))
+        if attrs is value:
+            return Node("attrdict", len(keys), keys, extra=cls), values
+        return Node(kind, len(keys) + len(attrs), (*keys, *attrs), len(attrs), cls), (*values, *attrs.values())
 
     return opened
 
@@ -199,9 +207,11 @@ _OPENERS: dict[type, _Opener] = {
 }
 
 
-def _open_registered(cls: type, children: Iterable[object], context: object) -> _Opened:
+def _open_registered(cls: type, value: Any, children: Iterable[object], context: object) -> _Opened:
     children = tuple(children)
-    return Node("pytree", len(children), extra=(cls, context)), children
+    # What pytree forgets and pickle keeps: that a TensorDict is locked.
+    locked = (True,) if callable(getattr(cls, "lock_", None)) and getattr(value, "is_locked", None) is True else ()
+    return Node("pytree", len(children), extra=(cls, context, *locked)), children
 
 
 def _open_dataclass(value: Any) -> _Opened:
@@ -305,10 +315,16 @@ def _build_dataclass(node: Node, children: list[object]) -> object:
 def _build_subclass(node: Node, children: list[object]) -> object:
     split = node.num_children - node.num_attrs
     value = node.extra.__new__(node.extra)
-    if node.kind == "subdict":
-        dict.update(value, zip(node.keys[:split], children[:split], strict=True))
-    else:
+    if node.kind == "attrdict":
+        value.__dict__ = value
+    if node.kind == "sublist":
         list.extend(value, children[:split])
+    else:
+        put: Any = (OrderedDict if isinstance(value, OrderedDict) else dict).__setitem__
+        for key, child in zip(node.keys[:split], children[:split], strict=True):
+            put(value, key, child)
+    if not node.num_attrs:
+        return value
     vars(value).update(zip(map(str, node.keys[split:]), children[split:], strict=True))
     return value
 
@@ -322,8 +338,11 @@ def _build_namedtuple(node: Node, children: list[object]) -> object:
 
 
 def _build_registered(node: Node, children: list[object]) -> object:
-    cls, context = node.extra
-    return pytree.SUPPORTED_NODES[cls].unflatten_fn(children, context)
+    cls, context, *locked = node.extra
+    value: Any = pytree.SUPPORTED_NODES[cls].unflatten_fn(children, context)
+    if locked:
+        value.lock_()
+    return value
 
 
 _BUILD: dict[str, Callable[[Node, list[object]], object]] = {
@@ -337,6 +356,7 @@ _BUILD: dict[str, Callable[[Node, list[object]], object]] = {
     "namedtuple": _build_namedtuple,
     "dataclass": _build_dataclass,
     "subdict": _build_subclass,
+    "attrdict": _build_subclass,
     "sublist": _build_subclass,
     "pytree": _build_registered,
 }
@@ -426,6 +446,11 @@ def _names(node: Node) -> Iterable[Hashable]:
     if node.kind == "namedtuple" and not node.keys:
         names: tuple[Hashable, ...] = node.extra._fields
         return names
+    if node.num_attrs:
+        split = node.num_children - node.num_attrs
+        items = {*node.keys[:split]}
+        if not items.isdisjoint(node.keys[split:]):  # an item and an attribute of one name are two leaves
+            return (*node.keys[:split], *(f"__dict__.{name}" if name in items else name for name in node.keys[split:]))
     return node.keys or range(node.num_children)
 
 

@@ -21,6 +21,7 @@ import pickle
 import struct
 import sys
 import uuid
+import warnings
 import zoneinfo
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,7 +35,9 @@ __all__ = [
     "ATOMIC",
     "FindClass",
     "Load",
+    "UnpicklingError",
     "allowed_class",
+    "check_cost",
     "check_keys",
     "check_pickle",
     "class_name",
@@ -51,6 +54,8 @@ __all__ = [
     "unpickle_allowed",
     "unpickle_object",
 ]
+
+UnpicklingError = pickle.UnpicklingError
 
 # Finds a class by the name that :func:`class_name` gave it.
 FindClass = Callable[[str], Any]
@@ -178,6 +183,7 @@ def encode_value(value: object) -> Any:
     data, values = pickle_object(value, inner, lambda found: isinstance(found, torch.Tensor))
     if inner:
         raise ValueError("a tensor inside of a key or of a set")
+    check_cost(data)  # as the receiver does, which refuses what its unpickler cannot build
     return ["object", data, *map(encode_value, values)]
 
 
@@ -417,24 +423,58 @@ def _decode_numpy_scalar(descr: Any, data: Any) -> Any:
     import numpy
 
     dtype = numpy_dtype(decode_value(descr))
+    if not dtype.itemsize:  # an empty text, whatever bytes NumPy has for it
+        return numpy.zeros((), dtype)[()]
     return numpy.frombuffer(expect(bytes, data), dtype, count=1)[0]
 
 
 def numpy_descr(dtype: Any) -> Any:
-    """What describes a NumPy dtype: a string, or a list of fields."""
+    """What describes a NumPy dtype: a string, a list of fields, or ("ml_dtypes", name).
+
+    Raises:
+        ValueError: Nothing does: it is of a class that neither NumPy nor ``ml_dtypes`` brings.
+    """
     import numpy
 
-    return numpy.lib.format.dtype_to_descr(dtype)
+    if dtype.type.__module__ == _MORE_DTYPES:
+        return _MORE_DTYPES, dtype.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it becomes raw bytes, which is refused below
+        descr = numpy.lib.format.dtype_to_descr(dtype)
+    if not dtype.hasobject and not _same_dtype(numpy.lib.format.descr_to_dtype(descr), dtype):
+        raise ValueError(f"the NumPy dtype {str(dtype)[:80]} of {type(dtype).__module__} cannot travel")
+    return descr
+
+
+# A package of numbers that NumPy lacks, as bfloat16. NumPy's own description of them is raw bytes.
+_MORE_DTYPES = "ml_dtypes"
+
+
+def _same_dtype(some: Any, other: Any) -> bool:
+    """Whether two are the same, fields included: to NumPy raw bytes may equal what they were made of."""
+    if some != other or some.type is not other.type:
+        return False
+    if some.subdtype or other.subdtype:
+        return some.shape == other.shape and _same_dtype(some.base, other.base)
+    return all(_same_dtype(some[name], other[name]) for name in some.names or ())
 
 
 def numpy_dtype(descr: Any) -> Any:
     """The NumPy dtype that :func:`numpy_descr` described.
 
     Raises:
-        ValueError: It would hold objects.
+        ValueError: It would hold objects, or needs a package that is not here.
     """
     import numpy
 
+    if type(descr) is tuple and len(descr) == 2 and descr[0] == _MORE_DTYPES:
+        try:
+            made = getattr(importlib.import_module(_MORE_DTYPES), expect(str, descr[1]), None)
+        except ImportError:
+            raise ValueError(f"a NumPy dtype of {_MORE_DTYPES}, which is not installed on the receiver") from None
+        if not (isinstance(made, type) and issubclass(made, numpy.generic)):
+            raise ValueError(f"{_MORE_DTYPES} has no dtype {descr[1]!r}")
+        return numpy.dtype(made)
     dtype = numpy.lib.format.descr_to_dtype(descr)
     if dtype.hasobject:
         raise ValueError(f"a NumPy dtype of objects: {descr!r}")

@@ -35,7 +35,7 @@ from ft_transport._landing import Landing, mark_changed
 from ft_transport._layout import Layout, Limits, lay_out
 from ft_transport._leaves import VALUE, Part, Surroundings
 from ft_transport._manifest import Blocks, Leaf, Manifest, Storage, View, describe
-from ft_transport._memory import Bucket, aligned, no_collection, storage_as
+from ft_transport._memory import Bucket, aligned, no_collection, storage_as, undisturbed
 from ft_transport._source import LAST_WORDS, Gatherer
 from ft_transport._template import compare, match_template
 from ft_transport._torn import Guard
@@ -253,7 +253,8 @@ class PGTransport:
         report = self._start("source", dst_ranks)
         start, error = time.perf_counter(), None
         try:
-            self._send(report, state_dict)
+            with undisturbed():
+                self._send(report, state_dict)
         except BaseException as exc:
             error = exc
             raise
@@ -325,7 +326,7 @@ class PGTransport:
         start, error = time.perf_counter(), None
         channel = GroupChannel(self._pg, src_rank, self._device)
         try:
-            with self._guard.receiving(report):
+            with self._guard.receiving(report), undisturbed():
                 return self._recv(channel, report)
         except BaseException as exc:
             if isinstance(exc, TransferError):

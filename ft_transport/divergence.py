@@ -21,7 +21,7 @@ import xxhash
 from ft_transport import _kinds, _kinds_distributed
 from ft_transport._digest import digest_bytes
 from ft_transport._leaves import KINDS, VALUE, Part, take_apart
-from ft_transport._memory import CARRIERS, CPU, Bucket, aligned, copy_elements, memory_at, no_collection
+from ft_transport._memory import CARRIERS, CPU, Bucket, aligned, copy_elements, memory_at, no_collection, undisturbed
 from ft_transport._tree import Node, Path, flatten, format_path, paths_of
 from ft_transport._values import ATOMIC, class_name, dtype_name, encode_value
 from ft_transport.errors import LocalProtocolError
@@ -127,7 +127,7 @@ def state_digest(state_dict: object) -> StateDigest:
 
     Threading: any thread; reads tensors on an accelerator in the current stream.
     """
-    with no_collection():
+    with no_collection(), undisturbed():
         nodes, leaves, _ = flatten(state_dict)
         reader = _Reader()
         entries: list[tuple[Path, LeafDigest]] = []

@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
     "events": {"_telemetry", "report"},
     "_progress": {"_crew", "_deadline", "events", "report"},
     "_teller": {"_deadline"},
-    "_call": {"_manager", "_rewrite", "_teller", "_torn", "divergence", "errors", "events", "report"},
+    "_call": {"_manager", "_memory", "_rewrite", "_teller", "_torn", "divergence", "errors", "events", "report"},
     "transport": {
         "_call",
         "_channel",

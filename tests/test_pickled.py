@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import pickle
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from datetime import datetime, timezone
 from fractions import Fraction
 from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
+import torch
 from helpers import Config, Point
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import _weights_only_unpickler as weights_only
 
 from ft_transport._pickled import MAX_COST, MAX_KEYS, check_cost
 
@@ -27,10 +30,14 @@ class Plain:
         self.values = [1, 2, (3, 4)]
 
 
+class Ordered(OrderedDict):  # type: ignore[type-arg]
+    """A user's OrderedDict."""
+
+
 HONEST: list[Any] = [
     None, True, 5, -5, 1 << 100, 1.5, "text", b"bytes", bytearray(b"x"), (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [],
     [1, [2, [3]]], {}, {"a": 1, 2: {"b": (3,)}}, set(), {1, "a"}, frozenset({1, (2, 3)}), 1j, Counter("aab"),
-    OrderedDict(a=1), deque([1, 2], maxlen=5), datetime(2020, 1, 1, tzinfo=timezone.utc), Fraction(1, 3),
+    OrderedDict(a=1), datetime(2020, 1, 1, tzinfo=timezone.utc), Fraction(1, 3),
     PurePosixPath("/a/b"), Config(3), Point(1, [Point(2, 3)]), Plain(),
     [Config(1)] * 500, {index: index for index in range(5000)},
 ]  # fmt: skip
@@ -40,6 +47,15 @@ HONEST: list[Any] = [
 @pytest.mark.parametrize("value", HONEST, ids=lambda value: type(value).__name__)
 def test_honest_pickles_pass(value: Any, protocol: int) -> None:
     check_cost(pickle.dumps(value, protocol))
+
+
+@pytest.mark.parametrize("value", [deque([1]), Ordered(a=1), [defaultdict(int, a=1)]])
+def test_what_the_weights_only_unpickler_cannot_fill_is_refused(value: Any) -> None:
+    data = pickle.dumps(value, 2)
+    with torch.serialization.safe_globals([deque, Ordered, defaultdict]), pytest.raises(pickle.UnpicklingError):
+        weights_only.Unpickler(io.BytesIO(data)).load()
+    with pytest.raises(ValueError, match="which cannot be read"):
+        check_cost(data)
 
 
 @given(
