@@ -67,10 +67,12 @@ def receive(
             flights.confirm()
             if header.digest:
                 _verify(flights.digests, expected)
+            landing.check()
             _say_done(control)
         with peer.enter("rebuild", "destination"), no_collection():
             report.torn = report.torn or landing.copies
             result = landing.rebuild()
+            landing.check()
         report.torn = False
         peer.outcome = "complete"
         return result, landing.written()
@@ -247,7 +249,8 @@ class _Flights:
     def _digest(self, arrival: _Arrival) -> int:
         if not self._header.digest:
             return 0
-        return digest_message(arrival.data, self._header.digest, self._header.sample)
+        held = None if arrival.staged else self._landing.held(arrival.message)
+        return digest_message(arrival.data, self._header.digest, self._header.sample, held)
 
     def _tell(self, arrivals: list[_Arrival]) -> None:
         (peer,) = self._report.peers

@@ -90,12 +90,14 @@ class Sink:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
         if message not in self._claims or self.todo.was_damaged(message):
             return None
-        here = self._landing.view(message)
-        if here is None:
+        held = self._landing.held(message)
+        if held is None:
             staged = self._take(message, bucket)
             self._landing.gather(message, staged)
             here = memory_at(staged.data_ptr(), staged.numel())
-        self._claimed[message] = digest = fingerprint(here)
+        else:
+            here = held.view
+        self._claimed[message] = digest = fingerprint(here, held)
         return digest if self._claims[message] in (None, digest) else None
 
     def land(self, talk: Talk, header: Header, bucket: Bucket, patience: Patience) -> bool:
@@ -105,13 +107,14 @@ class Sink:
             TransferError: It did not come.
         """
         message, nbytes = header.number, self.sizes[header.number]
-        view, staged = self._landing.view(message), None
-        if view is None:
+        held, staged = self._landing.held(message), None
+        if held is None:
             staged = self._take(message, bucket)
             view = memory_at(staged.data_ptr(), nbytes)
         else:
+            view = held.view
             self._note_torn(message)
-        digest = talk.hear_message(header, view, verify=self.verified, patience=patience)
+        digest = talk.hear_message(header, view, verify=self.verified, patience=patience, held=held)
         if digest is None:
             return False
         if staged is not None:
@@ -124,6 +127,14 @@ class Sink:
             self._report.nbytes_staged += nbytes if staged is not None else 0
         self.todo.landed(message, digest)
         return True
+
+    def named(self, error: LocalProtocolError) -> LocalProtocolError:
+        """The error with the paths, if memory of the template was taken away."""
+        try:
+            self._landing.check()
+        except LocalProtocolError as exc:
+            return exc
+        return error
 
     def _take(self, message: int, bucket: Bucket) -> torch.Tensor:
         bucket.reset(aligned(self.sizes[message]))
@@ -284,6 +295,8 @@ class Fetcher:
                 torch.accelerator.set_stream(self._stream)
             while self._ask(talk, bucket, patience):
                 self._hear(talk, bucket, patience)
+        except LocalProtocolError as exc:
+            self.fatal = self._sink.named(exc)
         except TransferError as exc:
             if not self._closing:
                 self.error = exc

@@ -17,22 +17,25 @@ import torch
 from ft_transport._kinds_distributed import meshes_of
 from ft_transport._layout import Gaps, Layout, Piece
 from ft_transport._leaves import KINDS, Maker, Surroundings, plain, put_together, refresh
-from ft_transport._manifest import Leaf, Manifest, View, covered
+from ft_transport._manifest import Leaf, Manifest, View, covered, refuse_moved
 from ft_transport._memory import (
     CARRIERS,
     CPU,
     FROM_ARENA,
     Arena,
     Block,
+    Held,
+    Places,
     allocate,
     copy_blocks,
+    held,
     indexed,
     physical_bytes,
     storage_as,
 )
 from ft_transport._template import Slot, Targets, same_strides
 from ft_transport._tree import format_path
-from ft_transport.errors import RemoteProtocolError
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 from ft_transport.report import TransferReport
 
 __all__ = ["Landing", "mark_changed"]
@@ -98,7 +101,9 @@ class Landing:
         self._values: dict[Slot, torch.Tensor] = {}
         self._settled: set[Slot] = set()
         self._copies: list[tuple[Slot, Slot]] = []
+        self._places = Places.of(list(targets.values()))
         self._plan(report)
+        self._blocks = held(self._blocks)
 
     # ---------------------------------------------------------------------------------------- plan
 
@@ -245,15 +250,38 @@ class Landing:
 
     # ---------------------------------------------------------------------------------------- move
 
+    def check(self) -> None:
+        """Call before what has landed counts as the template's.
+
+        Raises:
+            LocalProtocolError: A tensor of the template has lost its memory, or part of it; the text names the paths.
+        """
+        if moved := self._places.moved():
+            slots = list(self._targets)
+            refuse_moved(self._manifest, [slots[index][0] for index in moved])
+
     def direct(self, message: int) -> torch.Tensor | None:
-        """The memory that a message can be received into as it is, None if it must be staged."""
+        """The memory that a message can be received into as it is, None if it must be staged.
+
+        Raises:
+            LocalProtocolError: As :meth:`check`.
+        """
         found = self._direct(message)
-        return None if found is None else found[0].bytes(found[1], found[2])
+        if found is None:
+            return None
+        if not found[0].here:
+            self.check()
+        return found[0].bytes(found[1], found[2])
 
     def view(self, message: int) -> memoryview | None:
-        """As :meth:`direct`, for messages on the CPU: valid as long as this landing is."""
+        """As :meth:`direct`, for messages on the CPU; see :meth:`held`."""
+        held = self.held(message)
+        return None if held is None else held.view
+
+    def held(self, message: int) -> Held | None:
+        """As :meth:`view`, to see whether the memory is there."""
         found = self._direct(message)
-        return None if found is None else found[0].view(found[1], found[2])
+        return None if found is None or not self._on_cpu else Held(*found)
 
     def _direct(self, message: int) -> tuple[Block, int, int] | None:
         pieces = self._layout.messages[message]
@@ -267,11 +295,18 @@ class Landing:
 
     def scatter(self, message: int, staged: torch.Tensor) -> None:
         """Copy a staged message to where its pieces belong."""
-        copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=False)
+        self._copy(message, staged, gather=False)
 
     def gather(self, message: int, staged: torch.Tensor) -> None:
         """Copy a message from where its pieces landed."""
-        copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=True)
+        self._copy(message, staged, gather=True)
+
+    def _copy(self, message: int, staged: torch.Tensor, *, gather: bool) -> None:
+        try:
+            copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=gather)
+        except LocalProtocolError:
+            self.check()  # which names it
+            raise
 
     def in_template(self, message: int) -> bool:
         """Whether all of a message lands in the template's memory."""

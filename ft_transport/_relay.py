@@ -12,9 +12,10 @@ from ft_transport._landing import Landing
 from ft_transport._lane_options import SMALL_BYTES
 from ft_transport._lanes import HEARTBEAT, Patience
 from ft_transport._layout import Layout
-from ft_transport._memory import Bucket, memory_at
+from ft_transport._memory import Bucket, Held, memory_at
 from ft_transport._supply import Supply
 from ft_transport._work import Work
+from ft_transport.errors import LocalProtocolError
 
 __all__ = ["Relay"]
 
@@ -54,6 +55,7 @@ class Relay:
         self.verified = verified
         # Training goes on with this memory once this side has the state, whatever the next one still reads.
         self.steady = verified
+        self.is_whole_offer = False
         self._desk = desk
         self._landing = landing
         self._work = work
@@ -80,6 +82,12 @@ class Relay:
             here = bucket.take(self.sizes[message])
             self._landing.gather(message, here)
         return memory_at(here.data_ptr(), here.numel())
+
+    def held(self, message: int) -> Held | None:
+        return None if message in self._copies else self._landing.held(message)
+
+    def note_error(self, error: LocalProtocolError) -> None:
+        pass  # whoever is here turns to the source
 
     def digest(self, message: int) -> int | None:
         return self._work.digests.get(message)

@@ -20,7 +20,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._digest import digest_bytes, digest_message
 from ft_transport._layout import Layout, Piece, lay_out
 from ft_transport._manifest import Blocks, describe
-from ft_transport._memory import Block, Bucket, aligned, copy_blocks, memory_at, no_collection
+from ft_transport._memory import Block, Bucket, Held, aligned, copy_blocks, memory_at, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport._versions import Versions
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
@@ -60,22 +60,39 @@ class Gatherer:
         """What a bucket must hold for these messages."""
         return sum(aligned(self._layout.sizes[message]) for message in messages if self.staged(message))
 
+    def check(self) -> None:
+        """Raises LocalProtocolError if a tensor of the state has lost its memory; see ``_manifest.Blocks``."""
+        self._blocks.check()
+
     def gather(self, message: int, bucket: Bucket | None) -> torch.Tensor:
-        """The bytes of a message: the state's own memory, or a copy in the bucket."""
+        """The bytes of a message: the state's own memory, or a copy in the bucket; raises as :meth:`check`."""
         parts = [self._part(piece) for piece in self._layout.messages[message]]
         if not self.staged(message):
             block, begin, nbytes = parts[0]
+            if not block.here:
+                self.check()
             return block.bytes(begin, begin + nbytes)
         assert bucket is not None
         staged = bucket.take(self._layout.sizes[message])
-        copy_blocks(parts, staged, gather=True)
+        try:
+            copy_blocks(parts, staged, gather=True)
+        except LocalProtocolError:
+            self.check()  # which names it
+            raise
         return staged
+
+    def held(self, message: int) -> Held | None:
+        """The state's own memory, where that is on the CPU and is what :meth:`gather` gives."""
+        if self.staged(message) or self._device.type != "cpu":
+            return None
+        block, begin, nbytes = self._part(self._layout.messages[message][0])
+        return Held(block, begin, begin + nbytes)
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         """As :meth:`gather`, for messages on the CPU: valid as long as this gatherer and the bucket are."""
-        if not self.staged(message):
-            block, begin, nbytes = self._part(self._layout.messages[message][0])
-            return block.view(begin, begin + nbytes)
+        held = self.held(message)
+        if held is not None:
+            return held.view
         staged = self.gather(message, bucket)
         return memory_at(staged.data_ptr(), staged.numel())
 
@@ -123,7 +140,8 @@ class Outbound:
     def note_digest(self, message: int, data: torch.Tensor) -> None:
         """Fingerprint a message, once for all destinations."""
         if self.header.digest and message not in self._digests:
-            self._digests[message] = digest_message(data, self.header.digest, self.header.sample)
+            held = self.gatherer.held(message)
+            self._digests[message] = digest_message(data, self.header.digest, self.header.sample, held)
 
     def digests(self) -> list[int]:
         """Fingerprints of all messages, in order; empty where nothing is verified."""
@@ -165,8 +183,9 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
 
 
 def _check_unchanged(control: Control, outbound: Outbound) -> None:
-    """Void the transfer if the state has changed meanwhile."""
+    """Void the transfer if the state has changed or moved meanwhile."""
     try:
+        outbound.gatherer.check()
         outbound.versions.check()
     except LocalProtocolError as exc:
         control.give_up(exc.message)
