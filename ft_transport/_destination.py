@@ -250,7 +250,11 @@ class _Flights:
         if not self._header.digest:
             return 0
         held = None if arrival.staged else self._landing.held(arrival.message)
-        return digest_message(arrival.data, self._header.digest, self._header.sample, held)
+        try:
+            return digest_message(arrival.data, self._header.digest, self._header.sample, held)
+        except LocalProtocolError:
+            self._landing.check()  # which names it
+            raise
 
     def _tell(self, arrivals: list[_Arrival]) -> None:
         (peer,) = self._report.peers

@@ -23,7 +23,7 @@ from ft_transport._manifest import Blocks, describe
 from ft_transport._memory import Block, Bucket, Held, aligned, copy_blocks, memory_at, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport._versions import Versions
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 __all__ = ["Gatherer", "Outbound", "serve", "tell_failure"]
@@ -141,7 +141,11 @@ class Outbound:
         """Fingerprint a message, once for all destinations."""
         if self.header.digest and message not in self._digests:
             held = self.gatherer.held(message)
-            self._digests[message] = digest_message(data, self.header.digest, self.header.sample, held)
+            try:
+                self._digests[message] = digest_message(data, self.header.digest, self.header.sample, held)
+            except LocalProtocolError:
+                self.gatherer.check()  # which names it
+                raise
 
     def digests(self) -> list[int]:
         """Fingerprints of all messages, in order; empty where nothing is verified."""
@@ -168,7 +172,7 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
             if control.recv_frame(Frame.READY) != (digest_bytes(outbound.frame),):
                 raise RemoteProtocolError("the description of the state came damaged to the destination")
         with peer.enter("move", "source"):
-            _Flights(control, outbound, peer).send()
+            _send(control, outbound, peer)
         with peer.enter("verify", "source"):
             _check_unchanged(control, outbound)
             control.send_frame(encode_frame(Frame.DIGESTS, outbound.digests()))
@@ -180,6 +184,20 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
     finally:
         channel.drop()
         peer.nbytes_wire = channel.nbytes_wire
+
+
+def _send(control: Control, outbound: Outbound, peer: PeerReport) -> None:
+    lost: PeerFailure | None = None
+    try:
+        _Flights(control, outbound, peer).send()
+    except PeerFailure as exc:
+        lost = exc
+    try:
+        if lost is not None:
+            outbound.gatherer.check()  # a group whose memory was taken away breaks, and calls that a failing connection
+            raise lost
+    finally:
+        lost = None
 
 
 def _check_unchanged(control: Control, outbound: Outbound) -> None:
