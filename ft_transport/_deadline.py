@@ -10,13 +10,15 @@ from datetime import timedelta
 
 # A wait of less than 1 ms means the *group's* own time-out to gloo (60 s or more), so nothing may be shorter.
 MIN_WAIT = timedelta(milliseconds=1)
+# Nor longer: a poll counts milliseconds in 32 bits, gloo nanoseconds in 64, and locks refuse more than they can count.
+MAX_WAIT = timedelta(days=20)
 
 
 class Deadline:
     """A point in monotonic time that one call must not outlast.
 
     Args:
-        timeout: Budget from now on. Zero or less is already past.
+        timeout: Budget from now on. Zero or less is already past; more than :data:`MAX_WAIT` counts as that.
     """
 
     __slots__ = ("_begin", "_end", "_timeout")
@@ -24,7 +26,7 @@ class Deadline:
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
         self._begin = time.monotonic()
-        self._end = self._begin + timeout.total_seconds()
+        self._end = self._begin + min(timeout, MAX_WAIT).total_seconds()
 
     @property
     def timeout(self) -> timedelta:

@@ -78,12 +78,14 @@ def receive(
             flights.confirm()
             if header.digest:
                 _verify(flights.digests, expected)
+            landing.check()
             if rewrite is not None and beside is not None:
                 _check_unwritten(rewrite, beside)
             _say_done(control)
         with peer.enter("rebuild", "destination"), no_collection():
             report.torn = report.torn or landing.copies
             result = landing.rebuild()
+            landing.check()
         report.torn = False
         peer.outcome = "complete"
         if rewrite is not None and header.digest:
@@ -312,7 +314,12 @@ class _Flights:
     def _digest(self, arrival: _Arrival) -> int:
         if not self._header.digest:
             return 0
-        return digest_message(arrival.data, self._header.digest, self._header.sample)
+        held = None if arrival.staged else self._landing.held(arrival.message)
+        try:
+            return digest_message(arrival.data, self._header.digest, self._header.sample, held)
+        except LocalProtocolError:
+            self._landing.check()  # which names it
+            raise
 
     def _tell(self, arrivals: list[_Arrival]) -> None:
         (peer,) = self._report.peers

@@ -8,10 +8,10 @@ bit. Not a defence against an attacker, who could send matching digests.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 import xxhash
+
+from ft_transport._memory import Held, memory_at
 
 __all__ = ["ALGORITHMS", "NUM_SAMPLES", "digest_bytes", "digest_message"]
 
@@ -22,6 +22,8 @@ ALGORITHMS = ("xxh3", "sum")
 # Of every 2 MiB of a sampled message one block of 64 KiB is read; messages below 2 MiB are read whole.
 NUM_SAMPLES = 32
 _BLOCK = 64 << 10
+# Of a user's memory so much is read before other threads get a turn.
+_PIECE = 1 << 20
 _SAMPLED_FROM = NUM_SAMPLES * _BLOCK
 
 
@@ -30,24 +32,34 @@ def digest_bytes(data: bytes | memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data)
 
 
-def digest_message(message: torch.Tensor, algorithm: str, sample: int = -1) -> int:
+def digest_message(message: torch.Tensor, algorithm: str, sample: int = -1, held: Held | None = None) -> int:
     """Fingerprint of a flat, contiguous uint8 tensor, as an unsigned integer of 64 bits.
 
     Args:
         message: The bytes.
         algorithm: One of :data:`ALGORITHMS`.
         sample: With "xxh3", which block of each :data:`NUM_SAMPLES` is read if the message is large; -1 for all.
+        held: Set if the message is a user's memory on the CPU.
+
+    Raises:
+        LocalProtocolError: That memory was taken away.
     """
     if algorithm == "sum":
         return _sum(message)
     local = message.cpu()
     # Needs no NumPy to reach the memory, and xxhash releases the GIL while it reads.
-    memory = memoryview((ctypes.c_char * local.numel()).from_address(local.data_ptr())).cast("B")
-    if sample < 0 or local.numel() < _SAMPLED_FROM:
+    memory = memory_at(local.data_ptr(), local.numel()) if held is None else held.view
+    whole = sample < 0 or local.numel() < _SAMPLED_FROM
+    if whole and held is None:
         return digest_bytes(memory)
     digest = xxhash.xxh3_64()
-    for begin in range(sample * _BLOCK, local.numel(), NUM_SAMPLES * _BLOCK):
-        digest.update(memory[begin : begin + _BLOCK])
+    first, step, nbytes = (0, _PIECE, _PIECE) if whole else (sample * _BLOCK, NUM_SAMPLES * _BLOCK, _BLOCK)
+    for begin in range(first, len(memory), step):
+        piece = memory[begin : begin + nbytes]
+        if held is None:
+            digest.update(piece)
+        else:
+            held.feed(digest.update, piece)
     return digest.intdigest()
 
 

@@ -103,12 +103,14 @@ class Sink:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
         if message not in self._claims or self.todo.was_damaged(message) or self._is_written(message):
             return None
-        here = self._landing.view(message)
-        if here is None:
+        held = self._landing.held(message)
+        if held is None:
             staged = self._take(message, bucket)
             self._landing.gather(message, staged)
             here = memory_at(staged.data_ptr(), staged.numel())
-        self._claimed[message] = digest = fingerprint(here)
+        else:
+            here = held.view
+        self._claimed[message] = digest = fingerprint(here, held)
         return digest if self._claims[message] in (None, digest) else None
 
     def land(self, talk: Talk, header: Header, bucket: Bucket, patience: Patience) -> bool:
@@ -118,16 +120,17 @@ class Sink:
             TransferError: It did not come.
         """
         message, nbytes = header.number, self.sizes[header.number]
-        view, staged, aside = self._landing.view(message), None, None
+        held = aside = staged = None
         if self._rewrite is not None and self._is_written(message):
             aside = self._rewrite.take_aside(message)
             view = memory_at(aside.data_ptr(), nbytes)
-        elif view is None:
+        elif (held := self._landing.held(message)) is None:
             staged = self._take(message, bucket)
             view = memory_at(staged.data_ptr(), nbytes)
         else:
+            view = held.view
             self._note_torn(message)
-        digest = talk.hear_message(header, view, verify=self.verified, patience=patience)
+        digest = talk.hear_message(header, view, verify=self.verified, patience=patience, held=held)
         if digest is None:
             return False
         if staged is not None:
@@ -151,6 +154,14 @@ class Sink:
         """Whether forward has written where a large message lands, which so must land aside."""
         return self._rewrite is not None and self._rewrite.is_written(message)
 
+    def named(self, error: LocalProtocolError) -> LocalProtocolError:
+        """The error with the paths, if memory of the template was taken away."""
+        try:
+            self._landing.check()
+        except LocalProtocolError as exc:
+            return exc
+        return error
+
     def _take(self, message: int, bucket: Bucket) -> torch.Tensor:
         taken = self._rewrite.take(message) if self._rewrite is not None and self._is_small(message) else None
         if taken is None:
@@ -160,7 +171,7 @@ class Sink:
 
     def _note_torn(self, message: int) -> None:
         """A message is about to be written to where it belongs."""
-        if not self._report.torn and self._landing.in_template(message):
+        if not self._report.torn and self._landing.touches_template(message):
             self._report.torn = True
 
     def note_damage(self, message: int) -> None:
@@ -316,6 +327,8 @@ class Fetcher:
                 torch.accelerator.set_stream(self._stream)
             while self._ask(talk, bucket, patience):
                 self._hear(talk, bucket, patience)
+        except LocalProtocolError as exc:
+            self.fatal = self._sink.named(exc)
         except TransferError as exc:
             if not self._closing:
                 self.error = exc

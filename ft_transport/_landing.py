@@ -18,22 +18,25 @@ import torch
 from ft_transport._kinds_distributed import meshes_of
 from ft_transport._layout import Gaps, Layout, Piece
 from ft_transport._leaves import KINDS, Maker, Surroundings, plain, put_together, refresh
-from ft_transport._manifest import Leaf, Manifest, View, covered
+from ft_transport._manifest import Leaf, Manifest, View, covered, refuse_moved
 from ft_transport._memory import (
     CARRIERS,
     CPU,
     FROM_ARENA,
     Arena,
     Block,
+    Held,
+    Places,
     allocate,
     copy_blocks,
+    held,
     indexed,
     physical_bytes,
     storage_as,
 )
 from ft_transport._template import Slot, Targets, same_strides
 from ft_transport._tree import format_path
-from ft_transport.errors import RemoteProtocolError
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 from ft_transport.report import TransferReport
 
 __all__ = ["Landing", "mark_changed"]
@@ -107,7 +110,9 @@ class Landing:
         self._settled: set[Slot] = set()
         self._copies: list[tuple[Slot, Slot]] = []
         self._counts: list[int] = []  # of the targets of these copies, as torch counts their in-place operations
+        self._places = Places.of(list(targets.values()))
         self._plan(report)
+        self._blocks = held(self._blocks)
 
     # ---------------------------------------------------------------------------------------- plan
 
@@ -260,15 +265,38 @@ class Landing:
 
     # ---------------------------------------------------------------------------------------- move
 
+    def check(self) -> None:
+        """Call before what has landed counts as the template's.
+
+        Raises:
+            LocalProtocolError: A tensor of the template has lost its memory, or part of it; the text names the paths.
+        """
+        if moved := self._places.moved():
+            slots = list(self._targets)
+            refuse_moved(self._manifest, [slots[index][0] for index in moved])
+
     def direct(self, message: int) -> torch.Tensor | None:
-        """The memory that a message can be received into as it is, None if it must be staged."""
+        """The memory that a message can be received into as it is, None if it must be staged.
+
+        Raises:
+            LocalProtocolError: As :meth:`check`.
+        """
         found = self._direct(message)
-        return None if found is None else found[0].bytes(found[1], found[2])
+        if found is None:
+            return None
+        if not found[0].here:
+            self.check()
+        return found[0].bytes(found[1], found[2])
 
     def view(self, message: int) -> memoryview | None:
-        """As :meth:`direct`, for messages on the CPU: valid as long as this landing is."""
+        """As :meth:`direct`, for messages on the CPU; see :meth:`held`."""
+        held = self.held(message)
+        return None if held is None else held.view
+
+    def held(self, message: int) -> Held | None:
+        """As :meth:`view`, to see whether the memory is there."""
         found = self._direct(message)
-        return None if found is None else found[0].view(found[1], found[2])
+        return None if found is None or not self._on_cpu else Held(*found)
 
     def _direct(self, message: int) -> tuple[Block, int, int] | None:
         pieces = self._layout.messages[message]
@@ -282,16 +310,30 @@ class Landing:
 
     def scatter(self, message: int, staged: torch.Tensor) -> None:
         """Copy a staged message to where its pieces belong."""
-        copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=False)
+        self._copy(message, staged, gather=False)
 
     def gather(self, message: int, staged: torch.Tensor) -> None:
         """Copy a message from where its pieces landed."""
-        copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=True)
+        self._copy(message, staged, gather=True)
+
+    def _copy(self, message: int, staged: torch.Tensor, *, gather: bool) -> None:
+        try:
+            copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=gather)
+        except LocalProtocolError:
+            self.check()  # which names it
+            raise
 
     def in_template(self, message: int) -> bool:
         """Whether all of a message lands in the template's memory."""
-        pieces = self._layout.messages[message]
-        return not any(self._layout.range_of(piece.storage, piece.begin) in self._fresh_ranges for piece in pieces)
+        return not any(range_ in self._fresh_ranges for range_ in self._ranges_of(message))
+
+    def touches_template(self, message: int) -> bool:
+        """Whether any of a message lands in the template's memory."""
+        return any(range_ not in self._fresh_ranges for range_ in self._ranges_of(message))
+
+    def _ranges_of(self, message: int) -> Iterator[int]:
+        for piece in self._layout.messages[message]:
+            yield self._layout.range_of(piece.storage, piece.begin)
 
     def _locate(self, piece: Piece) -> tuple[Block, int, int]:
         index = self._layout.range_of(piece.storage, piece.begin)
@@ -303,7 +345,7 @@ class Landing:
         """The received state dict. Call it once, after every message has landed and been verified."""
         self._counts = [_count(self._targets[target]) for target, _ in self._copies]
         for target, slot in self._copies:
-            self._copy(target, slot)
+            self._copy_to(target, slot)
             self._settled.add(target)
         manifest, matched = self._manifest, self._matched
         here = self._here()
@@ -333,7 +375,7 @@ class Landing:
                 built.append(put_together(leaf.part, self._makers(index, leaf, objects), here))
         return manifest.build(built)
 
-    def _copy(self, target: Slot, slot: Slot) -> None:
+    def _copy_to(self, target: Slot, slot: Slot) -> None:
         mine, new = _quiet(self._targets[target]), _quiet(self._values[slot])
         carrier = CARRIERS[mine.dtype.itemsize]
         mine.view(carrier).copy_(new.view(carrier))
@@ -343,7 +385,23 @@ class Landing:
         for (target, slot), before in zip(self._copies, self._counts, strict=True):
             mine = self._targets[target]
             if mine.nbytes < self._layout.stage_below or _count(mine) != before:
-                self._copy(target, slot)
+                self._copy_to(target, slot)
+
+    def find_again(self) -> set[int]:
+        """Look for the template's memory where it is now: a ``load_state_dict`` may have exchanged it.
+
+        Returns:
+            The ranges whose tensors are of another size or shape by now.
+        """
+        lost = set()
+        slots = list(self._targets)
+        for slot in [slots[index] for index in self._places.moved()]:
+            view, mine = self._manifest.leaves[slot[0]].views[slot[1]], self._targets[slot]
+            if (mine.dtype, mine.shape) != (view.geometry.dtype, view.geometry.shape) or not same_strides(view, mine):
+                lost.add(self._layout.range_of(view.storage, view.begin))
+        if slots:
+            self._blocks = held([Block(*block[:3]) for block in self._blocks])
+        return lost
 
     def paths_of(self, ranges: Set[int]) -> list[str]:
         """The leaves that have bytes in these ranges."""

@@ -185,10 +185,12 @@ class Reception:
             with peer.enter("move", "destination"):
                 self._move(talk, plan, sink)
             with peer.enter("verify", "destination"):
+                plan.landing.check()
                 self._say_done(talk, verified=sink.verified)
             with peer.enter("rebuild", "destination"), no_collection():
                 self._report.torn = self._report.torn or plan.landing.copies
                 state = plan.landing.rebuild()
+                plan.landing.check()
             self._report.torn = False
             self.kept = None
             peer.outcome = "complete"

@@ -22,7 +22,7 @@ from ft_transport._desk import Desk
 from ft_transport._lane_options import CPU, SMALL_BYTES, LaneOptions, settled_stream
 from ft_transport._lanes import HEARTBEAT, Patience, Silence
 from ft_transport._meeting import Invitation, Visit
-from ft_transport._memory import Bucket, aligned
+from ft_transport._memory import Bucket, Held, aligned
 from ft_transport._progress import Watch
 from ft_transport._source import Outbound
 from ft_transport._supply import Supply
@@ -54,7 +54,8 @@ class SourceStock:
     def __init__(self, outbound: Outbound) -> None:
         self.sizes = outbound.layout.sizes
         self.verified = bool(outbound.header.digest)
-        self.steady = True
+        self.steady = self.is_whole_offer = True
+        self._error: LocalProtocolError | None = None
         self._gatherer = outbound.gatherer
         self._versions = outbound.versions
         self._digests: dict[int, int] = {}
@@ -71,7 +72,10 @@ class SourceStock:
             self._copies[message] = self._gatherer.view(message, self._bucket)
 
     def check_unchanged(self) -> None:
-        """Raises LocalProtocolError if the state has changed since; see ``_versions``."""
+        """Raises LocalProtocolError if the state has changed or moved since; see ``_versions``."""
+        self._gatherer.check()
+        if self._error is not None:
+            raise self._error
         self._versions.check()
 
     def await_message(self, message: int) -> bool:
@@ -80,6 +84,12 @@ class SourceStock:
     def view(self, message: int, bucket: Bucket) -> memoryview:
         copied = self._copies.get(message)
         return self._gatherer.view(message, bucket) if copied is None else copied
+
+    def held(self, message: int) -> Held | None:
+        return self._gatherer.held(message) if message not in self._copies else None
+
+    def note_error(self, error: LocalProtocolError) -> None:
+        self._error = error
 
     def digest(self, message: int) -> int | None:
         return self._digests.get(message)

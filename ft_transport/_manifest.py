@@ -11,6 +11,7 @@ Not here: which bytes travel in which message (``_layout``), how a manifest is e
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, count, islice, repeat
@@ -22,7 +23,7 @@ import torch
 from ft_transport import _kinds, _kinds_distributed
 from ft_transport._geometry import Geometry, geometry, index_of
 from ft_transport._leaves import PLAIN, VALUE, Part, all_plain, take_apart
-from ft_transport._memory import Block, indexed
+from ft_transport._memory import Block, Places, held, indexed
 from ft_transport._tree import Node, Path, flatten, format_path, paths_of, unflatten
 from ft_transport._values import ATOMIC
 from ft_transport.errors import LocalProtocolError
@@ -40,6 +41,7 @@ __all__ = [
     "made",
     "plain_leaves",
     "range_index",
+    "refuse_moved",
 ]
 
 _T = TypeVar("_T")
@@ -142,8 +144,42 @@ class Manifest:
         return unflatten(self.nodes, leaves, self.shared)
 
 
-# The memory that the byte range at (storage, begin) is taken from.
-Blocks = dict[tuple[int, int], Block]
+class Blocks(dict[tuple[int, int], Block]):
+    """The memory that the byte range at (storage, begin) is taken from.
+
+    Attributes:
+        manifest: Of the state.
+        places: Of all its tensors, in the order of its leaves.
+    """
+
+    manifest: Manifest
+    places: Places
+
+    def check(self) -> None:
+        """Call before bytes that were read count as the state's.
+
+        Raises:
+            LocalProtocolError: A tensor has lost its memory, or part of it; the text names the paths.
+        """
+        moved, manifest = self.places.moved(), self.manifest
+        if moved:
+            leaves = [leaf for leaf in range(len(manifest.leaves)) if leaf not in manifest.same]
+            ends = list(accumulate(len(manifest.leaves[leaf].views) for leaf in leaves))
+            refuse_moved(manifest, [leaves[bisect_right(ends, index)] for index in moved])
+
+
+# Paths that an error names: whoever moves one tensor moves all.
+_MAX_NAMED = 8
+
+
+def refuse_moved(manifest: Manifest, leaves: Iterable[int]) -> None:
+    """Raises LocalProtocolError: tensors of these leaves had their memory exchanged or given back."""
+    paths = [format_path(manifest.paths[leaf]) for leaf in dict.fromkeys(leaves)]
+    more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
+    raise LocalProtocolError(
+        f"memory of the state was exchanged or given back while the state was moved: {', '.join(paths[:_MAX_NAMED])}"
+        f"{more}; it must not be (.data, set_, resize_), before disallow_checkpoint() has returned"
+    )
 
 
 def disjoint(views: Sequence[View]) -> bool:
@@ -176,6 +212,8 @@ class _Columns:
         offsets: Of its first element in its storage, in elements.
         storages: Identity of its storage.
         capacities: Bytes of its storage.
+        bases: Address of its storage.
+        addresses: Of its first element.
         on_cpu: Whether all are on the CPU.
     """
 
@@ -191,7 +229,9 @@ class _Columns:
         storages = list(map(torch.Tensor.untyped_storage, tensors))
         self.storages = list(map(attrgetter("_cdata"), storages))
         self.capacities = list(map(torch.UntypedStorage.nbytes, storages))
-        self._alive = storages  # an identity is one as long as its owner lives
+        self.alive = storages  # an identity is one as long as its owner lives
+        self.bases = _bases(storages)
+        self.addresses = list(map(torch.Tensor.data_ptr, tensors))
 
     def view(self, index: int) -> View:
         """The view of a tensor in its own storage."""
@@ -201,13 +241,21 @@ class _Columns:
         """The first tensor whose elements do not lie in its storage, None if there is none."""
         rows = zip(self.geometries, self.offsets, self.capacities, strict=True)
         inside = [offset * shape.itemsize + shape.span <= capacity for shape, offset, capacity in rows]
-        if all(inside) and all(map(torch.Tensor.data_ptr, self.tensors)):
+        if all(inside) and all(self.addresses):
             return None
         for index, (shape, offset) in enumerate(zip(self.geometries, self.offsets, strict=True)):
             reached = offset * shape.itemsize + shape.span
-            if shape.numel and (reached > self.capacities[index] or not self.tensors[index].data_ptr()):
+            if shape.numel and (reached > self.capacities[index] or not self.addresses[index]):
                 return index
         return None
+
+
+def _bases(storages: Sequence[torch.UntypedStorage]) -> list[int]:
+    """The address of each storage; 0 for one that has none, and says so by an error (a functional tensor's)."""
+    try:
+        return list(map(torch.UntypedStorage.data_ptr, storages))
+    except RuntimeError:
+        return [_bases([storage])[0] for storage in storages] if len(storages) > 1 else [0]
 
 
 def _on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
@@ -236,6 +284,7 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
         path = format_path(manifest.paths[owner])
         raise LocalProtocolError(f"{path}: a tensor of {columns.geometries[bad]} has no memory", phase="describe")
     views, blocks = _place_all(columns, manifest.storages)
+    blocks.manifest = manifest
     manifest.leaves = _leaves(parts, views, counts)
     for index, first in manifest.same.items():
         manifest.leaves[index] = manifest.leaves[first]
@@ -320,7 +369,9 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
         if shape in simple and num_of[key] == 1
     ]
     memory, shapes, firsts = tensors, geometries, offsets
+    homes: list[Sequence[Any]] = [columns.alive, columns.bases, columns.capacities, columns.addresses]
     if len(alone) < len(tensors):
+        homes = [[column[index] for index in alone] for column in homes]
         memory = [tensors[index] for index in alone]
         shapes = [geometries[index] for index in alone]
         firsts = [offsets[index] for index in alone]
@@ -334,7 +385,9 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
         storages += map(of_size.__getitem__, ends)
     else:
         storages += made(Storage, zip(ends, [tensor.device.type for tensor in memory], strict=True))
-    blocks = dict(zip(enumerate(begins), made(Block, zip(memory, repeat(True), repeat(None))), strict=True))
+    rows = zip(memory, repeat(True), repeat(None), *homes, strict=False)
+    blocks = Blocks(zip(enumerate(begins), made(Block, rows), strict=True))
+    blocks.places = Places(tensors, columns.addresses, columns.alive, columns.capacities)
     lone_views = made(View, zip(count(), shapes, firsts))
     if len(alone) == len(tensors):
         return lone_views, blocks
@@ -369,7 +422,8 @@ def _place(group: list[int], columns: _Columns, views: list[View], storages: lis
     tensor, first = columns.tensors[group[0]], columns.view(group[0])
     storage = len(storages)
     if first.geometry.closes_gaps and all(columns.view(index) == first for index in group):
-        view, blocks[storage, 0] = _without_gaps(tensor, first, storage)
+        view, block = _without_gaps(tensor, first, storage)
+        (blocks[storage, 0],) = held([block])
         nbytes = view.end
         for index in group:
             views[index] = view
@@ -378,7 +432,7 @@ def _place(group: list[int], columns: _Columns, views: list[View], storages: lis
         for begin, end, members in _clusters(group, columns):
             # Gaps are closed by multiples of 64 bytes, so that a whole storage keeps its offsets and all stay aligned.
             new_begin = nbytes + (begin - last_end) % ALIGNMENT
-            blocks[storage, new_begin] = _block(members, columns, begin, end)
+            (blocks[storage, new_begin],) = held([_block(members, columns, begin, end)])
             for index in members:
                 shape = columns.geometries[index]
                 views[index] = View(storage, shape, columns.offsets[index] + (new_begin - begin) // shape.itemsize)

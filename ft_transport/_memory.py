@@ -16,11 +16,15 @@ import os
 import re
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress, repeat, starmap
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+
+from ft_transport.errors import LocalProtocolError
 
 __all__ = [
     "CPU",
@@ -29,11 +33,14 @@ __all__ = [
     "Block",
     "Bucket",
     "CARRIERS",
+    "Held",
+    "Places",
     "ReadOnlyMemory",
     "aligned",
     "allocate",
     "copy_blocks",
     "copy_elements",
+    "held",
     "indexed",
     "memory_at",
     "no_collection",
@@ -63,22 +70,144 @@ class Block(NamedTuple):
         dense: Which of the two.
         places: Set instead for a range with gaps that do not travel: ``memory`` is flat, and its elements at these
             places are the range.
+        storage: Of ``memory``, which is kept whatever its tensor gets instead (``.data =``, ``set_``); None of memory
+            that is ours alone. See :func:`held`.
+        base: Address of the storage.
+        nbytes: Of the storage.
+        address: Of the first byte of ``memory``.
     """
 
     memory: torch.Tensor
     dense: bool = True
     places: torch.Tensor | None = None
+    storage: torch.UntypedStorage | None = None
+    base: int = 0
+    nbytes: int = 0
+    address: int = 0
+
+    @property
+    def here(self) -> bool:
+        """Whether the tensor still has this memory, and its storage all of it."""
+        storage = self.storage
+        return storage is None or (
+            (storage.data_ptr(), storage.nbytes()) == (self.base, self.nbytes)
+            and self.memory.data_ptr() == self.address
+        )
 
     def bytes(self, begin: int, end: int) -> torch.Tensor:
         """Bytes ``begin`` to ``end`` of a dense block as a flat uint8 tensor that shares the memory."""
         assert self.dense
         first = int(self.memory.storage_offset()) * self.memory.element_size()
-        return storage_as(self.memory, torch.uint8)[first + begin : first + end]
+        if self.storage is None:
+            return storage_as(self.memory, torch.uint8)[first + begin : first + end]
+        first = self.address - self.base
+        flat = torch.empty(0, dtype=torch.uint8, device=self.memory.device)
+        return flat.set_(self.storage, first + begin, (end - begin,), (1,))
 
     def view(self, begin: int, end: int) -> memoryview:
         """Bytes ``begin`` to ``end`` of a dense block on the CPU; the caller keeps the block."""
         assert self.dense
-        return memory_at(self.memory.data_ptr() + begin, end - begin)
+        return memory_at((self.memory.data_ptr() if self.storage is None else self.address) + begin, end - begin)
+
+
+def held(blocks: Sequence[Block]) -> list[Block]:
+    """These blocks of a user's memory, with what it takes to see that it is taken away."""
+    memory = list(map(itemgetter(0), blocks))
+    storages = list(map(torch.Tensor.untyped_storage, memory))
+    places = map(_base_of, storages), map(_nbytes_of, storages), map(torch.Tensor.data_ptr, memory)
+    rows = zip(memory, map(itemgetter(1), blocks), map(itemgetter(2), blocks), storages, *places, strict=True)
+    return list(map(tuple.__new__, repeat(Block), rows))
+
+
+class Held(NamedTuple):
+    """Bytes of a dense block on the CPU, which its owner may take away at any moment."""
+
+    block: Block
+    begin: int
+    end: int
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes. To be given to the system, which says so where there is nothing, and to :meth:`feed`."""
+        return self.block.view(self.begin, self.end)
+
+    def check(self) -> None:
+        """Raises LocalProtocolError if the memory was taken away."""
+        if not self.block.here:
+            raise _taken_away()
+
+    def feed(self, update: Callable[[memoryview], object], piece: memoryview) -> None:
+        """Give ``update`` a piece of :attr:`view` in parts.
+
+        Looking whether the memory is there and reading it are one call, in which no other thread of Python gets a turn.
+
+        Raises:
+            LocalProtocolError: The memory was taken away; not one byte was read.
+        """
+        parts = [piece[begin : begin + _UNINTERRUPTED] for begin in range(0, len(piece), _UNINTERRUPTED)]
+        if parts and not list(map(update, _if_there([self.block], parts))):
+            raise _taken_away()
+
+
+# xxhash lets other threads go on while it reads more than some 64 KiB.
+_UNINTERRUPTED = 64 << 10
+
+
+def _taken_away() -> LocalProtocolError:
+    return LocalProtocolError("memory of the state was exchanged or given back while the state was moved")
+
+
+def _if_there(blocks: Sequence[Block], items: Sequence[Any]) -> Iterable[Any]:
+    """The items, none if the memory of one of the blocks is not there when the first item is asked for.
+
+    No step of this is Python's, so nobody takes the memory away before a function of C has had the last item.
+    """
+    storages = list(map(itemgetter(3), blocks))
+    noted = list(map(itemgetter(4, 5, 6), blocks))
+    memory = map(itemgetter(0), blocks)
+    now = zip(map(_base_of, storages), map(_nbytes_of, storages), map(torch.Tensor.data_ptr, memory), strict=False)
+    return chain.from_iterable(compress((items,), map(noted.__eq__, map(list, (now,)))))
+
+
+_base_of = torch.UntypedStorage.data_ptr
+_nbytes_of = torch.UntypedStorage.nbytes
+
+
+class Places:
+    """Where the memory of some tensors is.
+
+    Args:
+        tensors: A user's.
+        addresses: Of the first byte of each.
+        storages: Of each.
+        sizes: Bytes of each storage.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[torch.Tensor],
+        addresses: list[int],
+        storages: list[torch.UntypedStorage],
+        sizes: list[int],
+    ) -> None:
+        self._tensors = tensors
+        self._addresses = addresses
+        self._storages = storages
+        self._sizes = sizes
+
+    @classmethod
+    def of(cls, tensors: Sequence[torch.Tensor]) -> Places:
+        """Where they are now."""
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        return cls(tensors, list(map(torch.Tensor.data_ptr, tensors)), storages, list(map(_nbytes_of, storages)))
+
+    def moved(self) -> list[int]:
+        """Which of the tensors have other memory now, or less or more."""
+        addresses, sizes = list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_nbytes_of, self._storages))
+        if addresses == self._addresses and sizes == self._sizes:
+            return []
+        rows = zip(addresses, self._addresses, sizes, self._sizes, strict=True)
+        return [index for index, (a, b, c, d) in enumerate(rows) if a != b or c != d]
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:
@@ -130,26 +259,45 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
         parts: Block, first byte in it, number of bytes; in the order of the message.
         staged: The message, flat uint8.
         gather: Into the message if true, else out of it.
+
+    Raises:
+        LocalProtocolError: Memory of a block was taken away; nothing was read or written there.
     """
     rest = []
+    blocks, moves = [], []
     done = 0
     address = staged.data_ptr() if staged.device.type == "cpu" else 0
     for block, begin, nbytes in parts:
-        if address and block.dense and block.memory.device.type == "cpu":
-            theirs, ours = block.memory.data_ptr() + begin, address + done
-            ctypes.memmove(*((ours, theirs) if gather else (theirs, ours)), nbytes)
+        if address and block.dense and block.storage is not None and block.memory.is_cpu:
+            theirs, ours = block.address + begin, address + done
+            blocks.append(block)
+            moves.append((ours, theirs, nbytes) if gather else (theirs, ours, nbytes))
         else:
+            if not block.here:
+                raise _taken_away()
             rest.append((block, begin, staged[done : done + nbytes]))
         done += nbytes
+    for first in range(0, len(moves), _AT_ONCE):
+        group = slice(first, first + _AT_ONCE)
+        if not list(starmap(_memmove, _if_there(blocks[group], moves[group]))):
+            raise _taken_away()
     flats = [(block.bytes(begin, begin + part.numel()), part) for block, begin, part in rest if block.dense]
     if flats:
-        blocks, ours_ = map(list, zip(*flats, strict=True))
-        torch._foreach_copy_(*((ours_, blocks) if gather else (blocks, ours_)))
+        theirs_, ours_ = map(list, zip(*flats, strict=True))
+        torch._foreach_copy_(*((ours_, theirs_) if gather else (theirs_, ours_)))
     for block, begin, part in rest:
         if block.places is not None:
             _copy_indexed(block.memory, block.places, begin, part, gather)
         elif not block.dense:
             _copy_strided(block.memory, begin, part, gather)
+
+
+# No other thread of Python gets a turn in this one, unlike in ``ctypes.memmove``.
+_memmove = ctypes.PyDLL(None).memmove
+_memmove.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+_memmove.restype = None
+# Small tensors that are copied before another thread may get one: about 0.1 ms.
+_AT_ONCE = 128
 
 
 # Bit patterns are moved, not numbers, and copy_ does not know every dtype: any of the same size will do.

@@ -12,10 +12,11 @@ from ft_transport._landing import Landing
 from ft_transport._lane_options import SMALL_BYTES
 from ft_transport._lanes import HEARTBEAT, Patience
 from ft_transport._layout import Layout
-from ft_transport._memory import Bucket, memory_at
+from ft_transport._memory import Bucket, Held, memory_at
 from ft_transport._rewrite import Rewrite
 from ft_transport._supply import Supply
 from ft_transport._work import Work
+from ft_transport.errors import LocalProtocolError
 
 __all__ = ["Relay"]
 
@@ -57,6 +58,7 @@ class Relay:
         self.verified = verified
         # Training goes on with this memory once this side has the state, whatever the next one still reads.
         self.steady = verified
+        self.is_whole_offer = False
         self._desk = desk
         self._landing = landing
         self._work = work
@@ -77,15 +79,24 @@ class Relay:
         return self._work.await_message(message, HEARTBEAT)
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
-        here = self._copies.get(message)
-        if here is None and self._rewrite is not None:
-            here = self._rewrite.kept(message)
+        here = self._here(message)
         if here is None and (direct := self._landing.view(message)) is not None:
             return direct
         if here is None:
             here = bucket.take(self.sizes[message])
             self._landing.gather(message, here)
         return memory_at(here.data_ptr(), here.numel())
+
+    def held(self, message: int) -> Held | None:
+        return None if self._here(message) is not None else self._landing.held(message)
+
+    def _here(self, message: int) -> torch.Tensor | None:
+        """A message's bytes in memory that nobody else writes to."""
+        copied = self._copies.get(message)
+        return self._rewrite.kept(message) if copied is None and self._rewrite is not None else copied
+
+    def note_error(self, error: LocalProtocolError) -> None:
+        pass  # whoever is here turns to the source
 
     def digest(self, message: int) -> int | None:
         return self._work.digests.get(message)

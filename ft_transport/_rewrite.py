@@ -126,11 +126,19 @@ class Rewrite:
         Returns:
             Paths of the leaves that are not the source's, and of which nothing is kept.
         """
-        for message, data in self._kept.items():
-            self._landing.scatter(message, data)
+        lost = self._landing.find_again()
+        messages: Iterable[int] = range(len(self._layout.messages))
+        if lost:
+            messages = [message for message in messages if lost.isdisjoint(self._ranges_of(message))]
+        for message in filter(self._kept.__contains__, messages):
+            self._landing.scatter(message, self._kept[message])
         self._landing.copy_again()
-        suspects = self.written() + self._not_kept()
-        return self.paths([message for message in suspects if not self._is_as_sent(message)])
+        suspects = {*self.written(), *self._not_kept()}.intersection(messages)
+        changed = [message for message in sorted(suspects) if not self._is_as_sent(message)]
+        return self._landing.paths_of(lost.union(*map(self._ranges_of, changed)))
+
+    def _ranges_of(self, message: int) -> set[int]:
+        return {self._layout.range_of(piece.storage, piece.begin) for piece in self._layout.messages[message]}
 
     def _not_kept(self) -> list[int]:
         """The small messages for which there was no room. Of so many small tensors the counts are not looked at."""
@@ -150,5 +158,4 @@ class Rewrite:
 
     def paths(self, messages: Iterable[int]) -> list[str]:
         """The leaves that these messages are of."""
-        pieces = [piece for message in messages for piece in self._layout.messages[message]]
-        return self._landing.paths_of({self._layout.range_of(piece.storage, piece.begin) for piece in pieces})
+        return self._landing.paths_of(set().union(*map(self._ranges_of, messages)))

@@ -21,10 +21,10 @@ from ft_transport._deadline import Deadline
 from ft_transport._digest import digest_bytes, digest_message
 from ft_transport._layout import Layout, Piece, lay_out
 from ft_transport._manifest import Blocks, describe
-from ft_transport._memory import Block, Bucket, aligned, copy_blocks, memory_at, no_collection
+from ft_transport._memory import Block, Bucket, Held, aligned, copy_blocks, memory_at, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport._versions import Versions
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 __all__ = ["LAST_WORDS", "Gatherer", "Outbound", "serve", "tell_failure"]
@@ -64,22 +64,39 @@ class Gatherer:
         """What a bucket must hold for these messages."""
         return sum(aligned(self._layout.sizes[message]) for message in messages if self.staged(message))
 
+    def check(self) -> None:
+        """Raises LocalProtocolError if a tensor of the state has lost its memory; see ``_manifest.Blocks``."""
+        self._blocks.check()
+
     def gather(self, message: int, bucket: Bucket | None) -> torch.Tensor:
-        """The bytes of a message: the state's own memory, or a copy in the bucket."""
+        """The bytes of a message: the state's own memory, or a copy in the bucket; raises as :meth:`check`."""
         parts = [self._part(piece) for piece in self._layout.messages[message]]
         if not self.staged(message):
             block, begin, nbytes = parts[0]
+            if not block.here:
+                self.check()
             return block.bytes(begin, begin + nbytes)
         assert bucket is not None
         staged = bucket.take(self._layout.sizes[message])
-        copy_blocks(parts, staged, gather=True)
+        try:
+            copy_blocks(parts, staged, gather=True)
+        except LocalProtocolError:
+            self.check()  # which names it
+            raise
         return staged
+
+    def held(self, message: int) -> Held | None:
+        """The state's own memory, where that is on the CPU and is what :meth:`gather` gives."""
+        if self.staged(message) or self._device.type != "cpu":
+            return None
+        block, begin, nbytes = self._part(self._layout.messages[message][0])
+        return Held(block, begin, begin + nbytes)
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         """As :meth:`gather`, for messages on the CPU: valid as long as this gatherer and the bucket are."""
-        if not self.staged(message):
-            block, begin, nbytes = self._part(self._layout.messages[message][0])
-            return block.view(begin, begin + nbytes)
+        held = self.held(message)
+        if held is not None:
+            return held.view
         staged = self.gather(message, bucket)
         return memory_at(staged.data_ptr(), staged.numel())
 
@@ -127,7 +144,12 @@ class Outbound:
     def note_digest(self, message: int, data: torch.Tensor) -> None:
         """Fingerprint a message, once for all destinations."""
         if self.header.digest and message not in self._digests:
-            self._digests[message] = digest_message(data, self.header.digest, self.header.sample)
+            held = self.gatherer.held(message)
+            try:
+                self._digests[message] = digest_message(data, self.header.digest, self.header.sample, held)
+            except LocalProtocolError:
+                self.gatherer.check()  # which names it
+                raise
 
     def digests(self) -> list[int]:
         """Fingerprints of all messages, in order; empty where nothing is verified."""
@@ -154,7 +176,7 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
             if control.recv_frame(Frame.READY) != (digest_bytes(outbound.frame),):
                 raise RemoteProtocolError("the description of the state came damaged to the destination")
         with peer.enter("move", "source"):
-            _Flights(control, outbound, peer).send()
+            _send(control, outbound, peer)
         with peer.enter("verify", "source"):
             _check_unchanged(control, outbound)
             control.send_frame(encode_frame(Frame.DIGESTS, outbound.digests()))
@@ -168,9 +190,24 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
         peer.nbytes_wire = channel.nbytes_wire
 
 
-def _check_unchanged(control: Control, outbound: Outbound) -> None:
-    """Void the transfer if the state has changed meanwhile."""
+def _send(control: Control, outbound: Outbound, peer: PeerReport) -> None:
+    lost: PeerFailure | None = None
     try:
+        _Flights(control, outbound, peer).send()
+    except PeerFailure as exc:
+        lost = exc
+    try:
+        if lost is not None:
+            outbound.gatherer.check()  # a group whose memory was taken away breaks, and calls that a failing connection
+            raise lost
+    finally:
+        lost = None
+
+
+def _check_unchanged(control: Control, outbound: Outbound) -> None:
+    """Void the transfer if the state has changed or moved meanwhile."""
+    try:
+        outbound.gatherer.check()
         outbound.versions.check()
     except LocalProtocolError as exc:
         control.give_up(exc.message)

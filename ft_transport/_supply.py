@@ -12,9 +12,9 @@ from ft_transport._conversation import Conversation, Frame, Header, Role
 from ft_transport._crew import Crew, insist
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import HEARTBEAT, Connection, Patience
-from ft_transport._memory import Bucket, aligned
+from ft_transport._memory import Bucket, Held, aligned
 from ft_transport._talk import Talk, fingerprint
-from ft_transport.errors import RemoteProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
 
 __all__ = ["Stock", "Supply"]
 
@@ -34,11 +34,13 @@ class Stock(Protocol):
         sizes: Bytes of each message.
         verified: Whether messages have digests.
         steady: Whether their memory stays as it is until its reader has it, or learns that the transfer has failed.
+        is_whole_offer: Whether a message that cannot be read ends the transfer, as the reader learns elsewhere.
     """
 
     sizes: list[int]
     verified: bool
     steady: bool
+    is_whole_offer: bool
 
     def await_message(self, message: int) -> bool:
         """Wait for a message, no longer than a heartbeat; gives whether it is there."""
@@ -46,6 +48,14 @@ class Stock(Protocol):
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         """The bytes of a message; in the bucket, which has room for it, where they are not in one place."""
+        ...
+
+    def held(self, message: int) -> Held | None:
+        """Where :meth:`view` gives a user's memory, what tells whether it is there."""
+        ...
+
+    def note_error(self, error: LocalProtocolError) -> None:
+        """Memory that was to be read is not there any more."""
         ...
 
     def digest(self, message: int) -> int | None:
@@ -98,6 +108,11 @@ class Supply:
             if self._stream is not None:
                 torch.accelerator.set_stream(self._stream)
             self._serve(connection, header)
+        except LocalProtocolError as exc:
+            logger.warning("a lane of %s has ended: %s", connection.address, exc)
+            self._stock.note_error(exc)
+            if self._stock.is_whole_offer:
+                self._await_close()
         except TransferError as exc:
             # The destination closes its lanes once it has everything, and asks elsewhere for what a lane still owed.
             logger.debug("a lane of %s has ended: %s", connection.address, exc)
@@ -133,13 +148,22 @@ class Supply:
             digest = self._stock.digest(message) if self._stock.verified else 0
             # What is in the bucket is overwritten by the next message, perhaps before the peer has it.
             steady = self._stock.steady and bucket.untouched
-            self._stock.note_digest(message, talk.say_message(message, view, digest, patience, steady=steady))
+            held = self._stock.held(message)
+            sent = talk.say_message(message, view, digest, patience, steady=steady, held=held)
+            self._stock.note_digest(message, sent)
             self._patience.moved()
+
+    def _await_close(self) -> None:
+        """Keep a lane that has nothing more to say: without it, the destination would ask for the same again."""
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._closed, HEARTBEAT.total_seconds()):
+                if self._patience.deadline.expired():
+                    break
 
     def _digest(self, message: int, view: memoryview) -> int:
         known = self._stock.digest(message)
         if known is None:
-            known = fingerprint(view)
+            known = fingerprint(view, self._stock.held(message))
             self._stock.note_digest(message, known)
         return known
 
@@ -175,6 +199,7 @@ class Supply:
     def _close(self) -> None:
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
             for connection in self._lanes:
                 connection.abort()
         self._crew.join()

@@ -20,7 +20,8 @@ from ft_transport._conversation import (
     encode_header,
 )
 from ft_transport._lanes import Connection, Patience
-from ft_transport.errors import RemoteProtocolError
+from ft_transport._memory import Held
+from ft_transport.errors import PeerFailure, RemoteProtocolError
 
 __all__ = ["Talk", "fingerprint"]
 
@@ -70,14 +71,23 @@ class Talk:
         return header
 
     def say_message(
-        self, number: int, view: memoryview, digest: int | None, patience: Patience, *, steady: bool = False
+        self,
+        number: int,
+        view: memoryview,
+        digest: int | None,
+        patience: Patience,
+        *,
+        steady: bool = False,
+        held: Held | None = None,
     ) -> int:
         """Send a message and then its digest, which is taken on the way where it is not known yet; gives the digest.
 
         Args:
             steady: Whether the memory stays as it is until the peer has it: then it is not copied.
+            held: What ``view`` is of, if it is of a user's memory.
 
         Raises:
+            LocalProtocolError: That memory was taken away.
             PeerFailure, TransferTimeout: As ``Connection.write``.
         """
         conversation, connection = self.conversation, self.connection
@@ -87,19 +97,30 @@ class Talk:
         hashed = xxhash.xxh3_64()
         for piece in _pieces(view, whole=digest is not None):
             if digest is None:
-                hashed.update(piece)
-            if steady:
-                connection.write_steady(piece, patience)
-            else:
-                connection.write([piece], patience, more=True)
+                _update(hashed, piece, held)
+            try:
+                if steady:
+                    connection.write_steady(piece, patience)
+                else:
+                    connection.write([piece], patience, more=True)
+            except PeerFailure:
+                _check(held)  # the system cannot read what is not there either
+                raise
+        _check(held)
         digest = hashed.intdigest() if digest is None else digest
         connection.write([TRAILER.pack(digest)], patience)
         return digest
 
-    def hear_message(self, header: Header, view: memoryview, *, verify: bool, patience: Patience) -> int | None:
+    def hear_message(
+        self, header: Header, view: memoryview, *, verify: bool, patience: Patience, held: Held | None = None
+    ) -> int | None:
         """Receive a message, whose header is here already, into ``view``; gives its digest, None if it came damaged.
 
+        Args:
+            held: What ``view`` is of, if it is of a user's memory.
+
         Raises:
+            LocalProtocolError: That memory was taken away.
             RemoteProtocolError: It is of another length.
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
         After an error: ``view`` holds some, all or none of it.
@@ -108,9 +129,14 @@ class Talk:
             raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {header.nbytes}")
         hashed = xxhash.xxh3_64()
         for piece in _pieces(view, whole=not verify):
-            self.connection.read_into(piece, patience)
+            _check(held)
+            try:
+                self.connection.read_into(piece, patience)
+            except PeerFailure:
+                _check(held)
+                raise
             if verify:
-                hashed.update(piece)
+                _update(hashed, piece, held)
         (expected,) = TRAILER.unpack(self.connection.read(TRAILER.size, patience))
         return expected if not verify or hashed.intdigest() == expected else None
 
@@ -120,6 +146,21 @@ def _pieces(view: memoryview, *, whole: bool) -> Iterator[memoryview]:
     return (view[begin : begin + step] for begin in range(0, len(view), step or 1))
 
 
-def fingerprint(view: memoryview) -> int:
-    """The digest that :meth:`Talk.say_message` would send."""
-    return xxhash.xxh3_64_intdigest(view)
+def _check(held: Held | None) -> None:
+    if held is not None:
+        held.check()
+
+
+def _update(hashed: xxhash.xxh3_64, piece: memoryview, held: Held | None) -> None:
+    if held is None:
+        hashed.update(piece)
+    else:
+        held.feed(hashed.update, piece)
+
+
+def fingerprint(view: memoryview, held: Held | None = None) -> int:
+    """The digest that :meth:`Talk.say_message` would send; raises as it."""
+    hashed = xxhash.xxh3_64()
+    for piece in _pieces(view, whole=held is None):
+        _update(hashed, piece, held)
+    return hashed.intdigest()

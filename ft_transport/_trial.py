@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import timedelta
 
-from ft_transport._deadline import Deadline
+from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport._fetch import Fetcher
 
 __all__ = ["TRIAL_MESSAGES", "Trial"]
@@ -37,7 +37,7 @@ class Trial:
         self.nbytes_wire = 0
         self._lanes = lanes
         self._begin = begin
-        self._interval = interval
+        self._interval = min(interval, MAX_WAIT)
         self._running: Fetcher | None = None
         self._began = Deadline(interval)
         self._leave_alone()

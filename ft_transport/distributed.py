@@ -139,7 +139,9 @@ def _describe(state_dict: object) -> tuple[_StateDictMeta, Blocks]:
     manifest, blocks = describe(state_dict)
     views = [view for leaf in manifest.leaves for view in leaf.views if view.storage >= 0]
     number = {storage: index for index, storage in enumerate(dict.fromkeys(view.storage for view in views))}
-    return _to_meta(manifest), {(number[storage], begin): block for (storage, begin), block in blocks.items()}
+    numbered = Blocks({(number[storage], begin): block for (storage, begin), block in blocks.items()})
+    numbered.manifest, numbered.places = blocks.manifest, blocks.places
+    return _to_meta(manifest), numbered
 
 
 def _to_meta(manifest: Manifest) -> _StateDictMeta:
@@ -368,8 +370,10 @@ class PGTransport:
             _land_all(channel, layout, landing, self._device, deadline)
             report.peers[0].nbytes = layout.nbytes
         with report.phase("rebuild"), no_collection():
+            landing.check()
             report.torn = report.torn or landing.copies
             result = landing.rebuild()
+            landing.check()
             mark_changed(landing.written())
         report.torn = False
         report.peers[0].outcome = "complete"
@@ -495,6 +499,7 @@ def _post_and_wait(
             report.nbytes_staged += layout.sizes[message]
         post(gatherer.gather(message, bucket), FIRST_MESSAGE_TAG + message)
     settle()
+    blocks.check()
     for index, peer in enumerate(report.peers):
         exc = failed.get(index)
         peer.outcome = "complete" if exc is None else "failed"

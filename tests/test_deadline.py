@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 
 import pytest
 
-from ft_transport._deadline import MIN_WAIT, Deadline
+from ft_transport._deadline import MAX_WAIT, MIN_WAIT, Deadline
 
 
 class Clock:
@@ -69,3 +70,14 @@ def test_the_clock_of_the_wall_does_not_matter(clock: Clock, monkeypatch: pytest
     deadline = Deadline(timedelta(seconds=1))
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert deadline.remaining() == timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("timeout", [timedelta.max, timedelta(days=300 * 365)])
+def test_what_is_too_long_for_the_system_is_long(clock: Clock, timeout: timedelta) -> None:
+    deadline = Deadline(timeout)
+    assert deadline.timeout == timeout
+    assert deadline.remaining() == MAX_WAIT
+    assert not deadline.expired()
+    # Of all that waits, a poll takes the least: milliseconds in 32 bits.
+    assert MAX_WAIT / timedelta(milliseconds=1) < 1 << 31
+    assert MAX_WAIT.total_seconds() < threading.TIMEOUT_MAX

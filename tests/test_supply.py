@@ -16,8 +16,9 @@ from ft_transport import _supply
 from ft_transport._conversation import Frame, Header, encode
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import Connection, Patience
-from ft_transport._memory import Bucket
+from ft_transport._memory import Bucket, Held
 from ft_transport._supply import Supply
+from ft_transport.errors import LocalProtocolError
 
 STALL = 0.6
 
@@ -27,12 +28,18 @@ class Empty:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
-        self.verified = self.steady = False
+        self.verified = self.steady = self.is_whole_offer = False
 
     def await_message(self, message: int) -> bool:
         raise NotImplementedError
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
+        raise NotImplementedError
+
+    def held(self, message: int) -> Held | None:
+        raise NotImplementedError
+
+    def note_error(self, error: LocalProtocolError) -> None:
         raise NotImplementedError
 
     def digest(self, message: int) -> int | None:

@@ -1,0 +1,176 @@
+"""Moves memory away under a transfer, from another thread, and says what became of it. Run in a process of its own.
+
+Usage: ``python -m tests.multiproc.moved_memory lanes|group``; prints one line of JSON for each case.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from ft_transport import LaneTransport
+from ft_transport._channel import GroupChannel, Pending
+from ft_transport._deadline import Deadline
+from ft_transport._destination import receive
+from ft_transport._source import Outbound, serve
+from ft_transport._transfer import Options
+from ft_transport.report import PeerReport, TransferReport
+from ft_transport.testing import FaultProxy
+from tests.helpers import Wrapped
+
+CPU = torch.device("cpu")
+TIMEOUT = timedelta(seconds=20)
+STEP = 7
+NUMEL = 6 << 20
+# What comes down a lane before the first payload byte is less than this; what follows is more.
+AT = 1 << 20
+
+State = dict[str, torch.Tensor]
+Move = Callable[[torch.Tensor], None]
+
+
+def exchange(tensor: torch.Tensor) -> None:
+    tensor.data = torch.full_like(tensor, 9)
+
+
+def shrink(tensor: torch.Tensor) -> None:
+    tensor.data = torch.full((4,), 9.0)
+
+
+def reset(tensor: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.set_(torch.full((8,), 9.0))  # type: ignore[call-overload]
+
+
+def give_back(tensor: torch.Tensor) -> None:
+    tensor.untyped_storage().resize_(0)
+
+
+def give_half_back(tensor: torch.Tensor) -> None:
+    tensor.untyped_storage().resize_(tensor.untyped_storage().nbytes() // 2)
+
+
+MOVES: list[Move] = [exchange, shrink, reset, give_back, give_half_back]
+
+
+def make(seed: int) -> State:
+    state = {f"w{i}": torch.full((NUMEL // 4,), float(seed + i)) for i in range(4)}
+    return {**state, "bias": torch.full((5,), float(seed))}
+
+
+def in_another_thread(move: Move, tensors: list[torch.Tensor]) -> None:
+    thread = threading.Thread(target=lambda: [move(tensor) for tensor in tensors])
+    thread.start()
+    thread.join()
+
+
+def lanes(move: Move, side: str, shadow: bool) -> dict[str, Any]:
+    state, template = make(1), make(5)
+    # The last one is far from what has been read already, whatever the lanes do.
+    victims = [*(state if side == "source" else template).values()][-2:]
+    done = threading.Event()
+
+    def tamper(connection: int, direction: str, position: int, data: bytes) -> bytes:
+        if direction == "down" and position > AT and not done.is_set():
+            done.set()
+            in_another_thread(move, victims)
+        return data
+
+    source: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, host="127.0.0.1")
+    one: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, lambda: template, host="127.0.0.1", lanes=1, shadow=shadow)
+    error: BaseException | None = None
+    with FaultProxy(source.metadata(), tamper) as proxy:
+        source.send_checkpoint([1], STEP, state, TIMEOUT)
+        try:
+            one.recv_checkpoint(0, proxy.metadata, STEP, TIMEOUT)
+        except Exception as exc:
+            error = exc
+    report = source.last_report
+    source.disallow_checkpoint()
+    assert report is not None
+    assert done.is_set()
+    found = {"error": repr(error), "torn": one.torn, "source": repr(report.error), "outcome": report.peers[0].outcome}
+    for transport in (source, one):
+        transport.shutdown()
+    return found
+
+
+class Acting(Wrapped):
+    """Acts before the n-th message is posted."""
+
+    def __init__(self, channel: Any, operation: str, at: int, act: Callable[[], None]) -> None:
+        super().__init__(channel)
+        self.left, self.operation, self.act = at, operation, act
+
+    def _count(self, operation: str, tensor: torch.Tensor) -> None:
+        if operation == self.operation and tensor.numel() > 1 << 10:
+            self.left -= 1
+            if self.left == 0:
+                self.act()
+
+    def send(self, tensor: torch.Tensor, tag: int) -> Pending:
+        self._count("send", tensor)
+        return super().send(tensor, tag)
+
+    def wait(self, pending: Pending, deadline: Deadline) -> None:
+        super().wait(pending, deadline)
+        self._count("wait", torch.empty(1 << 11))
+
+
+def group(move: Move, side: str, shadow: bool) -> dict[str, Any]:
+    state, template = make(1), make(5)
+    victims = [*(state if side == "source" else template).values()][-2:]
+    store = torch.distributed.HashStore()
+    made: list[Any] = [None, None]
+
+    def join(rank: int) -> None:
+        made[rank] = torch.distributed.ProcessGroupGloo(store, rank, 2, TIMEOUT)
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ends = GroupChannel(made[0], 1, CPU), GroupChannel(made[1], 0, CPU)
+    acting = Acting(ends[0], "send", 3, lambda: in_another_thread(move, victims))
+    reports = (
+        TransferReport("source", "test", STEP, [PeerReport(1)]),
+        TransferReport("destination", "test", STEP, [PeerReport(0)]),
+    )
+    settings = Options(CPU, verify=True, shadow=shadow)
+    errors: list[BaseException | None] = [None, None]
+
+    def run() -> None:
+        try:
+            receive(ends[1], STEP, lambda: template, settings, Deadline(TIMEOUT), reports[1])
+        except Exception as exc:
+            errors[1] = exc
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        outbound = Outbound(state, STEP, settings, reports[0])
+        serve(acting, outbound, Deadline(TIMEOUT), reports[0].peers[0])
+    except Exception as exc:
+        errors[0] = exc
+    thread.join()
+    assert acting.left <= 0
+    return {"error": repr(errors[1]), "torn": reports[1].torn, "source": repr(errors[0]), "outcome": ""}
+
+
+def main(way: str) -> None:
+    for move in MOVES:
+        for side in ("source", "destination"):
+            for shadow in [False, True][: 2 if side == "destination" else 1]:
+                found = {"lanes": lanes, "group": group}[way](move, side, shadow)
+                print(json.dumps({"move": move.__name__, "side": side, "shadow": shadow, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
