@@ -273,6 +273,10 @@ class Landing:
         """Copy a message from where its pieces landed."""
         copy_blocks([self._locate(piece) for piece in self._layout.messages[message]], staged, gather=True)
 
+    def memory(self) -> list[torch.Tensor]:
+        """What holds each of the layout's ranges, in their order."""
+        return [block.memory for block in self._blocks]
+
     def in_template(self, message: int) -> bool:
         """Whether all of a message lands in the template's memory."""
         pieces = self._layout.messages[message]

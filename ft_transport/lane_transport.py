@@ -194,9 +194,9 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         mark_changed(changed)
         self._guard.check_step()
 
-    def _end(self) -> None:
+    def _end(self, *, keep_offer: bool = False) -> None:
         """End what an earlier call has left under way; nothing reads the state any more then."""
-        offer, relay = self._offer, self._relay
+        offer, relay = None if keep_offer else self._offer, self._relay
         if offer is not None:
             offer.close()
         if relay is not None:
@@ -266,8 +266,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             if self._is_shut_down:
                 raise LocalProtocolError(_SHUT_DOWN)
             self._end()
-            if not dst_ranks or len(set(dst_ranks)) != len(dst_ranks):
-                raise LocalProtocolError(f"ranks {dst_ranks}: expected some, each once")
+            if len(set(dst_ranks)) != len(dst_ranks):
+                raise LocalProtocolError(f"ranks {dst_ranks}: expected each once")
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
             deadline = Deadline(min(timeout, self._timeout))
             offer = self._offer = Offer(self._options, deadline, report, self._self.desk)
@@ -277,7 +277,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 offer.refuse(exc.message)
                 raise
             offer.open(state_dict)
-            if self._blocking:
+            if self._blocking or offer.within_step():
                 try:
                     offer.drain()
                 finally:
@@ -313,7 +313,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         """
         report = TransferReport("destination", type(self).__name__, step)
         with Call(self, report), self._guard.receiving(report):
-            self._end()
+            from_itself = metadata == self._self.metadata
+            self._end(keep_offer=from_itself)
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             self._attempts += 1
@@ -324,10 +325,13 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 reception.cancel(_SHUT_DOWN)
             earlier, self._kept = self._kept, None
             try:
-                received = reception.run(self._state_dict, earlier)
+                # What the template holds is what is sent then.
+                received = reception.run(None if from_itself else self._state_dict, earlier)
             finally:
                 self._reception, self._kept = None, reception.kept
             self._changed, self._relay = received.written, received.relay
+            if self._relay is not None:
+                self._relay.let_training_go_on()
             return cast(T, received.state)
 
 

@@ -172,14 +172,19 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         try:
             self._guard.check_source()
             with report.phase("describe"):
-                outbound = Outbound(state_dict, report.step, self._options, report)
+                outbound = Outbound(
+                    state_dict, report.step, self._options, report, lambda reading: reading.await_release(deadline)
+                )
         except Exception as exc:
             reason = reason_of(exc)
             for peer in report.peers:
                 peer.outcome, peer.reason = "failed", reason
             for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
             raise
-        errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+        try:
+            errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+        finally:
+            outbound.versions.release()
         _raise_own(channels, errors)
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:

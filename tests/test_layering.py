@@ -49,7 +49,7 @@ ALLOWED: dict[str, set[str]] = {
     "_control": {"_channel", "_codec", "_deadline", "errors"},
     "_transfer": {"_channel", "_control", "_crew", "_digest", "_layout", "errors", "events", "report"},
     "_torn": {"errors", "report"},
-    "_versions": {"_layout", "_manifest", "_tree", "errors"},
+    "_versions": {"_deadline", "_layout", "_manifest", "_tree", "errors"},
     "_source": _SHARED | {"_codec", "_digest", "_transfer", "_versions"},
     "_destination": _SHARED | {"_codec", "_digest", "_landing", "_template", "_transfer"},
     "divergence": {"_digest", "_kinds", "_kinds_distributed", "_leaves", "_memory", "_tree", "_values", "errors"},
@@ -84,12 +84,12 @@ ALLOWED: dict[str, set[str]] = {
     "_supply": {"_conversation", "_crew", "_lanes", "_memory", "_talk", "errors"},
     "_desk": {"_conversation", "_deadline", "_lanes", "_meeting", "_supply", "_talk", "errors"},
     "_lane_options": {"_layout", "_transfer"},
-    "_relay": {"_desk", "_lane_options", "_landing", "_lanes", "_layout", "_memory", "_supply", "_work"},
+    "_relay": {"_desk", "_lane_options", "_landing", "_lanes", "_layout", "_memory", "_supply", "_versions", "_work"},
     "_fetch": _LANES
     | {"_crew", "_landing", "_lane_options", "_layout", "_memory", "_relay", "_work", "errors", "report"},
     "_trial": {"_deadline", "_fetch"},
     "_lane_source": _LANES
-    | {"_crew", "_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_transfer"}
+    | {"_crew", "_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_transfer", "_versions"}
     | _REPORT
     | {"events"},
     "_lane_destination": _LANES
