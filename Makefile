@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FUZZ_READY := $(VENV)/.ready-fuzz
+UPSTREAM_READY := $(VENV)/.ready-upstream
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test lint bench chaos fuzz clean help
+.PHONY: demo test lint bench chaos fuzz upstream clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
@@ -16,6 +17,7 @@ help:
 	@echo "make bench   side by side with torchft's and torch's transports; ARGS='...' is passed on"
 	@echo "make chaos   kill, stop and cut off replicas while they heal, for ten minutes; MINUTES=30, SEED=1 replays one"
 	@echo "make fuzz    attack what reads the wire, guided by coverage, for ten minutes; SECONDS=60 for one"
+	@echo "make upstream  torchft's own integration tests over its transport and over ours (a few minutes)"
 	@echo "make clean   remove the virtual environment and what the targets above write"
 
 $(READY): pyproject.toml constraints.txt
@@ -46,6 +48,13 @@ $(FUZZ_READY): $(READY)
 fuzz: $(FUZZ_READY)
 	FT_TRANSPORT_ALL_MUTATIONS=1 $(BIN)/python -m pytest -q --timeout 600 tests/test_hostile.py
 	$(BIN)/python tests/fuzz/fuzz_wire.py --seconds $(SECONDS) $(ARGS)
+
+$(UPSTREAM_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[upstream]'
+	@touch $@
+
+upstream: $(UPSTREAM_READY)
+	$(BIN)/python -m tests.upstream $(ARGS)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -231,7 +231,8 @@ class Offer:
         peer, talk = guest.peer, guest.talk
         outcome: Outcome = "failed"
         try:
-            with self._versions.here() if self._versions is not None else nullcontext():
+            versions = self._versions
+            with versions.here() if versions is not None else nullcontext():
                 self._serve(guest)
             outcome = "complete"
         except Exception as exc:
@@ -338,8 +339,7 @@ class Offer:
             return
         self._over = True
         self._stock = None
-        if self._versions is not None:
-            self._versions.release()
+        self._release()
         if not self._failure:  # else the call has raised, and that was told
             self._untold = self.report.finish(time.perf_counter() - self._begin, self._error)
 
@@ -389,7 +389,8 @@ class Offer:
 
     def within_step(self) -> bool:
         """Whether the state may change before :meth:`drain` is called; see ``_versions``."""
-        return self._versions is not None and self._versions.within_step()
+        versions = self._versions
+        return versions is not None and versions.within_step()
 
     def close(self, wait: bool = True) -> None:
         """End what is still under way; when this returns, nothing reads the state. Raises nothing but Ctrl-C."""
@@ -410,8 +411,13 @@ class Offer:
         self._crew.join()
         with self._changed:
             self._stock = None
-        if self._versions is not None:
-            self._versions.release()
+        self._release()
+
+    def _release(self) -> None:
+        """Nothing is read any more: optimizers need not wait."""
+        versions, self._versions = self._versions, None
+        if versions is not None:
+            versions.release()
 
 
 class _Failure(TransferError):

@@ -150,17 +150,19 @@ class Versions(Reading):
         await_end: Callable[[Reading], object] | None = None,
     ) -> None:
         self._manifest = manifest
-        memory = [blocks[storage, begin].memory for storage, begin, _ in layout.ranges]
+        limit = layout.stage_below
         large = [
-            (which, memory[which])
-            for which, (_, begin, end) in enumerate(layout.ranges)
-            if end - begin >= layout.stage_below
+            (which, blocks[storage, begin].memory)
+            for which, (storage, begin, end) in enumerate(layout.ranges)
+            if end - begin >= limit
         ]
         try:
             self._noted = [(which, tensor, tensor._version) for which, tensor in large]
         except RuntimeError:  # an inference tensor has no count
             self._noted = [(which, each, each._version) for which, each in large if not each.is_inference()]
-        super().__init__(layout, lambda: memory, await_end)
+        super().__init__(
+            layout, lambda: [blocks[storage, begin].memory for storage, begin, _ in layout.ranges], await_end
+        )
 
     def note_copied(self, messages: Container[int]) -> None:
         """From now on these messages are taken from copies."""
@@ -210,7 +212,7 @@ class _Addresses:
 
 def _written_by(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int]]:
     """The addresses that a step may write to: of the parameters, whatever else is in their groups, and the state."""
-    pending: list[object] = [*optimizer.param_groups, optimizer.state]
+    pending: list[object] = [getattr(optimizer, "param_groups", ()), getattr(optimizer, "state", ())]
     known: set[int] = set()
     while pending:
         value = pending.pop()

@@ -244,7 +244,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
         Args:
             dst_ranks: Replica ranks of the destinations. Lanes do not know which destination is which rank: if there is
-                more than one, ``rank`` in their reports is -1, and ``name`` and ``address`` tell them apart.
+                more than one, ``rank`` in their reports is -1, and ``name`` and ``address`` tell them apart. Empty:
+                whoever comes is served, until :meth:`disallow_checkpoint`.
             step: Step of the state.
             state_dict: The state; must not change, but for its small tensors, until :meth:`disallow_checkpoint` has
                 returned.
@@ -255,8 +256,10 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 was shut down.
             TornStateError: This replica is torn. As above.
 
-        If the state changes before :meth:`disallow_checkpoint` has returned (in-place operations of torch on its large
-        tensors are seen), destinations that are not done fail, and ``last_report.error`` names the paths.
+        An optimizer that is about to step on the state waits until nobody reads it any more. Within an optimizer's step
+        (DiLoCo's hook), this waits until then, as with ``blocking``. If the state changes all the same before
+        :meth:`disallow_checkpoint` has returned (in-place operations of torch on its large tensors are seen),
+        destinations that are not done fail, and ``last_report.error`` names the paths.
 
         After an error: nothing reads the state any more.
         Threading: torchft's quorum thread; one call at a time.
@@ -292,13 +295,14 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
         Args:
             src_rank: Replica rank of the source, for the report.
-            metadata: What the source's ``metadata()`` returned.
+            metadata: What the source's ``metadata()`` returned. This transport's own: all leaves are new then.
             step: Step that both sides must agree on.
             timeout: Upper bound of the whole call.
 
         Returns:
             State dict with the sender's nesting. It may be read for another destination until
-            :meth:`disallow_checkpoint` has returned.
+            :meth:`disallow_checkpoint` has returned, or until an optimizer is about to step on it, which waits for
+            that. Within an optimizer's step, this waits for it.
 
         Raises:
             TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.

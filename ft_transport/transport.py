@@ -139,9 +139,10 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         became of each.
 
         Args:
-            dst_ranks: Replica ranks in the configured process group, without this replica's own.
+            dst_ranks: Replica ranks in the configured process group, without this replica's own. Empty: nothing moves.
             step: Step of the state.
-            state_dict: The state; must not change until this returns.
+            state_dict: The state; must not change until this returns. An optimizer of another thread that is about to
+                step on it waits until then.
             timeout: Upper bound of the whole call.
 
         Raises:

@@ -50,13 +50,13 @@ class Trained:
 
 
 class Gate:
-    """Lets no byte of a lane pass behind the first MiB, until it is opened."""
+    """Lets no byte of a lane pass behind the first ones, until it is opened."""
 
-    def __init__(self, first_lane: int = 1) -> None:
-        self.reached, self._open, self._first = threading.Event(), threading.Event(), first_lane
+    def __init__(self, first_lane: int = 1, behind: int = MIB) -> None:
+        self.reached, self._open, self._first, self._behind = threading.Event(), threading.Event(), first_lane, behind
 
     def __call__(self, number: int, way: str, position: int, data: bytes) -> bytes:
-        if number >= self._first and way == "down" and position > MIB:
+        if number >= self._first and way == "down" and position > self._behind:
             self.reached.set()
             self._open.wait(20)
         return data
@@ -128,8 +128,10 @@ def test_a_source_waits_no_longer_than_its_deadline(lanes: Lanes) -> None:
     before = trained.weight.detach().clone()
     source = lanes.transport(**CALM)
     destination = begun(lanes, source, gate)
-    source.send_checkpoint([1], STEP, envelope(trained.state_dict()), timedelta(seconds=1.5))
+    source.send_checkpoint([1], STEP, envelope(trained.state_dict()), TIMEOUT)
     assert gate.reached.wait(20)
+    assert source._offer is not None
+    source._offer._deadline.expire()
     trained.optimizer.step()
     assert not torch.equal(trained.weight, before)
     report = source.last_report
@@ -199,9 +201,11 @@ def test_shutdown_ends_the_wait(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -
     assert destination.join().error is not None
 
 
-def chain_of_two(lanes: Lanes, receive: Callable[[Destination, str], None], verify: bool) -> tuple[Any, ...]:
-    """A source, a destination that passes the state on through a gate, and its optimizer; the offered digest."""
-    state, trained, gate = Trained(1).state_dict(), Trained(2), Gate(first_lane=0)
+def chain_of_two(
+    lanes: Lanes, trained: Trained, receive: Callable[[Destination, str], object], verify: bool
+) -> tuple[Any, ...]:
+    """A source, a destination that passes the state on through a gate, one that does not fetch yet, what is offered."""
+    state, gate = Trained(1).state_dict(), Gate(first_lane=0)
     source = lanes.transport(verify=verify, **CALM)
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     first = lanes.destination(trained.state_dict(), **CALM)
@@ -209,15 +213,16 @@ def chain_of_two(lanes: Lanes, receive: Callable[[Destination, str], None], veri
     first.transport._self = first.transport._self._replace(metadata=proxy.metadata)
     receive(first, source.metadata())
     second = lanes.destination(Trained(3).state_dict(), lanes=1, **CALM)
-    return source, trained, first, second, gate, digest(state)
+    return source, first, second, gate, digest(state)
 
 
 @pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
 def test_a_destination_waits_until_it_has_passed_the_state_on(
     lanes: Lanes, monkeypatch: pytest.MonkeyPatch, verify: bool
 ) -> None:
-    source, trained, first, second, gate, offered = chain_of_two(
-        lanes, lambda first, metadata: first.start(metadata).join(), verify
+    trained = Trained(2)
+    source, first, second, gate, offered = chain_of_two(
+        lanes, trained, lambda first, metadata: first.start(metadata).join(), verify
     )
     assert got(first) == offered
     second.start(source.metadata())
@@ -268,35 +273,33 @@ def test_what_a_hook_writes_past_autograd_is_never_a_second_moment(lanes: Lanes,
     assert sorted(peer.outcome == "complete" for peer in report.peers) == [False, True]
 
 
-def test_what_a_hook_of_a_destination_writes_is_not_passed_on(lanes: Lanes) -> None:
-    steps: list[threading.Thread] = []
+def test_what_a_hook_of_a_destination_writes_is_not_passed_on(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, behind, offers, ends = Trained(2), Gate(behind=5 * MIB), [], threading.Event()
+    original = Relay.end_reading
+    monkeypatch.setattr(Relay, "end_reading", lambda relay: (ends.set(), original(relay))[1])
 
-    def receive_within_step(first: Destination, metadata: str) -> None:
+    def begin(first: Destination, metadata: str) -> None:
         def post_hook(*_: object) -> None:
-            first._receive(metadata, STEP, TIMEOUT)
+            first._receive(lanes.proxy(metadata, behind).metadata, STEP, TIMEOUT)
             offers.append(digest(first.result["user"]["default"]))
-            optimizers[0].param_groups[0]["params"][0].data.zero_()
+            trained.weight.data.zero_()
 
-        assert first.template is not None
-        weight = torch.nn.Parameter(first.template["weight"])
-        weight.grad = torch.ones_like(weight)
-        optimizers.append(torch.optim.SGD([weight], lr=1.0))
-        optimizers[0].register_step_post_hook(post_hook)
-        steps.append(threading.Thread(target=optimizers[0].step))
+        trained.optimizer.register_step_post_hook(post_hook)
+        threads.append(threading.Thread(target=trained.optimizer.step))
+        threads[0].start()
 
-    optimizers: list[torch.optim.Optimizer] = []
-    offers: list[str] = []
-    source, trained, first, second, gate, offered = chain_of_two(lanes, receive_within_step, verify=False)
-    steps[0].start()
-    offer = source._offer
-    wait_until(lambda: len(offer._chain) == 1)
+    threads: list[threading.Thread] = []
+    source, first, second, gate, offered = chain_of_two(lanes, trained, begin, verify=False)
+    assert behind.reached.wait(20)
     second.start(source.metadata())
     assert gate.reached.wait(20)
+    behind.open()
+    assert ends.wait(10)
     assert not offers
     gate.open()
     assert got(second) == offered
-    steps[0].join(20)
-    assert not steps[0].is_alive()
+    threads[0].join(20)
+    assert not threads[0].is_alive()
     assert offers == [offered]
     assert not trained.weight.any()
     first.transport.disallow_checkpoint()
