@@ -1,4 +1,7 @@
-"""``python -m tests.upstream``: torchft's installed integration tests, unmodified, over its transport and over ours.
+"""``python -m tests.upstream``: torchft's installed tests, unmodified, over its transport and over ours.
+
+The integration tests of LocalSGD and DiLoCo run over each; the Manager's tests, in which a transport receives from
+itself, over all but a group, where nobody does.
 
 Arguments are the names of the transports (all of them by default), and what follows ``--`` goes to pytest.
 Lighthouses and Managers are real; replicas are threads of one process, as torchft has it. The CPU's cases run, over
@@ -15,19 +18,25 @@ import sys
 from tests.upstream.plugin import TRANSPORTS
 
 _TESTS = "torchft.local_sgd_integ_test"
+_NOT_OVER_GROUPS = "torchft.manager_test"
 # Nothing of this project's settings: their warnings are torchft's own.
 _OPTIONS = ("-c", os.devnull, "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-rfE", "--tb=short", "--timeout=180")
 
 
 def run(transport: str, options: list[str]) -> int:
     """Run all tests over one transport; gives pytest's exit code."""
-    spec = importlib.util.find_spec(_TESTS)
-    assert spec is not None
-    assert spec.origin is not None
     print(f"=== {transport}", flush=True)
-    command = [sys.executable, "-m", "pytest", *_OPTIONS, "-p", "tests.upstream.plugin", *options, spec.origin]
+    names = [_TESTS] if transport == "pg" else [_TESTS, _NOT_OVER_GROUPS]
+    command = [sys.executable, "-m", "pytest", *_OPTIONS, "-p", "tests.upstream.plugin", *options, *map(_file_of, names)]
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, "FT_TRANSPORT_UPSTREAM": transport}
     return subprocess.run(command, env=environment, check=False).returncode
+
+
+def _file_of(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return spec.origin
 
 
 def main(arguments: list[str]) -> int:

@@ -24,6 +24,8 @@ __all__ = ["TRANSPORTS"]
 # By the name that the environment gives; HTTP is what torchft takes itself.
 TRANSPORTS = ("http", "pg", "lanes")
 
+# Read once: a test of torchft's clears the environment.
+_transport = os.environ.get("FT_TRANSPORT_UPSTREAM", "http")
 _events: list[Event] = []
 _lock = threading.Lock()
 _original = Manager.__init__
@@ -39,7 +41,7 @@ def _make(manager: Any, pg: Any, timeout: timedelta) -> Any:
         return {key: state_dict() for key, state_dict in manager._user_state_dicts.items()}
 
     cpu = torch.device("cpu")
-    if os.environ["FT_TRANSPORT_UPSTREAM"] == "pg":
+    if _transport == "pg":
         return PGTransport(pg, timeout, cpu, template, on_event=_note)
     return LaneTransport(timeout, cpu, template, host="127.0.0.1", on_event=_note)
 
@@ -52,7 +54,7 @@ def _with_ours(manager: Any, pg: Any, *args: Any, checkpoint_transport: Any = No
 
 
 def pytest_configure() -> None:
-    if os.environ.get("FT_TRANSPORT_UPSTREAM", "http") != "http":
+    if _transport != "http":
         Manager.__init__ = _with_ours
 
 
