@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FUZZ_READY := $(VENV)/.ready-fuzz
+UPSTREAM_READY := $(VENV)/.ready-upstream
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test lint bench chaos fuzz mutants clean help
+.PHONY: demo test lint bench chaos fuzz mutants upstream clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
@@ -17,6 +18,7 @@ help:
 	@echo "make chaos   kill, stop and cut off replicas while they heal, for ten minutes; MINUTES=30, SEED=1 replays one"
 	@echo "make fuzz    attack what reads the wire, guided by coverage, for ten minutes; SECONDS=60 for one"
 	@echo "make mutants break one promise of the code after the other and see that a test notices; ARGS='lanes' for some"
+	@echo "make upstream torchft's own integration tests over its transport and over ours (a few minutes)"
 	@echo "make clean   remove the virtual environment and what the targets above write"
 
 $(READY): pyproject.toml constraints.txt
@@ -50,6 +52,13 @@ fuzz: $(FUZZ_READY)
 
 mutants: $(READY)
 	$(BIN)/python tests/mutants.py $(ARGS)
+
+$(UPSTREAM_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[upstream]'
+	@touch $@
+
+upstream: $(UPSTREAM_READY)
+	$(BIN)/python -m tests.upstream $(ARGS)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -323,6 +323,10 @@ class Landing:
             self.check()  # which names it
             raise
 
+    def memory(self) -> list[torch.Tensor]:
+        """What holds each of the layout's ranges, in their order."""
+        return [block.memory for block in self._blocks]
+
     def in_template(self, message: int) -> bool:
         """Whether all of a message lands in the template's memory."""
         return not any(range_ in self._fresh_ranges for range_ in self._ranges_of(message))

@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -29,6 +30,7 @@ from ft_transport._supply import Supply
 from ft_transport._talk import Talk
 from ft_transport._teller import Teller
 from ft_transport._transfer import tell_progress
+from ft_transport._versions import Versions
 from ft_transport.errors import (
     LocalProtocolError,
     PeerFailure,
@@ -70,6 +72,7 @@ class SourceStock:
         self._bucket.reset(SMALL_BYTES - room)
         for message in small:
             self._copies[message] = self._gatherer.view(message, self._bucket)
+        self._versions.note_copied(self._copies)
 
     def check_unchanged(self) -> None:
         """Raises LocalProtocolError if the state has changed or moved since; see ``_versions``."""
@@ -192,6 +195,8 @@ class Offer:
         self._error: LocalProtocolError | None = None  # the source's own, once destinations are served
         self._frame = b""
         self._stock: SourceStock | None = None
+        self._versions: Versions | None = None
+        self._open = not report.peers  # to whoever comes
         self._stream: Any = None
         self._watch = Watch(report, deadline)
         self._is_watching = False
@@ -211,8 +216,9 @@ class Offer:
         try:
             with self.report.phase("describe"):
                 self._stream = settled_stream()
-                outbound = Outbound(state_dict, self.report.step, self._options, self.report)
-                self._frame = outbound.frame
+                report = self.report
+                outbound = Outbound(state_dict, report.step, self._options, report, lambda reading: self.end_reading())
+                self._frame, self._versions = outbound.frame, outbound.versions
                 self._stock = SourceStock(outbound)
         except BaseException as exc:
             self._failure = reason_of(exc)
@@ -293,7 +299,9 @@ class Offer:
         peer, talk = guest.peer, guest.talk
         outcome: Outcome = "failed"
         try:
-            self._serve(guest)
+            versions = self._versions
+            with versions.here() if versions is not None else nullcontext():
+                self._serve(guest)
             outcome = "complete"
         except Exception as exc:
             peer.reason = reason_of(exc)
@@ -408,12 +416,13 @@ class Offer:
 
     def _settle(self) -> None:
         """Complete the report, once no destination is expected or served any more. The lock is held."""
-        if self._over or any(peer.outcome == "pending" for peer in self.report.peers):
+        if self._over or self._open or any(peer.outcome == "pending" for peer in self.report.peers):
             return
         if not (self._crowded.expired() or self._deadline.expired() or self._is_closing):
             return  # those who had the places are gone, and it is the turn of whoever waits
         self._over = True
         self._stock = None
+        self._release()
         # If it has failed, the call has raised, and that was told.
         if not self._failure and self.report.finish(time.perf_counter() - self._begin, self._error):
             self._teller.leave(partial(tell, self.report, self._options.on_event))
@@ -434,6 +443,7 @@ class Offer:
         self._is_watching = False
 
     def _give_up_expected(self, reason: str) -> None:
+        self._open = False
         while self._expected:
             peer = self._expected.pop()
             peer.outcome, peer.reason = "timed out", reason
@@ -447,12 +457,24 @@ class Offer:
         """
         absent = Deadline(self._options.stall)
         with self._changed:
+            if self._open:  # nobody was expected, so nobody is waited for who has not come
+                self._give_up_expected("")
             while not self._over and not self._deadline.expired():
                 if self._expected and absent.expired():
                     self._give_up_expected(f"it has not come within {absent.timeout.total_seconds():g} s")
                     continue
                 limits = [self._deadline.remaining()] + ([absent.remaining()] if self._expected else [])
                 self._changed.wait_for(lambda: self._over, min(limits).total_seconds())
+
+    def end_reading(self) -> None:
+        """As :meth:`drain`, then as :meth:`close`: somebody is about to change the state."""
+        self.drain()
+        self.close()
+
+    def within_step(self) -> bool:
+        """Whether the state may change before :meth:`drain` is called; see ``_versions``."""
+        versions = self._versions
+        return versions is not None and versions.within_step()
 
     def close(self, wait: bool = True) -> None:
         """End what is still under way; when this returns, nothing reads the state. Raises nothing but Ctrl-C."""
@@ -473,7 +495,14 @@ class Offer:
         self._crew.join()
         with self._changed:
             self._stock = None
+        self._release()
         self._teller.drain(Deadline(_TELLING))
+
+    def _release(self) -> None:
+        """Nothing is read any more: optimizers need not wait."""
+        versions, self._versions = self._versions, None
+        if versions is not None:
+            versions.release()
 
 
 def _is_invitation(metadata: str, ident: bytes) -> bool:

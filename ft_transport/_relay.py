@@ -15,6 +15,7 @@ from ft_transport._layout import Layout
 from ft_transport._memory import Bucket, Held, memory_at
 from ft_transport._rewrite import Rewrite
 from ft_transport._supply import Supply
+from ft_transport._versions import Reading
 from ft_transport._work import Work
 from ft_transport.errors import LocalProtocolError
 
@@ -66,6 +67,8 @@ class Relay:
         # Small messages as they came: training goes on once this side has the state, and changes small buffers.
         self._copies: dict[int, torch.Tensor] = {}
         self._room = SMALL_BYTES
+        self._reading: Reading | None = None
+        self._layout = layout
         self._supply = Supply(self, patience, stream)
         desk.register(self.ident, self._supply)
 
@@ -104,6 +107,22 @@ class Relay:
     def note_digest(self, message: int, digest: int) -> None:
         pass  # it has the source's
 
+    def let_training_go_on(self) -> None:
+        """This side has the state. From now on an optimizer waits before it changes what is read for others.
+
+        Where one is in its step already, nothing is read any more when this returns.
+        """
+        reading = self._reading = Reading(
+            self._layout, self._landing.memory, lambda reading: self.end_reading(), self._copies
+        )
+        if reading.within_step():
+            self.end_reading()
+
+    def end_reading(self) -> None:
+        """As :meth:`drain`, then as :meth:`close`."""
+        self.drain()
+        self.close()
+
     def drain(self) -> None:
         """Wait until those who fetch from here have everything, or have stalled. Never raises."""
         self._supply.drain()
@@ -112,4 +131,6 @@ class Relay:
         """When this returns, nothing reads the state any more. May be called twice."""
         self._desk.unregister(self.ident)
         self._supply.close()
+        if self._reading is not None:
+            self._reading.release()
         self._copies.clear()

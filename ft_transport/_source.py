@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from ft_transport._layout import Layout, Piece, lay_out
 from ft_transport._manifest import Blocks, describe
 from ft_transport._memory import Block, Bucket, Held, aligned, copy_blocks, memory_at, no_collection
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
-from ft_transport._versions import Versions
+from ft_transport._versions import Reading, Versions
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 from ft_transport.report import PeerReport, Progress, TransferReport
 
@@ -117,15 +118,23 @@ class Outbound:
         step: Step of the state.
         options: The caller's choices.
         report: Filled with what the state is.
+        await_end: Waits until nothing is read any more; see ``_versions.Reading``.
 
     Attributes:
-        versions: Tells whether the state has changed since.
+        versions: Tells whether the state has changed since. Release it once nothing is read any more.
 
     Raises:
         LocalProtocolError: A leaf cannot travel; every such path is named.
     """
 
-    def __init__(self, state_dict: object, step: int | None, options: Options, report: TransferReport) -> None:
+    def __init__(
+        self,
+        state_dict: object,
+        step: int | None,
+        options: Options,
+        report: TransferReport,
+        await_end: Callable[[Reading], object] | None = None,
+    ) -> None:
         self.options = options
         with no_collection():
             manifest, blocks = describe(state_dict)
@@ -133,7 +142,7 @@ class Outbound:
             self.header = Header(step, limits, options.digest, options.sample)
             self.layout = lay_out(manifest, limits)
             self.frame = encode_manifest(manifest, self.header)
-        self.versions = Versions(manifest, self.layout, blocks)
+        self.versions = Versions(manifest, self.layout, blocks, await_end)
         self.gatherer = Gatherer(self.layout, blocks, options.device)
         self._digests: dict[int, int] = {}
         report.num_leaves = len(manifest.leaves)
@@ -175,7 +184,7 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
             control.send_frame(outbound.frame)
             if control.recv_frame(Frame.READY) != (digest_bytes(outbound.frame),):
                 raise RemoteProtocolError("the description of the state came damaged to the destination")
-        with peer.enter("move", "source"):
+        with peer.enter("move", "source"), outbound.versions.here():
             _send(control, outbound, peer)
         with peer.enter("verify", "source"):
             _check_unchanged(control, outbound)

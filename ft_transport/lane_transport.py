@@ -216,9 +216,9 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         mark_changed(changed)
         self._guard.check_step()
 
-    def _end(self) -> None:
+    def _end(self, *, keep_offer: bool = False) -> None:
         """End what an earlier call has left under way; nothing reads the state any more then."""
-        offer, relay = self._offer, self._relay
+        offer, relay = None if keep_offer else self._offer, self._relay
         if offer is not None:
             offer.close()
         if relay is not None:
@@ -267,7 +267,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
         Args:
             dst_ranks: Replica ranks of the destinations. Lanes do not know which destination is which rank: if there is
-                more than one, ``rank`` in their reports is -1, and ``name`` and ``address`` tell them apart.
+                more than one, ``rank`` in their reports is -1, and ``name`` and ``address`` tell them apart. Empty:
+                whoever comes is served, until :meth:`disallow_checkpoint`.
             step: Step of the state.
             state_dict: The state; must not change, but for its small tensors, until :meth:`disallow_checkpoint` has
                 returned.
@@ -278,8 +279,10 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 was shut down.
             TornStateError: This replica is torn. As above.
 
-        If the state changes before :meth:`disallow_checkpoint` has returned (in-place operations of torch on its large
-        tensors are seen), destinations that are not done fail, and ``last_report.error`` names the paths.
+        An optimizer that is about to step on the state waits until nobody reads it any more. Within an optimizer's step
+        (DiLoCo's hook), this waits until then, as with ``blocking``. If the state changes all the same before
+        :meth:`disallow_checkpoint` has returned (in-place operations of torch on its large tensors are seen),
+        destinations that are not done fail, and ``last_report.error`` names the paths.
 
         After an error: nothing reads the state any more.
         Threading: torchft's quorum thread; one call at a time.
@@ -289,8 +292,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             if self._is_shut_down:
                 raise LocalProtocolError(_SHUT_DOWN)
             self._end()
-            if not dst_ranks or len(set(dst_ranks)) != len(dst_ranks):
-                raise LocalProtocolError(f"ranks {dst_ranks}: expected some, each once")
+            if len(set(dst_ranks)) != len(dst_ranks):
+                raise LocalProtocolError(f"ranks {dst_ranks}: expected each once")
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
             deadline = Deadline(min(timeout, self._timeout))
             offer = self._offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
@@ -300,7 +303,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 offer.refuse(exc.message)
                 raise
             offer.open(state_dict)
-            if self._blocking:
+            if self._blocking or offer.within_step():
                 try:
                     offer.drain()
                 finally:
@@ -315,13 +318,14 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
         Args:
             src_rank: Replica rank of the source, for the report.
-            metadata: What the source's ``metadata()`` returned.
+            metadata: What the source's ``metadata()`` returned. This transport's own: all leaves are new then.
             step: Step that both sides must agree on.
             timeout: Upper bound of the whole call.
 
         Returns:
             State dict with the sender's nesting. It may be read for another destination until
-            :meth:`disallow_checkpoint` has returned.
+            :meth:`disallow_checkpoint` has returned, or until an optimizer is about to step on it, which waits for
+            that. Within an optimizer's step, this waits for it.
 
         Raises:
             TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.
@@ -338,7 +342,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         with Call(self, report, teller=self._teller), self._guard.receiving(report) as attempt:
             self._rewrite = None
             trains = self._trains_meanwhile()
-            self._end()
+            from_itself = metadata == self._self.metadata
+            self._end(keep_offer=from_itself)
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             self._attempts += 1
@@ -352,10 +357,13 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             earlier, self._kept = self._kept, None
             try:
                 with watching(report, deadline):
-                    received = reception.run(self._template(), earlier)
+                    # What the template holds is what is sent, if this side is the source, too.
+                    received = reception.run(None if from_itself else self._template(), earlier)
             finally:
                 self._reception, self._kept = None, reception.kept
             self._changed, self._relay, self._rewrite = received.written, received.relay, received.rewrite
+            if self._relay is not None:
+                self._relay.let_training_go_on()
             return cast(T, received.state)
 
 

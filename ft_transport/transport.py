@@ -164,9 +164,10 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         became of each.
 
         Args:
-            dst_ranks: Replica ranks in the configured process group, without this replica's own.
+            dst_ranks: Replica ranks in the configured process group, without this replica's own. Empty: nothing moves.
             step: Step of the state.
-            state_dict: The state; must not change until this returns.
+            state_dict: The state; must not change until this returns. An optimizer of another thread that is about to
+                step on it waits until then.
             timeout: Upper bound of the whole call.
 
         Raises:
@@ -197,7 +198,9 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         try:
             self._guard.check_source()
             with report.phase("describe"):
-                outbound = Outbound(state_dict, report.step, self._options, report)
+                outbound = Outbound(
+                    state_dict, report.step, self._options, report, lambda reading: reading.await_release(deadline)
+                )
         except BaseException as exc:
             reason = reason_of(exc)
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
@@ -206,7 +209,10 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 peer.outcome, peer.reason = "failed", reason
             for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
             raise
-        errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+        try:
+            errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+        finally:
+            outbound.versions.release()
         _raise_own(channels, errors)
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "_torn": {"errors", "report"},
     "_manager": {"errors"},
     "_rewrite": {"_digest", "_landing", "_layout", "_memory"},
-    "_versions": {"_layout", "_manifest", "_tree", "errors"},
+    "_versions": {"_deadline", "_layout", "_manifest", "_tree", "errors"},
     "_source": _SHARED | {"_codec", "_digest", "_transfer", "_versions"},
     "_destination": _SHARED | {"_codec", "_digest", "_landing", "_rewrite", "_template", "_torn", "_transfer"},
     "divergence": {"_digest", "_kinds", "_kinds_distributed", "_leaves", "_memory", "_tree", "_values", "errors"},
@@ -89,14 +89,14 @@ ALLOWED: dict[str, set[str]] = {
     "_desk": {"_conversation", "_deadline", "_lanes", "_meeting", "_supply", "_talk", "errors"},
     "_lane_options": {"_layout", "_transfer"},
     "_relay": {"_desk", "_lane_options", "_landing", "_lanes", "_layout", "_memory", "_rewrite", "_supply", "_work"}
-    | {"errors"},
+    | {"_versions", "errors"},
     "_fetch": _LANES
     | {"_crew", "_landing", "_lane_options", "_layout", "_memory", "_relay", "_rewrite", "_work", "errors", "report"},
     "_trial": {"_deadline", "_fetch"},
     "_lane_source": _LANES
     | {"_crew", "_desk", "_lane_options", "_memory", "_progress", "_source", "_supply", "_teller", "_transfer"}
     | _REPORT
-    | {"events"},
+    | {"_versions", "events"},
     "_lane_destination": _LANES
     | _REPORT
     | {

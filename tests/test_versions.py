@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import CPU, SMALL, Recorded, Wrapped, noise, num_posted, raw_bytes, storage_bytes, succeed, transfer
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ft_transport import LocalProtocolError, PeerFailure, RemoteProtocolError, _versions
 from ft_transport._channel import Pending
@@ -18,7 +23,7 @@ from ft_transport._layout import Limits, lay_out
 from ft_transport._manifest import describe
 from ft_transport._source import Outbound
 from ft_transport._transfer import Options
-from ft_transport._versions import Versions
+from ft_transport._versions import Reading, Versions
 from ft_transport.report import TransferReport
 from ft_transport.testing import memory_channels
 
@@ -60,6 +65,109 @@ def test_an_optimizer_that_steps_too_early(optimizer: type[torch.optim.Optimizer
     assert "disallow_checkpoint()" in text
 
 
+def fused(*parameters: torch.Tensor, groups: int = 1) -> torch.optim.AdamW:
+    """An optimizer that autograd does not count; of several groups, all but the last are of something else."""
+    others = [{"params": [torch.nn.Parameter(torch.ones(3))]} for _ in range(groups - 1)]
+    mine = [parameter.requires_grad_(parameter.is_leaf) for parameter in parameters]
+    made = torch.optim.AdamW([*others, {"params": mine}], lr=0.1, fused=True)
+    for parameter in mine:
+        parameter.grad = torch.ones_like(parameter)
+    made.step()
+    return made
+
+
+def slice_of_a_flat_buffer() -> tuple[object, torch.optim.Optimizer]:
+    flat = torch.zeros(3 * LARGE)
+    return {"seen": flat}, fused(torch.nn.Parameter(flat[LARGE : 2 * LARGE]))
+
+
+def flat_buffer_of_slices() -> tuple[object, torch.optim.Optimizer]:
+    flat = torch.zeros(3 * LARGE)
+    return {"seen": flat[LARGE : 2 * LARGE]}, fused(torch.nn.Parameter(flat))
+
+
+def padded_view() -> tuple[object, torch.optim.Optimizer]:
+    padded = torch.zeros(LARGE + 8)
+    return {"seen": padded}, fused(torch.nn.Parameter(padded[8:]))
+
+
+def strided_view() -> tuple[object, torch.optim.Optimizer]:
+    padded = torch.zeros(100, LARGE // 50)
+    return {"seen": padded[:, 8:].t()}, fused(torch.nn.Parameter(padded[:, 8:]))
+
+
+def another_group() -> tuple[object, torch.optim.Optimizer]:
+    weight = torch.nn.Parameter(torch.zeros(LARGE))
+    return {"seen": weight.detach()}, fused(weight, groups=3)
+
+
+def moments_alone() -> tuple[object, torch.optim.Optimizer]:
+    weight = torch.nn.Parameter(torch.zeros(LARGE))
+    made = fused(weight)
+    return {"seen": made.state[weight]["exp_avg"][10:]}, made
+
+
+def nested_state() -> tuple[object, torch.optim.Optimizer]:
+    made = fused(torch.nn.Parameter(torch.zeros(3)))
+    directions = [torch.zeros(LARGE)]
+    made.state["history"] = {"directions": directions, "itself": made.state}
+    return {"seen": directions[0]}, made
+
+
+def shard() -> tuple[object, torch.optim.Optimizer]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        local = torch.zeros(LARGE)
+        weight = torch.nn.Parameter(DTensor.from_local(local, DeviceMesh("cpu", [0]), run_check=False))
+    finally:
+        dist.destroy_process_group()
+    return {"seen": local[1:]}, torch.optim.AdamW([weight], lr=0.1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        slice_of_a_flat_buffer,
+        flat_buffer_of_slices,
+        padded_view,
+        strided_view,
+        another_group,
+        moments_alone,
+        nested_state,
+        shard,
+    ],
+    ids=lambda case: case.__name__.replace("_", " "),
+)
+def test_what_an_optimizer_writes_is_known_by_its_addresses(
+    case: Callable[[], tuple[object, torch.optim.Optimizer]],
+) -> None:
+    state, optimizer = case()
+    noted = versions(state)
+    _versions._before_step(optimizer, (), {})
+    _versions._after_step(optimizer, (), {})
+    assert "seen" in found(noted)
+
+
+def test_a_neighbour_in_the_same_buffer_may_change() -> None:
+    flat = torch.zeros(3 * LARGE)
+    noted = versions({"before": flat[:LARGE], "behind": flat[2 * LARGE :]})
+    fused(torch.nn.Parameter(flat[LARGE : 2 * LARGE])).step()
+    noted.check()
+
+
+def test_what_has_no_address_is_passed_over() -> None:
+    optimizer = fused(torch.nn.Parameter(torch.zeros(LARGE)))
+    optimizer.state["odd"] = [
+        torch.zeros(3, device="meta"),
+        torch.eye(3).to_sparse(),
+        torch.zeros(0),
+        FakeTensorMode().from_tensor(torch.zeros(3)),
+    ]
+    noted = versions({"other": torch.zeros(LARGE)})
+    optimizer.step()
+    noted.check()
+
+
 def test_an_optimizer_of_something_else_may_step() -> None:
     _, step = in_place_by(torch.optim.AdamW, fused=True)
     noted = versions({"other": noise(LARGE, 1)})
@@ -68,7 +176,7 @@ def test_an_optimizer_of_something_else_may_step() -> None:
 
 
 def test_an_optimizer_that_writes_as_it_likes_is_seen_before_it_does() -> None:
-    weight = torch.nn.Parameter(noise(200, 1))  # small ones, too: no forward steps an optimizer
+    weight = torch.nn.Parameter(noise(200, 1))  # small ones, too, where they were not copied: no forward does that
 
     class Mine(torch.optim.Optimizer):
         def step(self) -> None:  # type: ignore[override]
@@ -205,6 +313,122 @@ def test_many_paths_are_counted() -> None:
     for tensor in state.values():
         tensor.zero_()
     assert " and 4 more" in found(noted)
+
+
+# ----------------------------------------------------------------------------- optimizers that wait
+
+
+class Waited:
+    """Stands for what reads a state: says how often it was waited for, and what the weight was then."""
+
+    def __init__(self, weight: torch.Tensor, *, ends: bool = True) -> None:
+        self.seen: list[float] = []
+        self._weight, self._ends = weight, ends
+        manifest, blocks = describe({"weight": weight.detach()})
+        self.noted = Versions(manifest, lay_out(manifest, Limits()), blocks, self._await_end)
+
+    def _await_end(self, reading: Reading) -> None:
+        assert reading is self.noted
+        self.seen.append(self._weight[0].item())
+        if self._ends:
+            reading.release()
+
+
+def one_step(numel: int = LARGE) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    weight = torch.nn.Parameter(torch.full((numel,), 5.0))
+    weight.grad = torch.ones_like(weight)
+    return weight, torch.optim.SGD([weight], lr=1.0)
+
+
+@pytest.mark.parametrize("numel", [LARGE, 10], ids=["large", "small"])
+def test_an_optimizer_waits_before_it_writes(numel: int) -> None:
+    weight, optimizer = one_step(numel)
+    waited = Waited(weight)
+    optimizer.step()
+    assert waited.seen == [5.0]
+    assert weight[0] == 4.0
+    optimizer.step()
+    assert waited.seen == [5.0], "it is over"
+
+
+def test_an_optimizer_that_has_waited_in_vain_is_a_change() -> None:
+    weight, optimizer = one_step()
+    waited = Waited(weight, ends=False)
+    optimizer.step()
+    assert waited.seen == [5.0]
+    assert "weight" in found(waited.noted)
+
+
+def test_what_was_copied_is_nobodys_concern() -> None:
+    weight, optimizer = one_step()
+    waited = Waited(weight)
+    waited.noted.note_copied(range(1))
+    optimizer.step()
+    assert waited.seen == []
+    small, optimizer = one_step(10)
+    waited = Waited(small)
+    waited.noted.note_copied(range(1))
+    optimizer.step()
+    assert waited.seen == []
+    waited.noted.check()
+
+
+def test_a_thread_does_not_wait_for_itself() -> None:
+    weight, optimizer = one_step()
+    waited = Waited(weight)
+    with waited.noted.here():
+        optimizer.step()
+    assert waited.seen == []
+    assert "weight" in found(waited.noted)
+
+
+def test_ctrl_c_while_an_optimizer_waits() -> None:
+    weight, optimizer = one_step()
+    waited = Waited(weight)
+
+    def interrupt(reading: Reading) -> None:
+        raise KeyboardInterrupt
+
+    waited.noted._await_end = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert weight[0] == 5.0
+    waited.noted.check()
+
+
+def test_a_step_is_known_to_be_under_way() -> None:
+    """So that a quorum that is asked for in one of its hooks is told from any other."""
+    weight, optimizer = one_step()
+    waited, other = Waited(weight), Waited(torch.full((LARGE,), 5.0))
+    seen = []
+
+    def look(*_: object) -> None:
+        with pytest.raises(ZeroDivisionError):  # another one, within, which breaks off
+            raising.step()
+        again = versions({"weight": weight.detach()})
+        seen.append((again.within_step(), other.noted.within_step(), waited.noted.within_step()))
+        again.release()
+
+    _, raising = one_step()
+    raising.register_step_post_hook(lambda *_: 1 / 0)  # type: ignore[arg-type,return-value]
+    optimizer.register_step_post_hook(look)
+    for _ in range(2):
+        optimizer.step()
+    assert seen == [(True, False, False)] * 2, "what is over is read no more"
+    assert not versions({"weight": weight.detach()}).within_step()
+
+
+def test_steps_that_broke_off_are_forgotten() -> None:
+    weight, optimizer = one_step()
+    handle = optimizer.register_step_post_hook(lambda *_: 1 / 0)  # type: ignore[arg-type,return-value]
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+    handle.remove()
+    assert versions({"weight": weight.detach()}).within_step()  # nobody can tell: a step costs a wait at most
+    optimizer.step()
+    assert not versions({"weight": weight.detach()}).within_step()
+    assert all(known() is not optimizer for _, known in _versions._stepping)
 
 
 # --------------------------------------------------------------------------------- in a transfer

@@ -367,10 +367,69 @@ def test_a_state_that_cannot_travel(lanes: Lanes) -> None:
     source.disallow_checkpoint()
 
 
-@pytest.mark.parametrize("dst_ranks", [[], [1, 1]])
-def test_wrong_ranks(lanes: Lanes, dst_ranks: list[int]) -> None:
+def test_wrong_ranks(lanes: Lanes) -> None:
     with pytest.raises(LocalProtocolError, match="each once"):
-        lanes.transport().send_checkpoint(dst_ranks, STEP, {}, TIMEOUT)
+        lanes.transport().send_checkpoint([1, 1], STEP, {}, TIMEOUT)
+
+
+def test_whoever_comes_is_served(lanes: Lanes) -> None:
+    """As torchft's own transport does, where no rank is named."""
+    source, state = lanes.transport(), make_state()
+    source.send_checkpoint([], STEP, envelope(state), TIMEOUT)
+    for num_served in (1, 2):
+        assert lanes.destination(make_state(2)).start(source.metadata()).join().sound(state)
+        report = source.last_report
+        assert report is not None
+        wait_until(lambda report=report, num=num_served: [p.outcome for p in report.peers] == ["complete"] * num)
+    source.disallow_checkpoint()
+    assert report.complete
+    assert report.nbytes_wire > 2 * report.nbytes_total
+    late = lanes.destination(make_state(2)).start(source.metadata(), timeout=timedelta(seconds=0.3)).join()
+    assert isinstance(late.error, TransferTimeout)
+
+
+def test_nobody_is_waited_for_where_none_is_named(lanes: Lanes) -> None:
+    source, slow = lanes.transport(), slowly(200)
+    for blocking in (False, True):
+        source._blocking = blocking
+        source.send_checkpoint([], STEP, envelope(make_state()), TIMEOUT)
+        source.disallow_checkpoint()
+        report = source.last_report
+        assert report is not None
+        assert (report.complete, report.peers) == (True, [])
+    # But whoever has come has its time.
+    state = make_state()
+    source._blocking = False
+    source.send_checkpoint([], STEP, envelope(state), TIMEOUT)
+    proxy = lanes.proxy(source.metadata(), slow)
+    destination = lanes.destination(make_state(2)).start(proxy.metadata)
+    wait_until(lambda: proxy.nbytes > MIB)
+    source.disallow_checkpoint()
+    assert destination.join().sound(state)
+
+
+def test_where_none_is_named_the_deadline_ends_the_offer(lanes: Lanes) -> None:
+    source = lanes.transport()
+    source.send_checkpoint([], STEP, envelope(make_state()), timedelta(seconds=0.1))
+    offer = source._offer
+    assert offer is not None
+    wait_until(lambda: offer._over)
+
+
+def test_a_transport_receives_from_itself(lanes: Lanes) -> None:
+    state = make_state()
+    source = lanes.transport(lambda: state)
+    source.send_checkpoint([], STEP, envelope(state), TIMEOUT)
+    destination = Destination(source, state)
+    for _ in range(2):
+        assert destination.start(source.metadata()).join().sound(state), destination.error
+        received = destination.result["user"]["default"]
+        assert not {t.data_ptr() for t in tensors(received)} & {t.data_ptr() for t in tensors(state)}
+    assert not source.torn
+    source.disallow_checkpoint()
+    source.send_checkpoint([0], STEP, envelope(state), TIMEOUT)
+    assert destination.start(source.metadata()).join().sound(state)
+    source.disallow_checkpoint()
 
 
 def test_a_destination_that_never_comes(lanes: Lanes, caplog: pytest.LogCaptureFixture) -> None:
