@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,14 +15,18 @@ from ft_transport._memory import (
     Arena,
     Block,
     Bucket,
+    Held,
+    Places,
     aligned,
     allocate,
     copy_blocks,
     copy_elements,
+    held,
     no_collection,
     physical_bytes,
     storage_as,
 )
+from ft_transport.errors import LocalProtocolError
 
 STRIDED = {
     "contiguous": lambda: noise((3, 4, 5), 1),
@@ -208,3 +213,47 @@ def test_the_collector_is_held_back_until_the_last_thread_is_done() -> None:
     leave.set()
     thread.join(10)
     assert gc.isenabled()
+
+
+MOVES: dict[str, Callable[[torch.Tensor], object]] = {
+    "exchanged": lambda tensor: setattr(tensor, "data", torch.zeros_like(tensor)),
+    "set": lambda tensor: tensor.set_(torch.zeros(3)),  # type: ignore[call-overload]
+    "given back": lambda tensor: tensor.untyped_storage().resize_(0),
+    "smaller": lambda tensor: tensor.untyped_storage().resize_(40),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_memory_that_was_taken_away_is_neither_read_nor_written(move: Callable[[torch.Tensor], object]) -> None:
+    kept, moved = noise(300_000, 1), noise(300_000, 2)
+    blocks, places = held([Block(kept), Block(moved)]), Places.of([kept, moved])
+    nbytes = moved.numel() * 4
+    before, staged = raw_bytes(kept), torch.full((2 * nbytes,), 7, dtype=torch.uint8)
+    view = Held(blocks[1], 0, nbytes).view
+    assert places.moved() == []
+    move(moved)
+    assert places.moved() == [1]
+    read: list[memoryview] = []
+    for act in (
+        Held(blocks[1], 0, nbytes).check,
+        lambda: Held(blocks[1], 0, nbytes).feed(read.append, view),
+        lambda: copy_blocks([(block, 0, nbytes) for block in blocks], staged, gather=True),
+        lambda: copy_blocks([(block, 0, nbytes) for block in blocks], staged, gather=False),
+    ):
+        with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+            act()
+    assert read == []
+    assert raw_bytes(staged) == bytes([7]) * (2 * nbytes)
+    assert raw_bytes(kept) == before
+
+
+def test_memory_is_fed_in_parts_that_are_all_of_it() -> None:
+    tensor = noise(50_001, 1)
+    (block,) = held([Block(tensor)])
+    parts: list[bytes] = []
+    part = Held(block, 5, 200_003)
+    part.feed(lambda piece: parts.append(bytes(piece)), part.view)
+    assert len(parts) > 1
+    assert b"".join(parts) == raw_bytes(tensor)[5:200_003]
+    part.feed(parts.append, memoryview(b""))  # type: ignore[arg-type]
+    assert len(parts) == 4
