@@ -365,7 +365,7 @@ def _check_names(node: Node) -> None:
     cls = {"OrderedDict": OrderedDict, "defaultdict": defaultdict}.get(node.kind, node.extra)
     for name in node.keys if node.kind == "dataclass" else node.keys[len(node.keys) - node.num_attrs :]:
         if not _is_free_name(name, cls):
-            raise ValueError(f"an attribute called {str(name)[:80]!r}, which hides what its class can do")
+            raise ValueError(f"name of an attribute out of range: {str(name)[:80]!r} hides what its class can do")
 
 
 def _is_free_name(name: object, cls: Any) -> bool:

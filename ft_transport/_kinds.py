@@ -68,8 +68,8 @@ class PythonTensor(Kind):
         name = None if cls in (torch.Tensor, torch.nn.Parameter) else class_name(cls)
         inner: list[Any] = []
         state = torch._utils._get_obj_state(leaf)  # type: ignore[no-untyped-call]
-        state = (attributes_of(leaf), *state[1:]) if isinstance(state, tuple) else state and attributes_of(leaf)
         if not _sets_its_own_state(cls):
+            state = (attributes_of(leaf), *state[1:]) if isinstance(state, tuple) else state and attributes_of(leaf)
             check_attributes(state)
         data, values = pickle_leaf(state, inner) if state else (b"", [])
         if any(each is leaf for each in inner):

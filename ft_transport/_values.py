@@ -423,9 +423,10 @@ def _decode_numpy_scalar(descr: Any, data: Any) -> Any:
     import numpy
 
     dtype = numpy_dtype(decode_value(descr))
+    expect(bytes, data)
     if not dtype.itemsize:  # an empty text, whatever bytes NumPy has for it
         return numpy.zeros((), dtype)[()]
-    return numpy.frombuffer(expect(bytes, data), dtype, count=1)[0]
+    return numpy.frombuffer(data, dtype, count=1)[0]
 
 
 def numpy_descr(dtype: Any) -> Any:

@@ -151,7 +151,7 @@ def test_a_dict_that_is_its_own_attributes() -> None:
 def test_an_attribute_that_hides_a_method_is_refused_at_the_source() -> None:
     sent: Any = Table(x=1)
     sent.items = 3
-    assert "an attribute called 'items', which hides" in refused(sent)
+    assert "name of an attribute out of range: 'items' hides" in refused(sent)
 
 
 # ------------------------------------------------------------------------------------------------- NumPy
@@ -257,8 +257,8 @@ def test_modes_of_the_calling_thread_change_nothing() -> None:
     }
     whole = state_digest(state).whole
     timeout = timedelta(seconds=20)
-    source: Any = LaneTransport(timeout)
-    destination: Any = LaneTransport(timeout)
+    source: Any = LaneTransport(timeout, torch.device("cpu"))
+    destination: Any = LaneTransport(timeout, torch.device("cpu"))
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float16)
@@ -266,7 +266,6 @@ def test_modes_of_the_calling_thread_change_nothing() -> None:
             source.send_checkpoint([1], 3, state, timeout)
             got = destination.recv_checkpoint(0, source.metadata(), 3, timeout)
             assert state_digest(got).whole == whole
-            assert torch.empty(1).is_meta or True
     finally:
         torch.set_default_dtype(before)
         source.shutdown()
