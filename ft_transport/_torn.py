@@ -7,7 +7,7 @@ the vote and before the optimizer steps. So a torn replica for which no receive 
 healthy, and this is the last moment to stop it. A receive that was tried and failed has failed the step already.
 
 A replica that refuses the others' state will refuse it again: each time it is in the quorum, takes no part in the step,
-and with that fails it for the others. It is stopped at the same place, and ends as one whose ``load_state_dict`` raises.
+and with that fails it for the others. It is stopped at the same place, and ends as if ``load_state_dict`` had raised.
 
 ``docs/faults.md`` says which calls this rests on; ``tests/multiproc/test_torn.py`` holds torchft to them.
 """
