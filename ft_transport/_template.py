@@ -531,20 +531,24 @@ def _drop_conflicts(
             cluster.append((begin, slot))
             reached = max(reached, end)
             continue
-        left_alone = any(slot is _NOBODYS for _, slot in cluster)
-        if len(cluster) > 1 and (left_alone or not _harmless(manifest, targets, cluster)):
-            reason = "shares memory in the template in a way that it does not at the source"
+        if len(cluster) > 1 and (reason := _conflict(manifest, targets, cluster)):
             for _, other in cluster:
                 if targets.pop(other, None) is not None:
-                    path = format_path(manifest.paths[other[0]])
-                    report.not_in_place[path] = _SHARED_WITH_OTHERS if left_alone else reason
+                    report.not_in_place[format_path(manifest.paths[other[0]])] = reason
         cluster, reached = [(begin, slot)], end
 
 
-_SHARED_WITH_OTHERS = "shares memory in the template with a leaf that does not fit the source's"
-
 # An address that no tensor has.
 _BEHIND = 1 << 64
+
+
+def _conflict(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> str:
+    """Why targets whose extents overlap cannot all be written to; empty if they can."""
+    if any(slot is _NOBODYS for _, slot in cluster):
+        return "shares memory in the template with a leaf that does not fit the source's"
+    if not _harmless(manifest, targets, cluster):
+        return "shares memory in the template in a way that it does not at the source"
+    return ""
 
 
 def _shared_alike(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> bool:

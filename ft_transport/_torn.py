@@ -10,7 +10,7 @@ A receive heals what it brings. A state that lacks a leaf which an earlier recei
 an EMA that the new source does not keep) heals all but that leaf, and the replica stays torn.
 
 A replica that refuses the others' state will refuse it again: each time it is in the quorum, takes no part in the step,
-and with that fails it for the others. It is stopped at the same place, and ends like one whose load_state_dict raises.
+and with that fails it for the others. It is stopped at the same place, and ends as if ``load_state_dict`` had raised.
 
 ``docs/faults.md`` says which calls this rests on; ``tests/multiproc/test_torn.py`` holds torchft to them.
 """

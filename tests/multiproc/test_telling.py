@@ -191,8 +191,8 @@ def test_a_heal_over_lanes_that_stalls_says_so_on_both_sides(
 def test_each_side_of_a_group_tells_once() -> None:
     heard = Listener()
     with group_wire() as wire:
-        state = make_state()
-        outcome = wire.transfer(state, lambda: make_state(2), on_event=heard)
+        state, template = make_state(), make_state(2)
+        outcome = wire.transfer(state, lambda: template, on_event=heard)
         outcome.check()
         (event,) = heard.events
         assert (event["transport"], event["role"], event["outcome"]) == ("PGTransport", "destination", "complete")
