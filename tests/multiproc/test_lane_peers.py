@@ -134,9 +134,7 @@ def test_an_earlier_attempt_that_comes_late_does_not_cut_the_later_one(lanes: La
 
 
 @pytest.mark.parametrize(("metadata", "ident"), [("nonsense", b"i" * 16), ("", b"i"), ("of another", b"i" * (1 << 19))])
-def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(
-    lanes: Lanes, metadata: str, ident: bytes
-) -> None:
+def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lanes, metadata: str, ident: bytes) -> None:
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
