@@ -31,6 +31,10 @@ from .test_lanes import MIB, STEP, TIMEOUT, Lanes, envelope, lanes, make_state, 
 __all__ = ["lanes"]  # the fixture
 
 
+# So that nobody is taken for silent on a busy machine.
+CALM: dict[str, Any] = {"stall_timeout": timedelta(seconds=10)}
+
+
 class Peer(Talk):
     """A destination that says what the test has it say."""
 
@@ -115,7 +119,7 @@ def test_one_of_a_step_that_is_never_offered_waits_until_its_own_deadline(lanes:
 
 
 def test_an_earlier_attempt_that_comes_late_does_not_cut_the_later_one(lanes: Lanes) -> None:
-    source = lanes.transport()
+    source = lanes.transport(**CALM)
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
     with peer(source.metadata(), identity=b"i" * 16, attempt=2) as later:
         later.await_frame(Frame.MANIFEST)
@@ -130,10 +134,8 @@ def test_an_earlier_attempt_that_comes_late_does_not_cut_the_later_one(lanes: La
 
 
 @pytest.mark.parametrize(("metadata", "ident"), [("nonsense", b"i" * 16), ("", b"i"), ("of another", b"i" * (1 << 19))])
-def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(
-    lanes: Lanes, metadata: str, ident: bytes
-) -> None:
-    source, state = lanes.transport(), make_state()
+def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lanes, metadata: str, ident: bytes) -> None:
+    source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
         first.await_frame(Frame.MANIFEST)
@@ -147,7 +149,7 @@ def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(
 
 def test_a_route_that_nobody_can_read_is_answered(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_lane_source, "_is_invitation", lambda metadata, ident: True)
-    source, state = lanes.transport(), make_state()
+    source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
         first.await_frame(Frame.MANIFEST)
@@ -167,14 +169,13 @@ def guests() -> int:
 
 def test_so_many_are_served_at_once_and_the_others_wait(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_lane_source, "SPARE_GUESTS", 3)
-    calm = {"stall_timeout": timedelta(seconds=10)}
-    source, state = lanes.transport(**calm), make_state()
+    source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(peer(source.metadata())) for _ in range(12)]
         wait_until(lambda: waiting(source) == 8)
         assert guests() == 4
-        destination = lanes.destination(make_state(2), **calm).start(source.metadata())
+        destination = lanes.destination(make_state(2), **CALM).start(source.metadata())
         wait_until(lambda: waiting(source) == 9)
         for each in peers:
             each.connection.close()
