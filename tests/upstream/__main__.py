@@ -26,9 +26,8 @@ _OPTIONS = ("-c", os.devnull, "-p", "no:cacheprovider", "-p", "no:xdist", "-q", 
 def run(transport: str, options: list[str]) -> int:
     """Run all tests over one transport; gives pytest's exit code."""
     print(f"=== {transport}", flush=True)
-    names = [_TESTS] if transport == "pg" else [_TESTS, _NOT_OVER_GROUPS]
-    command = [sys.executable, "-m", "pytest", *_OPTIONS, "-p", "tests.upstream.plugin", *options]
-    command += map(_file_of, names)
+    files = map(_file_of, [_TESTS] if transport == "pg" else [_TESTS, _NOT_OVER_GROUPS])
+    command = [sys.executable, "-m", "pytest", *_OPTIONS, "-p", "tests.upstream.plugin", *options, *files]
     environment = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **os.environ, "FT_TRANSPORT_UPSTREAM": transport}
     return subprocess.run(command, env=environment, check=False).returncode
 
