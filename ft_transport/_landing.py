@@ -397,18 +397,22 @@ class Landing:
         Returns:
             The ranges whose tensors are of another size or shape by now.
         """
-        lost = set()
+        lost: set[int] = set()
+        moved = self._places.moved()
+        if not moved:
+            return lost
         slots = list(self._targets)
-        for slot in [slots[index] for index in self._places.moved()]:
+        for slot in [slots[index] for index in moved]:
             view, mine = self._manifest.leaves[slot[0]].views[slot[1]], self._targets[slot]
             if (mine.dtype, mine.shape) != (view.geometry.dtype, view.geometry.shape) or not same_strides(view, mine):
                 lost.add(self._layout.range_of(view.storage, view.begin))
-        if slots:
-            self._blocks = held([Block(*block[:3]) for block in self._blocks])
+        self._blocks = held([Block(*block[:3]) for block in self._blocks])
         return lost
 
     def paths_of(self, ranges: Set[int]) -> list[str]:
         """The leaves that have bytes in these ranges."""
+        if not ranges:
+            return []
         range_of, manifest = self._layout.range_of, self._manifest
         return [
             format_path(manifest.paths[index])

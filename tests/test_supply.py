@@ -130,6 +130,9 @@ class Large(Empty):
     def view(self, message: int, bucket: Bucket) -> memoryview:
         return memoryview(self._data)
 
+    def held(self, message: int) -> Held | None:
+        return None
+
     def digest(self, message: int) -> int | None:
         return 0
 
