@@ -1312,3 +1312,30 @@ def test_a_thousand_heals_leave_nothing(lanes: Lanes) -> None:
     assert after.native_threads <= before.native_threads
     assert after.descriptors <= before.descriptors
     assert resident() - memory < 30 * MIB
+
+
+# ------------------------------------------------------------------------------------- suspected faults
+
+
+def test_a_bucket_of_which_the_template_has_a_part_tears_it(lanes: Lanes) -> None:
+    """The joiner's optimizer has no state yet: its small weights come in one message with small moments it lacks."""
+
+    def small(number: int, value: float) -> dict[str, torch.Tensor]:
+        return {str(i): torch.full((4000,), value) for i in range(number)}
+
+    template = {"model": small(20, 2.0), "ema": small(20, 2.0)}
+    state = {"model": small(20, 1.0), "optim": small(400, 1.0), "ema": small(20, 1.0)}
+    source = lanes.transport()
+    proxy = lanes.proxy(source.metadata()).corrupt(1, times=-1)
+    destination = lanes.destination(template, lanes=1).start(proxy.metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination.join()
+    source.disallow_checkpoint()
+    assert isinstance(destination.error, RemoteProtocolError)
+    values = {float(tensor[0]) for part in template.values() for tensor in part.values()}
+    assert values == {1.0, 2.0}, "a mix"
+    assert destination.error.torn
+    assert destination.transport.torn
+    destination.transport.metadata()
+    with pytest.raises(TransferError):
+        destination.transport.disallow_checkpoint()
