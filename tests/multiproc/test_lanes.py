@@ -1339,3 +1339,17 @@ def test_a_bucket_of_which_the_template_has_a_part_tears_it(lanes: Lanes) -> Non
     destination.transport.metadata()
     with pytest.raises(TransferError):
         destination.transport.disallow_checkpoint()
+
+
+def test_a_relay_without_digests_does_not_pass_on_what_this_side_has_written(lanes: Lanes) -> None:
+    """Forward at the first one changes a large buffer meanwhile. Nobody watches its memory, and nobody compares."""
+    state = make_state()
+    source = lanes.transport(verify=False)
+    source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
+    first = lanes.destination(make_state(2)).start(source.metadata()).join()
+    assert first.sound(state)
+    first.template["large"][1].add_(1)  # type: ignore[index]
+    second = lanes.destination(make_state(3)).start(source.metadata()).join()
+    assert second.sound(state) or isinstance(second.error, TransferError)
+    first.transport.disallow_checkpoint()
+    source.disallow_checkpoint()
