@@ -177,10 +177,11 @@ class Offer:
         self, options: LaneOptions, deadline: Deadline, report: TransferReport, desk: Desk, teller: Teller
     ) -> None:
         self.report = report
-        # A chain of one is none.
         assert report.step is not None, "over lanes a transfer always has one"
         self._step = report.step
-        self._options = replace(options, chain=options.chain and len(report.peers) > 1)
+        # A chain of one is none. Without digests nobody would see what a destination's own forward has made of the
+        # memory that it passes on.
+        self._options = replace(options, chain=options.chain and len(report.peers) > 1 and bool(options.digest))
         self._deadline = deadline
         self._desk = desk
         self._teller = teller

@@ -67,7 +67,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         ssl_context: For TLS, two contexts: one to accept connections with, one to make them with. All replicas must
             have it, or none.
         topology: As a source with several destinations: ``"chain"`` has each pass the state on to the next one,
-            ``"star"`` has all fetch it from the source.
+            ``"star"`` has all fetch it from the source, and so does ``verify=False``.
         stall_timeout: How long a peer may be silent before it counts as gone.
         blocking: :meth:`send_checkpoint` returns only when every destination is served or has failed.
         skip_unchanged: As a destination, compare the template with the source's state first, and move what differs.

@@ -925,7 +925,8 @@ def test_the_source_has_no_part_in_what_a_relay_has_damaged(lanes: Lanes) -> Non
     second = lanes.destination(make_state(2), lanes=1, **calm).start(proxy.metadata).join()
     assert second.sound(state), second.error
     assert second.report.num_repaired > 3
-    first.transport.disallow_checkpoint()
+    with pytest.raises(TornStateError):  # its own state is not what was sent either
+        first.transport.disallow_checkpoint()
     source.disallow_checkpoint()
 
 
@@ -1350,6 +1351,6 @@ def test_a_relay_without_digests_does_not_pass_on_what_this_side_has_written(lan
     assert first.sound(state)
     first.template["large"][1].add_(1)  # type: ignore[index]
     second = lanes.destination(make_state(3)).start(source.metadata()).join()
-    assert second.sound(state) or isinstance(second.error, TransferError)
+    assert second.sound(state)
     first.transport.disallow_checkpoint()
     source.disallow_checkpoint()
