@@ -27,11 +27,12 @@ from ft_transport._memory import (
     Block,
     Held,
     Places,
+    Room,
     allocate,
     copy_blocks,
     held,
     indexed,
-    physical_bytes,
+    room,
     storage_as,
 )
 from ft_transport._template import Slot, Targets, same_strides
@@ -103,6 +104,7 @@ class Landing:
         self._arena = Arena()
         self._fresh_storages: dict[int, torch.Tensor] = {}
         self._fresh_bytes = 0
+        self._room: Room | None = None
         # For each range the memory it lands in.
         self._blocks: list[Block] = []
         # What each view becomes, which template tensors hold their value in the end, and copies still to be made.
@@ -235,8 +237,10 @@ class Landing:
         whole = piece.begin == 0 and piece.end == nbytes
         if on_cpu and piece.storage not in self._fresh_storages:
             self._fresh_bytes += nbytes
-            if self._fresh_bytes > physical_bytes():
-                raise MemoryError(f"{self._fresh_bytes} bytes of fresh storages are more than this machine has")
+            # Asked once: what is taken here is in use only when bytes land in it.
+            self._room = self._room or room()
+            if self._fresh_bytes > self._room.nbytes:
+                raise MemoryError(f"{self._fresh_bytes} bytes of fresh storages are more than {self._room.of}")
         if whole and len(group) == 1 and nbytes < FROM_ARENA and group[0][1].geometry.dense:
             # A tensor of its own: the quickest way for many small ones.
             (slot, view) = group[0]

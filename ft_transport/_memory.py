@@ -36,6 +36,7 @@ __all__ = [
     "Held",
     "Places",
     "ReadOnlyMemory",
+    "Room",
     "aligned",
     "allocate",
     "copy_blocks",
@@ -46,6 +47,7 @@ __all__ = [
     "no_collection",
     "undisturbed",
     "physical_bytes",
+    "room",
     "storage_as",
 ]
 
@@ -410,9 +412,118 @@ def undisturbed() -> Iterator[None]:
 
 
 @functools.cache
-def physical_bytes() -> int:
-    """Memory of this machine, which no honest state on it exceeds."""
+def _machine_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+
+
+class Room(NamedTuple):
+    """How much memory there is, and whose limit that is, for an error."""
+
+    nbytes: int
+    of: str
+
+
+def physical_bytes(root: str = "/") -> int:
+    """What this process may have at most, which no honest state exceeds: the least of the machine's memory and the
+    limits of its memory cgroups.
+
+    Args:
+        root: Where ``/proc`` and ``/sys`` are; for tests.
+    """
+    return min([_machine_bytes(), *(group.limit for group in _cgroups(root))])
+
+
+def room(root: str = "/") -> Room:
+    """What this process may take now without being killed for it: the least of the machine's memory and what each of
+    its memory cgroups has left.
+
+    A cgroup's use counts without the page cache and what else its kernel gives back under pressure. Swap does not
+    count. Of the machine all memory counts, whoever uses it now.
+    """
+    rooms = [Room(_machine_bytes(), "this machine has")]
+    for limit, used, path in _cgroups(root):
+        left = max(0, limit - used)
+        rooms.append(Room(left, f"the memory cgroup {path} has left ({left} of its {limit})"))
+    return min(rooms)
+
+
+class _Cgroup(NamedTuple):
+    limit: int
+    used: int
+    path: str
+
+
+class _Files(NamedTuple):
+    """Where a version of cgroups says what we ask."""
+
+    limit: str
+    current: str
+    reclaimable: tuple[str, ...]
+
+
+_CGROUP_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_CGROUP_2 = _Files("memory.max", "memory.current", ("active_file", "inactive_file", "slab_reclaimable"))
+
+
+def _cgroups(root: str) -> Iterator[_Cgroup]:
+    """The memory cgroups of this process and their ancestors, as far as they are mounted and have a limit."""
+    try:
+        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as lines:
+            entries = [line.rstrip("\n").split(":", 2) for line in lines]
+        with open(os.path.join(root, "proc/self/mountinfo"), encoding="utf-8") as lines:
+            mounts = [line.split() for line in lines]
+    except (OSError, ValueError):
+        return  # no Linux, or no /proc
+    for entry in entries:
+        if len(entry) != 3:
+            continue
+        _, controllers, path = entry
+        version = 2 if not controllers else 1 if "memory" in controllers.split(",") else 0
+        for mount in mounts if version else ():
+            if _has_memory(mount, version):
+                yield from _along(root, mount[4], _below(mount[3], path), _CGROUP_2 if version == 2 else _CGROUP_1)
+
+
+def _has_memory(mount: list[str], version: int) -> bool:
+    if "-" not in mount[6:]:
+        return False
+    kind, *more = mount[mount.index("-", 6) + 1 :] or [""]
+    return kind == "cgroup2" if version == 2 else kind == "cgroup" and "memory" in ",".join(more).split(",")
+
+
+def _below(mounted: str, path: str) -> list[str]:
+    """The names that lead from a mount to a cgroup. In a container, what is mounted may be a part of the tree."""
+    inside = path == mounted or path.startswith(mounted.rstrip("/") + "/")
+    names = (path[len(mounted.rstrip("/")) :] if inside else path).split("/")
+    return [] if ".." in names else [name for name in names if name]
+
+
+def _along(root: str, mount_point: str, names: list[str], files: _Files) -> Iterator[_Cgroup]:
+    for depth in range(len(names), -1, -1):
+        path = "/".join([mount_point, *names[:depth]])
+        folder = os.path.join(root, path.lstrip("/"))
+        limit = _number(os.path.join(folder, files.limit))
+        if limit is not None and limit < _machine_bytes():
+            used = _number(os.path.join(folder, files.current)) or 0
+            yield _Cgroup(limit, max(0, used - _reclaimable(os.path.join(folder, "memory.stat"), files)), path)
+
+
+def _number(file: str) -> int | None:
+    """The number in a file; None where there is none, as in ``max``."""
+    try:
+        with open(file, encoding="ascii") as text:
+            return int(text.read())
+    except (OSError, ValueError):
+        return None
+
+
+def _reclaimable(file: str, files: _Files) -> int:
+    try:
+        with open(file, encoding="ascii") as lines:
+            fields = [line.split() for line in lines]
+        return sum(int(field[1]) for field in fields if len(field) == 2 and field[0] in files.reclaimable)
+    except (OSError, ValueError):
+        return 0
 
 
 def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:

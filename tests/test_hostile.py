@@ -6,6 +6,7 @@ to cost time, it is large enough that without its bound the test would not end; 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -26,12 +27,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import DeviceMesh
 
-from ft_transport import TransferReport, _codec, _geometry, _tree, _values
+from ft_transport import TransferReport, _codec, _geometry, _landing, _tree, _values
 from ft_transport._codec import Frame, Header, decode_frame, decode_manifest, encode_frame, encode_manifest
 from ft_transport._landing import Landing
 from ft_transport._layout import Limits, lay_out
 from ft_transport._manifest import Leaf, Manifest, describe
-from ft_transport._memory import physical_bytes
+from ft_transport._memory import Room, physical_bytes
 from ft_transport._template import compare, match_template
 from ft_transport._tree import LEAF
 
@@ -1013,6 +1014,17 @@ def test_more_than_the_machine_has(device_type: str, num_storages: int) -> None:
     report = TransferReport("destination", "test", 1)
     with pytest.raises(MemoryError, match="more than this machine has"):
         Landing(manifest, lay_out(manifest, header.limits), {}, {}, torch.device("cpu"), report)
+
+
+def test_more_than_the_memory_cgroup_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before any of it is taken; the kernel would kill the process when bytes land."""
+    manifest, header = decode_manifest(decode_frame(frame(body_of([noise(1000, 1), noise(1000, 2)])))[1])
+    report, layout = TransferReport("destination", "test", 1), lay_out(manifest, header.limits)
+    for left, fits in ((8000, True), (7999, False)):
+        monkeypatch.setattr(_landing, "room", lambda left=left: Room(left, "the memory cgroup /a has left"))
+        refused = pytest.raises(MemoryError, match="8000 bytes of fresh storages are more than the memory cgroup /a")
+        with contextlib.nullcontext() if fits else refused:
+            Landing(manifest, layout, {}, {}, torch.device("cpu"), report)
 
 
 # ---------------------------------------------------------------------------------------- plain values
