@@ -37,6 +37,7 @@ from ft_transport.errors import (
     RemoteProtocolError,
     TransferError,
     TransferTimeout,
+    printable,
     reason_of,
 )
 from ft_transport.events import tell
@@ -369,7 +370,7 @@ class Offer:
                 if not slow or _is_to_blame(guest.before):
                     if guest.before is not None and failed == guest.before.relay:
                         guest.avoided.add(failed)  # no other, of which one could name any number
-                    logger.warning("%s turns to another supplier: %s", peer.label, reason)
+                    logger.warning("%s turns to another supplier: %s", peer.label, printable(reason))
             if talk.conversation.state in (until, State.ROUTING):
                 return
 
@@ -417,7 +418,7 @@ class Offer:
 
     def _settle(self) -> None:
         """Complete the report, once no destination is expected or served any more. The lock is held."""
-        if self._over or self._open or any(peer.outcome == "pending" for peer in self.report.peers):
+        if self._over or self._open or self._expected or any(peer.outcome == "pending" for peer in self.report.peers):
             return
         if not (self._crowded.expired() or self._deadline.expired() or self._is_closing):
             return  # those who had the places are gone, and it is the turn of whoever waits
@@ -447,7 +448,8 @@ class Offer:
         self._open = False
         while self._expected:
             peer = self._expected.pop()
-            peer.outcome, peer.reason = "timed out", reason
+            if peer.outcome == "pending":  # else the call has raised, and that is why it was not served
+                peer.outcome, peer.reason = "timed out", reason
         self._settle()
         self._changed.notify_all()
 
