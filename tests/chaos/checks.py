@@ -50,7 +50,7 @@ def check(events: list[Event], settings: Settings, *, whole: bool, left: Iterabl
         left: What was found after the run and should have been gone.
     """
     left = list(left)
-    promises = [_agreement(events), _heals(events), _lost_steps(events)]
+    promises = [_agreement(events), _heals(events), _buffers(events), _lost_steps(events)]
     if settings.transport == "lanes":
         # Over a group, a source that waits for a frozen destination loses its group, and the step with it.
         promises.append(_sources(events))
@@ -96,6 +96,32 @@ def _heals(events: list[Event]) -> Promise:
             held[event.replica, event["step"]] = event["digest"]
     text = "a state that was received is, bit for bit, the one that its source held"
     return Promise("wrong states accepted", text, broken, checked)
+
+
+def _buffers(events: list[Event]) -> Promise:
+    """What forward writes is, in the step that commits a heal, what its source offered, whatever forward wrote since.
+
+    A source whose step failed offers the same step again, with what its forward has written meanwhile: either counts.
+    """
+    offered: dict[tuple[int, int, int], set[str]] = defaultdict(set)
+    healed: dict[tuple[int, int], Event] = {}
+    broken, checked = [], 0
+    for event in events:
+        if event.name == "offered":
+            offered[event.replica, event["step"], event["quorum"]].add(event["buffers"])
+        elif event.name == "end" and event["call"] == "receive" and not event["error"]:
+            healed[event.life] = event
+        elif event.name in ("commit", "failed"):
+            heal = healed.pop(event.life, None)
+            if heal is None or event.name == "failed":
+                continue
+            checked += 1
+            sent = offered[heal["source"], heal["step"], heal["quorum"]]
+            if event["buffers"] not in sent:
+                who = f"replica {event.replica} from {heal['source']}, step {heal['step']}"
+                broken.append(f"{event.time:.2f} s: {who}: {event['buffers']}, source had sent {sorted(sent)}")
+    text = "what forward writes while a state lands is, when the heal is committed, what the source sent"
+    return Promise("wrong buffers committed", text, broken, checked)
 
 
 # -------------------------------------------------------------------------------------------- steps

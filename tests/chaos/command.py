@@ -25,6 +25,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--transport", choices=("lanes", "pg"), default="lanes", help="what moves the states (%(default)s)")
     add("--sync-quorum", action="store_true", help="heal before forward, and not beside it")
     add("--layers", type=int, default=Settings.layers, help="size of the state, 12.6 MB each (%(default)s)")
+    add("--fixed-shapes", action="store_true", help="no metric that grows with each step")
     add("--output", type=Path, default=Path("chaos-output"), help="folder for everything it writes (%(default)s)")
     add("--plan", action="store_true", help="print the schedule, and run nothing")
     options = parser.parse_args(arguments)
@@ -42,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
         for fault in draw(plan):
             print(f"{fault}  (spared: replica {spared(plan, fault.at)})")
         return 0
-    settings = Settings(transport=options.transport, async_quorum=not options.sync_quorum, layers=options.layers)
+    settings = Settings(
+        transport=options.transport,
+        async_quorum=not options.sync_quorum,
+        layers=options.layers,
+        metric=not options.fixed_shapes,
+    )
     return _run(plan, settings, options.output)
 
 

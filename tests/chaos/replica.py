@@ -24,7 +24,7 @@ from torchft.manager import Manager
 from ft_transport import TornStateError
 
 from .settings import Settings
-from .state import WIDTH, State, digest
+from .state import WIDTH, State, buffers_digest, digest, without_buffers
 from .striker import Striker
 from .voice import Voice, listen
 from .watched import Group, Watched
@@ -34,6 +34,8 @@ __all__ = ["EXIT_TORN", "Birth", "main"]
 EXIT_TORN = 70
 # Seconds between two looks at what this process holds.
 _HEALTH_INTERVAL = 2.0
+# Seconds between two forwards: the machine has fewer cores than the job has replicas.
+_BETWEEN_FORWARDS = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,10 +112,10 @@ class _Replica:
         settings = birth.settings
         numbers = f"{birth.seed} {birth.replica} {birth.incarnation}"
         self._generator = torch.Generator().manual_seed(int(digest(numbers), 16) >> 2)
-        self._state = State(settings.layers, int(digest(numbers), 16) >> 2)
+        self._state = State(settings.layers, int(digest(numbers), 16) >> 2, metric=settings.metric)
         self._striker = Striker(voice, birth.claims)
         self._group = Group(timedelta(seconds=settings.group), voice)
-        self._transport = Watched(settings, self._group, self._state.state_dict, voice, self._striker)
+        self._transport = Watched(settings, self._group, self._state, voice, self._striker)
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         manager_timeout = timedelta(seconds=settings.manager)
         self._manager = Manager(
@@ -161,11 +163,14 @@ class _Replica:
         manager, transport = self._manager, self._transport
         transport.new_step()
         manager.start_quorum()
+        self._forward()
         direction = torch.rand(WIDTH, generator=self._generator) - 0.5
         manager.allreduce(direction).wait()
         error = manager.errored()
         committed = manager.should_commit()
         where = {"quorum": self._group.quorum, "members": self._group.members}
+        # Before the optimizer steps, with all that forward has written to since.
+        where["buffers"] = buffers_digest(self._state.state_dict())
         if committed:
             self._state.apply(direction)
             step = manager.current_step()
@@ -177,8 +182,16 @@ class _Replica:
         cause = transport.cause or ("group" if text else "few")
         self._voice.tell("failed", step=manager.current_step(), cause=cause, error=text, **where)
 
+    def _forward(self) -> None:
+        """Forward, again and again until the quorum is there, and with it the state that has landed meanwhile."""
+        quorum = self._manager._quorum_future
+        self._state.forward(self._generator)
+        while quorum is not None and not quorum.done():
+            time.sleep(_BETWEEN_FORWARDS)
+            self._state.forward(self._generator)
+
     def _digest(self) -> str:
-        return digest(self._state.state_dict(), self._manager.state_dict())
+        return digest(without_buffers(self._state.state_dict()), self._manager.state_dict())
 
     def leave(self) -> None:
         """End what this replica began, and tell what is left."""

@@ -20,6 +20,7 @@ def replay(plan: Plan, settings: Settings) -> str:
     """The command that runs the same schedule again."""
     more = f" --transport {settings.transport}" if settings.transport != Settings.transport else ""
     more += "" if settings.async_quorum else " --sync-quorum"
+    more += "" if settings.metric else " --fixed-shapes"
     more += f" --layers {settings.layers}" if settings.layers != Settings.layers else ""
     more += f" --gap {plan.gap:g}" if plan.gap != Plan.gap else ""
     return f"python -m tests.chaos --seed {plan.seed} --minutes {plan.seconds / 60:g}{more}"

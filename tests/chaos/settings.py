@@ -29,6 +29,7 @@ class Settings:
         quorum: How long a replica waits for others.
         join: How long the Lighthouse waits for a living replica.
         heartbeat: How long the Lighthouse takes a silent replica for alive.
+        metric: Whether the state has a metric whose shape grows with each step.
         pace: Bytes per second and connection, so that there is time to strike.
     """
 
@@ -44,4 +45,5 @@ class Settings:
     quorum: float = 60.0
     join: float = 20.0
     heartbeat: float = 1.0
+    metric: bool = True
     pace: int = 50_000_000

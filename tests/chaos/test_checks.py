@@ -28,10 +28,13 @@ class Story:
         self.events.append(Event(self.now, replica, self.lives.get(replica, 0), name, fields))
         return self
 
-    def commit(self, step: int, digest: str, *replicas: int, quorum: int = 1) -> Story:
+    def commit(self, step: int, digest: str, *replicas: int, quorum: int = 1, buffers: str = "sent") -> Story:
         for replica in replicas:
-            self.tell(replica, "commit", step=step, digest=digest, quorum=quorum, members=ALL)
+            self.tell(replica, "commit", step=step, digest=digest, quorum=quorum, members=ALL, buffers=buffers)
         return self
+
+    def offer(self, replica: int, step: int, buffers: str = "sent") -> Story:
+        return self.tell(replica, "offered", step=step, quorum=1, buffers=buffers)
 
     def heal(self, replica: int, source: int, step: int, digest: str, seconds: float = 0.1, error: str = "") -> Story:
         where = {"call": "receive", "number": 1, "step": step, "quorum": 1, "source": source}
@@ -61,7 +64,8 @@ def begun() -> Story:
 
 def test_a_good_run_breaks_nothing() -> None:
     story = begun().strike(2, "kill").again(2).commit(2, "b", 0, 1, quorum=2)
-    story.heal(2, 0, 2, "b").tell(-1, "calm").commit(3, "c", *ALL, quorum=3).tell(-1, "finishing", together=True)
+    story.offer(0, 2).heal(2, 0, 2, "b").tell(-1, "calm").commit(3, "c", *ALL, quorum=3)
+    story.tell(-1, "finishing", together=True)
     assert story.broken(whole=True) == {}
 
 
@@ -79,6 +83,30 @@ def test_a_heal_at_step_0_has_the_source_s_first_state() -> None:
     story = Story().tell(0, "joined", digest="fresh 0")
     assert story.heal(1, 0, 0, "fresh 0").broken() == {}
     assert list(story.heal(1, 0, 0, "fresh 1").broken()) == ["wrong states accepted"]
+
+
+def healed() -> Story:
+    story = begun().strike(2, "kill").again(2).offer(0, 1, "first").offer(0, 1, "second")
+    return story.offer(1, 1, "another's").heal(2, 0, 1, "a")
+
+
+@pytest.mark.parametrize("buffers", ["first", "second"])
+def test_the_buffers_of_a_heal_are_what_was_offered(buffers: str) -> None:
+    story = healed().commit(2, "b", 0, 1, buffers="their own").commit(2, "b", 2, buffers=buffers)
+    # Each replica's forward goes on from there.
+    assert story.commit(3, "c", 2, buffers="its own").broken() == {}
+
+
+@pytest.mark.parametrize("buffers", ["a mix", "another's"])
+def test_the_buffers_of_a_heal_are_something_else(buffers: str) -> None:
+    found = healed().commit(2, "b", 2, buffers=buffers).broken()
+    assert list(found) == ["wrong buffers committed"]
+    assert "source had sent ['first', 'second']" in found["wrong buffers committed"].broken[0]
+
+
+def test_the_buffers_of_a_heal_that_was_not_committed() -> None:
+    story = healed().tell(2, "failed", step=1, cause="group", error="", quorum=1, members=ALL, buffers="a mix")
+    assert story.commit(2, "b", 2, buffers="its own").broken() == {}
 
 
 def test_a_failed_receive_accepts_nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +14,7 @@ from ft_transport import LaneTransport, PGTransport, Progress, TornStateError
 
 from . import sockets
 from .settings import Settings
-from .state import digest
+from .state import State, buffers_digest, digest, without_buffers
 from .striker import Striker
 from .voice import Voice
 
@@ -75,7 +74,7 @@ class Watched(CheckpointTransport[dict[str, Any]]):
         self,
         settings: Settings,
         group: Group,
-        template: Callable[[], dict[str, Any]],
+        state: State,
         voice: Voice,
         striker: Striker,
     ) -> None:
@@ -86,6 +85,8 @@ class Watched(CheckpointTransport[dict[str, Any]]):
         self._voice = voice
         self._striker = striker
         timeout = timedelta(seconds=settings.transfer)
+        self._in_forward = state.in_forward
+        template = state.state_dict
         self._inner: LaneTransport[Any] | PGTransport[Any]
         if settings.transport == "lanes":
             stall = timedelta(seconds=settings.stall)
@@ -120,7 +121,11 @@ class Watched(CheckpointTransport[dict[str, Any]]):
         to = [members[rank] for rank in dst_ranks]
         with self._voice.call("send", step=step, quorum=self._group.quorum, to=to) as result:
             try:
-                self._inner.send_checkpoint(dst_ranks, step, state_dict, timeout)
+                # Between two forwards: so what leaves, or is copied to leave later, is known.
+                with self._in_forward:
+                    buffers = buffers_digest(state_dict["user"]["default"])
+                    self._voice.tell("offered", step=step, quorum=self._group.quorum, buffers=buffers)
+                    self._inner.send_checkpoint(dst_ranks, step, state_dict, timeout)
             except Exception as exc:
                 self.cause = "torn" if isinstance(exc, TornStateError) else "send"
                 raise
@@ -140,7 +145,8 @@ class Watched(CheckpointTransport[dict[str, Any]]):
                 raise
             finally:
                 result.update(self._figures())
-            result["digest"] = digest(received["user"]["default"], received["torchft"])
+            # Not the buffers: forward is writing to them. They are looked at when the step is committed.
+            result["digest"] = digest(without_buffers(received["user"]["default"]), received["torchft"])
         self._striker.done()
         return received
 
