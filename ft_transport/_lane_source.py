@@ -32,6 +32,7 @@ from ft_transport.errors import (
     RemoteProtocolError,
     TransferError,
     TransferTimeout,
+    printable,
     reason_of,
 )
 from ft_transport.events import tell
@@ -289,7 +290,7 @@ class Offer:
                 failed, reason, slow = body
                 if not slow or _is_to_blame(guest.before):
                     guest.avoided.add(failed)
-                    logger.warning("%s turns to another supplier: %s", peer.label, reason)
+                    logger.warning("%s turns to another supplier: %s", peer.label, printable(reason))
             if talk.conversation.state in (until, State.ROUTING):
                 return
 
@@ -327,7 +328,7 @@ class Offer:
 
     def _settle(self) -> None:
         """Complete the report, once no destination is expected or served any more. The lock is held."""
-        if self._over or any(peer.outcome == "pending" for peer in self.report.peers):
+        if self._over or self._expected or any(peer.outcome == "pending" for peer in self.report.peers):
             return
         self._over = True
         self._stock = None
@@ -352,7 +353,8 @@ class Offer:
     def _give_up_expected(self, reason: str) -> None:
         while self._expected:
             peer = self._expected.pop()
-            peer.outcome, peer.reason = "timed out", reason
+            if peer.outcome == "pending":  # else the call has raised, and that is why it was not served
+                peer.outcome, peer.reason = "timed out", reason
         self._settle()
         self._changed.notify_all()
 

@@ -343,11 +343,16 @@ class PGTransport:
         with report.phase("agree"):
             data = self._recv_description(channel, deadline)
         with report.phase("agree"), no_collection():
-            manifest = _from_meta(_unpickle(data))
+            meta = _unpickle(data)
+            if isinstance(meta, _Failure):
+                report.peers[0].outcome = "failed"
+                raise PeerFailure(f"the peer gave up: {meta.reason}")
+            manifest = _from_meta(meta)
             layout = lay_out(manifest, Limits())
             matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
             targets, disagreements = compare(manifest, matched, report)
             if disagreements:
+                report.peers[0].outcome = "refused"
                 raise RemoteProtocolError("; ".join(disagreements), phase="agree")
             landing = Landing(
                 manifest,
@@ -407,11 +412,9 @@ def _can_be_pickled(value: object) -> bool:
     return True
 
 
-def _unpickle(data: bytes) -> _StateDictMeta:
+def _unpickle(data: bytes) -> _StateDictMeta | _Failure:
     meta = pickle.loads(data)
-    if isinstance(meta, _Failure):
-        raise PeerFailure(f"the peer gave up: {meta.reason}")
-    if not isinstance(meta, _StateDictMeta):
+    if not isinstance(meta, (_StateDictMeta, _Failure)):
         raise RemoteProtocolError(f"expected a description of a state, got {type(meta).__name__}")
     return meta
 

@@ -44,6 +44,7 @@ class TransferError(Exception):
         nbytes_done: int = 0,
         nbytes_total: int = 0,
     ) -> None:
+        message = printable(message)  # it may quote a peer
         super().__init__(message)
         self.message = message
         self.phase = phase
@@ -99,6 +100,17 @@ class RemoteProtocolError(ProtocolError):
 
 class TornStateError(TransferError):
     """This replica holds a mix of two states and was about to use it."""
+
+
+def printable(text: str) -> str:
+    """The text in one line, with escapes in the place of what a terminal or a log would take for more than text: line
+    breaks, control characters, those that change the direction of writing, and halves of surrogate pairs.
+
+    All that a peer may have chosen comes through here on its way into an error, a report or a log.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def reason_of(exc: BaseException) -> str:

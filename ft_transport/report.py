@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from ft_transport.errors import TransferError
+from ft_transport.errors import PeerFailure, TransferError, TransferTimeout, printable, reason_of
 
 __all__ = ["Outcome", "PeerReport", "Progress", "ProgressCallback", "TransferReport", "shortened"]
 
@@ -70,6 +70,10 @@ class PeerReport:
     address: str = ""
     name: str = ""
     began: dict[str, float] = field(default_factory=dict)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What the peer may have chosen is shown in logs, events and spans.
+        object.__setattr__(self, name, printable(value) if name in _TEXTS else value)
 
     @property
     def label(self) -> str:
@@ -199,13 +203,31 @@ class TransferReport:
             return False
         self._finished = True
         self.total_seconds = total_seconds
-        self.error = "" if error is None else f"{_public_name(error)}: {error}"
+        self.error = "" if error is None else printable(f"{_public_name(error)}: {error}")
+        for peer in self.peers:
+            if peer.outcome == "pending":
+                self._end(peer, error)
         self.nbytes_wire = sum(peer.nbytes_wire for peer in self.peers)
         for name in PHASES:
             slowest = max((peer.seconds.get(name, 0.0) for peer in self.peers), default=0.0)
             if slowest or name in self.seconds:
                 self.seconds[name] = self.seconds.get(name, 0.0) + slowest
         return True
+
+    def _end(self, peer: PeerReport, error: BaseException | None) -> None:
+        """Note what the end of the call was for a peer whose transfer was under way, or had not begun."""
+        last = max(self.began, key=self.began.__getitem__, default=peer.phase)
+        peer.phase = getattr(error, "phase", "") or (last if peer.phase == "describe" else peer.phase)
+        peer.reason = peer.reason or ("the call is over" if error is None else reason_of(error))
+        if isinstance(error, TransferTimeout):
+            peer.outcome = "timed out"
+        elif isinstance(error, PeerFailure):
+            peer.outcome = "dead"
+        else:
+            peer.outcome = "failed"
+
+
+_TEXTS = frozenset({"reason", "address", "name"})
 
 
 def _public_name(error: BaseException) -> str:
