@@ -22,7 +22,7 @@ from ft_transport.errors import (
     TransferError,
     TransferTimeout,
 )
-from ft_transport.events import EventCallback, transfer_event
+from ft_transport.events import EventCallback, RedactSecrets, transfer_event
 from ft_transport.report import PeerReport, Progress, TransferReport
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ __all__ = [
     "PeerReport",
     "Progress",
     "ProtocolError",
+    "RedactSecrets",
     "RemoteProtocolError",
     "StateDigest",
     "Surroundings",

@@ -29,6 +29,8 @@ from ft_transport._manifest import ALIGNMENT, Leaf, Manifest, Storage, View, cov
 from ft_transport._memory import physical_bytes
 from ft_transport._tree import CONTAINERS, LEAF, Node, check_tree, format_path, paths_of
 from ft_transport._values import (
+    NotAllowed,
+    advice,
     allowed_class,
     check_keys,
     class_name,
@@ -37,6 +39,7 @@ from ft_transport._values import (
     dtype_of,
     encode_value,
     expect,
+    not_allowed_in,
 )
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
@@ -270,13 +273,13 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
             raise ValueError(f"{len(nodes)} nodes, at most {MAX_NODES} are accepted")
         tree, refused = _decode_nodes(nodes)
         num_leaves = check_tree(tree)
-        if refused:
-            index, reason = refused
-            raise RemoteProtocolError(f"{_path_of_container(tree, index)}: {reason}", phase="agree")
         if len(leaves) != num_leaves:
             raise ValueError(f"expected {num_leaves} leaves, got {len(leaves)}")
         manifest = Manifest(tree, [], _decode_storages(storages))
-        _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
+        not_allowed = [(_path_of_container(tree, index), exc) for index, exc in refused]
+        not_allowed += _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
+        if not_allowed:
+            raise RemoteProtocolError(_all_not_allowed(not_allowed), phase="agree")
         manifest.shared = _decode_shared(shared, tree)
         _check_storages(manifest, header.limits)
         if not _ALWAYS_BUILT.issuperset(map(itemgetter(0), tree)):
@@ -286,7 +289,8 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
     except Exception as exc:
         damage = f"damaged manifest: {type(exc).__name__}: {exc}"
         text = exc.message if isinstance(exc, RemoteProtocolError) else damage
-        raise RemoteProtocolError(text[:MAX_TEXT], phase="agree") from exc
+        # Not "from exc": a traceback would show, as it came, what the peer has chosen.
+        raise RemoteProtocolError(text[:MAX_TEXT], phase="agree") from None
 
 
 # Nodes that can be built whatever their children are, or whose class may look at them.
@@ -313,20 +317,36 @@ def _decode_limits(data: Any) -> Limits:
     return limits
 
 
-class _NotAllowed(ValueError):
-    """A class of a node that this side does not allow."""
+class _NotRegistered(ValueError):
+    """A class of a node that this side has not registered."""
 
 
-def _decode_nodes(data: Any) -> tuple[list[Node], tuple[int, str] | None]:
-    """The nodes, and the index of the first whose class is not allowed, with what to do about it."""
+_Refused = NotAllowed | _NotRegistered
+
+
+def _all_not_allowed(found: list[tuple[str, _Refused]]) -> str:
+    """The first paths and all classes at once: whoever allows them heals next time."""
+    names = {name for _, exc in found if isinstance(exc, NotAllowed) for name in exc.names}
+    others = dict.fromkeys(str(exc) for _, exc in found if not isinstance(exc, NotAllowed))
+    paths = ", ".join(path for path, _ in found[:_MAX_PATHS])
+    more = f" and {len(found) - _MAX_PATHS} more" if len(found) > _MAX_PATHS else ""
+    return f"{paths}{more}: {'; '.join([*([advice(names)] if names else []), *others])}"
+
+
+# Paths that an error about classes names.
+_MAX_PATHS = 8
+
+
+def _decode_nodes(data: Any) -> tuple[list[Node], list[tuple[int, _Refused]]]:
+    """The nodes, and the indices of those whose class is not allowed, with what to do about it."""
     nodes = [LEAF] * len(data)
-    refused = None
+    refused: list[tuple[int, _Refused]] = []
     for index in [index for index, node in enumerate(data) if node is not None]:
         node = data[index]
         try:
             nodes[index] = _decode_node(*node)
-        except _NotAllowed as exc:
-            refused = refused or (index, str(exc))
+        except (NotAllowed, _NotRegistered) as exc:
+            refused.append((index, exc))
             nodes[index] = Node("tuple", expect(int, node[1]))
     return nodes, refused
 
@@ -386,22 +406,14 @@ def _decode_extra(kind: str, extra: Any) -> Any:
         cls = _registered_class(expect(str, name))
         if locked and (locked != [True] or not callable(getattr(cls, "lock_", None))):
             raise ValueError(f"a {name} that is locked: {locked!r}")
-        try:
-            return cls, decode_value(context), *locked
-        except ValueError as exc:
-            if "not allowed" not in str(exc):
-                raise
-            raise _NotAllowed(f"a {name}: {exc}") from exc
+        return cls, decode_value(context), *locked
     if kind not in _CLASSES:
         if extra is not None:
             raise ValueError(f"{kind} with {extra!r}")
         return None
     if extra is None and kind == "defaultdict":
         return None
-    try:
-        cls = allowed_class(expect(str, extra))
-    except ValueError as exc:
-        raise _NotAllowed(f"a {kind}: {exc}") from exc
+    cls = allowed_class(expect(str, extra))
     if kind != "defaultdict" and not (isinstance(cls, type) and _IS_A[kind](cls)):
         raise TypeError(f"{extra} is no {kind}")
     return cls
@@ -423,7 +435,7 @@ def _registered_class(name: str) -> type:
         if cls not in _HAVE_A_KIND and f"{cls.__module__}.{cls.__qualname__}" == name:
             found: type = cls
             return found
-    raise _NotAllowed(f"class {name} is not registered with torch.utils._pytree on the receiver")
+    raise _NotRegistered(f"class {name} is not registered with torch.utils._pytree on the receiver")
 
 
 _HAVE_A_KIND: frozenset[Any] = frozenset({dict, list, tuple, OrderedDict, defaultdict, deque, namedtuple})
@@ -445,13 +457,14 @@ def _decode_shared(pairs: Any, tree: list[Node]) -> dict[int, int]:
     return shared
 
 
-def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> None:
-    """Decode the leaves and check that every view lies in its storage.
+def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> list[tuple[str, _Refused]]:
+    """Decode the leaves and check that every view lies in its storage; gives those that name what is not allowed.
 
     A leaf is [value], [storage, shape, offset] for a plain tensor, [kind, views, context, parts] for another one, or
     the index of an earlier leaf that is the same object.
     """
     leaves, storages = manifest.leaves, manifest.storages
+    refused: list[tuple[str, _Refused]] = []
     others = [index for index, leaf in enumerate(data) if type(leaf) is not tuple or len(leaf) != 3]
     plain = _decode_plain([leaf for leaf in data if type(leaf) is tuple and len(leaf) == 3], shapes, storages)
     for index in others if plain is not None else range(len(data)):
@@ -470,12 +483,16 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> Non
                 leaves.append(Leaf(VALUE, (), decode_value(leaf[0])))
             else:
                 leaves.append(_decode_composite(leaf, shapes, storages))
+        except NotAllowed as exc:
+            refused.append((format_path(manifest.paths[index]), NotAllowed(exc.names | not_allowed_in(leaf))))
+            leaves.append(Leaf(VALUE, (), None))  # nothing is made of it, since all of them raise in the end
         except Exception as exc:
             reason = exc.message if isinstance(exc, RemoteProtocolError) else f"{type(exc).__name__}: {exc}"
             if isinstance(exc, ValueError):
                 reason = str(exc)
             raise RemoteProtocolError(f"{format_path(manifest.paths[index])}: {reason}", phase="agree") from exc
     leaves += plain or ()
+    return refused
 
 
 def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storage]) -> Iterator[Leaf] | None:

@@ -20,10 +20,11 @@ import pathlib
 import pickle
 import struct
 import sys
+import types
 import uuid
 import warnings
 import zoneinfo
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ __all__ = [
     "FindClass",
     "Load",
     "UnpicklingError",
+    "NotAllowed",
+    "advice",
     "allowed_class",
     "check_cost",
     "check_keys",
@@ -48,6 +51,7 @@ __all__ = [
     "expect",
     "imported_class",
     "is_native",
+    "not_allowed_in",
     "numpy_descr",
     "numpy_dtype",
     "pickle_object",
@@ -95,11 +99,11 @@ def allowed_class(name: str) -> Any:
     """A class that the receiver allows: its own list of torch's safe globals decides.
 
     Raises:
-        ValueError: It is not allowed; the text says how to allow it.
+        NotAllowed: It is not; the text says how to allow it.
     """
     allowed = _BUILTIN.get(name) or _user_allowed().get(name)
     if allowed is None:
-        raise ValueError(_not_allowed(name))
+        raise NotAllowed([name])
     return allowed
 
 
@@ -113,19 +117,123 @@ def _user_allowed() -> dict[str, Any]:
     return allowed
 
 
-def _not_allowed(name: str) -> str:
+class NotAllowed(ValueError):
+    """What a peer's value names is not allowed; the text says how to allow it, or why not to.
+
+    Attributes:
+        names: All of it, as the peer calls it.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = frozenset(names)
+        super().__init__(advice(self.names))
+
+
+def advice(names: Iterable[str]) -> str:
+    """What to do about names that are not allowed: code that can be pasted as it is, or why there is none."""
+    never, entries, modules, named = [], [], set(), []
+    for name in sorted(names):
+        found = _Named(name)
+        if found.why_not:
+            never.append(found.why_not)
+            continue
+        named.append(name)
+        entries.append(found.entry)
+        modules |= {found.module} - {"builtins"}
+    parts = []
+    if named:
+        many = len(named) > 1
+        imports = f"import {', '.join(sorted(modules | {'torch'}))}; "
+        parts.append(
+            f"{'classes' if many else 'class'} {', '.join(named)} {'are' if many else 'is'} not allowed; "
+            f"if you trust {'them' if many else 'it'}, call {imports}"
+            f"torch.serialization.add_safe_globals([{', '.join(entries)}]) on the receiver"
+        )
+    return "; ".join(parts + never)
+
+
+class _Named:
+    """What a peer's pickle names, as far as this process knows it. Nothing is imported for it.
+
+    Attributes:
+        module: Of what it stands for here.
+        entry: For ``add_safe_globals``.
+        why_not: Set instead if it must not be allowed.
+    """
+
+    def __init__(self, name: str) -> None:
+        module, _, short = name.rpartition(".")
+        # A nested class is found in its module, not in the class around it.
+        while module and module not in sys.modules and module.rpartition(".")[0] in sys.modules:
+            module, _, outer = module.rpartition(".")
+            short = f"{outer}.{short}"
+        # By what name protocol 2 knows what has had another one since.
+        self.module, short = _compat_pickle.NAME_MAPPING.get(
+            (module, short), (_compat_pickle.IMPORT_MAPPING.get(module, module), short)
+        )
+        found = _resolve(self.module, short)
+        written = short if self.module == "builtins" else f"{self.module}.{short}"
+        as_torch_knows_it = f"{getattr(found, '__module__', self.module)}.{getattr(found, '__qualname__', short)}"
+        self.entry = written if as_torch_knows_it == name else f'({written}, "{name}")'
+        self.why_not = _why_not(name, self.module, short, found)
+
+
+def _why_not(name: str, module: str, short: str, found: Any) -> str:
     if name == _STORAGE:
         return "a bare storage cannot travel, since reading one may run code: send a tensor of it"
-    module, _, short = name.rpartition(".")
-    # By what name protocol 2 knows what has had another one since.
-    modern = _compat_pickle.NAME_MAPPING.get(
-        (module, short), (_compat_pickle.IMPORT_MAPPING.get(module, module), short)
-    )
-    entry = short if modern == (module, short) else f'({modern[1]}, "{name}")'
-    return (
-        f"class {name} is not allowed; if you trust it, call "
-        f"torch.serialization.add_safe_globals([{entry}]) on the receiver"
-    )
+    top = module.partition(".")[0]
+    if top in weights_only._blocklisted_modules:
+        return f"{name} cannot travel: torch reads nothing of {top}"
+    if found is not None and not callable(found):
+        return f"{name} cannot travel: it is no class"
+    if f"{module}.{short}".startswith(_LOADERS):
+        return f"{name} cannot travel: it may run code"
+    if top in sys.stdlib_module_names:
+        harmless = isinstance(found, type) and (module in _HARMLESS_MODULES or f"{module}.{short}" in _HARMLESS_CLASSES)
+        if not harmless or (module == "builtins" and short in _CALLERS):
+            return f"{name} cannot travel: of Python's own, only classes that hold values should be allowed"
+    return ""
+
+
+# Modules of Python whose classes hold values, and such classes of others; functions and all else may run code.
+_HARMLESS_MODULES = frozenset(
+    {"builtins", "collections", "datetime", "decimal", "fractions", "ipaddress", "pathlib", "uuid", "zoneinfo"}
+)
+_HARMLESS_CLASSES = frozenset(
+    {"argparse.Namespace", "array.array", "random.Random", "time.struct_time", "types.SimpleNamespace"}
+)
+_CALLERS = frozenset({"classmethod", "filter", "map", "property", "staticmethod", "super", "type"})
+# What reads files or runs code, of packages that everybody has.
+_LOADERS = (
+    "numpy.fromfile", "numpy.load", "numpy.lib.", "numpy.memmap", "torch.compile", "torch.hub.", "torch.jit.",
+    "torch.load", "torch.ops.", "torch.package.", "torch.serialization.", "torch.storage.",
+    "torch.utils.cpp_extension.",
+)  # fmt: skip
+
+
+def names_in(data: Any) -> set[str]:
+    """What an encoded value names by its tags and pickles, however deep."""
+    found: set[str] = set()
+    rest = [data]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, tuple):
+            rest += value
+            tag, first = (*value, None, None)[:2]
+            if tag in ("enum", "class") and type(first) is str:
+                found.add(first)
+            elif tag == "object" and type(first) is bytes:
+                found |= _globals_in(first)
+    return found
+
+
+def _is_allowed(name: str) -> bool:
+    return name != _STORAGE and (name in _BUILTIN or name in _user_allowed())
+
+
+def not_allowed_in(data: Any) -> set[str]:
+    """Of what an encoded value names, all that is not allowed."""
+    return {name for name in names_in(data) if not _is_allowed(name) and name not in _HARMLESS}
 
 
 # What storages are pickled as: a call of torch.load, which runs what it is given. Whoever allows it is mistaken.
@@ -500,6 +608,9 @@ class _Pickler(pickle.Pickler):
         self._known: dict[int, int] = {}
 
     def persistent_id(self, found: Any) -> int | None:
+        if found is NotImplemented or (type(found) in _NAMED and found.__module__ in weights_only._blocklisted_modules):
+            # Known before a byte leaves, whatever the receiver allows.
+            raise ValueError(f"{found!r} cannot travel: no receiver can allow it")
         # Tensors have no truth, and pickle's own types need no help.
         if found is self._root or type(found) in _PICKLED:
             return None
@@ -517,6 +628,8 @@ class _Pickler(pickle.Pickler):
         return None
 
 
+# What is pickled by its name.
+_NAMED = frozenset({type, types.FunctionType, types.BuiltinFunctionType})
 _PICKLED = ATOMIC | {tuple, list, dict}
 
 
@@ -578,12 +691,18 @@ def check_pickle(data: bytes) -> None:
     """Check that a pickle names nothing that is not allowed; nothing of it is run.
 
     Raises:
-        ValueError: It does, or is none that the weights-only unpickler reads.
+        NotAllowed: It does; all of it is named.
+        ValueError: It is none that the weights-only unpickler reads.
     """
+    names = _globals_in(data)
+    check_cost(data)
+    refused = names - _HARMLESS - (_user_allowed().keys() - {_STORAGE})
+    if refused:
+        raise NotAllowed(refused)
+
+
+def _globals_in(data: bytes) -> set[str]:
     try:
-        names = weights_only.get_globals_in_pkl(io.BytesIO(data))
+        return weights_only.get_globals_in_pkl(io.BytesIO(data))
     except (pickle.UnpicklingError, EOFError, ValueError, struct.error, IndexError, AssertionError) as exc:
         raise ValueError(f"damaged pickle: {type(exc).__name__}: {exc}") from exc
-    check_cost(data)
-    for name in sorted(names - _HARMLESS - (_user_allowed().keys() - {_STORAGE})):
-        raise ValueError(_not_allowed(name))

@@ -7,13 +7,14 @@ Sizes are in bytes (``nbytes_…``), durations in seconds (``seconds…``), coun
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
 from ft_transport import _telemetry
 from ft_transport.report import PHASES, PeerReport, TransferReport, shortened
 
-__all__ = ["PROGRESS", "TRANSFER", "EventCallback", "log_event", "tell", "transfer_event"]
+__all__ = ["PROGRESS", "TRANSFER", "EventCallback", "RedactSecrets", "log_event", "tell", "transfer_event"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -126,3 +127,45 @@ def _guarded(text: str, call: Callable[..., None], *args: object) -> None:
             logger.exception(text)
         except Exception:
             pass  # as in log_event
+
+
+class RedactSecrets(logging.Filter):
+    """Puts ``<secret>`` in the place of the secret in each ``metadata()`` of a ``LaneTransport`` that is logged.
+
+    torchft logs the source's metadata on the replica that heals. Add this to each *handler* that should not have it: a
+    filter on a logger does not see what comes from the loggers below it. ::
+
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(ft_transport.RedactSecrets())
+
+    Every record passes, those without a secret unchanged. Looked at are the message with its arguments, the traceback,
+    and all fields of the record that are text. Never raises. Any thread may call.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Redact a record, in place; always true."""
+        try:
+            _redact(record)
+        except Exception:
+            pass  # a message that does not take its arguments, which the handler itself tells of
+        return True
+
+
+def _redact(record: logging.LogRecord) -> None:
+    for name, value in list(record.__dict__.items()):
+        if isinstance(value, str) and _METADATA.search(value):
+            setattr(record, name, _METADATA.sub(_REDACTED, value))
+    if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
+        text = logging.Formatter().formatException(record.exc_info)
+        if _METADATA.search(text):
+            record.exc_text = _METADATA.sub(_REDACTED, text)  # formatters take it as it is
+            record.exc_info = None
+    if record.args:
+        message = record.getMessage()
+        if _METADATA.search(message):
+            record.msg, record.args = _METADATA.sub(_REDACTED, message), None
+
+
+# As ``_meeting`` writes it, with whatever has been put around it, and any version.
+_METADATA = re.compile(r"(ft-lanes(?:\+tls)?://[^\s/]{1,4000}/\d{1,4}/)[0-9a-fA-F]+")
+_REDACTED = r"\1<secret>"

@@ -217,7 +217,7 @@ class TransferReport:
                 landed += f" ({shortened(causes)})"
         # What ended the call, where it was no peer's doing.
         own = f" {shortened(self.error)}" if self.error and not any(peer.reason for peer in self.peers) else ""
-        return (
+        return printable(
             f"{self.transport}{step} {direction} {peers}: {size} in "
             f"{self.total_seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s), "
             f"{self.num_messages} messages{landed} [{phases}]{own}"

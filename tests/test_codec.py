@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
+import enum
+import fractions
+import functools
 import io
 import math
+import operator
+import os
+import re
 import struct
+import subprocess
+import sys
+import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
 import msgpack
+import numpy
 import pytest
 import torch
 from helpers import Config, Point, difference, noise
@@ -171,6 +181,13 @@ def test_a_key_that_cannot_be_encoded_is_named() -> None:
 class Unknown:
     """Never allowed."""
 
+    class Inner:
+        """In it."""
+
+
+class Colour(enum.Enum):
+    RED = 1
+
 
 @pytest.mark.parametrize("state", [{"a": Unknown()}, {"a": [Unknown]}, {"a": (1, {"b": Unknown()})}])
 def test_a_class_that_is_not_allowed_is_named_with_the_remedy(state: object) -> None:
@@ -187,7 +204,7 @@ def test_a_namedtuple_must_be_allowed() -> None:
     decode(data)
     with torch.serialization.safe_globals([]):
         torch.serialization.clear_safe_globals()
-        with pytest.raises(RemoteProtocolError, match=r"helpers\.Point .*add_safe_globals\(\[Point\]\)"):
+        with pytest.raises(RemoteProtocolError, match=r"helpers\.Point .*add_safe_globals\(\[helpers.Point\]\)"):
             decode(data)
 
 
@@ -211,6 +228,65 @@ def test_the_remedy_for_a_class_that_pickle_knows_by_an_older_name() -> None:
     assert f"add_safe_globals([{entry}])" in caught.value.message
     with torch.serialization.safe_globals([eval(entry)]):
         decode(data)
+
+
+def remedy(message: str) -> str:
+    """The code in an error, as one would paste it."""
+    found = re.search(r"call (.*\]\)) on the receiver", message)
+    assert found is not None, message
+    return found[1]
+
+
+def healed_by_one_remedy(state: Any) -> Any:
+    """What arrives once all has been allowed that one refusal names, as it says."""
+    data, before = encode(state), torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with pytest.raises(RemoteProtocolError) as caught:
+            decode(data)
+        exec(remedy(caught.value.message), {})
+        return decode(data)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def test_one_refusal_names_all_classes_of_a_generator() -> None:
+    state = {"rng": numpy.random.default_rng(7)}
+    manifest, _ = healed_by_one_remedy(state)
+    assert manifest.leaves[0].kind == "object"
+
+
+def test_one_refusal_names_the_classes_of_all_leaves_and_containers() -> None:
+    state = {"a": Point(1, 2), "b": [Unknown()], "c": {"d": Config(3)}, "e": Unknown.Inner, "f": Colour.RED}
+    healed_by_one_remedy({**state, "g": {Colour.RED, 5}, "h": [fractions.Fraction(1, 2), 5]})
+
+
+@pytest.mark.parametrize(
+    "value", [getattr, functools.partial(Unknown, 1), operator.attrgetter("a"), torch.load, subprocess.Popen, eval, map]
+)
+def test_no_advice_that_harms(value: Any) -> None:
+    with pytest.raises(
+        RemoteProtocolError, match=r"a, b.0: class \S*Unknown is not allowed.*; \S+ cannot travel"
+    ) as caught:
+        decode(encode({"a": Unknown(), "b": [value]}))
+    assert f"add_safe_globals([{__name__}.Unknown])" in caught.value.message
+
+
+@pytest.mark.parametrize("value", [NotImplemented, [NotImplemented], os.getpid, sys.intern, os.stat(".")])
+def test_what_no_receiver_can_allow_is_refused_at_the_source(value: Any) -> None:
+    with pytest.raises(LocalProtocolError, match=r"a.*: .*cannot travel: no receiver can allow it"):
+        encode({"a": value})
+
+
+def test_what_a_peer_has_chosen_is_escaped_in_the_traceback_too() -> None:
+    hostile = "a\x1b[2J\nb"
+    data = encode({hostile: Unknown(), "b": 1})
+    with pytest.raises(RemoteProtocolError) as caught:
+        decode(data)
+    assert caught.value.message.startswith(r"a\x1b[2J\nb: class")
+    text = "".join(traceback.format_exception(caught.value))
+    assert all(line.isprintable() for line in text.splitlines())
 
 
 # ----------------------------------------------------------------------------------------- damaged frames

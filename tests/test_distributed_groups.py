@@ -91,7 +91,19 @@ def test_in_place() -> None:
 
 def test_a_template_that_does_not_fit_is_untouched_and_the_source_learns_of_it() -> None:
     template = {"large": torch.zeros(3), "step": 1}
-    source, destination = run([lambda t: t.send_checkpoint([1], state(1)), receive], 20, template)
+    reports = []
+
+    def receive_and_report(transport: PGTransport) -> Any:
+        try:
+            return receive(transport)
+        finally:
+            reports.append(transport.last_report)
+
+    source, destination = run([lambda t: t.send_checkpoint([1], state(1)), receive_and_report], 20, template)
+    (peer,) = reports[0].peers
+    assert (peer.outcome, peer.phase) == ("refused", "agree")
+    assert "large: expected float32 (3,)" in peer.reason
+    assert "rank 0 refused (agree: " in reports[0].summary()
     assert isinstance(destination, RemoteProtocolError)
     assert "large: expected float32 (3,), source has float32 (1048576, 2)" in str(destination)
     assert isinstance(source, PeerFailure)

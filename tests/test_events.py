@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,9 +20,88 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from ft_transport import PeerFailure, TransferTimeout, _telemetry, transfer_event
+from ft_transport import PeerFailure, RedactSecrets, TransferTimeout, _telemetry, transfer_event
 from ft_transport.events import tell
 from ft_transport.report import PHASES, PeerReport, TransferReport
+
+SECRET = "5e" * 32
+METADATA = f"ft-lanes+tls://10.0.0.3,[fe80::1]:4711/1/{SECRET}"
+
+
+class Lying:
+    def __str__(self) -> str:
+        return METADATA
+
+
+class Raising:
+    def __str__(self) -> str:
+        raise ValueError(METADATA)
+
+
+def redacted(log: Callable[[logging.Logger], None], name: str = "torchft.manager") -> str:
+    """What a handler with the filter writes."""
+    stream = io.StringIO()
+    handler, logger = logging.StreamHandler(stream), logging.getLogger(name)
+    handler.addFilter(RedactSecrets())
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    try:
+        log(logger)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return stream.getvalue()
+
+
+def fail(logger: logging.Logger) -> None:
+    try:
+        raise OSError(METADATA)
+    except OSError:
+        logger.exception("it failed")
+
+
+@pytest.mark.parametrize(
+    "log",
+    [
+        lambda logger: logger.info(f"fetching with checkpoint_metadata={METADATA!r}"),
+        lambda logger: logger.info("with %s and %d", METADATA, 5),
+        lambda logger: logger.info("with %(m)s", {"m": METADATA}),
+        lambda logger: logger.info("with %s", Lying()),
+        lambda logger: logger.info("with %s", [METADATA, METADATA]),
+        fail,
+    ],
+)
+def test_the_secret_of_metadata_is_redacted(log: Callable[[logging.Logger], None]) -> None:
+    text = redacted(log)
+    assert "ft-lanes+tls://10.0.0.3,[fe80::1]:4711/1/<secret>" in text
+    assert SECRET not in text
+
+
+def test_the_secret_is_redacted_in_torchft_s_own_line() -> None:
+    from torchft.manager import _ManagerLogger
+
+    manager: Any = SimpleNamespace(current_step=lambda: 7)
+    checkpoint_metadata, recover_src_replica_rank = METADATA, 0
+    line = f"fetching checkpoint from {recover_src_replica_rank=} with {checkpoint_metadata=}"
+    text = redacted(lambda _: _ManagerLogger(manager, "replica_1", 0).info(line))
+    assert text == f"[replica_1/0 - step 7] {line}\n".replace(SECRET, "<secret>")
+
+
+def test_other_records_pass_unchanged_and_nothing_raises() -> None:
+    name, one = "ft_transport", logging.LogRecord
+    records = [
+        one(name, 20, "f", 1, "a %s", ("b",), None),
+        one(name, 20, "f", 1, "a %d", ("b",), None),  # does not take its arguments
+        one(name, 20, "f", 1, 5, None, None),
+        one(name, 20, "f", 1, "ft-lanes://10.0.0.3:4711/1/", None, None),
+    ]
+    for record in records:
+        before = dict(record.__dict__)
+        assert RedactSecrets().filter(record)
+        assert record.__dict__ == before
+    assert RedactSecrets().filter(one(name, 20, "f", 1, "a %s", (Raising(),), None))
+
 
 # Every field of the event, as docs/operations.md has them. Fields may be added; none may go or change.
 FIELDS = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
 
-from ft_transport.errors import PeerFailure
+from ft_transport.errors import LocalProtocolError, PeerFailure, TransferTimeout, printable, reason_of
 from ft_transport.events import transfer_event
 from ft_transport.report import PHASES, PeerReport, TransferReport
 
@@ -36,7 +37,7 @@ def test_an_error_of_its_own_is_in_the_summary_and_is_called_by_its_public_name(
     class Hidden(PeerFailure):
         pass
 
-    report = TransferReport("source", "PGTransport", 5, [PeerReport(1)])
+    report = TransferReport("source", "PGTransport", 5)
     report.finish(0.1, Hidden("gone"))
     assert report.error == "PeerFailure: gone"
     assert report.summary().endswith("] PeerFailure: gone")
@@ -44,6 +45,47 @@ def test_an_error_of_its_own_is_in_the_summary_and_is_called_by_its_public_name(
     other.finish(0.1, Hidden("gone"))
     assert ": 2.0 of 2.0 MB in 0.100 s" in other.summary()
     assert "PeerFailure" not in other.summary(), "a peer's reason says it already"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "reason"),
+    [
+        (TransferTimeout("timed out after 2 s"), "timed out", "timed out after 2 s"),
+        (PeerFailure("gone"), "dead", "gone"),
+        (LocalProtocolError("a.b: cannot travel"), "failed", "a.b: cannot travel"),
+        (KeyboardInterrupt(), "failed", "KeyboardInterrupt: "),
+        (None, "failed", "the call is over"),
+    ],
+)
+def test_no_peer_of_a_finished_report_is_pending(error: BaseException | None, outcome: str, reason: str) -> None:
+    report = served()
+    report.peers.append(PeerReport(3))
+    report.began = {"agree": 2.0, "describe": 1.0}
+    report.finish(0.1, error)
+    assert [peer.outcome for peer in report.peers] == ["complete", "dead", outcome]
+    assert (report.peers[2].reason, report.peers[2].phase) == (reason, "agree")
+    assert report.peers[1].reason == "the channel broke: reset"
+    assert "pending" not in report.summary() + json.dumps(transfer_event(report))
+
+
+HOSTILE = "a\nb\r\x1b[2J\x00\u202e\u2028\udc80\x9b é"
+
+
+def test_what_a_peer_says_is_escaped_wherever_it_is_shown() -> None:
+    """One line of text: no line break, no control character, no change of direction, no half of a pair."""
+    peer = PeerReport(-1, reason=HOSTILE, name=HOSTILE)
+    peer.address = HOSTILE
+    report = TransferReport("source", "LaneTransport", 5, [peer])
+    report.finish(0.1, PeerFailure(f"the peer gave up: {HOSTILE}"))
+    error = PeerFailure(HOSTILE)
+    again = pickle.loads(pickle.dumps(error))
+    event = transfer_event(report)
+    shown = [peer.label, report.summary(), report.error, error.message, str(error), str(again), reason_of(error)]
+    shown += [event["reason"], event["error"], *(event["peers"][0][name] for name in ("name", "address", "reason"))]
+    for text in shown:
+        assert text.isprintable()
+        assert r"a\nb\r\x1b[2J\x00\u202e\u2028\udc80\x9b é" in text
+    assert printable("plain é \\n text") == "plain é \\n text"
 
 
 def test_complete_only_if_every_peer_is() -> None:

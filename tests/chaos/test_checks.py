@@ -64,9 +64,8 @@ def begun() -> Story:
 
 def test_a_good_run_breaks_nothing() -> None:
     story = begun().strike(2, "kill").again(2).commit(2, "b", 0, 1, quorum=2)
-    story.offer(0, 2).heal(2, 0, 2, "b").tell(-1, "calm").commit(3, "c", *ALL, quorum=3).tell(
-        -1, "finishing", together=True
-    )
+    story.offer(0, 2).heal(2, 0, 2, "b").tell(-1, "calm").commit(3, "c", *ALL, quorum=3)
+    story.tell(-1, "finishing", together=True)
     assert story.broken(whole=True) == {}
 
 

@@ -684,6 +684,26 @@ def test_damage_without_end_is_an_error(lanes: Lanes) -> None:
     assert "differs from what the source sent" in report.peers[0].reason
 
 
+def test_the_outcome_of_a_state_that_cannot_travel(lanes: Lanes, caplog: pytest.LogCaptureFixture) -> None:
+    """Both destinations are told why, whenever they come; nothing that is logged is pending."""
+    caplog.set_level("INFO", "ft_transport")
+    source = lanes.transport()
+    with pytest.raises(LocalProtocolError):
+        source.send_checkpoint([1, 2], STEP, envelope({"a": lambda: 0}), TIMEOUT)
+    report = source.last_report
+    assert report is not None
+    assert [(peer.outcome, peer.phase) for peer in report.peers] == [("failed", "describe")] * 2
+    assert all("a: a value of class function" in peer.reason for peer in report.peers)
+    for _ in range(2):
+        destination = lanes.destination(make_state(2)).start(source.metadata())
+        destination.join()
+        assert isinstance(destination.error, PeerFailure)
+        assert "a: a value of class function" in str(destination.error)
+    source.disallow_checkpoint()
+    assert [peer.outcome for peer in report.peers] == ["failed"] * 2
+    assert "pending" not in caplog.text
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_damage_is_never_returned(lanes: Lanes, seed: int) -> None:
     """Of whatever kind and wherever: the state is right, or the receive raises."""
