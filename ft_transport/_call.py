@@ -128,6 +128,12 @@ class Asked:
         self._from_manager = manager is not None
         return goes_on_training(manager)
 
+    def _keep(self, rewrite: Rewrite | None) -> None:
+        """Remember what has been received, until :meth:`_settle`."""
+        self._rewrite = rewrite
+        if rewrite is not None:
+            rewrite.watch(self._settle)
+
     def _settle(self) -> None:
         """Make what was received the source's again, whatever forward has written. Never raises."""
         rewrite, self._rewrite = self._rewrite, None

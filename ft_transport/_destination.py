@@ -179,6 +179,7 @@ def _plan(
         surroundings=here,
         shadow=options.shadow,
         beside=beside,
+        shared=options.shared,
     )
     report.num_leaves = len(manifest.leaves)
     report.num_messages = len(layout.messages)

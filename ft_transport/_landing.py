@@ -33,6 +33,7 @@ from ft_transport._memory import (
     held,
     indexed,
     room,
+    share,
     storage_as,
 )
 from ft_transport._template import Slot, Targets, same_strides
@@ -60,6 +61,7 @@ class Landing:
         fresh_device: Where fresh leaves that were on an accelerator live, if not on ``device``.
         shadow: Let no message land in the template: :meth:`rebuild` copies to it.
         beside: Paths of leaves for which the same holds.
+        shared: Let all that messages land in be shared memory.
 
     Attributes:
         in_place: Whether any byte lands in the template's memory while messages move.
@@ -84,6 +86,7 @@ class Landing:
         fresh_device: torch.device | None = None,
         shadow: bool = False,
         beside: Set[str] = frozenset(),
+        shared: bool = False,
     ) -> None:
         self.in_place = False
         self.large: dict[int, list[torch.Tensor]] = {}
@@ -112,8 +115,12 @@ class Landing:
         self._settled: set[Slot] = set()
         self._copies: list[tuple[Slot, Slot]] = []
         self._counts: list[int] = []  # of the targets of these copies, as torch counts their in-place operations
+        if shared:
+            share(targets.values())
         self._places = Places.of(list(targets.values()))
         self._plan(report)
+        if shared:
+            share(block.memory for block in self._blocks)
         self._blocks = held(self._blocks)
 
     # ---------------------------------------------------------------------------------------- plan

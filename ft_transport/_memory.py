@@ -48,6 +48,7 @@ __all__ = [
     "undisturbed",
     "physical_bytes",
     "room",
+    "share",
     "storage_as",
 ]
 
@@ -210,6 +211,17 @@ class Places:
             return []
         rows = zip(addresses, self._addresses, sizes, self._sizes, strict=True)
         return [index for index, (a, b, c, d) in enumerate(rows) if a != b or c != d]
+
+
+def share(tensors: Iterable[torch.Tensor]) -> None:
+    """Move what lies on the CPU into memory that other processes can see, where it does not lie there yet.
+
+    A group in a process of its own (torchft's Baby groups) does so with all that it is given, in place; done before
+    addresses are noted, nothing seems to be taken away.
+    """
+    for storage in (tensor.untyped_storage() for tensor in tensors if tensor.is_cpu):
+        if storage.nbytes() and not storage.is_shared():
+            storage.share_memory_()
 
 
 def memory_at(address: int, nbytes: int) -> memoryview:

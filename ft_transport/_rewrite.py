@@ -19,7 +19,7 @@ Not here: with a synchronous quorum nothing is written while the state lands, an
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
@@ -27,6 +27,7 @@ from ft_transport._digest import digest_message
 from ft_transport._landing import Landing
 from ft_transport._layout import SMALL_BYTES, Layout
 from ft_transport._memory import Arena, aligned
+from ft_transport._versions import Reading
 
 __all__ = ["Rewrite"]
 
@@ -49,6 +50,7 @@ class Rewrite:
         self._kept: dict[int, torch.Tensor] = {}
         self._digests: Mapping[int, int] = {}
         self._algorithm, self._sample = "xxh3", -1
+        self._reading: Reading | None = None
         self._counts: dict[int, list[tuple[torch.Tensor, int]]] = {
             which: [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
             for which, tensors in landing.large.items()
@@ -120,12 +122,19 @@ class Rewrite:
 
     # ----------------------------------------------------------------------- before the optimizer steps
 
+    def watch(self, settle: Callable[[], None]) -> None:
+        """Call ``settle`` before any optimizer steps on what has landed: who steps has loaded by then, and what a step
+        writes is training."""
+        self._reading = Reading(self._layout, self._landing.memory, lambda _: settle())
+
     def write(self) -> list[str]:
         """Make the state the source's again. Once, on the thread that trains, after forward and load.
 
         Returns:
             Paths of the leaves that are not the source's, and of which nothing is kept.
         """
+        if self._reading is not None:
+            self._reading.release()
         lost = self._landing.find_again()
         messages: Iterable[int] = range(len(self._layout.messages))
         if lost:

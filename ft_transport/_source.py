@@ -22,7 +22,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._digest import digest_bytes, digest_message
 from ft_transport._layout import Layout, Piece, lay_out
 from ft_transport._manifest import Blocks, describe
-from ft_transport._memory import Block, Bucket, Held, aligned, copy_blocks, memory_at, no_collection
+from ft_transport._memory import Block, Bucket, Held, aligned, copy_blocks, memory_at, no_collection, share
 from ft_transport._transfer import NUM_BUCKETS, Options, end_badly, tell_progress
 from ft_transport._versions import Reading, Versions
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
@@ -138,6 +138,9 @@ class Outbound:
         self.options = options
         with no_collection():
             manifest, blocks = describe(state_dict)
+            if options.shared:
+                share(block.memory for block in blocks.values())
+                manifest, blocks = describe(state_dict)
             limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
             self.header = Header(step, limits, options.digest, options.sample)
             self.layout = lay_out(manifest, limits)

@@ -51,6 +51,7 @@ class Options:
         on_event: Called with the event of each transfer that is over.
         on_mismatch: As a destination, what becomes of a leaf that does not fit the template's.
         copies: What is known of the callback that gives the template; None: that it gives no copies.
+        shared: Whether the group moves all that it is given into shared memory.
     """
 
     device: torch.device
@@ -61,6 +62,7 @@ class Options:
     on_event: EventCallback | None = None
     on_mismatch: OnMismatch = "fresh"
     copies: Copies | None = None
+    shared: bool = False
 
     def limits(self, nbytes: int) -> Limits:
         """How this side cuts the messages of a state of ``nbytes`` when it is the source."""

@@ -361,7 +361,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                     received = reception.run(None if from_itself else self._template(), earlier)
             finally:
                 self._reception, self._kept = None, reception.kept
-            self._changed, self._relay, self._rewrite = received.written, received.relay, received.rewrite
+            self._changed, self._relay = received.written, received.relay
+            self._keep(received.rewrite)
             if self._relay is not None:
                 self._relay.let_training_go_on()
             return cast(T, received.state)

@@ -107,6 +107,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             shadow=shadow,
             on_event=on_event,
             on_mismatch=on_mismatch,
+            shared=isinstance(pg, ProcessGroupBaby) and torch.device(device).type == "cpu",
             copies=Copies(),
         )
         self._busy = threading.Lock()
@@ -253,7 +254,8 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 received = receive(
                     channel, step, self._template(), self._options, deadline, report, attempt=attempt, beside=beside
                 )
-            self._changed, self._rewrite = received.written, received.rewrite
+            self._changed = received.written
+            self._keep(received.rewrite)
             return cast(T, received.state)
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:

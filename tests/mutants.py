@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "the optimizer's hook looks at every parameter group",
         "_versions.py",
-        "optimizer.param_groups",
-        "optimizer.param_groups[:1]",
+        '"param_groups", ())',
+        '"param_groups", ())[:1]',
         "tests/test_versions.py::test_every_parameter_group_of_an_optimizer_is_seen",
     ),
 ]

@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     "_transfer": {"_channel", "_control", "_crew", "_digest", "_layout", "errors", "events", "report"},
     "_torn": {"errors", "report"},
     "_manager": {"errors"},
-    "_rewrite": {"_digest", "_landing", "_layout", "_memory"},
+    "_rewrite": {"_digest", "_landing", "_layout", "_memory", "_versions"},
     "_versions": {"_deadline", "_layout", "_manifest", "_tree", "errors"},
     "_source": _SHARED | {"_codec", "_digest", "_transfer", "_versions"},
     "_destination": _SHARED | {"_codec", "_digest", "_landing", "_rewrite", "_template", "_torn", "_transfer"},

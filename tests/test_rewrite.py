@@ -62,6 +62,25 @@ def test_what_loading_writes_is_no_change() -> None:
     assert snapshot(template) == snapshot(state(1))
 
 
+def test_a_step_before_the_vote_is_training() -> None:
+    """An inner optimizer's: the state is the source's when it begins, and nothing of it is undone."""
+    parameter = torch.nn.Parameter(torch.zeros(100))
+    template = {"weight": parameter, "mean": torch.zeros(100)}
+    pair = Pair(template)
+    assert pair.heal({"weight": torch.ones(100), "mean": torch.ones(100)}) == [None, None]
+    template["mean"].zero_()
+    parameter.grad = torch.ones(100)
+    seen = []
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    optimizer.register_step_post_hook(lambda *_: seen.append(template["mean"].clone()))
+    optimizer.step()
+    template["mean"].zero_()
+    commit(pair)
+    assert seen[0].eq(1).all()
+    assert parameter.eq(0.5).all()
+    assert template["mean"].eq(0).all()
+
+
 def writer(template: dict[str, Any], name: str) -> Callable[[Progress], None]:
     def write(progress: Progress) -> None:
         template[name].add_(1)

@@ -167,6 +167,7 @@ class Rank:
         self.changed = threading.Event()
         # As the Manager keeps it: with its traceback, whose frames hold whatever they hold.
         self.kept_error: BaseException | None = None
+        self.transport: PGTransport[Any] | LaneTransport[Any] | None = None
         self.meeting: TCPStore | None = None
 
 
@@ -365,11 +366,12 @@ def _transport(case: Case, rank: int, template: Callable[[], object] | None) -> 
         group, progress = this_rank().group, _progress(case, rank)
         made = PGTransport(group, case.timeout(rank), cpu, template, progress=progress, on_mismatch="refuse")
         made._options = SmallOptions(**vars(made._options))
+    this_rank().transport = made
     return _with_faults(case, rank, FaultyTransport(made, on_fault=lambda text: tell("fault")))
 
 
 def _with_faults(case: Case, rank: int, faulty: FaultyTransport) -> FaultyTransport:
-    if case.topology and rank and case.signals and case.phase == "move":
+    if case.topology and rank and (case.signals or case.fault == "changing") and case.phase == "move":
         faulty.throttle(RATE)
     if case.fault == "deadline":
         faulty.throttle(4e6)
@@ -401,9 +403,14 @@ def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
         if case.phase == "verify" and now.nbytes_done < now.nbytes_total:
             return
         with lock:
-            # Over lanes the ranks are not known, and each destination has a thread of its own.
             seen.add(threading.get_ident())
-        wait_until(lambda: len(seen) == len(DESTINATIONS))
+        report = this.transport.last_report if this.transport is not None else None
+        if case.topology and report is not None:
+            # The callback has a thread of its own, so it holds nobody: they are slow enough.
+            far = now.nbytes_total if case.phase == "verify" else 1
+            wait_until(lambda: all(peer.nbytes >= far for peer in report.peers))
+        else:
+            wait_until(lambda: len(seen) == len(DESTINATIONS))
         if case.fault == "changing":
             this.all_have_some.set()
             this.changed.wait(PATIENCE)
@@ -531,16 +538,16 @@ def _fault_in_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) -> None
 
 def _fault_in_lane_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) -> None:
     """As :func:`_fault_in_manifest`, over lanes."""
-    read_into, write = Connection.read_into, Connection.write
+    read, write = Connection.read, Connection.write
 
-    def patched_read(self: Connection, view: memoryview, patience: Patience) -> None:
-        if len(view) > MIB:
-            read_into(self, view[:MIB], patience)
-            view = view[MIB:]
-            arrive(case, "manifest")
-            if rank in case.victims:
-                have_fault(case)
-        read_into(self, view, patience)
+    def patched_read(self: Connection, nbytes: int, patience: Patience) -> bytearray:
+        if nbytes <= MIB:
+            return read(self, nbytes, patience)
+        begin = read(self, MIB, patience)
+        arrive(case, "manifest")
+        if rank in case.victims:
+            have_fault(case)
+        return begin + read(self, nbytes - MIB, patience)
 
     def patched_write(self: Connection, parts: Any, patience: Patience, **options: Any) -> None:
         if 0 in case.victims and sum(map(len, parts)) > 4 * MIB:
@@ -551,7 +558,7 @@ def _fault_in_lane_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) ->
             parts = [data[2 * MIB :]]
         write(self, parts, patience, **options)
 
-    patch.setattr(Connection, "read_into", patched_read)
+    patch.setattr(Connection, "read", patched_read)
     patch.setattr(Connection, "write", patched_write)
 
 

@@ -202,11 +202,11 @@ def test_shutdown_ends_the_wait(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -
 
 
 def chain_of_two(
-    lanes: Lanes, trained: Trained, receive: Callable[[Destination, str], object], verify: bool
+    lanes: Lanes, trained: Trained, receive: Callable[[Destination, str], object]
 ) -> tuple[Any, ...]:
     """A source, a destination that passes the state on through a gate, one that does not fetch yet, what is offered."""
     state, gate = Trained(1).state_dict(), Gate(first_lane=0)
-    source = lanes.transport(verify=verify, **CALM)
+    source = lanes.transport(**CALM)
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     first = lanes.destination(trained.state_dict(), **CALM)
     proxy = lanes.proxy(first.transport.metadata(), gate)
@@ -216,13 +216,10 @@ def chain_of_two(
     return source, first, second, gate, digest(state)
 
 
-@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
-def test_a_destination_waits_until_it_has_passed_the_state_on(
-    lanes: Lanes, monkeypatch: pytest.MonkeyPatch, verify: bool
-) -> None:
+def test_a_destination_waits_until_it_has_passed_the_state_on(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = Trained(2)
     source, first, second, gate, offered = chain_of_two(
-        lanes, trained, lambda first, metadata: first.start(metadata).join(), verify
+        lanes, trained, lambda first, metadata: first.start(metadata).join()
     )
     assert got(first) == offered
     second.start(source.metadata())
@@ -289,7 +286,7 @@ def test_what_a_hook_of_a_destination_writes_is_not_passed_on(lanes: Lanes, monk
         threads[0].start()
 
     threads: list[threading.Thread] = []
-    source, first, second, gate, offered = chain_of_two(lanes, trained, begin, verify=False)
+    source, first, second, gate, offered = chain_of_two(lanes, trained, begin)
     assert behind.reached.wait(20)
     second.start(source.metadata())
     assert gate.reached.wait(20)
