@@ -276,6 +276,7 @@ class Connection:
         data = bytearray(min(nbytes, _STEP_BYTES))
         self.read_into(View(data), patience)
         while len(data) < nbytes:
+            patience.check()  # each step may find all that it wants, long after the deadline
             step = bytearray(min(nbytes - len(data), _STEP_BYTES))
             self.read_into(View(step), patience)
             data += step

@@ -350,14 +350,14 @@ class PGTransport:
         with report.phase("agree"), no_collection():
             meta = _unpickle(data)
             if isinstance(meta, _Failure):
-                report.peers[0].outcome = "failed"
+                report.peers[0].outcome, report.peers[0].phase = "failed", "agree"
                 raise PeerFailure(f"the peer gave up: {meta.reason}")
             manifest = _from_meta(meta)
             layout = lay_out(manifest, Limits())
             matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
             targets, disagreements = compare(manifest, matched, report)
             if disagreements:
-                report.peers[0].outcome = "refused"
+                report.peers[0].outcome, report.peers[0].phase = "refused", "agree"
                 raise RemoteProtocolError("; ".join(disagreements), phase="agree")
             landing = Landing(
                 manifest,

@@ -257,6 +257,8 @@ class TransferReport:
         for peer in self.peers:
             if peer.outcome == "pending":
                 self._end(peer, error)
+            elif peer.outcome != "complete" and not peer.reason and error is not None:
+                peer.reason = reason_of(error)
         self.nbytes_wire = sum(peer.nbytes_wire for peer in self.peers)
         for name in PHASES:
             slowest = max((peer.seconds.get(name, 0.0) for peer in self.peers), default=0.0)

@@ -202,10 +202,13 @@ def test_a_class_that_is_not_allowed_is_named_with_the_remedy(state: object) -> 
 def test_a_namedtuple_must_be_allowed() -> None:
     data = encode({"a": Point(1, 2)})
     decode(data)
-    with torch.serialization.safe_globals([]):
-        torch.serialization.clear_safe_globals()
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
         with pytest.raises(RemoteProtocolError, match=r"helpers\.Point .*add_safe_globals\(\[helpers.Point\]\)"):
             decode(data)
+    finally:
+        torch.serialization.add_safe_globals(before)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
