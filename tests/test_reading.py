@@ -88,11 +88,12 @@ def test_a_trickle_is_no_silence(pair: tuple[socket.socket, Connection]) -> None
     assert connection.nbytes_wire > 10_000
 
 
+@pytest.mark.parametrize("in_steps", [False, True], ids=["at once", "in steps"])
 @pytest.mark.parametrize(
     ("nbytes", "seconds"), [(1000, 0.05), (200_000, 0.02)], ids=["a trickle", "as fast as it is read"]
 )
 def test_what_goes_on_coming_has_a_deadline(
-    pair: tuple[socket.socket, Connection], nbytes: int, seconds: float
+    pair: tuple[socket.socket, Connection], nbytes: int, seconds: float, in_steps: bool
 ) -> None:
     """However much of it: a slow one is not asked for much, and of a fast one there is always something to read."""
     peer, connection = pair
@@ -108,7 +109,10 @@ def test_what_goes_on_coming_has_a_deadline(
     thread.start()
     try:
         with pytest.raises(TransferTimeout):
-            connection.read(times * nbytes, patience(seconds=0.5))
+            if in_steps:
+                connection.read(times * nbytes, patience(seconds=0.5))
+            else:
+                connection.read_into(memoryview(bytearray(times * nbytes)), patience(seconds=0.5))
     finally:
         connection.abort()
         thread.join()

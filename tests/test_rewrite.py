@@ -62,6 +62,28 @@ def test_what_loading_writes_is_no_change() -> None:
     assert snapshot(template) == snapshot(state(1))
 
 
+@pytest.mark.parametrize("options", [{}, {"shadow": True}], ids=["in place", "shadow"])
+def test_memory_that_load_exchanges_is_found_again(options: dict[str, Any]) -> None:
+    template = state(2)
+    pair = Pair(template, **options)
+    assert pair.heal(state(1)) == [None, None]
+    template["mean"].zero_()
+    template["mean"].data = template["mean"].clone()
+    commit(pair)
+    assert snapshot(template) == snapshot(state(1))
+
+
+def test_memory_of_another_size_is_not_written_to() -> None:
+    template = state(2)
+    pair = Pair(template)
+    assert pair.heal(state(1)) == [None, None]
+    template["mean"].data = torch.zeros(7)
+    pair.destination.metadata()
+    with pytest.raises(TornStateError, match="mean"):
+        pair.destination.disallow_checkpoint()
+    assert template["mean"].tolist() == [0.0] * 7
+
+
 def test_a_step_before_the_vote_is_training() -> None:
     """An inner optimizer's: the state is the source's when it begins, and nothing of it is undone."""
     parameter = torch.nn.Parameter(torch.zeros(100))
