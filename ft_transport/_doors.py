@@ -23,7 +23,7 @@ from typing import Any
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import HEARTBEAT, Connection, Patience, is_near, keep_out_of_forks
 from ft_transport._meeting import Handshake, Interface, Invitation, Visit, admit, knock
-from ft_transport.errors import PeerFailure, RemoteProtocolError
+from ft_transport.errors import PeerFailure, RemoteProtocolError, printable
 
 __all__ = ["Contexts", "Listener", "dial", "interfaces", "resolve"]
 
@@ -350,7 +350,7 @@ class Listener:
             events = greeting.advance()
         except Exception as exc:  # whatever a peer sends, or a context that cannot listen does: others are not to blame
             self._dismiss(greeting)
-            logger.debug("%s is no peer: %s: %s", greeting.address, type(exc).__name__, exc)
+            logger.debug("%s is no peer: %s: %s", greeting.address, type(exc).__name__, printable(str(exc)))
             return
         if events:
             self._selector.modify(greeting.socket, events, greeting)

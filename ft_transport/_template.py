@@ -20,7 +20,7 @@ from ft_transport._leaves import KINDS, VALUE, Part, Surroundings, is_plain, tak
 from ft_transport._manifest import Leaf, Manifest, View, disjoint
 from ft_transport._memory import ReadOnlyMemory
 from ft_transport._tree import Node, Path, flatten, format_path, paths_of
-from ft_transport.errors import RemoteProtocolError
+from ft_transport.errors import RemoteProtocolError, printable
 from ft_transport.report import Copies, OnMismatch, TransferReport, shortened
 
 __all__ = ["Fit", "Slot", "Targets", "compare", "fit", "match_template", "same_strides"]
@@ -118,7 +118,7 @@ def _refused(
     fits = any(manifest.leaves[i].views for i in matched if i not in compared.disagreements)
     for index, reason in compared.disagreements.items():
         path = format_path(manifest.paths[index])
-        report.mismatched[path] = reason
+        reason = report.mismatched[path] = printable(reason)
         if (_choice(on_mismatch, path, reason) if fits else "refuse") == "refuse":
             refused.append(f"{path}: {reason}")
     return refused

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, printable
 
 __all__ = ["CONTAINERS", "LEAF", "Flat", "Node", "Path", "check_tree", "flatten", "format_path"]
 __all__ += ["paths_of", "unflatten"]
@@ -455,8 +455,8 @@ def _names(node: Node) -> Iterable[Hashable]:
 
 
 def format_path(path: Path) -> str:
-    """``model.layers.3.weight``, or ``<root>`` for a state that is one leaf."""
-    return ".".join(map(_text, path)) if path else "<root>"
+    """``model.layers.3.weight``, or ``<root>`` for a state that is one leaf. For people: in one line, with escapes."""
+    return printable(".".join(map(_text, path))) if path else "<root>"
 
 
 def _text(key: Hashable) -> str:

@@ -924,3 +924,15 @@ def test_after_a_refusal_the_next_transfer_succeeds(wire: Wire) -> None:
     outcome = wire.transfer(state, lambda: template)
     outcome.check()
     check_values(outcome.result, state)
+
+
+def test_paths_of_a_peer_are_escaped(wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
+    """A key may hold what a terminal would obey; it is the peer's choice."""
+    evil = "a\x1b[2J\nb"
+    with caplog.at_level(logging.WARNING, "ft_transport"):
+        outcome = wire.transfer({"ok": noise(3, 1), evil: noise(4, 1)}, lambda: {"ok": noise(3, 2), evil: noise(5, 2)})
+    report = outcome.report
+    assert report is not None
+    told = [caplog.text.replace("\n", ""), report.summary(), *report.mismatched, str(outcome.error or "")]
+    assert any("a\\x1b[2J\\nb" in text for text in told)
+    assert not any(evil in text or "\x1b" in text for text in told)

@@ -108,11 +108,9 @@ def test_what_goes_on_coming_has_a_deadline(
     thread = threading.Thread(target=write)
     thread.start()
     try:
+        read = connection.read if in_steps else lambda n, p: connection.read_into(memoryview(bytearray(n)), p)
         with pytest.raises(TransferTimeout):
-            if in_steps:
-                connection.read(times * nbytes, patience(seconds=0.5))
-            else:
-                connection.read_into(memoryview(bytearray(times * nbytes)), patience(seconds=0.5))
+            read(times * nbytes, patience(seconds=0.5))
     finally:
         connection.abort()
         thread.join()
