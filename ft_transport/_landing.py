@@ -312,7 +312,7 @@ class Landing:
     def _direct(self, message: int) -> tuple[Block, int, int] | None:
         pieces = self._layout.messages[message]
         # Small ones are staged for the reason that the source has, see ``_source.Gatherer``.
-        if len(pieces) > 1 or self._layout.sizes[message] < self._layout.stage_below:
+        if self._layout.is_small(message):
             return None
         block, begin, nbytes = self._locate(pieces[0])
         if not block.dense or block.memory.device.type != self._device.type:

@@ -64,9 +64,9 @@ class SourceStock:
         self._digests: dict[int, int] = {}
         self._copies: dict[int, memoryview] = {}
         small, room = [], SMALL_BYTES
-        for message, pieces in enumerate(outbound.layout.messages):
+        for message in range(len(outbound.layout.messages)):
             nbytes = aligned(self.sizes[message])
-            if (len(pieces) > 1 or self.sizes[message] < outbound.layout.stage_below) and nbytes <= room:
+            if outbound.layout.is_small(message) and nbytes <= room:
                 room -= nbytes
                 small.append(message)
         self._bucket = Bucket(CPU)

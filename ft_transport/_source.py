@@ -56,7 +56,7 @@ class Gatherer:
         Small ones always are: under async quorum forward goes on meanwhile, and changes small buffers (BatchNorm).
         """
         pieces = self._layout.messages[message]
-        if len(pieces) > 1 or self._layout.sizes[message] < self._layout.stage_below:
+        if self._layout.is_small(message):
             return True
         block, _, _ = self._part(pieces[0])
         return not block.dense or block.memory.device.type != self._device.type
