@@ -21,12 +21,17 @@ class Deadline:
         timeout: Budget from now on. Zero or less is already past; more than :data:`MAX_WAIT` counts as that.
     """
 
-    __slots__ = ("_begin", "_end", "_timeout")
+    __slots__ = ("_begin", "_budget", "_end", "_timeout")
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
+        self._budget = min(timeout, MAX_WAIT).total_seconds()
+        self.restart()
+
+    def restart(self) -> None:
+        """Let the budget begin anew, from now on."""
         self._begin = time.monotonic()
-        self._end = self._begin + min(timeout, MAX_WAIT).total_seconds()
+        self._end = self._begin + self._budget
 
     @property
     def timeout(self) -> timedelta:

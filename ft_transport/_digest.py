@@ -22,7 +22,7 @@ ALGORITHMS = ("xxh3", "sum")
 # Of every 2 MiB of a sampled message one block of 64 KiB is read; messages below 2 MiB are read whole.
 NUM_SAMPLES = 32
 _BLOCK = 64 << 10
-# Of a user's memory so much is read before other threads get a turn.
+# Of a user's memory so much is read at once: whoever gives it back waits for it.
 _PIECE = 1 << 20
 _SAMPLED_FROM = NUM_SAMPLES * _BLOCK
 
@@ -53,13 +53,10 @@ def digest_message(message: torch.Tensor, algorithm: str, sample: int = -1, held
     if whole and held is None:
         return digest_bytes(memory)
     digest = xxhash.xxh3_64()
+    update = digest.update if held is None else held.reads(digest.update)
     first, step, nbytes = (0, _PIECE, _PIECE) if whole else (sample * _BLOCK, NUM_SAMPLES * _BLOCK, _BLOCK)
     for begin in range(first, len(memory), step):
-        piece = memory[begin : begin + nbytes]
-        if held is None:
-            digest.update(piece)
-        else:
-            held.feed(digest.update, piece)
+        update(memory[begin : begin + nbytes])
     return digest.intdigest()
 
 

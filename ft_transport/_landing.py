@@ -117,11 +117,16 @@ class Landing:
         self._counts: list[int] = []  # of the targets of these copies, as torch counts their in-place operations
         if shared:
             share(targets.values())
-        self._places = Places.of(list(targets.values()))
+        # Where the template's tensors are.
+        homes = held([Block(tensor) for tensor in targets.values()])
+        self._places = Places.of(homes)
+        self._homes = dict(zip(targets, homes, strict=True))
         self._plan(report)
         if shared:
             share(block.memory for block in self._blocks)
-        self._blocks = held(self._blocks)
+        fresh = [which for which, block in enumerate(self._blocks) if block.storage is None]
+        for which, block in zip(fresh, held([self._blocks[which] for which in fresh]), strict=True):
+            self._blocks[which] = block
 
     # ---------------------------------------------------------------------------------------- plan
 
@@ -130,12 +135,27 @@ class Landing:
         simple = len(ranges) == len(self._manifest.storages)  # nearly every storage is one range
         members: list[list[_Member]] = [[] for _ in ranges]
         for index, leaf in enumerate(self._manifest.leaves):
-            for position, view in enumerate(leaf.views):
-                if view.storage >= 0:
-                    which = view.storage if simple else self._layout.range_of(view.storage, view.begin)
+            for position, view in enumerate(leaf[1]):
+                storage = view[0]
+                if storage >= 0:
+                    which = storage if simple else self._layout.range_of(storage, view.begin)
                     members[which].append(((index, position), view))
         in_place = copied = 0
+        # Most ranges are one dense view, and land in the template's tensor as it is: those with little ado.
+        homes = {} if self._shadow or self._beside else self._homes
+        direct: dict[Slot, torch.Tensor] = {}
         for which, (piece, group) in enumerate(zip(ranges, members, strict=True)):
+            nbytes = piece[2] - piece[1]
+            slot, (_, shape, _) = group[0]
+            if len(group) == 1 and shape.dense and (home := homes.get(slot)) is not None:
+                tensor = home[0]
+                if tensor.stride() == shape.stride and self._is_here(tensor):
+                    direct[slot] = tensor
+                    self._blocks.append(home)
+                    in_place += nbytes
+                    if nbytes >= self._layout.stage_below:
+                        self.large[which] = [tensor]
+                    continue
             gaps = self._layout.gaps.get(which)
             if self._shadow or not self._targets or (self._beside and any(i in self._beside for (i, _), _ in group)):
                 block = None
@@ -147,12 +167,14 @@ class Landing:
                 block = self._fresh(piece, group, gaps)
                 self._fresh_ranges.add(which)
                 if self._targets and any(slot in self._targets for slot, _ in group):
-                    copied += piece.end - piece.begin
+                    copied += nbytes
             else:
-                in_place += piece.end - piece.begin
-                if piece.end - piece.begin >= self._layout.stage_below:
+                in_place += nbytes
+                if nbytes >= self._layout.stage_below:
                     self.large[which] = [self._targets[slot] for slot, _ in group if slot in self._targets]
             self._blocks.append(block)
+        self._values.update(direct)
+        self._settled.update(direct)
         self._try_to_rebuild()
         report.nbytes_in_place += in_place
         report.nbytes_fresh += self._layout.nbytes - in_place
@@ -182,10 +204,10 @@ class Landing:
         for slot, view in group:
             tensor = self._targets.get(slot)
             if tensor is not None and self._is_here(tensor) and same_strides(view, tensor):
+                shift = int(tensor.storage_offset()) * view.geometry.itemsize - view.begin
                 if len(group) == 1 and view.geometry.dense:
                     self._settle_in_place(slot)
-                    return Block(tensor)
-                shift = int(tensor.storage_offset()) * view.geometry.itemsize - view.begin
+                    return self._homes[slot]
                 exact.setdefault((tensor.untyped_storage()._cdata, shift), []).append((slot, view))
         for (_, shift), matching in exact.items():
             # Bytes in a view's gaps are its neighbours': a range is taken as it is where each byte is of some view, and

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import select
 import socket
@@ -17,8 +18,9 @@ import ssl
 import struct
 import sys
 import termios
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from ft_transport._deadline import Deadline
@@ -61,7 +63,7 @@ class Patience:
     def moved(self) -> None:
         """Something has: the silence is over, and begins anew."""
         if self._silent is not None:
-            self._silent = Deadline(self._silent.timeout)
+            self._silent.restart()
 
     @property
     def cancelled(self) -> bool:
@@ -150,10 +152,10 @@ class Connection:
         After an error: some, all or none of it may have left.
         """
         views = [View(part) for part in parts if len(part)]
-        flags = socket.MSG_MORE if more else 0
+        flags, wait = socket.MSG_MORE if more else 0, self._waits_by(self._writable)
         while views:
             try:
-                self._await(self._writable)
+                wait()
                 written = self._socket.send(views[0]) if self._tls else self._socket.sendmsg(views, (), flags)
             except (BlockingIOError, TimeoutError):
                 patience.check()
@@ -174,7 +176,7 @@ class Connection:
 
         It must stay as it is until the peer has read it, or this connection is closed.
         """
-        splicer = self._have_splicer() if len(view) >= SPLICE_FROM else None
+        splicer, wait = self._have_splicer() if len(view) >= SPLICE_FROM else None, self._waits_by(self._writable)
         while splicer is not None and (len(view) or not splicer.empty):
             if splicer.empty:
                 try:
@@ -182,7 +184,7 @@ class Connection:
                 except OSError:
                     break  # memory of a device, say
             try:
-                self._await(self._writable)
+                wait()
                 self.nbytes_wire += splicer.drain(self._socket.fileno())
             except BlockingIOError:
                 patience.check()
@@ -206,9 +208,10 @@ class Connection:
     def read_into(self, view: View, patience: Patience) -> None:
         """Fill ``view``; raises as :meth:`write`, and if the peer has closed the connection."""
         done = self._read_much(view, patience) if len(view) > _MUCH_BYTES and self._can_read_much else 0
+        wait = self._waits_by(self._readable)
         while done < len(view):
             try:
-                self._await(self._readable)
+                wait()
                 # Never more than asked for, so nothing is left in a buffer of ours.
                 rest = view[done:]
                 count = self._socket.recv_into(rest, 0, 0 if self._tls else socket.MSG_WAITALL)
@@ -245,17 +248,19 @@ class Connection:
             self._wake_up_at(1)
         return done
 
-    def _await(self, poll: select.poll) -> None:
-        """Wait until at least a byte can be moved.
+    def _waits_by(self, poll: select.poll) -> Callable[[], None]:
+        """What waits until at least a byte can be moved, where the call that moves it must not.
 
         A call that moves none is begun anew, with the whole of the kernel's time-out, whenever a signal's handler has
-        run in the main thread (PEP 475): with one every 100 ms it would never end. A poll's time goes on.
+        run (PEP 475): with one every 100 ms it would never end. A poll's time goes on. Signals are for the main thread;
+        the lanes have threads of their own, and are spared the poll.
 
         Raises:
-            BlockingIOError: None could for a heartbeat.
+            BlockingIOError: By what is returned: none could for a heartbeat.
         """
-        if not self._tls and not poll.poll(HEARTBEAT.total_seconds() * 1000):
-            raise BlockingIOError
+        if self._tls or threading.get_ident() != threading.main_thread().ident:
+            return _at_once
+        return functools.partial(_await, poll)
 
     def _wake_up_at(self, nbytes: int) -> bool:
         try:
@@ -354,6 +359,15 @@ class Connection:
                 # Some of it has not arrived: drop it, rather than send it once this side goes on.
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
         self._socket.close()
+
+
+def _await(poll: select.poll) -> None:
+    if not poll.poll(HEARTBEAT.total_seconds() * 1000):
+        raise BlockingIOError
+
+
+def _at_once() -> None:
+    pass
 
 
 def is_near(sock: socket.socket) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from ft_transport._geometry import merge
-from ft_transport._manifest import Manifest, View, range_index
+from ft_transport._manifest import Manifest, View, made, range_index
 
 __all__ = ["SMALL_BYTES", "Gaps", "Layout", "Limits", "Piece", "lay_out"]
 
@@ -96,7 +96,7 @@ class Layout:
 def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     """Derive from a manifest what travels in which message."""
     ranges, gaps = _ranges(manifest)
-    small = [piece for piece in ranges if piece.end - piece.begin < limits.pack_below]
+    small = [piece for piece in ranges if piece[2] - piece[1] < limits.pack_below]
     pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
     step = limits.message_bytes - limits.message_bytes % 64
@@ -117,16 +117,16 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
 def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps]]:
     views: list[list[View]] = [[] for _ in manifest.storages]
     for leaf in manifest.leaves:
-        for view in leaf.views:
-            if view.storage >= 0:
-                views[view.storage].append(view)
-    ranges: list[Piece] = []
+        for view in leaf[1]:
+            if view[0] >= 0:
+                views[view[0]].append(view)
+    ranges: list[tuple[int, int, int]] = []
     gaps: dict[int, Gaps] = {}
     for storage, found in enumerate(views):
-        if len(found) == 1 and found[0].geometry.dense:
-            (view,) = found
-            begin = view.offset * view.geometry.itemsize
-            ranges.append(Piece(storage, begin, begin + view.geometry.span))
+        if len(found) == 1 and found[0][1].dense:
+            ((_, shape, offset),) = found
+            begin = offset * shape.itemsize
+            ranges.append((storage, begin, begin + shape.span))
             continue
         found.sort(key=lambda view: view.begin)
         for begin, end in merge((view.begin, view.end) for view in found):
@@ -135,8 +135,8 @@ def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps]]:
             if index is not None:
                 gaps[len(ranges)] = Gaps(end, *index)
                 end = begin + index[0].numel() * index[1]
-            ranges.append(Piece(storage, begin, end))
-    return ranges, gaps
+            ranges.append((storage, begin, end))
+    return made(Piece, ranges), gaps
 
 
 def _begin(view: View) -> int:
@@ -147,7 +147,7 @@ def _buckets(pieces: Sequence[Piece], limit: int) -> list[tuple[Piece, ...]]:
     buckets: list[list[Piece]] = []
     room = 0
     for piece in pieces:
-        nbytes = piece.end - piece.begin
+        nbytes = piece[2] - piece[1]
         if nbytes > room:
             buckets.append([])
             room = limit

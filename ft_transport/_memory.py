@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ft_transport._lent import readers_of
 from ft_transport.errors import LocalProtocolError
 
 __all__ = [
@@ -131,7 +132,7 @@ class Held(NamedTuple):
 
     @property
     def view(self) -> memoryview:
-        """The bytes. To be given to the system, which says so where there is nothing, and to :meth:`feed`."""
+        """The bytes. To be given to the system, which says so where there is nothing, and to :meth:`reads`."""
         return self.block.view(self.begin, self.end)
 
     def check(self) -> None:
@@ -139,21 +140,31 @@ class Held(NamedTuple):
         if not self.block.here:
             raise _taken_away()
 
-    def feed(self, update: Callable[[memoryview], object], piece: memoryview) -> None:
-        """Give ``update`` a piece of :attr:`view` in parts.
-
-        Looking whether the memory is there and reading it are one call, in which no other thread of Python gets a turn.
+    def reads(self, update: Callable[[memoryview], object]) -> Callable[[memoryview], object]:
+        """``update``, to be given pieces of :attr:`view`: they stay where they are while it reads, see ``_lent``.
 
         Raises:
-            LocalProtocolError: The memory was taken away; not one byte was read.
+            LocalProtocolError: The memory was taken away; so from each call, if it is since, before a byte is read.
         """
-        parts = [piece[begin : begin + _UNINTERRUPTED] for begin in range(0, len(piece), _UNINTERRUPTED)]
-        if parts and not list(map(update, _if_there([self.block], parts))):
+        storage = self.block.storage
+        if storage is None:
+            return update
+        readers = readers_of(storage)
+        enter, leave, before = readers.enter, readers.leave, readers.turn
+        if before % 2:
             raise _taken_away()
+        self.check()
 
+        def read(piece: memoryview) -> None:
+            enter(piece)
+            try:
+                if readers.turn != before:
+                    raise _taken_away()
+                update(piece)
+            finally:
+                leave()
 
-# xxhash lets other threads go on while it reads more than some 64 KiB.
-_UNINTERRUPTED = 64 << 10
+        return read
 
 
 def _taken_away() -> LocalProtocolError:
@@ -199,10 +210,10 @@ class Places:
         self._sizes = sizes
 
     @classmethod
-    def of(cls, tensors: Sequence[torch.Tensor]) -> Places:
-        """Where they are now."""
-        storages = list(map(torch.Tensor.untyped_storage, tensors))
-        return cls(tensors, list(map(torch.Tensor.data_ptr, tensors)), storages, list(map(_nbytes_of, storages)))
+    def of(cls, blocks: Sequence[Block]) -> Places:
+        """Of tensors whose blocks :func:`held` has made."""
+        memory, _, _, storages, _, sizes, addresses = map(list, zip(*blocks, strict=True)) if blocks else [[]] * 7
+        return cls(memory, addresses, storages, sizes)
 
     def moved(self) -> list[int]:
         """Which of the tensors have other memory now, or less or more."""

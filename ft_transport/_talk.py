@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import xxhash
@@ -95,9 +95,10 @@ class Talk:
         header = Header(Frame.MESSAGE, conversation.attempt, conversation.step, number, len(view))
         connection.write([encode_header(header)], patience, more=True)
         hashed = xxhash.xxh3_64()
+        update = _reads(hashed, held)
         for piece in _pieces(view, whole=digest is not None):
             if digest is None:
-                _update(hashed, piece, held)
+                update(piece)
             try:
                 if steady:
                     connection.write_steady(piece, patience)
@@ -128,15 +129,16 @@ class Talk:
         if header.nbytes != len(view):
             raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {header.nbytes}")
         hashed = xxhash.xxh3_64()
+        update = _reads(hashed, held)
         for piece in _pieces(view, whole=not verify):
-            _check(held)
             try:
                 self.connection.read_into(piece, patience)
             except PeerFailure:
                 _check(held)
                 raise
             if verify:
-                _update(hashed, piece, held)
+                update(piece)
+        _check(held)
         (expected,) = TRAILER.unpack(self.connection.read(TRAILER.size, patience))
         return expected if not verify or hashed.intdigest() == expected else None
 
@@ -151,16 +153,14 @@ def _check(held: Held | None) -> None:
         held.check()
 
 
-def _update(hashed: xxhash.xxh3_64, piece: memoryview, held: Held | None) -> None:
-    if held is None:
-        hashed.update(piece)
-    else:
-        held.feed(hashed.update, piece)
+def _reads(hashed: xxhash.xxh3_64, held: Held | None) -> Callable[[memoryview], object]:
+    return hashed.update if held is None else held.reads(hashed.update)
 
 
 def fingerprint(view: memoryview, held: Held | None = None) -> int:
     """The digest that :meth:`Talk.say_message` would send; raises as it."""
     hashed = xxhash.xxh3_64()
+    update = _reads(hashed, held)
     for piece in _pieces(view, whole=held is None):
-        _update(hashed, piece, held)
+        update(piece)
     return hashed.intdigest()

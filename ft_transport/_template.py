@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
 from ft_transport._geometry import Geometry, geometry, geometry_of
 from ft_transport._kinds_distributed import meshes_of
-from ft_transport._leaves import KINDS, VALUE, Part, Surroundings, is_plain, take_apart
+from ft_transport._leaves import KINDS, VALUE, Part, Surroundings, all_plain, is_plain, take_apart
 from ft_transport._manifest import Leaf, Manifest, View, disjoint
 from ft_transport._memory import ReadOnlyMemory
 from ft_transport._tree import Node, Path, flatten, format_path, paths_of
@@ -344,7 +345,10 @@ def _compare(manifest: Manifest, matched: dict[int, object], report: TransferRep
     targets: Targets = {}
     disagreements: dict[int, str] = {}
     comparison = _Comparison(manifest, targets, report)
+    agreed = comparison.plain_tensors(matched)
     for index, leaf in enumerate(manifest.leaves):
+        if index in agreed:
+            continue
         if index in matched:
             reason = comparison.leaf(index, leaf, matched[index])
             if reason:
@@ -392,6 +396,31 @@ class _Comparison:
         self._targets = targets
         self._report = report
         self._read_only = ReadOnlyMemory()
+
+    def plain_tensors(self, matched: dict[int, object]) -> set[int]:
+        """Note the plain tensors that agree in all, strides too, as most do; gives their leaves.
+
+        The rest is for :meth:`leaf`: a call for each costs more than all that is compared.
+        """
+        leaves = self._manifest.leaves
+        indices = [i for i, mine in matched.items() if type(mine) is torch.Tensor and leaves[i].kind == "tensor"]
+        tensors: list[torch.Tensor] = [matched[index] for index in indices]  # type: ignore[misc]
+        dtypes = list(map(attrgetter("dtype"), tensors))
+        if not tensors or not all(map(attrgetter("is_cpu"), tensors)) or not all_plain(tensors, dtypes, on_cpu=True):
+            return set()
+        shapes, strides = map(attrgetter("shape"), tensors), map(torch.Tensor.stride, tensors)
+        rows = zip(indices, tensors, dtypes, shapes, strides, map(torch.Tensor.data_ptr, tensors), strict=True)
+        agreed = set()
+        for index, tensor, dtype, shape, stride, address in rows:
+            storage, wanted, _ = leaves[index][1][0]
+            if storage < 0 or dtype != wanted.dtype or shape != wanted.shape or stride != wanted.stride:
+                continue
+            if wanted.order is None or wanted.expanded or self._read_only.holds(address):
+                continue
+            self._targets[index, 0] = tensor
+            self.extents.append((address, address + wanted.span, (index, 0)))
+            agreed.add(index)
+        return agreed
 
     def leaf(self, index: int, leaf: Leaf, mine: Any) -> str:
         """Why a leaf disagrees with the template's, empty if it does not."""

@@ -83,6 +83,13 @@ MUTANTS = [
         LANES + "test_the_source_has_no_part_in_what_a_relay_has_damaged",
     ),
     Mutant(
+        "who takes memory away waits for who reads it",
+        "_lent.py",
+        "while self._inside:",
+        "while False:",
+        "tests/multiproc/test_moved_memory.py::test_nobody_dies_who_reads_memory_that_is_given_back_meanwhile",
+    ),
+    Mutant(
         "a supplier bounds message numbers",
         "_supply.py",
         "if message >= len(self._stock.sizes)",

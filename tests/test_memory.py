@@ -295,7 +295,7 @@ MOVES: dict[str, Callable[[torch.Tensor], object]] = {
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 def test_memory_that_was_taken_away_is_neither_read_nor_written(move: Callable[[torch.Tensor], object]) -> None:
     kept, moved = noise(300_000, 1), noise(300_000, 2)
-    blocks, places = held([Block(kept), Block(moved)]), Places.of([kept, moved])
+    blocks, places = held([Block(kept), Block(moved)]), Places.of(held([Block(kept), Block(moved)]))
     nbytes = moved.numel() * 4
     before, staged = raw_bytes(kept), torch.full((2 * nbytes,), 7, dtype=torch.uint8)
     view = Held(blocks[1], 0, nbytes).view
@@ -305,7 +305,7 @@ def test_memory_that_was_taken_away_is_neither_read_nor_written(move: Callable[[
     read: list[memoryview] = []
     for act in (
         Held(blocks[1], 0, nbytes).check,
-        lambda: Held(blocks[1], 0, nbytes).feed(read.append, view),
+        lambda: Held(blocks[1], 0, nbytes).reads(read.append)(view),
         lambda: copy_blocks([(block, 0, nbytes) for block in blocks], staged, gather=True),
         lambda: copy_blocks([(block, 0, nbytes) for block in blocks], staged, gather=False),
     ):
@@ -316,13 +316,22 @@ def test_memory_that_was_taken_away_is_neither_read_nor_written(move: Callable[[
     assert raw_bytes(kept) == before
 
 
-def test_memory_is_fed_in_parts_that_are_all_of_it() -> None:
-    tensor = noise(50_001, 1)
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_memory_that_is_taken_away_between_two_reads_is_not_read_again(move: Callable[[torch.Tensor], object]) -> None:
+    tensor = noise(300_000, 1)
     (block,) = held([Block(tensor)])
-    parts: list[bytes] = []
+    pieces: list[bytes] = []
     part = Held(block, 5, 200_003)
-    part.feed(lambda piece: parts.append(bytes(piece)), part.view)
-    assert len(parts) > 1
-    assert b"".join(parts) == raw_bytes(tensor)[5:200_003]
-    part.feed(parts.append, memoryview(b""))  # type: ignore[arg-type]
-    assert len(parts) == 4
+    read = part.reads(lambda piece: pieces.append(bytes(piece)))
+    read(part.view)
+    move(tensor)
+    if move in (MOVES["given back"], MOVES["smaller"]):
+        with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+            read(part.view)
+    else:
+        read(part.view)  # the old memory is kept; whoever reads looks once more at the end
+        assert pieces[0] == pieces.pop()
+        with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+            part.check()
+    assert len(pieces) == 1
+    assert len(pieces[0]) == 199_998

@@ -1,6 +1,6 @@
 """Moves memory away under a transfer, from another thread, and says what became of it. Run in a process of its own.
 
-Usage: ``python -m tests.multiproc.moved_memory lanes|group|relay|again``; prints one line of JSON for each case.
+Usage: ``python -m tests.multiproc.moved_memory lanes|group|relay|again|read``; prints one line of JSON for each case.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -19,8 +20,11 @@ from ft_transport import LaneTransport, TornStateError
 from ft_transport._channel import GroupChannel, Pending
 from ft_transport._deadline import Deadline
 from ft_transport._destination import receive
+from ft_transport._memory import Block, Held, held
 from ft_transport._source import Outbound, serve
+from ft_transport._talk import fingerprint
 from ft_transport._transfer import Options
+from ft_transport.errors import LocalProtocolError
 from ft_transport.report import PeerReport, TransferReport
 from ft_transport.testing import FaultProxy
 from tests.helpers import Wrapped
@@ -150,6 +154,39 @@ def again(move: Move, side: str, shadow: bool) -> dict[str, Any]:
     return {"error": repr(error)}
 
 
+def read() -> dict[str, Any]:
+    """Fingerprints are taken of memory that another thread gives back, and takes anew, all the time."""
+    tensor = torch.full((NUMEL,), 1.0)
+    nbytes, stop = tensor.nbytes, threading.Event()
+    found = {"whole": 0, "voided": 0, "moved": 0}
+
+    def take() -> None:
+        while not stop.is_set():
+            (block,) = held([Block(tensor)])
+            if block.nbytes < nbytes:
+                time.sleep(0.001)
+                continue
+            part = Held(block, 0, nbytes)
+            try:
+                fingerprint(part.view, part)
+                part.check()
+                found["whole"] += 1
+            except LocalProtocolError:
+                found["voided"] += 1
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    deadline = Deadline(TIMEOUT)
+    while min(found["whole"], found["voided"]) < 20 and not deadline.expired():
+        tensor.untyped_storage().resize_(0)
+        tensor.untyped_storage().resize_(nbytes)
+        found["moved"] += 1
+        time.sleep(0.002 * (found["moved"] % 8))
+    stop.set()
+    thread.join()
+    return found
+
+
 class Acting(Wrapped):
     """Acts before the n-th message is posted."""
 
@@ -214,6 +251,9 @@ def group(move: Move, side: str, shadow: bool) -> dict[str, Any]:
 
 
 def main(way: str) -> None:
+    if way == "read":
+        print(json.dumps(read()))
+        return
     for move in MOVES:
         for side in ("destination",) if way == "relay" else ("source", "destination"):
             for shadow in [False, True][: 2 if side == "destination" and way in ("lanes", "group") else 1]:

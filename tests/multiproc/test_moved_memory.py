@@ -50,3 +50,9 @@ def test_what_is_compared_is_looked_at_too() -> None:
     assert len(found) == 2 * len(MOVES)
     for case in found:
         assert "was exchanged or given back while the state was moved: w3" in case["error"], case
+
+
+def test_nobody_dies_who_reads_memory_that_is_given_back_meanwhile() -> None:
+    (found,) = outcomes("read")
+    assert found["whole"] >= 20, found
+    assert found["voided"] >= 20, found
