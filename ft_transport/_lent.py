@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +27,7 @@ _TAKE_AWAY = ("resize_", "_share_fd_cpu_", "_share_filename_cpu_")
 _ATTRIBUTE = "_ft_transport_readers"
 # Who takes memory away looks so often whether it is still read: it is rare, and waits for less than a millisecond.
 _LOOK_AGAIN_S = 50e-6
+_NEVER = threading.Event()
 
 
 class Readers:
@@ -59,7 +59,7 @@ class Readers:
             self.turn += 1
             try:
                 while self._inside:
-                    time.sleep(_LOOK_AGAIN_S)
+                    _NEVER.wait(_LOOK_AGAIN_S)
                 return act(*args, **kwargs)
             finally:
                 self.turn += 1
