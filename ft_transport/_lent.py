@@ -27,7 +27,6 @@ _TAKE_AWAY = ("resize_", "_share_fd_cpu_", "_share_filename_cpu_")
 _ATTRIBUTE = "_ft_transport_readers"
 # Who takes memory away looks so often whether it is still read: it is rare, and waits for less than a millisecond.
 _LOOK_AGAIN_S = 50e-6
-_NEVER = threading.Event()
 
 
 class Readers:
@@ -52,14 +51,16 @@ class Readers:
         self.enter = self._inside.append
         self.leave = self._inside.pop
         self._one = threading.Lock()
+        self._nobody = threading.Condition()  # never notified: a reader has no time for that
 
     def take_away(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``act``, once nobody reads; gives what it gives. Who comes meanwhile finds it taken."""
         with self._one:
             self.turn += 1
             try:
-                while self._inside:
-                    _NEVER.wait(_LOOK_AGAIN_S)
+                with self._nobody:
+                    while not self._nobody.wait_for(lambda: not self._inside, _LOOK_AGAIN_S):
+                        pass
                 return act(*args, **kwargs)
             finally:
                 self.turn += 1

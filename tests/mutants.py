@@ -85,7 +85,7 @@ MUTANTS = [
     Mutant(
         "who takes memory away waits for who reads it",
         "_lent.py",
-        "while self._inside:",
+        "while not self._nobody.wait_for(lambda: not self._inside, _LOOK_AGAIN_S):",
         "while False:",
         "tests/multiproc/test_moved_memory.py::test_nobody_dies_who_reads_memory_that_is_given_back_meanwhile",
     ),
