@@ -42,11 +42,11 @@ class Readers:
     """
 
     def __init__(self) -> None:
-        self.turn = 0
         self.reset()
 
     def reset(self) -> None:
-        """Forget who reads."""
+        """Forget who reads, and who takes it away."""
+        self.turn = 0
         self._inside: list[object] = []
         self.enter = self._inside.append
         self.leave = self._inside.pop
