@@ -85,7 +85,8 @@ def receive(
         with peer.enter("rebuild", "destination"), no_collection():
             report.torn = report.torn or landing.copies
             result = landing.rebuild()
-            landing.check()
+            if landing.copies:
+                landing.check()  # once more: it was written to
         report.torn = False
         peer.outcome = "complete"
         if rewrite is not None and header.digest:

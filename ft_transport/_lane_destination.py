@@ -190,7 +190,8 @@ class Reception:
             with peer.enter("rebuild", "destination"), no_collection():
                 self._report.torn = self._report.torn or plan.landing.copies
                 state = plan.landing.rebuild()
-                plan.landing.check()
+                if plan.landing.copies:
+                    plan.landing.check()  # once more: it was written to
             self._report.torn = False
             self.kept = None
             peer.outcome = "complete"

@@ -387,7 +387,7 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
         storages += made(Storage, zip(ends, [tensor.device.type for tensor in memory], strict=True))
     rows = zip(memory, repeat(True), repeat(None), *homes, strict=False)
     blocks = Blocks(zip(enumerate(begins), made(Block, rows), strict=True))
-    blocks.places = Places(tensors, columns.addresses, columns.alive, columns.capacities)
+    blocks.places = Places(tensors, columns.addresses, columns.alive)
     lone_views = made(View, zip(count(), shapes, firsts))
     if len(alone) == len(tensors):
         return lone_views, blocks

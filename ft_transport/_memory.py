@@ -190,38 +190,34 @@ _nbytes_of = torch.UntypedStorage.nbytes
 class Places:
     """Where the memory of some tensors is.
 
+    A storage that gets another size moves, as all that torch's allocators do is to take new memory before they give
+    back the old; and its address is nobody else's as long as it is kept. So addresses tell all.
+
     Args:
         tensors: A user's.
         addresses: Of the first byte of each.
-        storages: Of each.
-        sizes: Bytes of each storage.
+        storages: Of each, to be kept.
     """
 
     def __init__(
-        self,
-        tensors: Sequence[torch.Tensor],
-        addresses: list[int],
-        storages: list[torch.UntypedStorage],
-        sizes: list[int],
+        self, tensors: Sequence[torch.Tensor], addresses: list[int], storages: Sequence[torch.UntypedStorage]
     ) -> None:
         self._tensors = tensors
         self._addresses = addresses
         self._storages = storages
-        self._sizes = sizes
 
     @classmethod
     def of(cls, blocks: Sequence[Block]) -> Places:
         """Of tensors whose blocks :func:`held` has made."""
-        memory, _, _, storages, _, sizes, addresses = map(list, zip(*blocks, strict=True)) if blocks else [[]] * 7
-        return cls(memory, addresses, storages, sizes)
+        columns = [list(map(itemgetter(column), blocks)) for column in (0, 6, 3)]
+        return cls(*columns)
 
     def moved(self) -> list[int]:
         """Which of the tensors have other memory now, or less or more."""
-        addresses, sizes = list(map(torch.Tensor.data_ptr, self._tensors)), list(map(_nbytes_of, self._storages))
-        if addresses == self._addresses and sizes == self._sizes:
+        addresses = list(map(torch.Tensor.data_ptr, self._tensors))
+        if addresses == self._addresses:
             return []
-        rows = zip(addresses, self._addresses, sizes, self._sizes, strict=True)
-        return [index for index, (a, b, c, d) in enumerate(rows) if a != b or c != d]
+        return [index for index, (a, b) in enumerate(zip(addresses, self._addresses, strict=True)) if a != b]
 
 
 def share(tensors: Iterable[torch.Tensor]) -> None:
