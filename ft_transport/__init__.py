@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ft_transport._geometry import Geometry
-from ft_transport._leaves import Kind, Surroundings, register_kind
-from ft_transport._progress import progress_bar
+from ft_transport._state.geometry import Geometry
+from ft_transport._state.kinds.base import Kind, Surroundings, register_kind
+from ft_transport._telemetry.events import EventCallback, RedactSecrets, transfer_event
+from ft_transport._telemetry.progress import progress_bar
+from ft_transport._telemetry.report import PeerReport, Progress, TransferReport
 from ft_transport._version import __version__
-from ft_transport.divergence import LeafDigest, StateDigest, state_digest
 from ft_transport.errors import (
     LocalProtocolError,
     PeerFailure,
@@ -22,12 +23,11 @@ from ft_transport.errors import (
     TransferError,
     TransferTimeout,
 )
-from ft_transport.events import EventCallback, RedactSecrets, transfer_event
-from ft_transport.report import PeerReport, Progress, TransferReport
+from ft_transport.state_digest import LeafDigest, StateDigest, state_digest
 
 if TYPE_CHECKING:
-    from ft_transport.lane_transport import LaneTransport
-    from ft_transport.transport import PGTransport
+    from ft_transport._torchft.lanes import LaneTransport
+    from ft_transport._torchft.pg import PGTransport
 
 __all__ = [
     "EventCallback",
@@ -60,11 +60,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # ft_transport.distributed is for those without torchft, so torchft is imported only when it is asked for.
     if name == "PGTransport":
-        from ft_transport.transport import PGTransport
+        from ft_transport._torchft.pg import PGTransport
 
         return PGTransport
     if name == "LaneTransport":
-        from ft_transport.lane_transport import LaneTransport
+        from ft_transport._torchft.lanes import LaneTransport
 
         return LaneTransport
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,25 +26,25 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
-from ft_transport._channel import GroupChannel, Pending
-from ft_transport._codec import MAX_FRAME_BYTES
-from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._deadline import Deadline
-from ft_transport._geometry import geometry, geometry_of
-from ft_transport._landing import Landing, mark_changed
-from ft_transport._layout import Layout, Limits, lay_out
-from ft_transport._leaves import VALUE, Part, Surroundings
-from ft_transport._manifest import Blocks, Leaf, Manifest, Storage, View, describe
-from ft_transport._memory import Bucket, aligned, no_collection, storage_as, undisturbed
-from ft_transport._source import LAST_WORDS, Gatherer
-from ft_transport._template import compare, match_template
-from ft_transport._torn import Guard
-from ft_transport._transfer import NUM_BUCKETS
-from ft_transport._tree import LEAF, Node, Path, format_path
-from ft_transport._values import Load, imported_class
+from ft_transport._group.channel import GroupChannel, Pending
+from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
+from ft_transport._group.fan_out import NUM_BUCKETS
+from ft_transport._group.source import LAST_WORDS, Gatherer
+from ft_transport._plan.blocks import Bucket, aligned, no_collection, storage_as, undisturbed
+from ft_transport._plan.destination import Landing, mark_changed
+from ft_transport._plan.template import compare, match_template
+from ft_transport._plan.torn import Guard
+from ft_transport._state.geometry import geometry, geometry_of
+from ft_transport._state.kinds.base import VALUE, Part, Surroundings
+from ft_transport._state.manifest import Blocks, Leaf, Manifest, Storage, View, describe
+from ft_transport._state.tree import LEAF, Node, Path, format_path
+from ft_transport._state.values import Load, imported_class
+from ft_transport._telemetry.events import tell
+from ft_transport._telemetry.report import PeerReport, TransferReport
+from ft_transport._wire.frames import MAX_FRAME_BYTES
+from ft_transport._wire.layout import Layout, Limits, lay_out
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, reason_of
-from ft_transport.events import tell
-from ft_transport.report import PeerReport, TransferReport
 
 __all__ = ["PGTransport"]
 
@@ -68,7 +68,7 @@ class _TensorMeta:
 
 @dataclass
 class _LeafMeta:
-    """A leaf of a kind of its own: a Parameter, a DTensor, an object that holds tensors. See ``_leaves.Part``."""
+    """A leaf of a kind of its own: a Parameter, a DTensor, an object with tensors. See ``_state.kinds.base.Part``."""
 
     kind: str
     tensors: list[_TensorMeta]

@@ -15,11 +15,11 @@ import states
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from ft_transport import _conversation as lanes
-from ft_transport._codec import VERSION, Frame, Header, encode_frame, encode_manifest
-from ft_transport._digest import digest_bytes
-from ft_transport._layout import Limits
-from ft_transport._manifest import describe
+from ft_transport._lanes import protocol as lanes
+from ft_transport._state.manifest import describe
+from ft_transport._wire.digest import digest_bytes
+from ft_transport._wire.frames import VERSION, Frame, Header, encode_frame, encode_manifest
+from ft_transport._wire.layout import Limits
 
 DATA = Path(__file__).parent / "data"
 HEADER = Header(11, Limits(1 << 20, 4 << 20, 1 << 10, 8, 4), "xxh3")

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ft_transport._channel import Channel, GroupChannel, Pending
 from ft_transport._deadline import Deadline
-from ft_transport._destination import receive
-from ft_transport._layout import Limits
-from ft_transport._source import Outbound, serve
-from ft_transport._transfer import Options
-from ft_transport._tree import flatten, format_path, paths_of
-from ft_transport.report import PeerReport, TransferReport
+from ft_transport._group.channel import Channel, GroupChannel, Pending
+from ft_transport._group.destination import receive
+from ft_transport._group.fan_out import Options
+from ft_transport._group.source import Outbound, serve
+from ft_transport._state.tree import flatten, format_path, paths_of
+from ft_transport._telemetry.report import PeerReport, TransferReport
+from ft_transport._wire.layout import Limits
 from ft_transport.testing import MemoryChannel, memory_channels
 
 CPU = torch.device("cpu")

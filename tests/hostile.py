@@ -34,18 +34,18 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils import _pytree as pytree
 
 from ft_transport import PeerFailure, RemoteProtocolError, TransferReport
-from ft_transport import _conversation as lanes
-from ft_transport._codec import MAX_FRAME_BYTES, Frame, decode_manifest
-from ft_transport._control import Control
 from ft_transport._deadline import Deadline
-from ft_transport._destination import _check_header, _verify
-from ft_transport._digest import digest_bytes
-from ft_transport._landing import Landing
-from ft_transport._layout import Layout, lay_out
-from ft_transport._leaves import Part
-from ft_transport._manifest import Manifest
-from ft_transport._meeting import Invitation
-from ft_transport._template import compare, match_template
+from ft_transport._group.control import Control
+from ft_transport._group.destination import _check_header, _verify
+from ft_transport._lanes import protocol as lanes
+from ft_transport._net.handshake import Invitation
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.template import compare, match_template
+from ft_transport._state.kinds.base import Part
+from ft_transport._state.manifest import Manifest
+from ft_transport._wire.digest import digest_bytes
+from ft_transport._wire.frames import MAX_FRAME_BYTES, Frame, decode_manifest
+from ft_transport._wire.layout import Layout, lay_out
 from ft_transport.testing import memory_channels
 
 CPU = torch.device("cpu")

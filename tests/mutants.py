@@ -58,127 +58,127 @@ class Mutant(NamedTuple):
 
 
 LANES = "tests/multiproc/test_lanes.py::"
-SOURCE = "tests/test_lane_source.py::"
+SOURCE = "tests/lanes/test_source.py::"
 
 MUTANTS = [
     Mutant(
         "a staged message marks the replica torn",
-        "_fetch.py",
+        "_lanes/fetch.py",
         "            self._note_torn(message)\n            self._landing.scatter",
         "            self._landing.scatter",
         LANES + "test_what_goes_through_a_bucket_tears_the_replica_too",
     ),
     Mutant(
         "a relay without digests does not splice",
-        "_relay.py",
+        "_lanes/relay.py",
         "self.steady = verified",
         "self.steady = True",
-        "tests/test_relay.py::test_what_nobody_could_check_is_copied_before_this_side_goes_on",
+        "tests/lanes/test_relay.py::test_what_nobody_could_check_is_copied_before_this_side_goes_on",
     ),
     Mutant(
         "a new supplier begins without the damage of the one before",
-        "_lane_destination.py",
+        "_lanes/destination.py",
         "work.forgive()",
         "pass",
         LANES + "test_the_source_has_no_part_in_what_a_relay_has_damaged",
     ),
     Mutant(
         "who takes memory away waits for who reads it",
-        "_lent.py",
+        "_plan/lent.py",
         "while not self._nobody.wait_for(lambda: not self._inside, _LOOK_AGAIN_S):",
         "while False:",
         "tests/multiproc/test_moved_memory.py::test_nobody_dies_who_reads_memory_that_is_given_back_meanwhile",
     ),
     Mutant(
         "a supplier bounds message numbers",
-        "_supply.py",
+        "_lanes/supplier.py",
         "if message >= len(self._stock.sizes)",
         "if False",
-        "tests/test_supply.py::test_a_message_that_there_is_not_is_not_looked_for",
+        "tests/lanes/test_supplier.py::test_a_message_that_there_is_not_is_not_looked_for",
     ),
     Mutant(
         "how many peers wait is bounded",
-        "_desk.py",
+        "_lanes/dispatcher.py",
         "if len(self._waiting) > ",
         "if len(self._waiting) > 100_000 + ",
-        "tests/test_desk.py::test_how_many_wait_is_bounded_and_the_oldest_make_room",
+        "tests/lanes/test_dispatcher.py::test_how_many_wait_is_bounded_and_the_oldest_make_room",
     ),
     Mutant(
         "a relay is drained in disallow_checkpoint",
-        "lane_transport.py",
+        "_torchft/lanes.py",
         "relay.drain()",
         "pass",
         LANES + "test_a_relay_waits_for_who_fetches_from_it",
     ),
     Mutant(
         "a trickle does not outlast the deadline of who reads",
-        "_lanes.py",
+        "_net/connection.py",
         "                patience.check()  # as in write",
         "                pass",
-        "tests/test_reading.py::test_what_goes_on_coming_has_a_deadline",
+        "tests/net/test_connection.py::test_what_goes_on_coming_has_a_deadline",
     ),
     Mutant(
         "what is as fast as it is read does not outlast the deadline of who reads",
-        "_lanes.py",
+        "_net/connection.py",
         "patience.check()  # there may be something to read each time",
         "pass  # there may be something to read each time",
-        "tests/test_reading.py::test_what_goes_on_coming_has_a_deadline",
+        "tests/net/test_connection.py::test_what_goes_on_coming_has_a_deadline",
     ),
     Mutant(
         "how many lanes a destination opens is bounded",
-        "_supply.py",
+        "_lanes/supplier.py",
         "len(self._lanes) >= MAX_LANES",
         "len(self._lanes) >= 1000 * MAX_LANES",
-        "tests/test_supply.py::test_how_many_lanes_a_destination_may_open_is_bounded",
+        "tests/lanes/test_supplier.py::test_how_many_lanes_a_destination_may_open_is_bounded",
     ),
     Mutant(
         "a relay keeps copies of small messages",
-        "_relay.py",
+        "_lanes/relay.py",
         "data.clone()",
         "data",
-        "tests/test_relay.py::test_small_messages_are_passed_on_as_they_came",
+        "tests/lanes/test_relay.py::test_small_messages_are_passed_on_as_they_came",
     ),
     Mutant(
         "failed destinations are not named as suppliers",
-        "_lane_source.py",
+        "_lanes/source.py",
         'alive = other.peer.outcome in ("pending", "complete")',
         "alive = True",
         SOURCE + "test_who_has_failed_supplies_nobody",
     ),
     Mutant(
         "a resumed receive begins torn",
-        "_lane_destination.py",
+        "_lanes/destination.py",
         "self._report.torn = bool(left)",
         "pass",
         LANES + "test_what_is_left_of_an_earlier_receive_is_a_mix_from_the_beginning",
     ),
     Mutant(
         "the source's deadline is told to destinations",
-        "_lane_source.py",
+        "_lanes/source.py",
         'if outcome in ("failed", "timed out")',
         'if outcome in ("failed",)',
         SOURCE + "test_the_sources_deadline_is_told",
     ),
     Mutant(
         "who goes on talking does not outlast the source's deadline",
-        "_lane_source.py",
+        "_lanes/source.py",
         "header, body = talk.hear(patience)\n            patience.check()\n",
         "header, body = talk.hear(patience)\n",
         SOURCE + "test_the_sources_deadline_is_told",
     ),
     Mutant(
         "an earlier visit of the same identity is cut",
-        "_lane_source.py",
+        "_lanes/source.py",
         "earlier.talk.connection.abort()",
         "pass",
         SOURCE + "test_whoever_comes_again_is_served_in_place_of_the_earlier_visit",
     ),
     Mutant(
         "the optimizer's hook looks at every parameter group",
-        "_versions.py",
+        "_plan/unchanged.py",
         '"param_groups", ())',
         '"param_groups", ())[:1]',
-        "tests/test_versions.py::test_every_parameter_group_of_an_optimizer_is_seen",
+        "tests/plan/test_unchanged.py::test_every_parameter_group_of_an_optimizer_is_seen",
     ),
 ]
 
@@ -234,7 +234,7 @@ def run(mutants: list[Mutant]) -> bool:
         sound, said = passes(root, sorted({mutant.test for mutant in mutants}))
         if not sound:
             raise RuntimeError(f"the tests fail already:\n{said}")
-        print(f"| {'promise that is broken':76} | {'file':20} | {'':8} | {'s':>4} |", flush=True)
+        print(f"| {'promise that is broken':76} | {'file':22} | {'':8} | {'s':>4} |", flush=True)
         survivors = 0
         for mutant in mutants:
             begin = time.perf_counter()
@@ -242,7 +242,7 @@ def run(mutants: list[Mutant]) -> bool:
             survivors += not noticed
             seconds = time.perf_counter() - begin
             verdict = "noticed" if noticed else "SURVIVES"
-            print(f"| {mutant.promise:76} | {mutant.file:20} | {verdict:8} | {seconds:4.0f} |", flush=True)
+            print(f"| {mutant.promise:76} | {mutant.file:22} | {verdict:8} | {seconds:4.0f} |", flush=True)
     print(f"{len(mutants) - survivors} of {len(mutants)} noticed")
     return not survivors
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from helpers import SMALL, difference, noise, transfer
 
-from ft_transport import LaneTransport, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout, _control
-from ft_transport._conversation import HEADER_BYTES, Frame, Header, encode, encode_header
-from ft_transport.report import Progress
+from ft_transport import LaneTransport, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport._group import control
+from ft_transport._lanes.protocol import HEADER_BYTES, Frame, Header, encode, encode_header
+from ft_transport._telemetry.report import Progress
 from ft_transport.testing import FaultProxy, Faults, FaultyChannel, FaultyTransport, memory_channels
 from ft_transport.testing._faults import damaged
 from ft_transport.testing._stream import HANDSHAKE_BYTES, FrameStream
@@ -106,7 +107,7 @@ def state(seed: int = 1) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_control, "_LAST_WORDS", timedelta(milliseconds=20))
+    monkeypatch.setattr(control, "_LAST_WORDS", timedelta(milliseconds=20))
 
 
 def over_channel(faulty: Any, **kwargs: Any) -> Any:

@@ -53,18 +53,18 @@ from ft_transport import (
     RemoteProtocolError,
     TransferError,
     TransferReport,
-    _control,
-    report,
 )
-from ft_transport._channel import Channel
-from ft_transport._codec import Frame, encode_frame
-from ft_transport._control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG, Control
 from ft_transport._deadline import Deadline
-from ft_transport._destination import receive
-from ft_transport._layout import Limits
-from ft_transport._manifest import Manifest as EngineManifest
-from ft_transport._source import tell_failure
-from ft_transport._transfer import for_each
+from ft_transport._group import control as _control
+from ft_transport._group.channel import Channel
+from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG, Control
+from ft_transport._group.destination import receive
+from ft_transport._group.fan_out import for_each
+from ft_transport._group.source import tell_failure
+from ft_transport._state.manifest import Manifest as EngineManifest
+from ft_transport._telemetry import report
+from ft_transport._wire.frames import Frame, encode_frame
+from ft_transport._wire.layout import Limits
 from ft_transport.testing import FaultyChannel, memory_channels
 
 

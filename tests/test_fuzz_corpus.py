@@ -13,7 +13,7 @@ import pytest
 import torch
 from hostile import ALLOWED, STATES, WARNINGS, hear, process_group, receive
 
-from ft_transport._conversation import MAGIC
+from ft_transport._lanes.protocol import MAGIC
 
 FUZZ = Path(__file__).parent / "fuzz"
 SEEDS = sorted((FUZZ / "corpus").glob("*.bin"))

@@ -13,12 +13,12 @@ import pytest
 import torch
 from helpers import Config
 from hostile import ALLOWED, WARNINGS, land, process_group
-from test_codec import same
 from torch.distributed.device_mesh import DeviceMesh
+from wire.test_frames import same
 
-from ft_transport._codec import VERSION, Frame, decode_frame, decode_manifest, encode_frame
-from ft_transport._leaves import Surroundings, put_together
-from ft_transport._manifest import Manifest, describe
+from ft_transport._state.kinds.base import Surroundings, put_together
+from ft_transport._state.manifest import Manifest, describe
+from ft_transport._wire.frames import VERSION, Frame, decode_frame, decode_manifest, encode_frame
 
 MANIFESTS = ["small", "everything", *golden.KINDS, "dtensor", "sharded"]
 

@@ -27,14 +27,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import DeviceMesh
 
-from ft_transport import TransferReport, _codec, _geometry, _landing, _tree, _values
-from ft_transport._codec import Frame, Header, decode_frame, decode_manifest, encode_frame, encode_manifest
-from ft_transport._landing import Landing
-from ft_transport._layout import Limits, lay_out
-from ft_transport._manifest import Leaf, Manifest, describe
-from ft_transport._memory import Room, physical_bytes
-from ft_transport._template import compare, match_template
-from ft_transport._tree import LEAF
+from ft_transport import TransferReport
+from ft_transport._plan import destination as _destination
+from ft_transport._plan.blocks import Room, physical_bytes
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.template import compare, match_template
+from ft_transport._state import geometry as _geometry
+from ft_transport._state import tree as _tree
+from ft_transport._state import values as _values
+from ft_transport._state.manifest import Leaf, Manifest, describe
+from ft_transport._state.tree import LEAF
+from ft_transport._wire import frames as _frames
+from ft_transport._wire.frames import Frame, Header, decode_frame, decode_manifest, encode_frame, encode_manifest
+from ft_transport._wire.layout import Limits, lay_out
 
 HEADER = Header(7, Limits(), "xxh3")
 
@@ -336,7 +341,7 @@ def test_many_leaves_far_down_or_below_long_keys(monkeypatch: pytest.MonkeyPatch
 
 
 def test_more_nodes_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_codec, "MAX_NODES", 100)
+    monkeypatch.setattr(_frames, "MAX_NODES", 100)
     assert receive(tree([node("list", 99)] + [None] * 99, 99)) == ""
     refused(tree([node("list", 100)] + [None] * 100, 100), "nodes, at most")
 
@@ -411,12 +416,12 @@ def test_billions_of_messages_out_of_a_few_bytes(message_bytes: int) -> None:
 def test_gaps_that_take_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     data = with_view([1 << 20], [2], (1 << 21) - 1)
     assert receive(data) == ""
-    monkeypatch.setattr(_codec, "physical_bytes", lambda: 1 << 22)
+    monkeypatch.setattr(_frames, "physical_bytes", lambda: 1 << 22)
     refused(data, "more than half of the memory")
 
 
 def test_billions_of_messages_out_of_many_storages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_codec, "MAX_CUTS", 1000)
+    monkeypatch.setattr(_frames, "MAX_CUTS", 1000)
     body = body_of([noise(2, i) for i in range(100)])
     body[0][1] = [64, 64, 0, 1, 1]
     body[2] = [["uint8", [640], [1]]]
@@ -444,7 +449,7 @@ def test_limits_without_bound(limits: dict[str, int]) -> None:
 
 
 def test_more_tensors_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_codec, "MAX_NODES", 3)
+    monkeypatch.setattr(_frames, "MAX_NODES", 3)
     body = body_of([noise(2, 1), noise(2, 2)])
     assert receive(frame(body)) == ""
     shard = ["()", ["()", 0], ["()", 2], "rank:0/cpu"]
@@ -476,7 +481,7 @@ def test_large_storages_whose_gaps_are_none() -> None:
 
 
 def test_many_leaves_that_are_one_of_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_codec, "MAX_NODES", 1000)
+    monkeypatch.setattr(_frames, "MAX_NODES", 1000)
     body = body_of([Holder(many=[noise(2, index) for index in range(100)])] * 20)
     refused(frame(body), "tensors, at most 1000")
 
@@ -722,7 +727,7 @@ def raw_pickles() -> dict[str, bytes]:
         "functools partial", "operator attrgetter", "types FunctionType", "types CodeType", "pickle loads",
         "importlib import_module", "ctypes CDLL", "code interact", "pydoc locate", "torch.jit load",
         "torch.utils.cpp_extension load_inline", "torch._dynamo optimize", "os path.join", "__main__ run_code",
-        "numpy.testing._private.utils runstring", "ft_transport._values imported_class",
+        "numpy.testing._private.utils runstring", "ft_transport._state.values imported_class",
     ]  # fmt: skip
     for name in named:
         where, what = (part.encode() for part in name.split())
@@ -1021,7 +1026,7 @@ def test_more_than_the_memory_cgroup_has_left(monkeypatch: pytest.MonkeyPatch) -
     manifest, header = decode_manifest(decode_frame(frame(body_of([noise(1000, 1), noise(1000, 2)])))[1])
     report, layout = TransferReport("destination", "test", 1), lay_out(manifest, header.limits)
     for left, fits in ((8000, True), (7999, False)):
-        monkeypatch.setattr(_landing, "room", lambda left=left: Room(left, "the memory cgroup /a has left"))
+        monkeypatch.setattr(_destination, "room", lambda left=left: Room(left, "the memory cgroup /a has left"))
         refused = pytest.raises(MemoryError, match="8000 bytes of fresh storages are more than the memory cgroup /a")
         with contextlib.nullcontext() if fits else refused:
             Landing(manifest, layout, {}, {}, torch.device("cpu"), report)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import noise, snapshot
-from test_torn import BETWEEN, Pair, large
+from plan.test_torn import BETWEEN, Pair, large
 
 from ft_transport import LocalProtocolError, PeerFailure, Progress, TornStateError
 
@@ -156,7 +156,7 @@ def test_shadow_has_a_copy_of_all() -> None:
 
 def test_more_small_tensors_than_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not kept counts as large."""
-    monkeypatch.setattr("ft_transport._rewrite.SMALL_BYTES", 256)
+    monkeypatch.setattr("ft_transport._plan.rewrite.SMALL_BYTES", 256)
     template = state(2)
     pair = Pair(template, verify=True)
     assert pair.heal(state(1)) == [None, None]

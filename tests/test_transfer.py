@@ -43,14 +43,14 @@ from ft_transport import (
     TransferReport,
     TransferTimeout,
 )
-from ft_transport._channel import Channel, Pending
-from ft_transport._control import FRAME_TAG
 from ft_transport._deadline import Deadline
-from ft_transport._destination import receive
-from ft_transport._landing import mark_changed
-from ft_transport._layout import Limits
-from ft_transport._source import Outbound, serve
-from ft_transport._transfer import Options, for_each, tell_progress
+from ft_transport._group.channel import Channel, Pending
+from ft_transport._group.control import FRAME_TAG
+from ft_transport._group.destination import receive
+from ft_transport._group.fan_out import Options, for_each, tell_progress
+from ft_transport._group.source import Outbound, serve
+from ft_transport._plan.destination import mark_changed
+from ft_transport._wire.layout import Limits
 from ft_transport.testing import memory_channels
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

@@ -7,10 +7,10 @@ from typing import TypeVar
 
 import torch
 
-from ft_transport._channel import Channel, Pending
-from ft_transport._codec import Frame
-from ft_transport._control import FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._deadline import Deadline
+from ft_transport._group.channel import Channel, Pending
+from ft_transport._group.control import FIRST_MESSAGE_TAG, FRAME_TAG
+from ft_transport._wire.frames import Frame
 from ft_transport.testing._faults import Fault, Faults, Message, damaged
 
 __all__ = ["FaultyChannel"]

@@ -10,8 +10,8 @@ from collections import defaultdict, deque
 
 import torch
 
-from ft_transport._channel import Pending
 from ft_transport._deadline import Deadline
+from ft_transport._group.channel import Pending
 from ft_transport.errors import PeerFailure, TransferTimeout
 
 __all__ = ["MemoryChannel", "memory_channels"]
@@ -51,7 +51,7 @@ class _Link:
 
 
 class MemoryChannel:
-    """One end of an in-memory pair. Made by :func:`memory_channels`; see ``_channel.Channel``."""
+    """One end of an in-memory pair. Made by :func:`memory_channels`; see ``_group.channel.Channel``."""
 
     def __init__(self, link: _Link, end: int) -> None:
         self.peer_rank = 1 - end

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ft_transport._conversation import HEADER_BYTES, TRAILER, Frame, Header, decode_header
+from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, Frame, Header, decode_header
 from ft_transport.errors import RemoteProtocolError
 from ft_transport.testing._faults import Faults, damaged
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
-from ft_transport import report as _report
-from ft_transport._channel import Channel
-from ft_transport.report import PHASES, PeerReport, Progress, TransferReport
+from ft_transport._group.channel import Channel
+from ft_transport._telemetry import report as _report
+from ft_transport._telemetry.report import PHASES, PeerReport, Progress, TransferReport
 from ft_transport.testing._channel import FaultyChannel
 from ft_transport.testing._faults import Faults
 from ft_transport.testing._proxy import FaultProxy

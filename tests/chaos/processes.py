@@ -146,7 +146,7 @@ def _context() -> ForkServerContext:
     """Replicas are forked from a server that has imported everything, where no thread runs: it takes milliseconds."""
     context = multiprocessing.get_context("forkserver")
     # An optimizer's first step imports the last of these, which takes two seconds.
-    context.set_forkserver_preload([main.__module__, "ft_transport.lane_transport", "torch._dynamo"])
+    context.set_forkserver_preload([main.__module__, "ft_transport._torchft.lanes", "torch._dynamo"])
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     with patch.dict(os.environ, {**_ENVIRONMENT, "PYTHONPATH": path}):
         forkserver.ensure_running()

@@ -30,7 +30,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 with atheris.instrument_imports(include=["ft_transport"]):
     import hostile
 
-    from ft_transport import _conversation as lanes
+    from ft_transport._lanes import protocol as lanes
 
 HEADER_BYTES = 8
 LANES = lanes.MAGIC

@@ -19,9 +19,9 @@ import golden  # noqa: E402
 import hostile  # noqa: E402
 import states  # noqa: E402
 
-from ft_transport._codec import Frame, Header, encode_frame, encode_manifest  # noqa: E402
-from ft_transport._layout import Limits  # noqa: E402
-from ft_transport._manifest import describe  # noqa: E402
+from ft_transport._state.manifest import describe  # noqa: E402
+from ft_transport._wire.frames import Frame, Header, encode_frame, encode_manifest  # noqa: E402
+from ft_transport._wire.layout import Limits  # noqa: E402
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
 # A seed of many kilobytes is mutated in places that hardly matter.

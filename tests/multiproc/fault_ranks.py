@@ -21,12 +21,12 @@ from torch.distributed import AllreduceOptions, TCPStore
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, LocalProtocolError, PGTransport, Progress, RemoteProtocolError
-from ft_transport._channel import GroupChannel, Pending
-from ft_transport._control import FRAME_TAG
-from ft_transport._lane_options import LaneOptions
-from ft_transport._lanes import Connection, Patience
-from ft_transport._layout import Limits
-from ft_transport._transfer import Options
+from ft_transport._group.channel import GroupChannel, Pending
+from ft_transport._group.control import FRAME_TAG
+from ft_transport._group.fan_out import Options
+from ft_transport._lanes.options import LaneOptions
+from ft_transport._net.connection import Connection, Patience
+from ft_transport._wire.layout import Limits
 from ft_transport.testing import FaultyTransport
 
 from .harness import PATIENCE, Residue, digest, quiet, residue, tell, wait_until

@@ -314,7 +314,7 @@ def store_address(store: TCPStore, name: str) -> str:
 def _context() -> ForkServerContext:
     """Workers are forked from a server that has imported what they need, and where no thread runs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torchft.manager", "ft_transport.transport"])
+    context.set_forkserver_preload(["pytest", "torchft.manager", "ft_transport._torchft.pg"])
     with patch.dict(os.environ, ENVIRONMENT):
         forkserver.ensure_running()
     return context

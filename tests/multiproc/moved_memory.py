@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from ft_transport import LaneTransport, TornStateError
-from ft_transport._channel import GroupChannel, Pending
 from ft_transport._deadline import Deadline
-from ft_transport._destination import receive
-from ft_transport._memory import Block, Held, held
-from ft_transport._source import Outbound, serve
-from ft_transport._talk import fingerprint
-from ft_transport._transfer import Options
+from ft_transport._group.channel import GroupChannel, Pending
+from ft_transport._group.destination import receive
+from ft_transport._group.fan_out import Options
+from ft_transport._group.source import Outbound, serve
+from ft_transport._lanes.session import fingerprint
+from ft_transport._plan.blocks import Block, Held, held
+from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport.errors import LocalProtocolError
-from ft_transport.report import PeerReport, TransferReport
 from ft_transport.testing import FaultProxy
 from tests.helpers import Wrapped
 

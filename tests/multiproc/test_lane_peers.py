@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-from ft_transport import LocalProtocolError, PeerFailure, _desk, _lane_source, lane_transport
-from ft_transport._conversation import Conversation, Frame, Header, Role, encode
+from ft_transport import LocalProtocolError, PeerFailure
 from ft_transport._deadline import Deadline
-from ft_transport._doors import dial
-from ft_transport._lanes import Patience
-from ft_transport._meeting import Invitation
-from ft_transport._talk import Talk
+from ft_transport._lanes import dispatcher
+from ft_transport._lanes import source as _source
+from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
+from ft_transport._lanes.session import Talk
+from ft_transport._net.connection import Patience
+from ft_transport._net.dial import dial
+from ft_transport._net.handshake import Invitation
+from ft_transport._torchft import lanes as _lanes
 from ft_transport.errors import TransferTimeout
 
 from .harness import residue, wait_until
@@ -148,7 +151,7 @@ def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lane
 
 
 def test_a_route_that_nobody_can_read_is_answered(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lane_source, "_is_invitation", lambda metadata, ident: True)
+    monkeypatch.setattr(_source, "_is_invitation", lambda metadata, ident: True)
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
@@ -168,7 +171,7 @@ def guests() -> int:
 
 
 def test_so_many_are_served_at_once_and_the_others_wait(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lane_source, "SPARE_GUESTS", 3)
+    monkeypatch.setattr(_source, "SPARE_GUESTS", 3)
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     with contextlib.ExitStack() as stack:
@@ -185,7 +188,7 @@ def test_so_many_are_served_at_once_and_the_others_wait(lanes: Lanes, monkeypatc
 
 
 def test_so_many_conversations_of_one_transfer_and_no_more(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lane_source, "SPARE_CONVERSATIONS", 0)
+    monkeypatch.setattr(_source, "SPARE_CONVERSATIONS", 0)
     source = lanes.transport()
     source.send_checkpoint([1, 2, 3], STEP, envelope(make_state()), TIMEOUT)
     for identity in (b"a", b"b", b"a"):
@@ -200,7 +203,7 @@ def test_so_many_conversations_of_one_transfer_and_no_more(lanes: Lanes, monkeyp
 
 def test_so_many_lanes_in_all(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who gets fewer than it wants does with these."""
-    monkeypatch.setattr(_desk, "MAX_ALL_LANES", 2)
+    monkeypatch.setattr(dispatcher, "MAX_ALL_LANES", 2)
     source, state = lanes.transport(), make_state(large=12)
     proxy = lanes.proxy(source.metadata(), slowly(100))
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
@@ -227,7 +230,7 @@ class Slow:
 
 
 def test_an_event_callback_that_takes_its_time_holds_nobody(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_lane_source, "_TELLING", timedelta(milliseconds=100))
+    monkeypatch.setattr(_source, "_TELLING", timedelta(milliseconds=100))
     slow, state = Slow(), make_state()
     source = lanes.transport(on_event=slow)
     # Nobody comes, so it is the listener that finds the first one over.
@@ -383,15 +386,15 @@ def test_a_leaf_that_ends_the_process_is_told_to_destinations(lanes: Lanes) -> N
 
 def test_without_an_address_there_is_no_transport(monkeypatch: pytest.MonkeyPatch) -> None:
     before = residue()
-    monkeypatch.setattr(lane_transport, "interfaces", list)
+    monkeypatch.setattr(_lanes, "interfaces", list)
     with pytest.raises(LocalProtocolError, match="could not be reached by anybody"):
-        lane_transport.LaneTransport(TIMEOUT, torch.device("cpu"))
+        _lanes.LaneTransport(TIMEOUT, torch.device("cpu"))
 
     def no_list() -> None:
         raise OSError(13, os.strerror(13))
 
-    monkeypatch.setattr(lane_transport, "interfaces", no_list)
+    monkeypatch.setattr(_lanes, "interfaces", no_list)
     with pytest.raises(LocalProtocolError, match=r"cannot be listed: .*Permission denied"):
-        lane_transport.LaneTransport(TIMEOUT, torch.device("cpu"))
+        _lanes.LaneTransport(TIMEOUT, torch.device("cpu"))
     assert residue().threads == before.threads
     assert residue().descriptors <= before.descriptors

@@ -29,11 +29,11 @@ from ft_transport import (
     TornStateError,
     TransferError,
 )
-from ft_transport._conversation import HEADER_BYTES
-from ft_transport._lane_options import LaneOptions
-from ft_transport._meeting import Invitation, knock
+from ft_transport._lanes.options import LaneOptions
+from ft_transport._lanes.protocol import HEADER_BYTES
+from ft_transport._net.handshake import Invitation, knock
+from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import TransferTimeout
-from ft_transport.report import TransferReport
 from ft_transport.testing import FaultProxy, Tamper
 
 from .harness import digest, residue, wait_until
@@ -1076,10 +1076,10 @@ def test_a_wrong_secret(lanes: Lanes) -> None:
 
 
 def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
-    from ft_transport._conversation import Frame, encode
     from ft_transport._deadline import Deadline
-    from ft_transport._doors import dial
-    from ft_transport._lanes import Patience
+    from ft_transport._lanes.protocol import Frame, encode
+    from ft_transport._net.connection import Patience
+    from ft_transport._net.dial import dial
 
     source = lanes.transport()
     first = encode(Frame.ATTACH, 1, STEP, body=[bytes(16)])
@@ -1149,7 +1149,7 @@ def test_the_last_destination_for_which_there_is_no_thread(lanes: Lanes, monkeyp
 
 def test_a_pause_after_the_last_byte_is_no_silence(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without digests the source has the last word, and as long to say it as for any other."""
-    from ft_transport._lane_source import Offer
+    from ft_transport._lanes.source import Offer
 
     check = Offer._check_unchanged
 
@@ -1195,7 +1195,7 @@ def refuse_a_thread(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
 
 def test_dialling_for_long_is_no_silence(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever a destination dials may take its time to answer: the source hears meanwhile that it is alive."""
-    from ft_transport._fetch import Fetcher
+    from ft_transport._lanes.fetch import Fetcher
 
     opened = Fetcher.open
 

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from corpus.wire import Plain, Torchft, Wire
 
-from ft_transport import LocalProtocolError, PeerFailure, _progress, state_digest
+from ft_transport import LocalProtocolError, PeerFailure, state_digest
+from ft_transport._telemetry import progress
 
 from .harness import wait_until
 from .test_lanes import STEP, TIMEOUT, Lanes, envelope, lanes, make_state
@@ -155,7 +156,7 @@ def stalled(caplog: pytest.LogCaptureFixture, role: str) -> list[logging.LogReco
 def test_a_heal_over_lanes_that_stalls_says_so_on_both_sides(
     lanes: Lanes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_progress, "INTERVAL", timedelta(milliseconds=300))
+    monkeypatch.setattr(progress, "INTERVAL", timedelta(milliseconds=300))
     go_on = threading.Event()
 
     def tamper(number: int, way: str, position: int, data: bytes) -> bytes:
@@ -237,11 +238,11 @@ def test_a_leaf_that_ends_the_process_is_told_to_the_destinations(kind: type[Wir
 def test_a_group_where_everybody_is_in_a_call_says_so_on_both_sides(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_progress, "INTERVAL", timedelta(milliseconds=100))
+    monkeypatch.setattr(progress, "INTERVAL", timedelta(milliseconds=100))
 
     def lines(role: str) -> list[str]:
         events = [(record.getMessage(), getattr(record, "ft_transport", {})) for record in caplog.records]
-        return [text for text, event in events if event.get("event") == _progress.PROGRESS and event["role"] == role]
+        return [text for text, event in events if event.get("event") == progress.PROGRESS and event["role"] == role]
 
     def template() -> object:
         # The source waits in a call of Gloo for the answer, and this side's thread is here.

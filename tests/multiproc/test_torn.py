@@ -30,9 +30,9 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TornStateError
-from ft_transport._lane_source import SourceStock
-from ft_transport._layout import Limits
-from ft_transport._transfer import Options
+from ft_transport._group.fan_out import Options
+from ft_transport._lanes.source import SourceStock
+from ft_transport._wire.layout import Limits
 
 from .harness import Worker, digest, tell, wait_for_heartbeat
 
@@ -509,7 +509,7 @@ def leave_recording() -> list[tuple[str, int]]:
 @pytest.mark.timeout(60)
 @BOTH
 def test_the_calls_that_the_guard_rests_on(async_quorum: bool) -> None:
-    """If a new torchft changes this order, ``_torn.Guard`` has to find another place to stop a torn replica."""
+    """If a new torchft changes this order, ``_plan.torn.Guard`` has to find another place to stop a torn replica."""
     steps = [AHEAD, BEHIND]
     with lighthouse() as (address, _), replicas(steps, join_recording, address, async_quorum) as (ahead, behind):
 

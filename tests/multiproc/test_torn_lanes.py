@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ft_transport import LocalProtocolError, PeerFailure, TornStateError, TransferTimeout
-from ft_transport._conversation import Frame
-from ft_transport._lane_destination import Reception
-from ft_transport._talk import Talk
+from ft_transport._lanes.destination import Reception
+from ft_transport._lanes.protocol import Frame
+from ft_transport._lanes.session import Talk
 
 from .harness import digest, wait_until
 from .test_lanes import (

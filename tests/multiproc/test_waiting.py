@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from ft_transport import LaneTransport, PGTransport
-from ft_transport._channel import Pending
-from ft_transport._control import FIRST_MESSAGE_TAG
 from ft_transport._deadline import Deadline
-from ft_transport._destination import receive
-from ft_transport._lane_source import Offer
-from ft_transport._relay import Relay
-from ft_transport._transfer import Options
-from ft_transport._versions import Reading
-from ft_transport.report import PeerReport, TransferReport
+from ft_transport._group.channel import Pending
+from ft_transport._group.control import FIRST_MESSAGE_TAG
+from ft_transport._group.destination import receive
+from ft_transport._group.fan_out import Options
+from ft_transport._lanes.relay import Relay
+from ft_transport._lanes.source import Offer
+from ft_transport._plan.unchanged import Reading
+from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport.testing import memory_channels
 
 from .harness import digest, wait_until

@@ -17,7 +17,7 @@ import torch
 from torchft.manager import Manager
 
 from ft_transport import LaneTransport, PGTransport
-from ft_transport.events import Event
+from ft_transport._telemetry.events import Event
 
 __all__ = ["TRANSPORTS"]
 

@@ -1,0 +1,365 @@
+"""The destination's side of a transfer: agree, land, verify, rebuild."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from ft_transport._deadline import Deadline
+from ft_transport._group.channel import Channel, Pending
+from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
+from ft_transport._group.fan_out import NUM_BUCKETS, Options, end_badly, tell_progress
+from ft_transport._plan.blocks import Bucket, aligned, no_collection
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.template import fit
+from ft_transport._plan.torn import Attempt
+from ft_transport._state.manifest import Manifest
+from ft_transport._telemetry.report import Progress, TransferReport
+from ft_transport._wire.digest import ALGORITHMS, digest_bytes, digest_message
+from ft_transport._wire.frames import Frame, Header, decode_manifest, encode_frame
+from ft_transport._wire.layout import Layout, lay_out
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+
+__all__ = ["Received", "receive"]
+
+logger = logging.getLogger("ft_transport")
+
+# Leaves that an error names.
+_MAX_NAMED = 3
+
+
+def receive(
+    channel: Channel,
+    step: int | None,
+    state_dict: Callable[[], object] | None,
+    options: Options,
+    deadline: Deadline,
+    report: TransferReport,
+    *,
+    attempt: Attempt | None = None,
+    beside: set[str] | None = None,
+) -> Received:
+    """Receive one state.
+
+    Args:
+        channel: To the source.
+        step: Step that both sides must agree on.
+        state_dict: Gives the template, None for a fresh state.
+        options: The caller's choices.
+        deadline: Of the whole call.
+        report: Filled with what happened; its only peer is the source.
+        attempt: Learns where the state lands.
+        beside: Set where the training thread goes on meanwhile: paths of large leaves that forward is known to write,
+            which so land beside the template. Learns of more.
+
+    Raises:
+        TransferError: As it happened. Nothing writes to the template any more; ``report.torn`` says whether it
+            holds a mix of two states.
+    """
+    (peer,) = report.peers
+    control = Control(channel, options.device, deadline)
+    try:
+        with peer.enter("agree", "destination"):
+            header, layout, landing = _agree(control, step, state_dict, options, report, beside or set())
+            rewrite = Rewrite(layout, landing) if beside is not None else None
+            if attempt is not None:
+                attempt.landing = landing
+        with peer.enter("move", "destination"):
+            flights = _Flights(control, header, layout, landing, rewrite, options, report)
+            flights.receive()
+        with peer.enter("verify", "destination"):
+            # Nothing is under way any more: a source that gives up here need not break the channel.
+            expected = control.recv_frame(Frame.DIGESTS)
+            flights.confirm()
+            if header.digest:
+                _verify(flights.digests, expected)
+            landing.check()
+            if rewrite is not None and beside is not None:
+                _check_unwritten(rewrite, beside)
+            _say_done(control)
+        with peer.enter("rebuild", "destination"), no_collection():
+            report.torn = report.torn or landing.copies
+            result = landing.rebuild()
+            if landing.copies:
+                landing.check()  # once more: it was written to
+        report.torn = False
+        peer.outcome = "complete"
+        if rewrite is not None and header.digest:
+            rewrite.note_digests(dict(enumerate(flights.digests)), header.digest, header.sample)
+        return Received(result, landing.written(), rewrite)
+    except BaseException as exc:
+        end_badly(control, peer, exc)
+        # This replica will not take part in the step: break the group, so that nobody waits for it there.
+        channel.abort()
+        raise
+    finally:
+        channel.drop()
+        peer.nbytes_wire = channel.nbytes_wire
+
+
+class Received(NamedTuple):
+    """A received state.
+
+    Attributes:
+        state: The state dict.
+        written: The template's tensors that hold a new value; autograd has not been told of it.
+        rewrite: Makes it the source's again before the optimizer steps; None if nobody trains meanwhile.
+    """
+
+    state: object
+    written: list[torch.Tensor]
+    rewrite: Rewrite | None
+
+
+# --------------------------------------------------------------------------------------------- agree
+
+
+def _agree(
+    control: Control,
+    step: int | None,
+    state_dict: Callable[[], object] | None,
+    options: Options,
+    report: TransferReport,
+    beside: set[str],
+) -> tuple[Header, Layout, Landing]:
+    data = control.recv_bytes()
+    try:
+        with no_collection():
+            manifest, header = decode_manifest(control.check(Frame.MANIFEST, data))
+            _check_header(header, step)
+            layout = lay_out(manifest, header.limits)
+            landing = _plan(manifest, layout, state_dict, options, report, beside)
+    except PeerFailure:
+        raise
+    except Exception as exc:
+        error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
+        control.send_frame(encode_frame(Frame.REFUSE, [error.message]))
+        control.flush()
+        control.refused = True
+        raise error from None
+    control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
+    return header, layout, landing
+
+
+def _check_header(header: Header, step: int | None) -> None:
+    if header.step != step:
+        raise RemoteProtocolError(f"expected step {step}, source has step {header.step}")
+    if header.digest and header.digest not in ALGORITHMS:
+        raise RemoteProtocolError(f"expected a digest of {', '.join(ALGORITHMS)}, source has {header.digest!r}")
+
+
+def _plan(
+    manifest: Manifest,
+    layout: Layout,
+    state_dict: Callable[[], object] | None,
+    options: Options,
+    report: TransferReport,
+    beside: set[str],
+) -> Landing:
+    """Check the state against the template, and decide where each byte lands."""
+    matched, targets, here = fit(
+        manifest,
+        state_dict,
+        report,
+        strict=options.strict,
+        on_mismatch=options.on_mismatch,
+        copies=options.copies,
+    )
+    landing = Landing(
+        manifest,
+        layout,
+        matched,
+        targets,
+        options.device,
+        report,
+        surroundings=here,
+        shadow=options.shadow,
+        beside=beside,
+        shared=options.shared,
+    )
+    report.num_leaves = len(manifest.leaves)
+    report.num_messages = len(layout.messages)
+    report.nbytes_total = layout.nbytes
+    return landing
+
+
+# ---------------------------------------------------------------------------------------------- move
+
+
+class _Arrival(NamedTuple):
+    """One message under way: where its bytes land, and whether that is a bucket."""
+
+    message: int
+    data: torch.Tensor
+    staged: bool
+    work: Pending
+
+
+class _Flights:
+    """The flights from the source.
+
+    Attributes:
+        digests: Of the messages that have landed, in order.
+    """
+
+    def __init__(
+        self,
+        control: Control,
+        header: Header,
+        layout: Layout,
+        landing: Landing,
+        rewrite: Rewrite | None,
+        options: Options,
+        report: TransferReport,
+    ) -> None:
+        self.digests: list[int] = []
+        self._control = control
+        self._header = header
+        self._layout = layout
+        self._landing = landing
+        self._rewrite = rewrite
+        self._options = options
+        self._report = report
+        self._buckets = [Bucket(options.device) for _ in range(NUM_BUCKETS)]
+        self._moving: deque[tuple[list[_Arrival], Bucket | None]] = deque()
+        self._answers: deque[Pending] = deque()
+        self._next = 0
+
+    def receive(self) -> None:
+        """Receive all flights."""
+        for flight in range(len(self._layout.flights)):
+            self._post_ahead(flight)
+            self._control.recv_signal(flight)
+            arrivals, bucket = self._moving.popleft()
+            for arrival in arrivals:
+                self._control.channel.wait(arrival.work, self._control.deadline)
+            digests = [self._digest(arrival) if arrival.staged else None for arrival in arrivals]
+            self._unstage(arrivals, bucket)
+            self._answer(flight)
+            # Memory of its own can be read while the next flights are under way, a bucket could not.
+            self._post_ahead(flight + 1)
+            self.digests += [
+                self._digest(arrival) if digest is None else digest
+                for arrival, digest in zip(arrivals, digests, strict=True)
+            ]
+            self._tell(arrivals)
+
+    def confirm(self) -> None:
+        """Take back the answers' memory, once the source has been heard of after the last one."""
+        while self._answers:
+            self._control.channel.wait(self._answers.popleft(), self._control.deadline)
+
+    def _post_ahead(self, landed: int) -> None:
+        """Post flights as far as the window and the buckets allow."""
+        end = min(landed + self._header.limits.window, len(self._layout.flights))
+        while self._next < end:
+            messages = self._layout.flights[self._next]
+            targets = [self._landing.direct(message) for message in messages]
+            staged = [m for m, target in zip(messages, targets, strict=True) if target is None]
+            if staged and not self._buckets:
+                return
+            bucket = self._buckets.pop() if staged else None
+            if bucket is not None:
+                bucket.reset(sum(aligned(self._layout.sizes[message]) for message in staged))
+            self._moving.append(([], bucket))
+            self._post(messages, targets, bucket)
+            self._next += 1
+
+    def _post(self, messages: range, targets: list[torch.Tensor | None], bucket: Bucket | None) -> None:
+        self._report.torn = self._report.torn or self._landing.in_place
+        arrivals, _ = self._moving[-1]
+        for message, target in zip(messages, targets, strict=True):
+            if target is None:
+                assert bucket is not None
+                target = bucket.take(self._layout.sizes[message])
+                arrivals.append(self._expect(message, target, staged=True))
+            else:
+                arrivals.append(self._expect(message, target, staged=False))
+
+    def _expect(self, message: int, data: torch.Tensor, *, staged: bool) -> _Arrival:
+        return _Arrival(message, data, staged, self._control.channel.recv(data, FIRST_MESSAGE_TAG + message))
+
+    def _unstage(self, arrivals: list[_Arrival], bucket: Bucket | None) -> None:
+        for arrival in arrivals:
+            if arrival.staged:
+                self._landing.scatter(arrival.message, arrival.data)
+                self._report.nbytes_staged += arrival.data.numel()
+        if bucket is not None:
+            self._buckets.append(self._keep(arrivals, bucket))
+
+    def _keep(self, arrivals: list[_Arrival], bucket: Bucket) -> Bucket:
+        """Keep the small messages that were staged; gives a bucket to go on with."""
+        if self._rewrite is None:
+            return bucket
+        staged = [arrival for arrival in arrivals if arrival.staged]
+        small = [arrival for arrival in staged if self._layout.is_small(arrival.message)]
+        if len(small) == len(staged) and self._rewrite.keep_if_room({each.message: each.data for each in small}):
+            return Bucket(self._options.device)  # the memory of the old one is kept as it is
+        for each in small:
+            kept = self._rewrite.take(each.message)
+            if kept is not None:
+                kept.copy_(each.data)
+                self._rewrite.keep(each.message, kept)
+        return bucket
+
+    def _answer(self, flight: int) -> None:
+        self._answers.append(self._control.send_signal(flight))
+        if len(self._answers) > self._header.limits.window:
+            # The source has sent the flight that just landed only after it had this answer.
+            self._control.channel.wait(self._answers.popleft(), self._control.deadline)
+
+    def _digest(self, arrival: _Arrival) -> int:
+        if not self._header.digest:
+            return 0
+        held = None if arrival.staged else self._landing.held(arrival.message)
+        try:
+            return digest_message(arrival.data, self._header.digest, self._header.sample, held)
+        except LocalProtocolError:
+            self._landing.check()  # which names it
+            raise
+
+    def _tell(self, arrivals: list[_Arrival]) -> None:
+        (peer,) = self._report.peers
+        peer.nbytes += sum(arrival.data.numel() for arrival in arrivals)
+        progress = Progress("destination", self._header.step, peer.rank, peer.nbytes, self._layout.nbytes)
+        tell_progress(self._options.progress, progress)
+
+
+# -------------------------------------------------------------------------------------------- verify
+
+
+def _verify(digests: list[int], expected: Any) -> None:
+    if not isinstance(expected, tuple) or len(expected) != len(digests):
+        got = f"{len(expected)} of them" if isinstance(expected, tuple) else type(expected).__name__
+        raise RemoteProtocolError(f"expected the digests of {len(digests)} messages, got {got}")
+    damaged = [m for m, (mine, theirs) in enumerate(zip(digests, expected, strict=True)) if mine != theirs]
+    if damaged:
+        raise RemoteProtocolError(
+            f"{len(damaged)} of {len(digests)} messages differ from what the source sent, the first is message "
+            f"{damaged[0]}: damaged on the way, or changed at the source while it was sent"
+        )
+
+
+def _check_unwritten(rewrite: Rewrite, beside: set[str]) -> None:
+    """Refuse what forward has written to: the source's bytes of it are gone, and its conversation is at its end."""
+    written = rewrite.paths(rewrite.written())
+    if written:
+        beside.update(written)
+        raise LocalProtocolError(
+            f"forward has written to {', '.join(written[:_MAX_NAMED])} while the state landed there. The next receive "
+            "puts that beside the template first; shadow=True does so with all, from the start"
+        )
+
+
+def _say_done(control: Control) -> None:
+    try:
+        control.send_frame(encode_frame(Frame.DONE, []))
+        control.flush()
+    except TransferError as exc:
+        # Everything is here and agrees: that the source cannot be told any more is the source's loss alone.
+        logger.warning("rank %d could not be told that its state arrived: %s", control.channel.peer_rank, exc)

@@ -1,0 +1,365 @@
+"""What two ranks say to each other over lanes: frames, and a table of who may send which one when. No I/O.
+
+Strategy: a destination opens one *control* connection to the source, on which the two agree, and several *lanes* to
+whoever supplies it, the source or a destination before it in the chain. On a lane the destination asks and the
+supplier answers, in the order of the questions. So what is already there, what came damaged and what a broken lane
+still owed need no bookkeeping on the supplier's side: they are asked for, or not.
+
+The whole protocol is :data:`TABLE` and :data:`BODIES`. ``docs/protocol.md`` shows the same, and a test compares.
+Not here: how a stranger is told from a peer (``_net.handshake``), and anything that touches a socket
+(``_net.connection``).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from enum import Enum, IntEnum
+from typing import Any, NamedTuple
+
+import msgpack
+
+from ft_transport._wire.digest import digest_bytes
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError
+
+__all__ = [
+    "BODIES",
+    "HEADER_BYTES",
+    "MAX_BODY_BYTES",
+    "MAX_LONG_BODY_BYTES",
+    "MAX_MANIFEST_BYTES",
+    "TABLE",
+    "TRAILER",
+    "Conversation",
+    "Frame",
+    "Header",
+    "Role",
+    "State",
+    "decode_body",
+    "decode_header",
+    "encode",
+    "encode_header",
+    "max_body_bytes",
+]
+
+MAGIC = b"FTLN"
+VERSION = 1
+# Magic, version, frame, attempt, step, number, bytes of the body, digest of the body, digest of all before it.
+_HEADER = struct.Struct("<4sBB2xIqQQQQ")
+_CHECKED = _HEADER.size - 8
+HEADER_BYTES = _HEADER.size
+# Follows the body of a MESSAGE: its digest, which is known only once its last byte has been read.
+TRAILER = struct.Struct("<Q")
+
+# Bound what a peer can make us allocate, in bytes of a body; all but a manifest is read by a source, too. Reasons name
+# every path of a state: what goes beyond is cut by the one who gives them. READY has a bit for each message.
+MAX_MANIFEST_BYTES = 256 << 20
+MAX_LONG_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 64 << 10
+# Of a text that is not among reasons, in bytes. The longest that must be whole is a metadata.
+_MAX_TEXT_BYTES = 16 << 10
+# What msgpack puts before a text, and before an array, at most.
+_LENGTH_BYTES = 10
+
+
+class Role(Enum):
+    """The two sides. On a lane between two destinations, the one that supplies is the source."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+
+class Frame(IntEnum):
+    """What a frame is for."""
+
+    HELLO = 1
+    WAIT = 2
+    MANIFEST = 3
+    READY = 4
+    REFUSE = 5
+    ROUTE = 6
+    PROGRESS = 7
+    REROUTE = 8
+    DONE = 9
+    BYE = 10
+    FAILED = 11
+    ATTACH = 12
+    WANT = 13
+    REPAIR = 14
+    CHECK = 15
+    MESSAGE = 16
+    SAME = 17
+
+
+class State(Enum):
+    """Where a connection is. A lane is LANE from its first frame to its end."""
+
+    OPEN = "open"
+    WAITING = "waiting"
+    PLANNING = "planning"
+    ROUTING = "routing"
+    MOVING = "moving"
+    DONE = "done"
+    LANE = "lane"
+    CLOSED = "closed"
+
+
+_S, _D = Role.SOURCE, Role.DESTINATION
+
+# Who may send what in which state, and which state follows.
+TABLE: dict[State, dict[tuple[Role, Frame], State]] = {
+    State.OPEN: {(_D, Frame.HELLO): State.WAITING, (_D, Frame.ATTACH): State.LANE},
+    State.WAITING: {
+        (_S, Frame.WAIT): State.WAITING,
+        (_S, Frame.MANIFEST): State.PLANNING,
+        (_S, Frame.FAILED): State.CLOSED,
+    },
+    State.PLANNING: {
+        (_D, Frame.PROGRESS): State.PLANNING,
+        (_D, Frame.READY): State.ROUTING,
+        (_D, Frame.REFUSE): State.CLOSED,
+        (_S, Frame.FAILED): State.CLOSED,
+    },
+    State.ROUTING: {
+        (_S, Frame.ROUTE): State.MOVING,
+        (_S, Frame.WAIT): State.ROUTING,
+        (_S, Frame.FAILED): State.CLOSED,
+        (_D, Frame.PROGRESS): State.ROUTING,
+        (_D, Frame.FAILED): State.CLOSED,
+    },
+    State.MOVING: {
+        (_D, Frame.PROGRESS): State.MOVING,
+        (_D, Frame.REROUTE): State.ROUTING,
+        (_D, Frame.DONE): State.DONE,
+        (_D, Frame.FAILED): State.CLOSED,
+        (_S, Frame.WAIT): State.MOVING,
+        (_S, Frame.FAILED): State.CLOSED,
+    },
+    State.DONE: {
+        (_S, Frame.BYE): State.CLOSED,
+        (_S, Frame.WAIT): State.DONE,
+        (_S, Frame.FAILED): State.CLOSED,
+    },
+    State.LANE: {
+        (_D, Frame.WANT): State.LANE,
+        (_D, Frame.REPAIR): State.LANE,
+        (_D, Frame.CHECK): State.LANE,
+        (_S, Frame.MESSAGE): State.LANE,
+        (_S, Frame.SAME): State.LANE,
+        (_S, Frame.WAIT): State.LANE,
+    },
+    State.CLOSED: {},
+}
+
+_ASKS = (Frame.WANT, Frame.REPAIR, Frame.CHECK)
+_ANSWERS = (Frame.MESSAGE, Frame.SAME)
+
+# The body of each frame: the types of an array's entries, ``str`` for an array of any number of texts, None for none.
+# MANIFEST and MESSAGE are not here: their bodies are bytes as they are.
+BODIES: dict[Frame, tuple[tuple[type, ...], ...] | type[str] | None] = {
+    Frame.HELLO: ((bytes,), (str,)),
+    Frame.WAIT: None,
+    Frame.READY: ((str,), (bytes,), (bytes,)),
+    Frame.REFUSE: str,
+    Frame.ROUTE: ((str, type(None)), (bytes,), (bytes,)),
+    Frame.PROGRESS: None,
+    Frame.REROUTE: ((bytes,), (str,), (bool,)),
+    Frame.DONE: None,
+    Frame.BYE: None,
+    Frame.FAILED: str,
+    Frame.ATTACH: ((bytes,),),
+    Frame.WANT: None,
+    Frame.REPAIR: None,
+    Frame.CHECK: ((int,),),
+    Frame.SAME: None,
+}
+
+_LONG = (Frame.READY, Frame.REFUSE, Frame.FAILED)
+
+
+def max_body_bytes(frame: Frame) -> int:
+    """How long the body of a frame may be. A message's is bounded by the layout."""
+    if frame is Frame.MANIFEST:
+        return MAX_MANIFEST_BYTES
+    return MAX_LONG_BODY_BYTES if frame in _LONG else MAX_BODY_BYTES
+
+
+class Header(NamedTuple):
+    """What begins each frame.
+
+    Attributes:
+        frame: What it is.
+        attempt: Which attempt of the destination this is, counted by it.
+        step: The step that the destination asks for.
+        number: Of the message (WANT, REPAIR, CHECK, MESSAGE, SAME), or bytes that have landed (PROGRESS, DONE).
+        nbytes: Length of the body.
+        digest: Of the body; 0 for MESSAGE, whose digest follows its body.
+    """
+
+    frame: Frame
+    attempt: int
+    step: int
+    number: int = 0
+    nbytes: int = 0
+    digest: int = 0
+
+
+def encode_header(header: Header) -> bytes:
+    """The bytes of a header."""
+    data = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        header.frame,
+        header.attempt,
+        header.step,
+        header.number,
+        header.nbytes,
+        header.digest,
+        0,
+    )[:_CHECKED]
+    return data + TRAILER.pack(digest_bytes(data))
+
+
+def decode_header(data: bytes | bytearray) -> Header:
+    """Read a header; its length of the body is within bounds then.
+
+    Raises:
+        RemoteProtocolError: The bytes are not a header of this version, or are damaged.
+    """
+    magic, version, frame, attempt, step, number, nbytes, digest, check = _HEADER.unpack(data)
+    if magic != MAGIC:
+        raise RemoteProtocolError(f"expected a frame with magic {MAGIC!r}, got {magic!r}")
+    if version != VERSION:
+        raise RemoteProtocolError(f"expected version {VERSION} of the lanes' wire, got {version}")
+    if check != digest_bytes(bytes(data[:_CHECKED])):
+        raise RemoteProtocolError("a frame's header came damaged")
+    try:
+        frame = Frame(frame)
+    except ValueError:
+        raise RemoteProtocolError(f"unknown frame {frame}") from None
+    limit = max_body_bytes(frame)
+    if frame is not Frame.MESSAGE and nbytes > limit:
+        raise RemoteProtocolError(f"{frame.name} of {nbytes} bytes, at most {limit} are accepted")
+    return Header(frame, attempt, step, number, nbytes, digest)
+
+
+def encode(frame: Frame, attempt: int, step: int, number: int = 0, body: Any = None) -> bytes:
+    """Header and body of any frame but MESSAGE. Reasons that are too long are cut."""
+    assert frame is not Frame.MESSAGE
+    if isinstance(body, list):
+        limit = MAX_LONG_BODY_BYTES // max(len(body), 1) - _LENGTH_BYTES if BODIES[frame] is str else _MAX_TEXT_BYTES
+        body = [_fitting(entry, limit) if isinstance(entry, str) else entry for entry in body]
+    data: bytes = body if frame is Frame.MANIFEST else b"" if body is None else msgpack.packb(body)
+    return encode_header(Header(frame, attempt, step, number, len(data), digest_bytes(data))) + data
+
+
+def _fitting(text: str, nbytes: int) -> str:
+    """A text as UTF-8 has it, cut to so many bytes."""
+    data = text.encode("utf-8", "backslashreplace")
+    if len(data) > nbytes:
+        rest = f"… and {len(data) - nbytes} bytes more".encode()
+        data = data[: nbytes - len(rest)] + rest
+    return data.decode("utf-8", "ignore")
+
+
+def decode_body(header: Header, data: bytes) -> Any:
+    """The body of any frame but MESSAGE.
+
+    Raises:
+        RemoteProtocolError: It is damaged, or not of the types that :data:`BODIES` says.
+    """
+    name = header.frame.name
+    if digest_bytes(data) != header.digest:
+        raise RemoteProtocolError(f"{name} came damaged")
+    if header.frame is Frame.MANIFEST:
+        return data
+    expected = BODIES[header.frame]
+    if expected is None:
+        if data:
+            raise RemoteProtocolError(f"{name} has {len(data)} bytes, expected none")
+        return None
+    try:
+        body = msgpack.unpackb(data, use_list=False, strict_map_key=True)
+    except Exception as exc:
+        raise RemoteProtocolError(f"damaged {name}: {type(exc).__name__}: {exc}") from None
+    if not _is_of(body, expected):
+        raise RemoteProtocolError(f"{name}: expected {expected}, got {_types(body)}")
+    return body
+
+
+def _types(body: Any) -> str:
+    """What a body is: never as text, which of something nested deep cannot be made."""
+    if not isinstance(body, tuple):
+        return type(body).__name__
+    return f"({', '.join(type(entry).__name__ for entry in body[:8])}{', …' if len(body) > 8 else ''})"
+
+
+def _is_of(body: Any, expected: tuple[tuple[type, ...], ...] | type[str]) -> bool:
+    if not isinstance(body, tuple):
+        return False
+    if not isinstance(expected, tuple):
+        return all(type(entry) is expected for entry in body)
+    return len(body) == len(expected) and all(type(entry) in types for entry, types in zip(body, expected, strict=True))
+
+
+class Conversation:
+    """Holds one connection to the table.
+
+    Args:
+        role: This side.
+        attempt: Goes into every header, and is expected in every header.
+        step: As ``attempt``.
+
+    Attributes:
+        state: Where the connection is.
+        asked: On a lane, the messages asked for and not yet answered, oldest first.
+    """
+
+    def __init__(self, role: Role, attempt: int, step: int) -> None:
+        self.state = State.OPEN
+        self.asked: deque[int] = deque()
+        self._checked: set[int] = set()
+        self.attempt = attempt
+        self.step = step
+        self._role = role
+
+    def sent(self, frame: Frame, number: int = 0) -> None:
+        """Note what this side is about to send.
+
+        Raises:
+            LocalProtocolError: It may not.
+        """
+        if not self._advance(self._role, frame, number):
+            raise LocalProtocolError(f"{frame.name} {number} cannot be sent in state {self.state.value}")
+
+    def received(self, header: Header) -> None:
+        """Note what the peer has sent.
+
+        Raises:
+            RemoteProtocolError: It may not.
+        """
+        if (header.attempt, header.step) != (self.attempt, self.step):
+            raise RemoteProtocolError(
+                f"expected a frame of step {self.step}, attempt {self.attempt}, got one of step {header.step}, "
+                f"attempt {header.attempt}"
+            )
+        peer = _D if self._role is _S else _S
+        if not self._advance(peer, header.frame, header.number):
+            raise RemoteProtocolError(
+                f"{header.frame.name} {header.number} is out of order in state {self.state.value}"
+            )
+
+    def _advance(self, sender: Role, frame: Frame, number: int) -> bool:
+        following = TABLE[self.state].get((sender, frame))
+        if following is None:
+            return False
+        if frame in _ASKS:
+            self.asked.append(number)
+            if frame is Frame.CHECK:
+                self._checked.add(number)
+        elif frame in _ANSWERS:
+            if not self.asked or self.asked[0] != number or (frame is Frame.SAME and number not in self._checked):
+                return False
+            self._checked.discard(self.asked.popleft())
+        self.state = following
+        return True

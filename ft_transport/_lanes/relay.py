@@ -1,0 +1,136 @@
+"""Passes a state on, from the memory that it landed in, to the next destination in the chain."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import torch
+
+from ft_transport._lanes.dispatcher import Desk
+from ft_transport._lanes.options import SMALL_BYTES
+from ft_transport._lanes.pending import Work
+from ft_transport._lanes.supplier import Supply
+from ft_transport._net.connection import HEARTBEAT, Patience
+from ft_transport._plan.blocks import Bucket, Held, memory_at
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.unchanged import Reading
+from ft_transport._wire.layout import Layout
+from ft_transport.errors import LocalProtocolError
+
+__all__ = ["Relay"]
+
+
+class Relay:
+    """What has landed here and is sound, for whoever the source sends here. Is a ``_lanes.supplier.Stock``.
+
+    A message is passed on with the digest that the source has given it, so what this side has done to its memory in the
+    meantime is found by the one who gets it.
+
+    Args:
+        desk: Leads the next one here.
+        layout: The messages.
+        landing: Where they land.
+        work: Which of them are here.
+        verified: Whether messages have digests.
+        stream: The accelerator's stream to gather in, None without one.
+        patience: Until when it waits for the others in :meth:`drain`.
+        rewrite: Has messages as they came, too; None if nobody trains meanwhile.
+
+    Attributes:
+        ident: By which the next one asks for it.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        layout: Layout,
+        landing: Landing,
+        work: Work,
+        patience: Patience,
+        *,
+        verified: bool,
+        stream: Any = None,
+        rewrite: Rewrite | None = None,
+    ) -> None:
+        self.ident = secrets.token_bytes(16)
+        self.sizes = layout.sizes
+        self.verified = verified
+        # Training goes on with this memory once this side has the state, whatever the next one still reads.
+        self.steady = verified
+        self.is_whole_offer = False
+        self._desk = desk
+        self._landing = landing
+        self._work = work
+        self._rewrite = rewrite
+        # Small messages as they came: training goes on once this side has the state, and changes small buffers.
+        self._copies: dict[int, torch.Tensor] = {}
+        self._room = SMALL_BYTES
+        self._reading: Reading | None = None
+        self._layout = layout
+        self._supply = Supply(self, patience, stream)
+        desk.register(self.ident, self._supply)
+
+    def keep(self, message: int, data: torch.Tensor) -> None:
+        """Copy a message that was staged, if there is room; the rewrite may have it already."""
+        if data.numel() <= self._room:
+            self._room -= data.numel()
+            self._copies[message] = data.clone()
+
+    def await_message(self, message: int) -> bool:
+        return self._work.await_message(message, HEARTBEAT)
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        here = self._here(message)
+        if here is None and (direct := self._landing.view(message)) is not None:
+            return direct
+        if here is None:
+            here = bucket.take(self.sizes[message])
+            self._landing.gather(message, here)
+        return memory_at(here.data_ptr(), here.numel())
+
+    def held(self, message: int) -> Held | None:
+        return None if self._here(message) is not None else self._landing.held(message)
+
+    def _here(self, message: int) -> torch.Tensor | None:
+        """A message's bytes in memory that nobody else writes to."""
+        copied = self._copies.get(message)
+        return self._rewrite.kept(message) if copied is None and self._rewrite is not None else copied
+
+    def note_error(self, error: LocalProtocolError) -> None:
+        pass  # whoever is here turns to the source
+
+    def digest(self, message: int) -> int | None:
+        return self._work.digests.get(message)
+
+    def note_digest(self, message: int, digest: int) -> None:
+        pass  # it has the source's
+
+    def let_training_go_on(self) -> None:
+        """This side has the state. From now on an optimizer waits before it changes what is read for others.
+
+        Where one is in its step already, nothing is read any more when this returns.
+        """
+        reading = self._reading = Reading(
+            self._layout, self._landing.memory, lambda reading: self.end_reading(), self._copies
+        )
+        if reading.within_step():
+            self.end_reading()
+
+    def end_reading(self) -> None:
+        """As :meth:`drain`, then as :meth:`close`."""
+        self.drain()
+        self.close()
+
+    def drain(self) -> None:
+        """Wait until those who fetch from here have everything, or have stalled. Never raises."""
+        self._supply.drain()
+
+    def close(self) -> None:
+        """When this returns, nothing reads the state any more. May be called twice."""
+        self._desk.unregister(self.ident)
+        self._supply.close()
+        if self._reading is not None:
+            self._reading.release()
+        self._copies.clear()

@@ -1,0 +1,205 @@
+"""Answers on lanes: the source to its destinations, and a destination to the one behind it in the chain."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any, Protocol
+
+import torch
+
+from ft_transport._deadline import Deadline
+from ft_transport._lanes.protocol import Conversation, Frame, Header, Role
+from ft_transport._lanes.session import Talk, fingerprint
+from ft_transport._net.connection import HEARTBEAT, Connection, Patience
+from ft_transport._plan.blocks import Bucket, Held, aligned
+from ft_transport._threads import Crew, insist
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
+
+__all__ = ["Stock", "Supply"]
+
+logger = logging.getLogger("ft_transport")
+
+# Bounds what somebody who knows the secret can make us start: a thread for each lane.
+MAX_LANES = 64
+
+# Who is waited for, and has taken no byte for so long, is not waited for any longer.
+_STILL = 2 * HEARTBEAT
+
+
+class Stock(Protocol):
+    """Messages to supply.
+
+    Attributes:
+        sizes: Bytes of each message.
+        verified: Whether messages have digests.
+        steady: Whether their memory stays as it is until its reader has it, or learns that the transfer has failed.
+        is_whole_offer: Whether a message that cannot be read ends the transfer, as the reader learns elsewhere.
+    """
+
+    sizes: list[int]
+    verified: bool
+    steady: bool
+    is_whole_offer: bool
+
+    def await_message(self, message: int) -> bool:
+        """Wait for a message, no longer than a heartbeat; gives whether it is there."""
+        ...
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        """The bytes of a message; in the bucket, which has room for it, where they are not in one place."""
+        ...
+
+    def held(self, message: int) -> Held | None:
+        """Where :meth:`view` gives a user's memory, what tells whether it is there."""
+        ...
+
+    def note_error(self, error: LocalProtocolError) -> None:
+        """Memory that was to be read is not there any more."""
+        ...
+
+    def digest(self, message: int) -> int | None:
+        """The digest that a message has for everybody, None while nobody has taken it."""
+        ...
+
+    def note_digest(self, message: int, digest: int) -> None:
+        """What the first one to read a message took; later ones change nothing."""
+        ...
+
+
+class Supply:
+    """The lanes of one destination, each with a thread.
+
+    Args:
+        stock: What there is to supply. Read until :meth:`close` has returned.
+        patience: No lane outlasts its deadline. It learns of all that moves.
+        stream: The accelerator's stream to gather in, None without one.
+
+    Attributes:
+        nbytes_wire: All bytes of the lanes that have ended.
+    """
+
+    def __init__(self, stock: Stock, patience: Patience, stream: Any = None) -> None:
+        self.nbytes_wire = 0
+        self._stock = stock
+        self._patience = patience
+        self._stream = stream
+        self._changed = threading.Condition()
+        self._closed = False
+        self._lanes: set[Connection] = set()
+        self._crew = Crew()
+
+    def attach(self, connection: Connection, header: Header) -> None:
+        """Serve a lane, whose first frame was ``header``, in a thread of its own."""
+        with self._changed:
+            if self._closed or len(self._lanes) >= MAX_LANES:
+                connection.close()
+                return
+            self._lanes.add(connection)
+            try:
+                self._crew.start("supply", self._run, connection, header)
+            except RuntimeError as exc:  # no more threads to be had
+                logger.warning("a lane of %s cannot be served: %s", connection.address, exc)
+                self._lanes.discard(connection)
+                connection.close()
+
+    def _run(self, connection: Connection, header: Header) -> None:
+        try:
+            if self._stream is not None:
+                torch.accelerator.set_stream(self._stream)
+            self._serve(connection, header)
+        except LocalProtocolError as exc:
+            logger.warning("a lane of %s has ended: %s", connection.address, exc)
+            self._stock.note_error(exc)
+            if self._stock.is_whole_offer:
+                self._await_close()
+        except TransferError as exc:
+            # The destination closes its lanes once it has everything, and asks elsewhere for what a lane still owed.
+            logger.debug("a lane of %s has ended: %s", connection.address, exc)
+        except Exception:
+            logger.exception("a lane of %s has failed", connection.address)
+        finally:
+            connection.close()
+            with self._changed:
+                self.nbytes_wire += connection.nbytes_wire
+                self._lanes.discard(connection)
+                self._changed.notify_all()
+
+    def _serve(self, connection: Connection, header: Header) -> None:
+        conversation = Conversation(Role.SOURCE, header.attempt, header.step)
+        conversation.received(header)
+        talk = Talk(connection, conversation)
+        patience = Patience(self._patience.deadline)
+        bucket = Bucket(torch.device("cpu"), pinned=True)
+        while True:
+            asked, claimed = talk.hear(patience)
+            self._patience.moved()
+            message = asked.number
+            if message >= len(self._stock.sizes):
+                raise RemoteProtocolError(f"message {message} of {len(self._stock.sizes)}")
+            while not self._stock.await_message(message):
+                talk.say(Frame.WAIT, patience)
+                patience.check()
+            bucket.reset(aligned(self._stock.sizes[message]))
+            view = self._stock.view(message, bucket)
+            if asked.frame is Frame.CHECK and self._digest(message, view) == claimed[0]:
+                talk.say(Frame.SAME, patience, message)
+                continue
+            digest = self._stock.digest(message) if self._stock.verified else 0
+            # What is in the bucket is overwritten by the next message, perhaps before the peer has it.
+            steady = self._stock.steady and bucket.untouched
+            held = self._stock.held(message)
+            sent = talk.say_message(message, view, digest, patience, steady=steady, held=held)
+            self._stock.note_digest(message, sent)
+            self._patience.moved()
+
+    def _await_close(self) -> None:
+        """Keep a lane that has nothing more to say: without it, the destination would ask for the same again."""
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._closed, HEARTBEAT.total_seconds()):
+                if self._patience.deadline.expired():
+                    break
+
+    def _digest(self, message: int, view: memoryview) -> int:
+        known = self._stock.digest(message)
+        if known is None:
+            known = fingerprint(view, self._stock.held(message))
+            self._stock.note_digest(message, known)
+        return known
+
+    @property
+    def num_lanes(self) -> int:
+        """How many are open."""
+        return len(self._lanes)
+
+    def drain(self) -> None:
+        """Wait until no lane is open, as long as bytes arrive on one and the deadline has not passed. Never raises.
+
+        Whoever stands still can have the rest from the source, which waits for it longer: the one who waits here has
+        its state, and a step to do.
+        """
+        deadline, still, arrived = self._patience.deadline, Deadline(_STILL), -1
+        with self._changed:
+            while self._lanes and not deadline.expired():
+                now = self.nbytes_wire + sum(lane.nbytes_arrived for lane in self._lanes)
+                if now != arrived:
+                    still, arrived = Deadline(_STILL), now
+                elif still.expired():
+                    break
+                limit = min(HEARTBEAT / 2, deadline.remaining(), still.remaining())
+                self._changed.wait_for(lambda: not self._lanes, limit.total_seconds())
+            if self._lanes:
+                why = "stands still" if still.expired() else "has not come to an end by the deadline"
+                logger.warning("a destination has not fetched everything from here, and %s", why)
+
+    def close(self) -> None:
+        """End all lanes. When this returns, no thread reads the stock any more. May be called twice."""
+        insist(self._close)
+
+    def _close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            for connection in self._lanes:
+                connection.abort()
+        self._crew.join()

@@ -1,0 +1,165 @@
+"""Whether this replica holds a mix of two states, and what it must not do then. No I/O.
+
+Strategy: a receive in place tears the template with its first byte, and only a complete one heals it. What a torn
+replica must not do is found by the order of torchft's calls. In each step the Manager calls ``metadata()``; then, once
+the quorum is there, ``recv_checkpoint()`` if it found this replica to be behind; and ``disallow_checkpoint()`` after
+the vote and before the optimizer steps. So a torn replica for which no receive was tried between the two counts as
+healthy, and this is the last moment to stop it. A receive that was tried and failed has failed the step already.
+
+A receive heals what it brings. A state that lacks a leaf which an earlier receive has left half written (another model,
+an EMA that the new source does not keep) heals all but that leaf, and the replica stays torn.
+
+A replica that refuses the others' state will refuse it again: each time it is in the quorum, takes no part in the step,
+and with that fails it for the others. It is stopped at the same place, and ends as if ``load_state_dict`` had raised.
+
+``docs/faults.md`` says which calls this rests on; ``tests/multiproc/test_torn.py`` holds torchft to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from ft_transport._telemetry.report import TransferReport
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TornStateError, reason_of
+
+__all__ = ["Attempt", "Guard"]
+
+# Leaves that a text names.
+_MAX_NAMED = 3
+
+
+class _Landing(Protocol):
+    def paths(self) -> set[str]: ...
+    def paths_in_place(self) -> set[str]: ...
+
+
+class Attempt:
+    """A receive that is under way.
+
+    Attributes:
+        landing: Where it lands, once that is planned.
+    """
+
+    def __init__(self) -> None:
+        self.landing: _Landing | None = None
+
+# Refusals in a row for a reason that may pass (no memory, a callback that raises) until the replica is stopped. Each
+# costs the others a step, and some reasons do pass.
+MAX_REFUSALS = 3
+
+
+class Guard:
+    """What a transport remembers of its receives.
+
+    Threading: one receive at a time; :attr:`torn` may be read from any thread.
+    """
+
+    def __init__(self) -> None:
+        self._torn = False
+        self._cause = ""
+        self._paths: set[str] = set()  # of the leaves that are a mix
+        self._unseen = False  # a receive was tried, and the Manager takes it for complete
+        self._report: TransferReport | None = None  # of the receive that is under way
+        self._tried = False
+        self._refusals = 0  # in a row
+        self._refusal = ""  # why this replica cannot take what the others have, as the newest receive has found
+
+    @property
+    def torn(self) -> bool:
+        """Whether the template holds a mix, now."""
+        report = self._report
+        return self._torn or (report is not None and report.torn)
+
+    def begin_quorum(self) -> None:
+        """A quorum is about to be asked for: from now on it counts whether a receive is tried."""
+        self._tried = False
+        self._refusal = ""
+
+    @contextmanager
+    def receiving(self, report: TransferReport) -> Iterator[Attempt]:
+        """A receive, which says in ``report.torn`` from when on it has written to the template, and in the attempt
+        what lands where."""
+        attempt = Attempt()
+        self._tried, self._report = True, report
+        try:
+            yield attempt
+            self._heal(attempt.landing)
+            self._refusals = 0
+        except BaseException as exc:
+            if any(peer.outcome == "refused" for peer in report.peers):
+                self._refusals += 1
+                if report.unfit or self._refusals >= MAX_REFUSALS:
+                    self._refusal = reason_of(exc)
+            if report.torn:
+                step = "" if report.step is None else f" of step {report.step}"
+                paths = attempt.landing.paths_in_place() if attempt.landing is not None else set()
+                self._tear(f"a receive{step} broke off ({reason_of(exc)})", paths)
+            raise
+        finally:
+            self._report = attempt.landing = None
+
+    def _heal(self, landing: _Landing | None) -> None:
+        left = self._paths - landing.paths() if self._paths and landing is not None else set()
+        self._torn = self._unseen = bool(left)
+        self._paths = left
+        self._cause = f"{self._cause}, and what has arrived since lacks {_some(left)}" if left else ""
+
+    def _tear(self, cause: str, paths: set[str]) -> None:
+        self._torn, self._unseen, self._cause = True, False, cause
+        self._paths |= paths
+
+    def lose(self, paths: list[str]) -> None:
+        """This replica's forward has written to leaves of a state that was received, and nobody has their bytes."""
+        self._tear(
+            f"forward has written to {_some(set(paths))} after the state had landed there; shadow=True keeps a copy",
+            set(paths),
+        )
+        self._unseen = True
+
+    def restored(self) -> None:
+        """The whole template holds one state again, from elsewhere.
+
+        Raises:
+            LocalProtocolError: A receive is under way.
+        """
+        if self._report is not None:
+            raise LocalProtocolError("a receive is under way; restore the template when it is over")
+        self._torn, self._unseen, self._paths, self._cause = False, False, set(), ""
+
+    def check_source(self) -> None:
+        """Call before a state is described.
+
+        Raises:
+            TornStateError: It is a mix.
+        """
+        if self.torn:
+            raise TornStateError(f"this replica holds a mix of two states and cannot serve: {self._cause}", torn=True)
+
+    def check_step(self) -> None:
+        """Call before the optimizer steps.
+
+        Raises:
+            TornStateError: The state is a mix, and the newest quorum has found no source to heal it from, or takes it
+                for healed.
+            RemoteProtocolError: This replica has refused the state that it was to heal from, and will again.
+        """
+        if self._refusal:
+            raise RemoteProtocolError(
+                f"this replica cannot take the state of the others, and would only fail their steps: {self._refusal}",
+                torn=self.torn,
+            )
+        if self.torn and (self._unseen or not self._tried):
+            why = "which the Manager takes for healed" if self._unseen else "and nobody was left to heal it"
+            raise TornStateError(
+                f"this replica holds a mix of two states, {why}: {self._cause}. Restart it "
+                "from the last durable checkpoint, or empty so that it heals from others. (Or load a whole state into "
+                "the template and call the transport's restored().)",
+                torn=True,
+            )
+
+
+def _some(paths: set[str]) -> str:
+    named = sorted(paths)[:_MAX_NAMED]
+    return ", ".join(named) + (f" and {len(paths) - len(named)} more" if len(paths) > len(named) else "")

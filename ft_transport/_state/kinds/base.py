@@ -1,0 +1,342 @@
+"""Kinds of leaf: how each is taken apart into plain strided tensors, and put together again.
+
+Strategy: a kind knows the *inner* tensors of its leaves, and a *context* of plain values that travels in the manifest.
+Inner tensors may be of any kind themselves and are taken apart in turn, until only plain tensors are left, whose bytes
+travel. What no kind claims is a plain value (``_state.values``).
+
+Not here: the kinds that the package brings (``_state.kinds.strided``, ``_state.kinds.distributed``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+
+from ft_transport._state.geometry import QUANTIZED, Geometry
+from ft_transport._state.values import FindClass, Load, allowed_class, check_cost, is_native, unpickle_allowed
+
+__all__ = [
+    "KINDS",
+    "PLAIN",
+    "VALUE",
+    "attributes_of",
+    "Kind",
+    "Maker",
+    "Part",
+    "Surroundings",
+    "check_grad",
+    "check_parts",
+    "check_readable",
+    "is_plain",
+    "kind_of",
+    "plain",
+    "put_together",
+    "refresh",
+    "register_kind",
+    "take_apart",
+]
+
+
+class Surroundings(NamedTuple):
+    """What the receiver has, for kinds whose leaves are put together from more than bytes.
+
+    Attributes:
+        meshes: The template's device meshes, by what describes them.
+        find_class: Finds a class by its name, or raises ``ValueError`` if it is not allowed.
+        unpickle: Reads a pickle, with what gives the leaves and values that were taken out of it.
+    """
+
+    meshes: dict[Any, Any] = {}  # noqa: RUF012
+    find_class: FindClass = allowed_class
+    unpickle: Callable[[bytes, Load], object] = unpickle_allowed
+
+
+class Kind:
+    """One kind of leaf. To teach the package a new one, subclass it and call :func:`register_kind` on both sides.
+
+    Attributes:
+        name: How the manifest calls it. Part of the wire.
+        types: The exact classes of its leaves.
+        family: Leaves of one family, of the same shape and dtype, can land in each other; empty: of this kind only.
+        is_tried: Whether :meth:`put_together` finds more wrong with a context than :meth:`check`, whatever bytes the
+            tensors hold. Then it is tried before the first byte lands.
+        looks_at_bytes: Whether :meth:`put_together` checks what has landed. Then a leaf of the template that holds the
+            new bytes is not taken as it is, but given to :meth:`refresh`.
+        not_in_place: Why bytes are never written into a leaf that the template has; empty if they may be.
+        not_compared: Places in the context, 0 if it is no tuple, of what two leaves may differ in and be equal to
+            ``state_digest`` all the same: strides, a device, whether it is a Parameter and requires grad.
+    """
+
+    name: str = ""
+    types: tuple[type, ...] = ()
+    family: str = ""
+    not_in_place: str = ""
+    not_compared: tuple[int, ...] = ()
+    is_tried: bool = False
+    looks_at_bytes: bool = False
+
+    def claims(self, leaf: torch.Tensor) -> bool:
+        """Whether a tensor whose class no kind has is of this kind."""
+        return False
+
+    def obstacle(self, leaf: Any) -> str:
+        """Why bytes must not be written into this leaf of the template; empty if they may be."""
+        return self.not_in_place
+
+    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        """The inner tensors, in a fixed order, and the context: plain values and tuples of them.
+
+        Raises:
+            ValueError: This leaf cannot travel; the text says why.
+        """
+        raise NotImplementedError
+
+    def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
+        """Check what a peer sent, before a byte lands: :meth:`put_together` should not fail on it later.
+
+        Args:
+            inner: Geometry of each inner tensor, None for one that is not plain.
+            context: What claims to be a context of this kind.
+
+        Raises:
+            Exception: It is none.
+        """
+
+    def label(self, context: Any) -> str:
+        """What errors call such a leaf."""
+        return self.name
+
+    def caches(self, context: Any) -> Collection[int]:
+        """Positions of inner tensors that are not compared with a template's leaf: what the class works out from the
+        others when it is asked, so that one of two equal leaves may have it. What arrives is what the source has."""
+        return ()
+
+    def disagreement(self, context: Any, mine: Any) -> str:
+        """Why a template's leaf with context ``mine`` cannot take one with ``context``, beyond what its inner
+        tensors say; empty if it can."""
+        return ""
+
+    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        """A new leaf that owns ``inner``."""
+        raise NotImplementedError
+
+    def pickle_in(self, context: Any) -> bytes:
+        """The pickle in a context of this kind, if any: the source sends none that no receiver can read."""
+        return b""
+
+    def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        """The leaf for the state, where the inner tensors of the template's leaf hold the new bytes already and
+        its context differs."""
+        return self.put_together(inner, context, here)
+
+
+class Part(NamedTuple):
+    """A leaf, or a tensor inside of one, without its bytes.
+
+    Attributes:
+        kind: Name of its kind, ``"tensor"`` for a plain tensor, ``"value"`` for a plain value.
+        context: See :class:`Kind`; the value itself for a plain value.
+        parts: The inner tensors; none for a plain tensor, which is one itself.
+    """
+
+    kind: str
+    context: Any = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def num_views(self) -> int:
+        """How many plain tensors it is made of."""
+        return 1 if self.kind == "tensor" else sum(part.num_views for part in self.parts)
+
+
+PLAIN = Part("tensor")
+VALUE = "value"
+
+KINDS: dict[str, Kind] = {}
+_BY_TYPE: dict[type, Kind] = {}
+
+
+def register_kind(kind: Kind) -> None:
+    """Make a kind known to this process. The newest one that claims a leaf has it.
+
+    Raises:
+        ValueError: Another kind has that name.
+    """
+    if not kind.name or kind.name == VALUE or (kind.name in KINDS and type(KINDS[kind.name]) is not type(kind)):
+        raise ValueError(f"name: expected one that no other kind has, got {kind.name!r}")
+    KINDS[kind.name] = kind
+    for cls in kind.types:
+        _BY_TYPE[cls] = kind
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a ``torch.Tensor`` or ``Parameter`` is nothing but strided bytes."""
+    return (
+        _traits(tensor) == _OF_PLAIN
+        and not tensor.is_neg()
+        and (not tensor.__dict__ or not attributes_of(tensor))
+        and not (tensor.dtype.is_complex and tensor.is_conj())
+    )
+
+
+def all_plain(tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype], *, on_cpu: bool) -> bool:
+    """Whether these ``torch.Tensor``, of these dtypes, are all plain, have no attributes, and none requires grad."""
+    dtypes = {*dtypes}
+    return (
+        dtypes.isdisjoint(QUANTIZED)
+        and {*map(attrgetter("layout"), tensors)} == {torch.strided}
+        and not any(map(attrgetter("is_nested"), tensors))
+        and (on_cpu or not any(map(attrgetter("is_meta"), tensors)))
+        and not any(map(attrgetter("requires_grad"), tensors))
+        and not any(map(attrgetter("__dict__"), tensors))
+        and not any(map(torch.Tensor.is_neg, tensors))
+        and not (any(dtype.is_complex for dtype in dtypes) and any(map(torch.Tensor.is_conj, tensors)))
+    )
+
+
+# Looked up in one call, because this is asked of every tensor.
+_traits = attrgetter("layout", "is_quantized", "is_nested", "is_meta")
+_OF_PLAIN = (torch.strided, False, False, False)
+
+
+def attributes_of(tensor: torch.Tensor) -> dict[str, Any]:
+    """A tensor's Python attributes, without what torch's compiler notes there about the process."""
+    return {name: value for name, value in tensor.__dict__.items() if not name.startswith("_dynamo_")}
+
+
+def kind_of(leaf: object) -> Kind | None:
+    """The kind of a leaf, None for a plain value.
+
+    Raises:
+        ValueError: A tensor of a class that no kind claims.
+    """
+    kind = _BY_TYPE.get(type(leaf))
+    if kind is not None:
+        return kind
+    if isinstance(leaf, torch.Tensor):
+        for kind in reversed(KINDS.values()):
+            if kind.claims(leaf):
+                return kind
+        raise ValueError(f"a tensor of class {type(leaf).__qualname__} cannot travel")
+    if is_native(leaf):
+        return None
+    for cls in type(leaf).__mro__[1:-1]:
+        if cls in _BY_TYPE and _BY_TYPE[cls].name == "sharded":
+            return _BY_TYPE[cls]
+    return KINDS["object"]
+
+
+def take_apart(leaf: Any) -> tuple[Part, Sequence[torch.Tensor]]:
+    """What describes a leaf, and the plain tensors that hold its bytes.
+
+    Raises:
+        ValueError: It cannot travel.
+    """
+    cls = type(leaf)
+    if (cls is torch.Tensor or cls is torch.nn.Parameter) and is_plain(leaf):
+        if cls is torch.Tensor and not leaf.requires_grad:
+            return PLAIN, (leaf,)
+        return Part("tensor", (cls is torch.nn.Parameter, leaf.requires_grad)), (leaf,)
+    kind = kind_of(leaf)
+    if kind is None:
+        return Part(VALUE, leaf), ()
+    parts: list[Part] = []
+    tensors: list[torch.Tensor] = []
+    try:
+        inner, context = kind.take_apart(leaf)
+        taken = [(tensor, *take_apart(tensor)) for tensor in inner]
+    except RecursionError:
+        raise ValueError(
+            f"a leaf of class {cls.__qualname__} cannot travel: what is inside of it refers back to it, "
+            "or is nested deeper than Python recurses"
+        ) from None
+    for tensor, part, below in taken:
+        if part.kind == VALUE:
+            raise ValueError(f"a {type(tensor).__name__} inside of a {kind.name}, where a tensor is expected")
+        parts.append(part)
+        tensors += below
+    return Part(kind.name, context, tuple(parts)), tensors
+
+
+def check_parts(part: Part, shapes: Iterator[Geometry]) -> None:
+    """Check a part that a peer described, and all below it.
+
+    Args:
+        part: The part.
+        shapes: Geometry of each of its plain tensors.
+
+    Raises:
+        Exception: Its kind is unknown, or does not accept it.
+    """
+    if part.kind == "tensor":
+        _check_plain(next(shapes), part.context)
+        return
+    direct: list[Geometry | None] = []
+    for below in part.parts:
+        if below.kind == "tensor":
+            direct.append(next(shapes))
+            _check_plain(direct[-1], below.context)
+        else:
+            check_parts(below, shapes)
+            direct.append(None)
+    kind = KINDS.get(part.kind)
+    if kind is None:
+        raise ValueError(f"unknown kind of leaf {part.kind!r}: register it on the receiver")
+    kind.check(direct, part.context)
+
+
+def check_readable(part: Part) -> None:
+    """Raise ``ValueError`` if a receiver's unpickler cannot build a part, whatever classes it allows."""
+    if part.kind in KINDS and (data := KINDS[part.kind].pickle_in(part.context)):
+        check_cost(data)
+
+
+def _check_plain(shape: Geometry | None, context: Any) -> None:
+    if context is not None and shape is not None:
+        is_parameter, requires_grad = context
+        if type(is_parameter) is not bool or type(requires_grad) is not bool:
+            raise TypeError(f"a tensor's context: {context!r}")
+        check_grad(shape.dtype, requires_grad)
+
+
+def check_grad(dtype: torch.dtype, requires_grad: object) -> None:
+    """Raise if a tensor of this dtype cannot require grad, or it is no question of yes or no."""
+    if type(requires_grad) is not bool:
+        raise TypeError(f"expected a bool, got {requires_grad!r}")
+    if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
+        raise ValueError(f"a tensor of {dtype} requires grad")
+
+
+def put_together(part: Part, makers: Iterator[Maker], here: Surroundings) -> Any:
+    """A new leaf from what makes its plain tensors, in the order of :func:`take_apart`."""
+    if part.kind == "tensor":
+        return next(makers)(part.context)
+    if part.kind == VALUE:
+        return part.context
+    inner = [put_together(below, makers, here) for below in part.parts]
+    return KINDS[part.kind].put_together(inner, part.context, here)
+
+
+# Gives a plain tensor with the context that it is asked for.
+Maker = Callable[[Any], torch.Tensor]
+
+
+def plain(tensor: torch.Tensor, context: Any) -> torch.Tensor:
+    """A plain tensor that holds the memory of ``tensor``, with the context of a part."""
+    if context is None:
+        return tensor
+    is_parameter, requires_grad = context
+    if is_parameter:
+        return torch.nn.Parameter(tensor, requires_grad=requires_grad)
+    return tensor.requires_grad_(requires_grad)
+
+
+def refresh(part: Part, makers: Iterator[Maker], mine: Any, here: Surroundings) -> Any:
+    """The template's leaf, whose plain tensors hold the new bytes already, or a new one that owns them."""
+    if part.kind == "tensor" or (not KINDS[part.kind].looks_at_bytes and take_apart(mine)[0] == part):
+        return mine
+    inner = [put_together(below, makers, here) for below in part.parts]
+    return KINDS[part.kind].refresh(mine, inner, part.context, here)

@@ -1,0 +1,171 @@
+"""Tells how a transfer ended: a line in the log, an event for the caller's callback, spans and metrics.
+
+An *event* is a dict of plain values. Its names are public: fields may be added, none changes its meaning or unit.
+Sizes are in bytes (``nbytes_…``), durations in seconds (``seconds…``), counts begin with ``num_``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from ft_transport._telemetry import otel
+from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport, shortened
+
+__all__ = ["PROGRESS", "TRANSFER", "EventCallback", "RedactSecrets", "log_event", "tell", "transfer_event"]
+
+logger = logging.getLogger("ft_transport")
+
+Event = dict[str, Any]
+EventCallback = Callable[[Event], None]
+
+# What is in an event under "event".
+TRANSFER = "ft_transport.transfer"
+PROGRESS = "ft_transport.progress"
+
+
+def transfer_event(report: TransferReport) -> Event:
+    """A finished transfer as an event.
+
+    ``outcome`` is ``"complete"``, or that of the first peer for which it is another one (see ``PeerReport``), or
+    ``"failed"``; ``phase`` is where that was, ``error_type`` the class of what the call raised. A phase that was not
+    reached has 0 seconds, and a source's are those of its slowest destination. ``docs/operations.md`` has the table of
+    all fields.
+    """
+    worst = _worst(report)
+    error_type, _, _ = report.error.partition(":")
+    num_complete = sum(peer.outcome == "complete" for peer in report.peers)
+    return {
+        "event": TRANSFER,
+        "role": report.role,
+        "transport": report.transport,
+        "step": report.step,
+        "outcome": _outcome(report, worst),
+        "phase": worst.phase if worst is not None else "",
+        "reason": shortened(worst.reason) if worst is not None else "",
+        "error": shortened(report.error),
+        "error_type": error_type,
+        "torn": report.torn,
+        "seconds": report.total_seconds,
+        **{f"seconds_{phase}": report.seconds.get(phase, 0.0) for phase in PHASES},
+        "gigabytes_per_second": report.gigabytes_per_second,
+        "nbytes_total": report.nbytes_total,
+        "nbytes_moved": sum(peer.nbytes for peer in report.peers),
+        "nbytes_wire": report.nbytes_wire,
+        "nbytes_in_place": report.nbytes_in_place,
+        "nbytes_fresh": report.nbytes_fresh,
+        "nbytes_staged": report.nbytes_staged,
+        "nbytes_kept": report.nbytes_kept,
+        "in_place_share": report.in_place_share,
+        "num_leaves": report.num_leaves,
+        "num_messages": report.num_messages,
+        "num_repaired": report.num_repaired,
+        "num_missing": len(report.missing),
+        "num_unused": len(report.unused),
+        "num_not_in_place": len(report.not_in_place),
+        "num_mismatched": len(report.mismatched),
+        "num_peers": len(report.peers),
+        "num_peers_complete": num_complete,
+        "peers": [_peer(peer) for peer in report.peers],
+    }
+
+
+def _worst(report: TransferReport) -> PeerReport | None:
+    return next((peer for peer in report.peers if peer.outcome != "complete"), None)
+
+
+def _outcome(report: TransferReport, worst: PeerReport | None) -> str:
+    if report.complete:
+        return "complete"
+    return worst.outcome if worst is not None and worst.outcome != "pending" else "failed"
+
+
+def _peer(peer: PeerReport) -> Event:
+    return {
+        "rank": peer.rank,
+        "name": peer.name,
+        "address": peer.address,
+        "outcome": peer.outcome,
+        "phase": peer.phase,
+        "reason": shortened(peer.reason),
+        "nbytes": peer.nbytes,
+        "nbytes_wire": peer.nbytes_wire,
+        **{f"seconds_{phase}": peer.seconds.get(phase, 0.0) for phase in PHASES},
+    }
+
+
+def tell(report: TransferReport, on_event: EventCallback | None) -> None:
+    """Tell everybody who listens how a transfer ended. What a listener raises is logged; never raises.
+
+    Args:
+        report: Of a transfer that is over.
+        on_event: The caller's callback.
+    """
+    event = transfer_event(report)
+    complete = event["outcome"] == "complete"
+    log_event(logging.INFO if complete else logging.WARNING, report.summary(), event)
+    if on_event is not None:
+        _guarded("the event callback raised; the transfer is not affected", on_event, event)
+    _guarded("OpenTelemetry could not be told; the transfer is not affected", otel.record, report, event)
+
+
+def log_event(level: int, text: str, event: Event) -> None:
+    """Log a line, with the event as the record's ``ft_transport``, where formatters for JSON find it. Never raises."""
+    try:
+        logger.log(level, "%s", text, extra={"ft_transport": event})
+    except Exception:
+        pass  # a filter or handler of the user's; there is nowhere left to say so
+
+
+def _guarded(text: str, call: Callable[..., None], *args: object) -> None:
+    try:
+        call(*args)
+    except Exception:
+        try:
+            logger.exception(text)
+        except Exception:
+            pass  # as in log_event
+
+
+class RedactSecrets(logging.Filter):
+    """Puts ``<secret>`` in the place of the secret in each ``metadata()`` of a ``LaneTransport`` that is logged.
+
+    torchft logs the source's metadata on the replica that heals. Add this to each *handler* that should not have it: a
+    filter on a logger does not see what comes from the loggers below it. ::
+
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(ft_transport.RedactSecrets())
+
+    Every record passes, those without a secret unchanged. Looked at are the message with its arguments, the traceback,
+    and all fields of the record that are text. Never raises. Any thread may call.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Redact a record, in place; always true."""
+        try:
+            _redact(record)
+        except Exception:
+            pass  # a message that does not take its arguments, which the handler itself tells of
+        return True
+
+
+def _redact(record: logging.LogRecord) -> None:
+    for name, value in list(record.__dict__.items()):
+        if isinstance(value, str) and _METADATA.search(value):
+            setattr(record, name, _METADATA.sub(_REDACTED, value))
+    if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
+        text = logging.Formatter().formatException(record.exc_info)
+        if _METADATA.search(text):
+            record.exc_text = _METADATA.sub(_REDACTED, text)  # formatters take it as it is
+            record.exc_info = None
+    if record.args:
+        message = record.getMessage()
+        if _METADATA.search(message):
+            record.msg, record.args = _METADATA.sub(_REDACTED, message), None
+
+
+# As ``_net.handshake`` writes it, with whatever has been put around it, and any version.
+_METADATA = re.compile(r"(ft-lanes(?:\+tls)?://[^\s/]{1,4000}/\d{1,4}/)[0-9a-fA-F]+")
+_REDACTED = r"\1<secret>"

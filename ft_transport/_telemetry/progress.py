@@ -1,0 +1,178 @@
+"""A line every few seconds on how far a transfer has come: a long one is watched by people.
+
+Strategy: the report is filled in while bytes move, so it is enough to look at it now and then, from whatever thread
+wakes up anyway. A transfer that stalls wakes up nobody who moves bytes, which is when the line is wanted most: where
+all wait in one call each, a thread for that alone looks; a source over lanes is in no call: its listener looks whether
+a line is due, and leaves the writing to another thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+from ft_transport._deadline import Deadline
+from ft_transport._telemetry.events import PROGRESS, log_event
+from ft_transport._telemetry.report import PeerReport, Progress, ProgressCallback, TransferReport
+from ft_transport._threads import Crew
+
+__all__ = ["INTERVAL", "Watch", "meanwhile", "progress_bar", "watching"]
+
+# Between two lines about the same peer. Most transfers are over by then and have none.
+INTERVAL = timedelta(seconds=5)
+
+
+class _Seen:
+    """What was seen of one peer when its newest line was written."""
+
+    def __init__(self, peer: PeerReport, now: float) -> None:
+        self.peer = peer
+        self.nbytes = 0
+        self.at = now
+        self.moved_at = now
+
+
+class Watch:
+    """Follows one transfer.
+
+    Args:
+        report: Of the transfer; others fill it in.
+        deadline: Of the whole call.
+    """
+
+    def __init__(self, report: TransferReport, deadline: Deadline) -> None:
+        self._report = report
+        self._deadline = deadline
+        self._begin = deadline.elapsed()
+        self._next = self._begin + INTERVAL.total_seconds()
+        self._seen: dict[int, _Seen] = {}
+
+    @property
+    def is_due(self) -> bool:
+        """Whether :meth:`tick` would write any. Any thread."""
+        return self._deadline.elapsed() >= self._next
+
+    def tick(self) -> None:
+        """Write the lines that are due. Never raises; one thread at a time."""
+        now = self._deadline.elapsed()
+        if now < self._next:
+            return
+        self._next = now + INTERVAL.total_seconds()
+        for peer in list(self._report.peers):
+            if peer.outcome == "pending":
+                # The peer is kept, so its id is not given to another one meanwhile.
+                seen = self._seen.setdefault(id(peer), _Seen(peer, self._begin))
+                level, text, event = self._look(peer, seen, now)
+                log_event(level, text, event)
+
+    def _look(self, peer: PeerReport, seen: _Seen, now: float) -> tuple[int, str, dict[str, Any]]:
+        report = self._report
+        total, done = report.nbytes_total, peer.nbytes + report.nbytes_kept
+        speed = (done - seen.nbytes) / (now - seen.at) if now > seen.at else 0.0
+        if done != seen.nbytes:
+            seen.moved_at = now
+        stalled = now - seen.moved_at
+        seen.nbytes, seen.at = done, now
+        left = (total - done) / speed if speed else None
+        where = "to" if report.role == "source" else "from"
+        step = "" if report.step is None else f"step {report.step} "
+        says = self._says(peer.phase, done, stalled, speed, left)
+        event = {
+            "event": PROGRESS,
+            "role": report.role,
+            "transport": report.transport,
+            "step": report.step,
+            "phase": peer.phase,
+            "peer_rank": peer.rank,
+            "peer_name": peer.name,
+            "peer_address": peer.address,
+            "nbytes_done": done,
+            "nbytes_total": total,
+            "gigabytes_per_second": speed / 1e9,
+            "seconds": now,
+            "seconds_left": left,
+            "seconds_stalled": stalled,
+            "seconds_to_deadline": self._deadline.remaining().total_seconds(),
+        }
+        is_stalled = bool(stalled) and done < total and peer.phase == "move"
+        return logging.WARNING if is_stalled else logging.INFO, f"{step}{where} {peer.label}: {says}", event
+
+    def _says(self, phase: str, done: int, stalled: float, speed: float, left: float | None) -> str:
+        total = self._report.nbytes_total
+        rest = self._deadline.remaining().total_seconds()
+        if left is not None and done < total:
+            return f"{_of(done, total)}, {speed / 1e9:.2f} GB/s, {left:.0f} s left"
+        if phase == "move" and done < total:
+            return f"{_of(done, total)}, nothing has moved for {stalled:.0f} s, {rest:.0f} s to the deadline"
+        return f"{_of(done, total)}, in phase {phase} for {stalled:.0f} s, {rest:.0f} s to the deadline"
+
+
+def _of(done: int, total: int) -> str:
+    unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
+    return f"{done / unit:.1f} of {total / unit:.1f} {name}"
+
+
+@contextmanager
+def meanwhile(call: Callable[[], bool | None], interval: timedelta, name: str) -> Iterator[None]:
+    """Call something every so often while the block runs, from a thread that has ended when this does.
+
+    Until it gives True; and where no thread is to be had, never.
+    """
+    changed, over, crew = threading.Condition(), False, Crew()
+
+    def run() -> None:
+        with changed:
+            while not changed.wait_for(lambda: over, interval.total_seconds()):
+                if call():
+                    return
+
+    try:
+        with suppress(RuntimeError):
+            crew.start(name, run)
+        yield
+    finally:
+        over = True
+        with changed:
+            changed.notify_all()
+        crew.join()
+
+
+def watching(report: TransferReport, deadline: Deadline) -> AbstractContextManager[None]:
+    """Follow a transfer from a thread of its own, which has ended when this does."""
+    return meanwhile(Watch(report, deadline).tick, INTERVAL / 4, "progress")
+
+
+def progress_bar(**options: Any) -> ProgressCallback:
+    """A callback for ``progress=`` that draws a bar for each peer with tqdm, which must be installed.
+
+    Args:
+        options: For each ``tqdm.tqdm``, beside what is set here.
+
+    Raises:
+        ImportError: tqdm is not installed: ``pip install ft_transport[progress]``.
+    """
+    from tqdm import tqdm
+
+    bars: dict[tuple[str, int | None, int], Any] = {}
+    lock = threading.Lock()
+
+    def show(now: Progress) -> None:
+        key = now.role, now.step, now.peer_rank
+        where = "to" if now.role == "source" else "from"
+        step = "" if now.step is None else f"step {now.step} "
+        with lock:
+            bar = bars.get(key)
+            if bar is None or bar.total != now.nbytes_total or bar.n > now.nbytes_done:
+                if bar is not None:
+                    bar.close()
+                how = {"unit": "B", "unit_scale": True, "desc": f"{step}{where} rank {now.peer_rank}", **options}
+                bar = bars[key] = tqdm(total=now.nbytes_total, **how)
+            bar.update(now.nbytes_done - bar.n)
+            if now.nbytes_done >= now.nbytes_total:
+                bars.pop(key).close()
+
+    return show

@@ -1,0 +1,288 @@
+"""The torchft transport over a group.
+
+torchft's Manager calls a transport from its quorum thread: ``send_checkpoint`` on a healthy replica,
+``recv_checkpoint`` on a recovering one. What they raise fails the step on that replica and makes the next quorum
+configure every group anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torchft.checkpointing.transport import CheckpointTransport
+from torchft.process_group import ProcessGroup, ProcessGroupBaby
+
+from ft_transport._deadline import Deadline
+from ft_transport._group.channel import Channel, GroupChannel
+from ft_transport._group.destination import receive
+from ft_transport._group.fan_out import Options, for_each
+from ft_transport._group.source import LAST_WORDS, Outbound, serve, tell_failure
+from ft_transport._plan.destination import mark_changed
+from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.torn import Guard
+from ft_transport._telemetry.events import EventCallback
+from ft_transport._telemetry.progress import watching
+from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
+from ft_transport._transport import Asked, Call
+from ft_transport.errors import (
+    LocalProtocolError,
+    PeerFailure,
+    RemoteProtocolError,
+    TransferTimeout,
+    reason_of,
+)
+
+__all__ = ["PGTransport"]
+
+T = TypeVar("T")
+
+
+class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
+    """Moves a healthy replica's state to recovering ones over the process group that the Manager has.
+
+    A drop-in for ``torchft.checkpointing.pg_transport.PGTransport``.
+
+    Args:
+        pg: The process group, configured by the Manager before each transfer.
+        timeout: Upper bound of each transfer as a whole; the shorter of this and the Manager's own counts. Keep it
+            below the Manager's time-out, so that a failed heal ends before the other replicas' collectives do.
+        device: Where messages live: what the process group can send (CPU for Gloo, an accelerator for NCCL).
+        state_dict: Gives the template, whose tensors receive the state in place. Pass the function that the
+            Manager gets as ``state_dict``, or one that returns a dict of them by registered key; ``"manager"`` gives
+            all that is registered with the Manager that calls, keys that are added later (DiLoCo's fragments) among it.
+        verify: Compare digests of the messages that this side sends as the source: True of every byte, False none.
+            None: of every byte where this process has at least four cores, else of every byte of messages below 2 MiB
+            and of one block in 32 of larger ones, because there the digests would take time from the transfer.
+        strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
+            not fit it.
+        progress: Called while bytes move, from the thread that moves them.
+        shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
+            nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
+            the optimizer may step.
+        on_event: Called with a dict when a transfer is over, from the thread that called; see ``docs/operations.md``.
+            What it raises is logged.
+        on_mismatch: What becomes of a leaf whose shape, dtype or kind is not the template's. ``"fresh"``: it is new,
+            the template's own is left alone, and ``load_state_dict`` judges. ``"refuse"``: the state is refused. Or a
+            function of the path, what was expected and what the source has, which returns one of these. A state none of
+            whose tensors fits is refused in any case.
+
+    Threading: one call at a time; torchft uses its quorum thread.
+    """
+
+    def __init__(
+        self,
+        pg: ProcessGroup,
+        timeout: timedelta,
+        device: torch.device,
+        state_dict: Callable[[], object] | Literal["manager"] | None = None,
+        *,
+        verify: bool | None = None,
+        strict: bool = False,
+        progress: ProgressCallback | None = None,
+        shadow: bool = False,
+        on_event: EventCallback | None = None,
+        on_mismatch: OnMismatch = "fresh",
+    ) -> None:
+        if timeout <= timedelta(0):
+            raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
+        if isinstance(state_dict, str) and state_dict != "manager":
+            raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
+        if strict and state_dict is None:
+            raise ValueError("strict: expected False without state_dict, which gives the template")
+        if on_mismatch not in ("fresh", "refuse") and not callable(on_mismatch):
+            raise ValueError(f"on_mismatch: expected 'fresh', 'refuse' or a function, got {on_mismatch!r}")
+        self._pg = pg
+        self._timeout = timeout
+        self._state_dict = state_dict
+        self._options = Options(
+            torch.device(device),
+            verify=verify,
+            strict=strict,
+            progress=progress,
+            shadow=shadow,
+            on_event=on_event,
+            on_mismatch=on_mismatch,
+            shared=isinstance(pg, ProcessGroupBaby) and torch.device(device).type == "cpu",
+            copies=Copies(),
+        )
+        self._busy = threading.Lock()
+        self._guard = Guard()
+        self._last_report: TransferReport | None = None
+        self._changed: list[torch.Tensor] = []
+        self._captured: list[object] = []
+        self._manager: weakref.ref[Any] | None = None
+        self._from_manager = False
+        self._rewrite: Rewrite | None = None
+        self._beside: set[str] = set()  # paths that forward has written to while they landed
+
+    @property
+    def last_report(self) -> TransferReport | None:
+        """The report of the newest transfer, None before the first. Complete once that call is over."""
+        return self._last_report
+
+    def metadata(self) -> str:
+        """What the Manager hands to the recovering side. The group is all that is needed, so: nothing.
+
+        torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
+        """
+        self._begin_quorum()
+        return "<n/a>"
+
+    def disallow_checkpoint(self) -> None:
+        """Make what was received the source's again where forward has written meanwhile (``docs/faults.md`` says what
+        holds), and tell autograd about the tensors that the receive has written to.
+
+        Not earlier: under async quorum the state lands between forward and backward, and backward, whose gradients
+        torchft discards, would raise. A graph that lives on after this call errs if it is used.
+
+        Nothing is waited for: :meth:`send_checkpoint` returns when the state is no longer read.
+
+        Raises:
+            TornStateError: The replica is torn, and no receive was tried since the newest :meth:`metadata`, or one that
+                the Manager takes for complete: its optimizer must not step. Raised again each time, until it is healed.
+            RemoteProtocolError: The newest receive was refused, because the template cannot take the state: the next
+                one would be too, and each fails the step of the healthy replicas. So with the third refusal in a row
+                for another reason of this side's. Raised again until the next quorum.
+        """
+        self._settle()
+        changed, self._changed = self._changed, []
+        mark_changed(changed)
+        self._guard.check_step()
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Nothing to stop: no thread outlives a call. The group is the Manager's."""
+
+    def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
+        """Send ``state_dict`` to all ``dst_ranks`` at once, and wait until each has answered or failed.
+
+        A destination counts as served when it has answered that everything arrived and agrees. One that dies,
+        refuses or fails costs the others nothing and raises nothing here: ``last_report`` and the log say what
+        became of each.
+
+        Args:
+            dst_ranks: Replica ranks in the configured process group, without this replica's own. Empty: nothing moves.
+            step: Step of the state.
+            state_dict: The state; must not change until this returns. An optimizer of another thread that is about to
+                step on it waits until then.
+            timeout: Upper bound of the whole call.
+
+        Raises:
+            LocalProtocolError: A rank is not in the group; nobody was told. Or: a leaf cannot travel; nothing was sent,
+                and the destinations have been told. Or: the state has changed while it was sent (in-place operations
+                of torch on its large tensors are seen), and destinations that were not done have been told.
+            TransferTimeout: The deadline passed for at least one destination. What the others got is theirs, but
+                the group must be configured anew.
+            PeerFailure: The group was unusable from the start.
+            TornStateError: This replica is torn. Nothing was sent, and the destinations have been told.
+
+        After an error: nothing reads the state any more.
+        Threading: torchft's quorum thread; one call at a time.
+        """
+        report = TransferReport("source", type(self).__name__, step)
+        with Call(self, report):
+            _check_ranks(self._pg, dst_ranks)
+            report.peers = [PeerReport(rank) for rank in dst_ranks]
+            deadline = Deadline(min(timeout, self._timeout))
+            with watching(report, deadline):
+                self._send(report, state_dict, deadline)
+
+    def _send(self, report: TransferReport, state_dict: object, deadline: Deadline) -> None:
+        # A Baby group answers on one pipe: calls from several threads would read each other's answers.
+        lock = threading.Lock() if isinstance(self._pg, ProcessGroupBaby) else None
+        device = self._options.device
+        channels = [self._channel(peer.rank, lock) for peer in report.peers]
+        try:
+            self._guard.check_source()
+            with report.phase("describe"):
+                outbound = Outbound(
+                    state_dict, report.step, self._options, report, lambda reading: reading.await_release(deadline)
+                )
+        except BaseException as exc:
+            reason = reason_of(exc)
+            if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
+                deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
+            for peer in report.peers:
+                peer.outcome, peer.reason = "failed", reason
+            for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
+            raise
+        try:
+            errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+        finally:
+            outbound.versions.release()
+        _raise_own(channels, errors)
+
+    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+        """Receive the state dict of ``step`` from replica ``src_rank``.
+
+        Tensors land in the template given to the constructor where shape, dtype and layout agree with the
+        sender's; other leaves are new. The result aliases the template.
+
+        Args:
+            src_rank: Replica rank of the source in the configured process group.
+            metadata: What the source's ``metadata()`` returned.
+            step: Step that both sides must agree on.
+            timeout: Upper bound of the whole call.
+
+        Returns:
+            State dict with the sender's nesting.
+
+        Raises:
+            TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.
+            PeerFailure: The source is gone, or gave up and said why.
+            RemoteProtocolError: The source sent another step, a state that does not fit the template (every path
+                is listed; the template is untouched), or bytes that do not agree with their digests.
+            LocalProtocolError: ``src_rank`` is not in the group, or this side has no room.
+
+        After an error: nothing writes to the template any more. If ``error.torn``, it holds a mix of two states,
+            and this replica cannot serve or commit until it has healed. The group must be configured anew.
+        Threading: torchft's quorum thread; one call at a time.
+        """
+        report = TransferReport("destination", type(self).__name__, step)
+        with Call(self, report), self._guard.receiving(report) as attempt:
+            self._rewrite = None
+            beside = self._beside if self._trains_meanwhile() else None
+            _check_ranks(self._pg, [src_rank])
+            report.peers = [PeerReport(src_rank)]
+            deadline = Deadline(min(timeout, self._timeout))
+            channel = self._channel(src_rank)
+            with watching(report, deadline):
+                received = receive(
+                    channel, step, self._template(), self._options, deadline, report, attempt=attempt, beside=beside
+                )
+            self._changed = received.written
+            self._keep(received.rewrite)
+            return cast(T, received.state)
+
+    def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
+        return GroupChannel(self._pg, rank, self._options.device, lock)
+
+
+def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
+    size = pg.size()
+    # torchft's wrappers know their rank only since they were configured; rank() of their base class is always 0.
+    own = getattr(pg, "_rank", None)
+    for rank in ranks:
+        if not 0 <= rank < size:
+            raise LocalProtocolError(f"rank {rank}: expected 0 to {size - 1}, the ranks of the group", peer_rank=rank)
+        if rank == own:
+            raise LocalProtocolError(f"rank {rank}: expected another rank than this replica's own", peer_rank=rank)
+    if len(set(ranks)) != len(ranks):
+        raise LocalProtocolError(f"ranks {ranks}: expected each once")
+
+
+def _raise_own(channels: list[Channel], errors: list[BaseException | None]) -> None:
+    """Raise what is this side's own trouble; a destination's is in its report."""
+    own = [error for error in errors if error is not None and not isinstance(error, _PEERS)]
+    broken = [error for channel, error in zip(channels, errors, strict=True) if channel.broken and error is not None]
+    broken.sort(key=lambda error: not isinstance(error, TransferTimeout))
+    for error in own + broken:
+        raise error
+
+
+# Errors that are a destination's trouble, unless the group broke with them.
+_PEERS = (TransferTimeout, PeerFailure, RemoteProtocolError)

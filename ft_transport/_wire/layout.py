@@ -1,0 +1,168 @@
+"""Which byte ranges travel in which message. No bytes here; both sides derive the same from the manifest.
+
+Strategy: a range is the bytes of a storage that overlapping views refer to. A large range travels by itself,
+cut into messages; many small ones are packed into buckets, because a message costs as much as some 256 KiB.
+Messages are grouped into *flights*: what is under way before the receiver is heard of again.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ft_transport._state.geometry import merge
+from ft_transport._state.manifest import Manifest, View, made, range_index
+
+__all__ = ["SMALL_BYTES", "Gaps", "Layout", "Limits", "Piece", "lay_out"]
+
+# Bounds what a side copies of the small messages that forward may change (see ``docs/design.md``): one bucket.
+SMALL_BYTES = 64 << 20
+
+
+class Limits(NamedTuple):
+    """Sizes in bytes that both sides must agree on; the source chooses and the manifest carries them.
+
+    Attributes:
+        message_bytes: Upper bound of a message. Over loopback Gloo is fastest with 2 to 8 MiB.
+        flight_bytes: Upper bound of a flight and of a bucket. A thread that posts or waits competes with Gloo's own for
+            the pair's lock, so fewer and larger flights cost less.
+        pack_below: Ranges smaller than this are packed into buckets: a message costs gloo about 60 us on
+            each side, in which memory is copied at some 4 GB/s.
+        pack_from: Number of small ranges from which packing starts; fewer travel one by one.
+        window: Flights that are under way at once: enough that neither side ever waits for the other's Python, nor,
+            to post the next one, for the thread that reads or writes. Those that are staged are bounded by the buckets.
+    """
+
+    message_bytes: int = 4 << 20
+    flight_bytes: int = 64 << 20
+    pack_below: int = 256 << 10
+    pack_from: int = 16
+    window: int = 32
+
+
+class Piece(NamedTuple):
+    """Half-open byte range of one storage."""
+
+    storage: int
+    begin: int
+    end: int
+
+
+class Gaps(NamedTuple):
+    """A range with gaps: its real end in the storage, and the places of its elements of ``unit`` bytes that travel."""
+
+    end: int
+    places: torch.Tensor
+    unit: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a state travels.
+
+    Attributes:
+        ranges: The distinct byte ranges of the state, by storage and begin.
+        messages: The pieces in each message, in order.
+        sizes: Bytes of each message.
+        flights: Consecutive messages that are under way together.
+        nbytes: Payload bytes of all messages.
+        stage_below: Messages smaller than this are staged on both sides, packed or not.
+        gaps: For each range whose views leave gaps that do not travel, by its index: where they are. Such a range
+            counts only the bytes that travel, from its begin on.
+    """
+
+    ranges: list[Piece]
+    messages: list[tuple[Piece, ...]]
+    sizes: list[int]
+    flights: list[range]
+    nbytes: int
+    stage_below: int
+    gaps: dict[int, Gaps]
+
+    def is_small(self, message: int) -> bool:
+        """Whether a message is staged on both sides, because forward may change small tensors meanwhile."""
+        return len(self.messages[message]) > 1 or self.sizes[message] < self.stage_below
+
+    def range_of(self, storage: int, begin: int) -> int:
+        """Index of the range that holds byte ``begin`` of ``storage``."""
+        return bisect_right(self.ranges, (storage, begin, math.inf)) - 1
+
+
+def lay_out(manifest: Manifest, limits: Limits) -> Layout:
+    """Derive from a manifest what travels in which message."""
+    ranges, gaps = _ranges(manifest)
+    small = [piece for piece in ranges if piece[2] - piece[1] < limits.pack_below]
+    pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
+    # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
+    step = limits.message_bytes - limits.message_bytes % 64
+    messages: list[tuple[Piece, ...]] = []
+    for piece in ranges:
+        storage, begin, last = piece
+        if last - begin >= pack_below:
+            while begin < last:
+                end = min(begin - begin % 64 + step, last)
+                messages.append((Piece(storage, begin, end),))
+                begin = end
+    messages.extend(_buckets(small if pack_below else [], limits.message_bytes))
+    sizes = [sum([end - begin for _, begin, end in message]) for message in messages]
+    flights = _flights(sizes, limits.flight_bytes)
+    return Layout(ranges, messages, sizes, flights, sum(sizes), limits.pack_below, gaps)
+
+
+def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps]]:
+    views: list[list[View]] = [[] for _ in manifest.storages]
+    for leaf in manifest.leaves:
+        for view in leaf[1]:
+            if view[0] >= 0:
+                views[view[0]].append(view)
+    ranges: list[tuple[int, int, int]] = []
+    gaps: dict[int, Gaps] = {}
+    for storage, found in enumerate(views):
+        if len(found) == 1 and found[0][1].dense:
+            ((_, shape, offset),) = found
+            begin = offset * shape.itemsize
+            ranges.append((storage, begin, begin + shape.span))
+            continue
+        found.sort(key=lambda view: view.begin)
+        for begin, end in merge((view.begin, view.end) for view in found):
+            inside = found[bisect_left(found, begin, key=_begin) : bisect_left(found, end, key=_begin)]
+            index = range_index(inside, begin, end)
+            if index is not None:
+                gaps[len(ranges)] = Gaps(end, *index)
+                end = begin + index[0].numel() * index[1]
+            ranges.append((storage, begin, end))
+    return made(Piece, ranges), gaps
+
+
+def _begin(view: View) -> int:
+    return view.begin
+
+
+def _buckets(pieces: Sequence[Piece], limit: int) -> list[tuple[Piece, ...]]:
+    buckets: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        nbytes = piece[2] - piece[1]
+        if nbytes > room:
+            buckets.append([])
+            room = limit
+        buckets[-1].append(piece)
+        room -= nbytes
+    return [tuple(bucket) for bucket in buckets]
+
+
+def _flights(sizes: Sequence[int], limit: int) -> list[range]:
+    flights: list[range] = []
+    room = 0
+    for message, nbytes in enumerate(sizes):
+        if nbytes > room or not flights:
+            flights.append(range(message, message))
+            room = limit
+        flights[-1] = range(flights[-1].start, message + 1)
+        room -= nbytes
+    return flights

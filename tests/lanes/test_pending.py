@@ -1,0 +1,91 @@
+"""Which messages are still to be fetched."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+from ft_transport._lanes.pending import Work
+
+
+def never() -> bool:
+    return False
+
+
+def in_thread(call: Callable[[], object]) -> Callable[[], object]:
+    """Begin a call that blocks; what is returned ends it and gives its result."""
+    results: list[object] = []
+    thread = threading.Thread(target=lambda: results.append(call()), daemon=True)
+    thread.start()
+
+    def end() -> object:
+        thread.join(10)
+        return results[0]
+
+    return end
+
+
+def test_messages_are_taken_in_order_and_once() -> None:
+    work = Work(3)
+    assert [work.take(never, block=False) for _ in range(4)] == [0, 1, 2, None]
+
+
+def test_what_was_given_back_is_taken_first() -> None:
+    work = Work(4)
+    taken = [work.take(never, block=False) for _ in range(3)]
+    work.give_back([message for message in taken if message is not None])
+    assert [work.take(never, block=False) for _ in range(4)] == [0, 1, 2, 3]
+
+
+def test_a_lane_waits_for_what_others_may_give_back() -> None:
+    work = Work(1)
+    assert work.take(never, block=False) == 0
+    end = in_thread(lambda: work.take(never, block=True))
+    work.give_back([0])
+    assert end() == 0
+
+
+def test_waiting_ends_when_everything_is_here() -> None:
+    work = Work(1)
+    work.take(never, block=False)
+    end = in_thread(lambda: work.take(never, block=True))
+    work.landed(0, 5)
+    assert end() is None
+    assert work.complete
+
+
+def test_waiting_ends_when_it_is_stopped() -> None:
+    work, stopped = Work(1), threading.Event()
+    work.take(never, block=False)
+    end = in_thread(lambda: work.take(stopped.is_set, block=True))
+    stopped.set()
+    work.wake()
+    assert end() is None
+
+
+def test_damage_is_counted_until_another_supplies() -> None:
+    work = Work(2)
+    work.take(never, block=False)
+    assert not work.was_damaged(0)
+    assert work.damaged(0) == 1
+    assert work.take(never, block=False) == 0
+    assert work.damaged(0) == 2
+    assert work.was_damaged(0)
+    work.forgive()
+    assert not work.was_damaged(0)
+
+
+def test_the_next_in_the_chain_waits_for_a_message() -> None:
+    work = Work(2)
+    assert not work.await_message(1, timedelta(0))
+    end = in_thread(lambda: work.await_message(1, timedelta(seconds=10)))
+    work.landed(1, 9)
+    assert end()
+    assert work.digests == {1: 9}
+
+
+def test_a_state_without_messages_is_complete() -> None:
+    work = Work(0)
+    assert work.complete
+    assert work.take(never, block=True) is None

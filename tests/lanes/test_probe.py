@@ -1,0 +1,126 @@
+"""When a destination in a chain tries the source, and what it makes of what it has seen."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from ft_transport._deadline import Deadline
+from ft_transport._lanes.probe import Trial
+from ft_transport._lanes.source import _AHEAD_BYTES, _Guest, _is_to_blame
+from ft_transport._telemetry.report import PeerReport
+
+SOON, LATER = timedelta(milliseconds=20), timedelta(seconds=60)
+PAST = Deadline(timedelta(0))
+
+
+class Lanes:
+    """What a trial sees of a ``Fetcher``."""
+
+    def __init__(self, nbytes: int = 0, *, alive: bool = False) -> None:
+        self.nbytes, self.alive, self.nbytes_wire, self.closed = nbytes, alive, 100, 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def trial(lanes: Lanes, source: Lanes, interval: timedelta = SOON) -> tuple[Trial, list[Lanes]]:
+    begun: list[Any] = []
+
+    def begin() -> Any:
+        begun.append(source)
+        return source
+
+    return Trial(lanes, begin, interval), begun  # type: ignore[arg-type]
+
+
+def wait(interval: timedelta) -> None:
+    threading.Event().wait(1.5 * interval.total_seconds())
+
+
+def test_the_destination_before_is_left_alone_first() -> None:
+    found, begun = trial(Lanes(), Lanes(), LATER)
+    assert not found.look()
+    assert begun == []
+
+
+@pytest.mark.parametrize(("before", "source", "much_quicker"), [(0, 10**9, True), (10**9, 1, False), (0, 0, False)])
+def test_speeds_are_compared_once_it_is_over(before: int, source: int, much_quicker: bool) -> None:
+    lanes, tried = Lanes(), Lanes(alive=True)
+    found, begun = trial(lanes, tried)
+    wait(SOON)
+    assert not found.look()
+    assert begun == [tried]
+    assert not found.look(), "it is still under way"
+    lanes.nbytes, tried.nbytes, tried.alive = before, source, False
+    assert found.look() is much_quicker
+    assert tried.closed == 1
+    assert found.nbytes_wire == 100
+
+
+def test_what_had_landed_before_the_last_trial_does_not_count() -> None:
+    lanes, tried = Lanes(10**12), Lanes(1000)
+    found, _ = trial(lanes, tried)
+    wait(SOON)
+    found.look()
+    assert found.look(), "since then nothing has come from the destination before"
+
+
+def test_each_trial_that_changes_nothing_doubles_the_interval() -> None:
+    interval = timedelta(milliseconds=200)
+    found, begun = trial(Lanes(), Lanes(), interval)
+    wait(interval)
+    found.look()
+    assert not found.look()
+    wait(interval)
+    assert not found.look()
+    assert len(begun) == 1
+    wait(interval)
+    found.look()
+    assert len(begun) == 2
+
+
+def test_close_ends_what_is_under_way() -> None:
+    tried = Lanes(alive=True)
+    found, _ = trial(Lanes(), tried)
+    wait(SOON)
+    found.look()
+    found.close()
+    found.close()
+    assert tried.closed == 1
+
+
+def guest(nbytes: int, before: _Guest | None = None, outcome: Any = "pending", settling: Deadline = PAST) -> _Guest:
+    peer = PeerReport(-1, outcome=outcome, nbytes=nbytes)
+    return _Guest(None, peer, None, before=before, settling=settling)  # type: ignore[arg-type]
+
+
+MUCH = 10 * _AHEAD_BYTES
+
+
+@pytest.mark.parametrize(
+    ("slow", "to_blame"),
+    [
+        (guest(1), True),
+        (guest(1, guest(MUCH)), True),
+        (guest(MUCH, guest(MUCH + 1, outcome="complete")), True),
+        (guest(MUCH, guest(MUCH + 1)), False),
+        (guest(1, guest(_AHEAD_BYTES)), False),
+        (guest(1, settling=Deadline(timedelta(days=1))), False),
+        (None, False),
+    ],
+    ids=[
+        "supplied by the source",
+        "its supplier is far ahead",
+        "its supplier has everything",
+        "it waits itself",
+        "on its way",
+        "has just got another supplier",
+        "is gone",
+    ],
+)
+def test_who_is_to_blame(slow: _Guest | None, to_blame: bool) -> None:
+    assert _is_to_blame(slow) is to_blame

@@ -1,0 +1,87 @@
+"""What a destination passes on, and from which memory."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, noise
+
+from ft_transport._deadline import Deadline
+from ft_transport._lanes.dispatcher import Desk
+from ft_transport._lanes.pending import Work
+from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, Frame, Header, encode
+from ft_transport._lanes.relay import Relay
+from ft_transport._net.connection import Connection, Patience
+from ft_transport._net.handshake import Visit
+from ft_transport._net.zero_copy import SPLICE_FROM
+from ft_transport._plan.blocks import Bucket
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.template import compare, match_template
+from ft_transport._state.manifest import describe
+from ft_transport._telemetry.report import TransferReport
+from ft_transport._wire.layout import Limits, lay_out
+
+LARGE = SPLICE_FROM // 4  # elements of four bytes
+
+
+@contextlib.contextmanager
+def passing_on(template: dict[str, Any], *, verified: bool) -> Iterator[tuple[Relay, Desk, Work]]:
+    """A relay of a state that lands in the template, all of which is here."""
+    report = TransferReport("destination", "test", 7)
+    manifest, _ = describe(template)
+    layout = lay_out(manifest, Limits())
+    matched = match_template(manifest, template, report)
+    landing = Landing(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
+    work, desk = Work(len(layout.messages)), Desk()
+    for message in range(len(layout.messages)):
+        work.landed(message, 5)
+    patience = Patience(Deadline(timedelta(seconds=20)), timedelta(seconds=5))
+    relay = Relay(desk, layout, landing, work, patience, verified=verified)
+    yield relay, desk, work
+    relay.close()
+
+
+@pytest.mark.parametrize("verified", [True, False], ids=["verified", "not verified"])
+def test_what_nobody_could_check_is_copied_before_this_side_goes_on(verified: bool) -> None:
+    """What was written and not yet read changes with memory that is spliced, and then there must be a digest."""
+    weight = noise(LARGE, 1)
+    before = weight.clone()
+    with passing_on({"weight": weight}, verified=verified) as (relay, desk, _), contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        theirs = stack.enter_context(socket.create_connection(server.getsockname()))
+        ours = Connection(server.accept()[0], "peer")
+        desk.welcome(ours, Visit(Header(Frame.ATTACH, 1, 7), (relay.ident,)))
+        theirs.sendall(encode(Frame.WANT, 1, 7, 0))
+        nbytes = HEADER_BYTES + SPLICE_FROM + TRAILER.size
+        limit = time.monotonic() + 10
+        while ours.nbytes_wire < nbytes + HEADER_BYTES:  # what was asked counts as well
+            assert time.monotonic() < limit
+            time.sleep(0.001)
+        weight.zero_()
+        got = Connection(theirs.dup(), "relay")
+        stack.callback(got.close)
+        got.read(HEADER_BYTES, Patience(Deadline(timedelta(seconds=10))))
+        data = got.read(SPLICE_FROM, Patience(Deadline(timedelta(seconds=10))))
+    assert data == bytes((weight if verified else before).view(torch.uint8).numpy())
+
+
+def test_small_messages_are_passed_on_as_they_came() -> None:
+    """Training goes on with the memory, and lanes with the bucket that they came in."""
+    template = {f"mean {i}": noise(10, i) for i in range(3)}
+    with passing_on(template, verified=True) as (relay, _, _):
+        came = torch.arange(relay.sizes[0], dtype=torch.uint8)
+        expected = bytes(came.numpy())
+        relay.keep(0, came)
+        came.zero_()
+        for tensor in template.values():
+            tensor.zero_()
+        bucket = Bucket(CPU)
+        bucket.reset(4096)
+        assert bytes(relay.view(0, bucket)) == expected

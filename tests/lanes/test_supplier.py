@@ -1,0 +1,178 @@
+"""How long a supply waits for those who fetch from it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+
+from ft_transport._deadline import Deadline
+from ft_transport._lanes import supplier
+from ft_transport._lanes.protocol import Frame, Header, encode
+from ft_transport._lanes.supplier import Supply
+from ft_transport._net.connection import Connection, Patience
+from ft_transport._plan.blocks import Bucket, Held
+from ft_transport.errors import LocalProtocolError
+
+STALL = 0.6
+
+
+class Empty:
+    """A stock without messages."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.verified = self.steady = self.is_whole_offer = False
+
+    def await_message(self, message: int) -> bool:
+        raise NotImplementedError
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        raise NotImplementedError
+
+    def held(self, message: int) -> Held | None:
+        raise NotImplementedError
+
+    def note_error(self, error: LocalProtocolError) -> None:
+        raise NotImplementedError
+
+    def digest(self, message: int) -> int | None:
+        raise NotImplementedError
+
+    def note_digest(self, message: int, digest: int) -> None:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def lane() -> Iterator[tuple[socket.socket, Supply]]:
+    """A destination's end of a lane, and the supply that serves it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours, _ = server.accept()
+    supply = Supply(Empty(), Patience(Deadline(timedelta(seconds=20)), timedelta(seconds=8)))
+    supply.attach(Connection(ours, "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
+    with theirs:
+        yield theirs, supply
+        supply.close()
+
+
+def test_the_stall_time_out_begins_when_somebody_waits(
+    lane: tuple[socket.socket, Supply], caplog: pytest.LogCaptureFixture
+) -> None:
+    destination, supply = lane
+    time.sleep(STALL + 0.1)
+    leaving = threading.Timer(0.1, destination.close)
+    leaving.start()
+    with caplog.at_level(logging.WARNING, "ft_transport"):
+        supply.drain()
+    leaving.join()
+    assert not caplog.records
+
+
+def test_who_does_not_leave_is_not_waited_for(
+    lane: tuple[socket.socket, Supply], caplog: pytest.LogCaptureFixture
+) -> None:
+    _, supply = lane
+    with caplog.at_level(logging.WARNING, "ft_transport"):
+        supply.drain()
+    assert "has not fetched everything from here, and stands still" in caplog.text
+
+
+@pytest.mark.parametrize("number", [0, 1, (1 << 64) - 1])
+def test_a_message_that_there_is_not_is_not_looked_for(
+    lane: tuple[socket.socket, Supply], caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    """The lane is closed; that is the peer's fault, and no trouble of this side."""
+    destination, _ = lane
+    destination.settimeout(10)
+    with caplog.at_level(logging.WARNING, "ft_transport"):
+        destination.sendall(encode(Frame.WANT, 1, 7, number))
+        assert destination.recv(1) == b""
+    assert not caplog.records
+
+
+def test_how_many_lanes_a_destination_may_open_is_bounded(
+    lane: tuple[socket.socket, Supply], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a thread."""
+    first, supply = lane
+    monkeypatch.setattr(supplier, "MAX_LANES", 2)
+    peers = [first]
+    with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as server:
+        for _ in range(3):
+            peers.append(stack.enter_context(socket.create_connection(server.getsockname())))
+            supply.attach(Connection(server.accept()[0], "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
+        for peer in peers[2:]:
+            peer.settimeout(3)
+            assert peer.recv(1) == b""
+        for peer in peers[:2]:
+            with pytest.raises(BlockingIOError):
+                peer.recv(1, socket.MSG_DONTWAIT)
+
+
+class Large(Empty):
+    """A stock of one message."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__()
+        self.sizes = [nbytes]
+        self._data = bytearray(nbytes)
+
+    def await_message(self, message: int) -> bool:
+        return True
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        return memoryview(self._data)
+
+    def held(self, message: int) -> Held | None:
+        return None
+
+    def digest(self, message: int) -> int | None:
+        return 0
+
+    def note_digest(self, message: int, digest: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["slow", "frozen"])
+def test_who_reads_slowly_is_waited_for_and_who_has_stopped_is_not(
+    frozen: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a message, which no buffer holds, and whatever the stall time-out."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
+        ours = socket.create_connection(server.getsockname())
+        theirs, _ = server.accept()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
+    supply = Supply(Large(2 << 20), Patience(Deadline(timedelta(seconds=60)), timedelta(seconds=8)))
+    supply.attach(Connection(ours, "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
+    theirs.sendall(encode(Frame.WANT, 1, 7, 0))
+    heard = 0
+
+    def read() -> None:
+        nonlocal heard
+        while heard < (1 << 20 if frozen else 2 << 20):
+            heard += len(theirs.recv(64 << 10))
+            if not frozen:
+                time.sleep(0.03)
+        if not frozen:
+            theirs.close()
+
+    reading = threading.Thread(target=read)
+    reading.start()
+    if frozen:
+        reading.join()
+    with theirs:
+        begin = time.monotonic()
+        with caplog.at_level(logging.WARNING, "ft_transport"):
+            supply.drain()
+        assert ("stands still" in caplog.text) is frozen
+        assert time.monotonic() - begin < 30
+        reading.join()
+        supply.close()

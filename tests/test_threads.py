@@ -1,0 +1,99 @@
+"""Threads that are over when the call is, Ctrl-C or not."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from ft_transport._threads import Crew
+
+
+@contextmanager
+def interrupted(*seconds: float) -> Iterator[None]:
+    """Ctrl-C, so many seconds from now, and again so many later."""
+    rest = list(seconds)
+
+    def interrupt(*_: object) -> None:
+        if rest:
+            signal.setitimer(signal.ITIMER_REAL, rest.pop(0))
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, rest.pop(0))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_join_that_is_interrupted_waits_all_the_same() -> None:
+    crew, go_on, over = Crew(), threading.Event(), []
+    for number in range(3):
+        crew.start("test", lambda number: go_on.wait(10) and over.append(number), number)
+    threading.Timer(0.3, go_on.set).start()
+    with interrupted(0.05, 0.05), pytest.raises(KeyboardInterrupt):
+        crew.join()
+    assert sorted(over) == [0, 1, 2]
+    crew.join()
+    assert not any(thread.name == "ft_transport-test" for thread in threading.enumerate())
+
+
+def test_attending_can_be_interrupted() -> None:
+    crew, go_on = Crew(), threading.Event()
+    crew.start("test", go_on.wait, 10)
+    with interrupted(0.05), pytest.raises(KeyboardInterrupt):
+        crew.attend()
+    go_on.set()
+    crew.join()
+
+
+def test_a_thread_that_was_being_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over: list[int] = []
+    start = threading.Thread.start
+
+    def start_and_interrupt(self: threading.Thread) -> None:
+        start(self)
+        raise KeyboardInterrupt
+
+    crew, go_on = Crew(), threading.Event()
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        crew.start("test", lambda: go_on.wait(10) and over.append(1))
+    monkeypatch.undo()
+    threading.Timer(0.1, go_on.set).start()
+    crew.join()
+    assert over == [1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+def test_a_thread_that_never_was_is_not_waited_for(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise error
+
+    crew = Crew()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(type(error)):
+        crew.start("test", lambda: None)
+    monkeypatch.undo()
+    crew.join()
+
+
+def test_one_of_them_waits_for_the_others() -> None:
+    crew, seen, go_on = Crew(), [], threading.Event()
+    crew.start("test", lambda: go_on.wait(10) and seen.append(1))
+    crew.start("test", lambda: crew.join() or seen.append(2))  # type: ignore[func-returns-value]
+    go_on.set()
+    crew.join()
+    assert seen == [1, 2]
+
+
+def test_what_a_thread_raises_does_not_keep_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    crew = Crew()
+    crew.start("test", lambda: 1 / 0)
+    crew.join()
