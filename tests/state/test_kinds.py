@@ -86,6 +86,12 @@ def test_which_kind() -> None:
     assert kind_of(object()) is KINDS["object"]
 
 
+def test_kinds_are_asked_in_the_same_order_whichever_file_is_imported_first() -> None:
+    """The newest that claims a leaf has it: those of torch.distributed before those that would take any subclass."""
+    asked = list(reversed(KINDS))
+    assert max(map(asked.index, ("dtensor", "sharded"))) < min(map(asked.index, ("wrapper", "python tensor", "object")))
+
+
 def test_a_kind_cannot_take_the_name_of_another() -> None:
     class Other(Kind):
         name = "sparse"
