@@ -8,11 +8,12 @@ before: a join that Ctrl-C interrupts takes its thread for ended (CPython 3.11).
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["Crew", "insist"]
+__all__ = ["Crew", "insist", "meanwhile"]
 
 # A thread that was being started when Ctrl-C came runs by then, or never will.
 _BEGINNING = timedelta(seconds=1)
@@ -92,3 +93,28 @@ def insist(end: Callable[[], None]) -> None:
             interrupt = exc
     if interrupt is not None:
         raise interrupt
+
+
+@contextmanager
+def meanwhile(call: Callable[[], bool | None], interval: timedelta, name: str) -> Iterator[None]:
+    """Call something every so often while the block runs, from a thread that has ended when this does.
+
+    Until it gives True; and where no thread is to be had, never.
+    """
+    changed, over, crew = threading.Condition(), False, Crew()
+
+    def run() -> None:
+        with changed:
+            while not changed.wait_for(lambda: over, interval.total_seconds()):
+                if call():
+                    return
+
+    try:
+        with suppress(RuntimeError):
+            crew.start(name, run)
+        yield
+    finally:
+        over = True
+        with changed:
+            changed.notify_all()
+        crew.join()

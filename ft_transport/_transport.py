@@ -10,13 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from ft_transport._lanes.teller import Teller
-from ft_transport._plan.blocks import undisturbed
+from ft_transport._manager import calling_manager, goes_on_training, registered_state
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._plan.torn import Guard
+from ft_transport._process import undisturbed
 from ft_transport._telemetry.events import EventCallback, tell
 from ft_transport._telemetry.report import TransferReport
-from ft_transport._torchft.manager import calling_manager, goes_on_training, registered_state
+from ft_transport._telemetry.teller import Teller
 from ft_transport.errors import LocalProtocolError, TransferError
 from ft_transport.state_digest import StateDigest, state_digest
 

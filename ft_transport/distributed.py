@@ -27,23 +27,28 @@ from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
 from ft_transport._deadline import Deadline
-from ft_transport._group.channel import GroupChannel, Pending
-from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
-from ft_transport._group.fan_out import NUM_BUCKETS
-from ft_transport._group.source import LAST_WORDS, Gatherer
-from ft_transport._plan.blocks import Bucket, aligned, no_collection, storage_as, undisturbed
-from ft_transport._plan.destination import Landing, mark_changed
-from ft_transport._plan.template import compare, match_template
+from ft_transport._group.channel import GroupChannel
+from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
+from ft_transport._group.one_way import description, land_all, note_state, post_and_wait
+from ft_transport._group.source import LAST_WORDS
+from ft_transport._plan.blocks import Blocks, storage_as
+from ft_transport._plan.compare import compare
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.rebuild import mark_changed
+from ft_transport._plan.template import match_template
 from ft_transport._plan.torn import Guard
+from ft_transport._process import no_collection, undisturbed
+from ft_transport._state.classes import imported_class
+from ft_transport._state.describe import describe
 from ft_transport._state.geometry import geometry, geometry_of
 from ft_transport._state.kinds.base import VALUE, Part, Surroundings
-from ft_transport._state.manifest import Blocks, Leaf, Manifest, Storage, View, describe
+from ft_transport._state.manifest import Leaf, Manifest, Storage, View
+from ft_transport._state.pickles import Load
 from ft_transport._state.tree import LEAF, Node, Path, format_path
-from ft_transport._state.values import Load, imported_class
 from ft_transport._telemetry.events import tell
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport._wire.frames import MAX_FRAME_BYTES
-from ft_transport._wire.layout import Layout, Limits, lay_out
+from ft_transport._wire.layout import Limits, lay_out
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, reason_of
 
 __all__ = ["PGTransport"]
@@ -280,10 +285,10 @@ class PGTransport:
                 deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
             self._tell(channels, exc, deadline)
             raise
-        _note(report, manifest, layout)
+        note_state(report, manifest, layout)
         with report.phase("move"):
             try:
-                failed = _post_and_wait(channels, data, layout, blocks, self._device, deadline, report)
+                failed = post_and_wait(channels, data, layout, blocks, self._device, deadline, report)
             except BaseException:
                 for channel in channels:
                     channel.abort()
@@ -298,7 +303,7 @@ class PGTransport:
     def _tell(self, channels: list[GroupChannel], exc: BaseException, deadline: Deadline) -> None:
         """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
         data = pickle.dumps(_Failure(reason_of(exc)))
-        length, body = _description(data, self._device)
+        length, body = description(data, self._device)
         for channel in channels:
             try:
                 for pending in [channel.send(length, CONTROL_TAG), channel.send(body, FRAME_TAG)]:
@@ -369,10 +374,10 @@ class PGTransport:
                 fresh_on_cpu=True,
                 surroundings=_TRUSTING,
             )
-            _note(report, manifest, layout)
+            note_state(report, manifest, layout)
         with report.phase("move"):
             report.torn = landing.in_place
-            _land_all(channel, layout, landing, self._device, deadline)
+            land_all(channel, layout, landing, self._device, deadline)
             report.peers[0].nbytes = layout.nbytes
         with report.phase("rebuild"), no_collection():
             landing.check()
@@ -443,98 +448,3 @@ def _unpickle_object(data: bytes, load: Load) -> object:
 
 # Whoever sends to this transport is trusted with code, so every class is allowed.
 _TRUSTING = Surroundings(find_class=imported_class, unpickle=_unpickle_object)
-
-
-def _note(report: TransferReport, manifest: Manifest, layout: Layout) -> None:
-    report.num_leaves = len(manifest.leaves)
-    report.num_messages = len(layout.messages)
-    report.nbytes_total = layout.nbytes
-
-
-def _description(data: bytes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first two messages: the length of a description, and its bytes."""
-    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
-    return length, torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
-
-
-def _post_and_wait(
-    channels: Sequence[GroupChannel],
-    data: bytes,
-    layout: Layout,
-    blocks: Blocks,
-    device: torch.device,
-    deadline: Deadline,
-    report: TransferReport,
-) -> list[TransferError]:
-    """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
-    gatherer = Gatherer(layout, blocks, device)
-    buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
-    sends: list[list[Pending]] = [[] for _ in channels]
-    failed: dict[int, TransferError] = {}
-
-    def post(tensor: torch.Tensor, tag: int) -> None:
-        for index, channel in enumerate(channels):
-            if index not in failed:
-                try:
-                    sends[index].append(channel.send(tensor, tag))
-                except TransferError as exc:
-                    failed[index] = exc
-
-    def settle() -> None:
-        for index, channel in enumerate(channels):
-            while sends[index] and index not in failed:
-                try:
-                    channel.wait(sends[index].pop(0), deadline)
-                except TransferError as exc:
-                    failed[index] = exc
-
-    length, body = _description(data, device)
-    post(length, CONTROL_TAG)
-    post(body, FRAME_TAG)
-    num_staged = 0
-    for message in range(len(layout.messages)):
-        bucket = buckets[num_staged % NUM_BUCKETS]
-        if gatherer.staged(message):
-            if num_staged and num_staged % NUM_BUCKETS == 0:
-                settle()  # both buckets are full of bytes that have not left
-            bucket.reset(aligned(layout.sizes[message]))
-            num_staged += 1
-            report.nbytes_staged += layout.sizes[message]
-        post(gatherer.gather(message, bucket), FIRST_MESSAGE_TAG + message)
-    settle()
-    blocks.check()
-    for index, peer in enumerate(report.peers):
-        exc = failed.get(index)
-        peer.outcome = "complete" if exc is None else "failed"
-        peer.reason = "" if exc is None else exc.message
-        peer.nbytes = layout.nbytes if exc is None else 0
-    return list(failed.values())
-
-
-def _land_all(
-    channel: GroupChannel, layout: Layout, landing: Landing, device: torch.device, deadline: Deadline
-) -> None:
-    """Receive all messages; what is staged waits for its bucket."""
-    buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
-    posted: list[tuple[int, torch.Tensor, bool, Pending]] = []
-
-    def settle() -> None:
-        while posted:
-            message, data, staged, pending = posted.pop(0)
-            channel.wait(pending, deadline)
-            if staged:
-                landing.scatter(message, data)
-
-    num_staged = 0
-    for message in range(len(layout.messages)):
-        data = landing.direct(message)
-        staged = data is None
-        if data is None:
-            if num_staged and num_staged % NUM_BUCKETS == 0:
-                settle()
-            bucket = buckets[num_staged % NUM_BUCKETS]
-            bucket.reset(aligned(layout.sizes[message]))
-            data = bucket.take(layout.sizes[message])
-            num_staged += 1
-        posted.append((message, data, staged, channel.recv(data, FIRST_MESSAGE_TAG + message)))
-    settle()

@@ -18,27 +18,17 @@ import msgpack
 import torch
 import xxhash
 
-from ft_transport._plan.blocks import (
-    CARRIERS,
-    CPU,
-    Bucket,
-    aligned,
-    copy_elements,
-    memory_at,
-    no_collection,
-    undisturbed,
-)
-from ft_transport._state.kinds import distributed, strided
+from ft_transport._plan.blocks import CARRIERS, CPU, copy_elements
+from ft_transport._plan.buffers import Bucket, aligned
+from ft_transport._process import memory_at, no_collection, undisturbed
+from ft_transport._state.classes import ATOMIC, class_name, dtype_name
 from ft_transport._state.kinds.base import KINDS, VALUE, Part, take_apart
 from ft_transport._state.tree import Node, Path, flatten, format_path, paths_of
-from ft_transport._state.values import ATOMIC, class_name, dtype_name, encode_value
+from ft_transport._state.values import encode_value
 from ft_transport._wire.digest import digest_bytes
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["LeafDigest", "StateDigest", "state_digest"]
-
-# Whoever takes a state apart needs every kind of leaf that the package brings.
-_ = distributed, strided
 
 # Bounds what is copied at a time of a tensor that cannot be read where it is.
 _PIECE_BYTES = 16 << 20

@@ -16,9 +16,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from ft_transport._lanes import protocol as lanes
-from ft_transport._state.manifest import describe
+from ft_transport._state.describe import describe
 from ft_transport._wire.digest import digest_bytes
-from ft_transport._wire.frames import VERSION, Frame, Header, encode_frame, encode_manifest
+from ft_transport._wire.encode import encode_manifest
+from ft_transport._wire.frames import VERSION, Frame, Header, encode_frame
 from ft_transport._wire.layout import Limits
 
 DATA = Path(__file__).parent / "data"

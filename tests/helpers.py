@@ -14,8 +14,9 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, GroupChannel, Pending
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import Options
-from ft_transport._group.source import Outbound, serve
+from ft_transport._group.source import serve
+from ft_transport._options import Options
+from ft_transport._plan.source import Outbound
 from ft_transport._state.tree import flatten, format_path, paths_of
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport._wire.layout import Limits

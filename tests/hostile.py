@@ -38,13 +38,15 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.control import Control
 from ft_transport._group.destination import _check_header, _verify
 from ft_transport._lanes import protocol as lanes
-from ft_transport._net.handshake import Invitation
+from ft_transport._net.endpoint import Invitation
+from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import Landing
-from ft_transport._plan.template import compare, match_template
+from ft_transport._plan.template import match_template
 from ft_transport._state.kinds.base import Part
 from ft_transport._state.manifest import Manifest
+from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.digest import digest_bytes
-from ft_transport._wire.frames import MAX_FRAME_BYTES, Frame, decode_manifest
+from ft_transport._wire.frames import MAX_FRAME_BYTES, Frame
 from ft_transport._wire.layout import Layout, lay_out
 from ft_transport.testing import memory_channels
 

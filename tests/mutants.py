@@ -63,7 +63,7 @@ SOURCE = "tests/lanes/test_source.py::"
 MUTANTS = [
     Mutant(
         "a staged message marks the replica torn",
-        "_lanes/fetch.py",
+        "_lanes/sink.py",
         "            self._note_torn(message)\n            self._landing.scatter",
         "            self._landing.scatter",
         LANES + "test_what_goes_through_a_bucket_tears_the_replica_too",

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ft_transport import LocalProtocolError
 from ft_transport import distributed as seed
-from ft_transport._state.manifest import describe
+from ft_transport._state.describe import describe
 from ft_transport._wire.layout import Limits, lay_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

@@ -16,9 +16,11 @@ from hostile import ALLOWED, WARNINGS, land, process_group
 from torch.distributed.device_mesh import DeviceMesh
 from wire.test_frames import same
 
+from ft_transport._state.describe import describe
 from ft_transport._state.kinds.base import Surroundings, put_together
-from ft_transport._state.manifest import Manifest, describe
-from ft_transport._wire.frames import VERSION, Frame, decode_frame, decode_manifest, encode_frame
+from ft_transport._state.manifest import Manifest
+from ft_transport._wire.decode import decode_manifest
+from ft_transport._wire.frames import VERSION, Frame, decode_frame, encode_frame
 
 MANIFESTS = ["small", "everything", *golden.KINDS, "dtensor", "sharded"]
 

@@ -29,16 +29,21 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ft_transport import TransferReport
 from ft_transport._plan import destination as _destination
-from ft_transport._plan.blocks import Room, physical_bytes
+from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import Landing
-from ft_transport._plan.template import compare, match_template
+from ft_transport._plan.template import match_template
+from ft_transport._process import Room, physical_bytes
+from ft_transport._state import classes as _classes
 from ft_transport._state import geometry as _geometry
 from ft_transport._state import tree as _tree
-from ft_transport._state import values as _values
-from ft_transport._state.manifest import Leaf, Manifest, describe
+from ft_transport._state.describe import describe
+from ft_transport._state.manifest import Leaf, Manifest
 from ft_transport._state.tree import LEAF
-from ft_transport._wire import frames as _frames
-from ft_transport._wire.frames import Frame, Header, decode_frame, decode_manifest, encode_frame, encode_manifest
+from ft_transport._state.values import encode_value
+from ft_transport._wire import decode as _decode
+from ft_transport._wire.decode import decode_manifest
+from ft_transport._wire.encode import encode_manifest
+from ft_transport._wire.frames import Frame, Header, decode_frame, encode_frame
 from ft_transport._wire.layout import Limits, lay_out
 
 HEADER = Header(7, Limits(), "xxh3")
@@ -341,7 +346,7 @@ def test_many_leaves_far_down_or_below_long_keys(monkeypatch: pytest.MonkeyPatch
 
 
 def test_more_nodes_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_frames, "MAX_NODES", 100)
+    monkeypatch.setattr(_decode, "MAX_NODES", 100)
     assert receive(tree([node("list", 99)] + [None] * 99, 99)) == ""
     refused(tree([node("list", 100)] + [None] * 100, 100), "nodes, at most")
 
@@ -416,12 +421,12 @@ def test_billions_of_messages_out_of_a_few_bytes(message_bytes: int) -> None:
 def test_gaps_that_take_more_memory_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     data = with_view([1 << 20], [2], (1 << 21) - 1)
     assert receive(data) == ""
-    monkeypatch.setattr(_frames, "physical_bytes", lambda: 1 << 22)
+    monkeypatch.setattr(_decode, "physical_bytes", lambda: 1 << 22)
     refused(data, "more than half of the memory")
 
 
 def test_billions_of_messages_out_of_many_storages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_frames, "MAX_CUTS", 1000)
+    monkeypatch.setattr(_decode, "MAX_CUTS", 1000)
     body = body_of([noise(2, i) for i in range(100)])
     body[0][1] = [64, 64, 0, 1, 1]
     body[2] = [["uint8", [640], [1]]]
@@ -449,7 +454,7 @@ def test_limits_without_bound(limits: dict[str, int]) -> None:
 
 
 def test_more_tensors_than_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_frames, "MAX_NODES", 3)
+    monkeypatch.setattr(_decode, "MAX_NODES", 3)
     body = body_of([noise(2, 1), noise(2, 2)])
     assert receive(frame(body)) == ""
     shard = ["()", ["()", 0], ["()", 2], "rank:0/cpu"]
@@ -481,7 +486,7 @@ def test_large_storages_whose_gaps_are_none() -> None:
 
 
 def test_many_leaves_that_are_one_of_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_frames, "MAX_NODES", 1000)
+    monkeypatch.setattr(_decode, "MAX_NODES", 1000)
     body = body_of([Holder(many=[noise(2, index) for index in range(100)])] * 20)
     refused(frame(body), "tensors, at most 1000")
 
@@ -536,9 +541,9 @@ def test_dtypes_of_odd_sizes(dtype: str, shape: list[int], stride: list[int], nb
         refused(with_view(shape, stride, nbytes, dtype))
 
 
-@pytest.mark.parametrize("dtype", sorted(set(_values._DTYPES)))
+@pytest.mark.parametrize("dtype", sorted(set(_classes._DTYPES)))
 def test_every_dtype_is_landed_or_refused(dtype: str) -> None:
-    nbytes = 3 * _values._DTYPES[dtype].itemsize
+    nbytes = 3 * _classes._DTYPES[dtype].itemsize
     receive(with_view([3], [1], nbytes, dtype))
     receive(with_view([3], [1], nbytes, dtype), noise(3, 1))
 
@@ -994,7 +999,7 @@ def test_meshes_and_shards_of_too_many_dimensions(num_dims: int) -> None:
         "dtensor": (("cpu", large, (0,), None), (("replicate",),) * num_dims, (2,), (1,), False, False),
         "sharded": (large, "float32", False, False, (shard,), (shard,)),
     }.items():
-        body[3][0] = [kind, views, _values.encode_value(context), [None]]
+        body[3][0] = [kind, views, encode_value(context), [None]]
         refused(frame(body))
 
 
@@ -1003,7 +1008,7 @@ def test_the_dtype_of_a_sharded_tensor_is_no_other_name_of_torch(name: str) -> N
     body = body_of(torch.nn.Parameter(noise(2, 1)))
     shard = ((0,), (2,), "rank:0/cpu")
     context = ((2,), name, False, False, (shard,), ())
-    body[3][0], body[4] = ["sharded", [], _values.encode_value(context), []], []
+    body[3][0], body[4] = ["sharded", [], encode_value(context), []], []
     refused(frame(body), "<root>: ", repr(name))
 
 
@@ -1177,7 +1182,7 @@ def test_attributes_of_a_namedtuple_that_has_no_room_for_them() -> None:
 
 numbers = st.integers(-(1 << 63), (1 << 64) - 1) | st.sampled_from([0, 1, 2, 3, 63, 64, 1 << 31, 1 << 61, 1 << 62])
 texts = st.sampled_from(["", "a", "dict", "list", "tensor", "leaf", "cpu", "float32", "int8", "namedtuple", "object"])
-dtypes = st.sampled_from(sorted(_values._DTYPES))
+dtypes = st.sampled_from(sorted(_classes._DTYPES))
 junk = st.recursive(
     st.none() | st.booleans() | numbers | st.floats() | texts | st.text(max_size=5) | st.binary(max_size=20),
     lambda inner: st.lists(inner, max_size=6),

@@ -47,9 +47,12 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FRAME_TAG
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import Options, for_each, tell_progress
-from ft_transport._group.source import Outbound, serve
-from ft_transport._plan.destination import mark_changed
+from ft_transport._group.fan_out import for_each
+from ft_transport._group.source import serve
+from ft_transport._options import Options
+from ft_transport._plan.rebuild import mark_changed
+from ft_transport._plan.source import Outbound
+from ft_transport._telemetry.progress import tell_progress
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import memory_channels
 

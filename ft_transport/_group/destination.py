@@ -12,16 +12,20 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
-from ft_transport._group.fan_out import NUM_BUCKETS, Options, end_badly, tell_progress
-from ft_transport._plan.blocks import Bucket, aligned, no_collection
+from ft_transport._group.fan_out import end_badly
+from ft_transport._options import NUM_BUCKETS, Options
+from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._plan.template import fit
 from ft_transport._plan.torn import Attempt
+from ft_transport._process import no_collection
 from ft_transport._state.manifest import Manifest
+from ft_transport._telemetry.progress import tell_progress
 from ft_transport._telemetry.report import Progress, TransferReport
+from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.digest import ALGORITHMS, digest_bytes, digest_message
-from ft_transport._wire.frames import Frame, Header, decode_manifest, encode_frame
+from ft_transport._wire.frames import Frame, Header, encode_frame
 from ft_transport._wire.layout import Layout, lay_out
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 

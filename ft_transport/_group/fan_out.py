@@ -1,85 +1,25 @@
-"""What both sides of a transfer share: the caller's choices, and how a transfer ends.
+"""Several destinations at once, and how the transfer with one of them ends.
 
-``_group.source`` and ``_group.destination`` drive it: describe, lay out, agree, move, verify, rebuild.
+Strategy: a wait blocks its thread, and Gloo offers nothing to wait for several operations with. So each destination has
+a thread of its own, which shares nothing with the others but the state and its digests.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from ft_transport._group.channel import Channel
 from ft_transport._group.control import Control
-from ft_transport._telemetry.events import EventCallback
-from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, Progress, ProgressCallback
+from ft_transport._telemetry.report import PeerReport
 from ft_transport._threads import Crew
-from ft_transport._wire.digest import NUM_SAMPLES
-from ft_transport._wire.layout import Limits
 from ft_transport.errors import PeerFailure, TransferTimeout, reason_of
 
-__all__ = ["NUM_BUCKETS", "Options", "end_badly", "for_each", "tell_progress"]
+__all__ = ["end_badly", "for_each"]
 
 logger = logging.getLogger("ft_transport")
-
-# Buckets on each side for each peer. While one moves, the other is filled or emptied.
-NUM_BUCKETS = 2
-
-# On an accelerator's group the operations of a pair run in the order in which they are posted, so both sides must
-# post them alike: with no more flights than buckets, neither ever has to wait for a bucket out of turn.
-_ACCELERATOR_LIMITS = Limits(window=NUM_BUCKETS)
-
-# Gloo keeps a core busy on each side. With fewer cores than this the digests would take from it.
-_CORES_TO_SPARE = 4
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the caller may choose about a transfer.
-
-    Attributes:
-        device: Where messages live that the channel moves.
-        verify: Whether the source sends digests of its messages: True of every byte, False none, None of every byte
-            where there are cores to spare for it, else of a sample of large messages.
-        strict: Whether missing and unused template leaves are an error.
-        progress: Called after each flight, from the thread that serves the peer.
-        shadow: As a destination, receive beside the template, and copy into it once everything agrees.
-        on_event: Called with the event of each transfer that is over.
-        on_mismatch: As a destination, what becomes of a leaf that does not fit the template's.
-        copies: What is known of the callback that gives the template; None: that it gives no copies.
-        shared: Whether the group moves all that it is given into shared memory.
-    """
-
-    device: torch.device
-    verify: bool | None = None
-    strict: bool = False
-    progress: ProgressCallback | None = None
-    shadow: bool = False
-    on_event: EventCallback | None = None
-    on_mismatch: OnMismatch = "fresh"
-    copies: Copies | None = None
-    shared: bool = False
-
-    def limits(self, nbytes: int) -> Limits:
-        """How this side cuts the messages of a state of ``nbytes`` when it is the source."""
-        return Limits() if self.device.type == "cpu" else _ACCELERATOR_LIMITS
-
-    @property
-    def digest(self) -> str:
-        """Which digest this side sends when it is the source, empty for none."""
-        if self.verify is False:
-            return ""
-        return "xxh3" if self.device.type == "cpu" else "sum"
-
-    @property
-    def sample(self) -> int:
-        """Which block of large messages the digests read, another one for each transfer; -1 for all."""
-        spare = self.digest != "xxh3" or len(os.sched_getaffinity(0)) >= _CORES_TO_SPARE
-        return -1 if self.verify or spare else random.randrange(NUM_SAMPLES)
 
 
 def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
@@ -102,16 +42,6 @@ def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
     else:
         peer.outcome = "failed"
         control.last_words(peer.reason)
-
-
-def tell_progress(callback: ProgressCallback | None, progress: Progress) -> None:
-    """Call the user's callback; what it raises does not end the transfer."""
-    if callback is None:
-        return
-    try:
-        callback(progress)
-    except Exception:
-        logger.exception("the progress callback raised; the transfer goes on")
 
 
 def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[BaseException | None]:

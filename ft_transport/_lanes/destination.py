@@ -16,30 +16,36 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._group.fan_out import tell_progress
+from ft_transport._lanes.chain import Route
 from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.fetch import Fetcher, Route, Sink
-from ft_transport._lanes.options import CPU, LaneOptions, settled_stream
+from ft_transport._lanes.fetch import Fetcher
 from ft_transport._lanes.pending import Work
 from ft_transport._lanes.probe import TRIAL_MESSAGES, Trial
 from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
 from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.session import Talk
-from ft_transport._net.connection import HEARTBEAT, Bell, Patience, Silence
-from ft_transport._net.dial import Contexts, dial
-from ft_transport._net.handshake import Invitation
-from ft_transport._plan.blocks import no_collection
+from ft_transport._lanes.sink import Sink
+from ft_transport._net.connection import Bell
+from ft_transport._net.dial import dial
+from ft_transport._net.endpoint import Invitation
+from ft_transport._net.handshake_io import Contexts
+from ft_transport._net.stall import HEARTBEAT, Patience, Silence
+from ft_transport._options import CPU, LaneOptions
+from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.resume import Kept, state_of
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._plan.template import fit
 from ft_transport._plan.torn import Attempt
+from ft_transport._process import no_collection
 from ft_transport._state.manifest import Manifest
-from ft_transport._telemetry.progress import meanwhile
+from ft_transport._telemetry.progress import tell_progress
 from ft_transport._telemetry.report import Progress, TransferReport
+from ft_transport._threads import meanwhile
+from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.frames import Frame as CodecFrame
 from ft_transport._wire.frames import Header as ManifestHeader
-from ft_transport._wire.frames import decode_frame, decode_manifest
+from ft_transport._wire.frames import decode_frame
 from ft_transport._wire.layout import Layout, lay_out
 from ft_transport.errors import (
     LocalProtocolError,
@@ -339,9 +345,7 @@ class Reception:
             self._report.torn = bool(left)
         work = Work(len(plan.layout.messages))
         verified = bool(plan.header.digest)
-        return Sink(
-            plan.layout, plan.landing, work, self._report, claims, verified=verified, rewrite=plan.rewrite
-        )
+        return Sink(plan.layout, plan.landing, work, self._report, claims, verified=verified, rewrite=plan.rewrite)
 
     # -------------------------------------------------------------------------------------- move
 

@@ -7,11 +7,11 @@ import threading
 from typing import Protocol
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.protocol import Conversation, Frame, Role
+from ft_transport._lanes.protocol import Conversation, Frame, Role, Visit
 from ft_transport._lanes.session import Talk
 from ft_transport._lanes.supplier import Supply
-from ft_transport._net.connection import HEARTBEAT, Connection, Patience
-from ft_transport._net.handshake import Visit
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import HEARTBEAT, Patience
 from ft_transport.errors import TransferError
 
 __all__ = ["Desk", "Host"]

@@ -9,214 +9,29 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ft_transport._lanes.options import CPU, LaneOptions
-from ft_transport._lanes.pending import Work
-from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
-from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.session import Talk, fingerprint
-from ft_transport._net.connection import Bell, Connection, Patience, Silence
-from ft_transport._net.dial import Contexts, dial
-from ft_transport._net.handshake import Invitation
-from ft_transport._plan.blocks import Bucket, aligned, memory_at
-from ft_transport._plan.destination import Landing
-from ft_transport._plan.rewrite import Rewrite
-from ft_transport._telemetry.report import TransferReport
+from ft_transport._lanes.chain import Route
+from ft_transport._lanes.protocol import Conversation, Frame, Role, encode
+from ft_transport._lanes.session import Talk
+from ft_transport._lanes.sink import Incurable, Sink
+from ft_transport._net.connection import Bell, Connection
+from ft_transport._net.dial import dial
+from ft_transport._net.handshake_io import Contexts
+from ft_transport._net.stall import Patience, Silence
+from ft_transport._options import CPU, LaneOptions
+from ft_transport._plan.buffers import Bucket
 from ft_transport._threads import Crew, insist
-from ft_transport._wire.layout import Layout
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport.errors import LocalProtocolError, TransferError, TransferTimeout
 
-__all__ = ["Fetcher", "Route", "Sink"]
+__all__ = ["Fetcher"]
 
 logger = logging.getLogger("ft_transport")
 
 # Messages that one lane has asked for: while one is on its way, the next ones are asked for already.
 _WINDOW = 3
-# How often one message may come damaged from the same supplier.
-_MAX_DAMAGED = 3
-
-
-class _Incurable(RemoteProtocolError):
-    """A message always comes damaged."""
-
-
-class Sink:
-    """Where messages land. Its methods are called by the lanes, each for another message.
-
-    Args:
-        layout: The messages.
-        landing: Where they land.
-        work: Learns which are here.
-        report: Learns how many bytes are.
-        verified: Whether messages have digests.
-        claims: Messages that may be here already, with their digests; None where it is still to be taken.
-        rewrite: Keeps what forward may overwrite; None if nobody trains meanwhile.
-
-    Attributes:
-        relay: Passes on what has landed, None if nobody would ask.
-        sizes: Bytes of each message.
-    """
-
-    def __init__(
-        self,
-        layout: Layout,
-        landing: Landing,
-        work: Work,
-        report: TransferReport,
-        claims: dict[int, int | None],
-        *,
-        verified: bool,
-        rewrite: Rewrite | None = None,
-    ) -> None:
-        self.todo = work
-        self.relay: Relay | None = None
-        self.verified = verified
-        self.sizes = layout.sizes
-        self._is_small = layout.is_small
-        self._landing = landing
-        self._report = report
-        self._claims = claims
-        self._claimed: dict[int, int] = {}
-        self._rewrite = rewrite
-        self._counted: set[int] = set()  # messages that the report counts
-        self._lock = threading.Lock()
-
-    def fetch_written_again(self) -> bool:
-        """Ask again for the large messages that forward has written to, to keep them; gives whether there are any."""
-        written = self._rewrite.written() if self._rewrite is not None else []
-        if written:
-            logger.info("forward has written to what had landed: %d messages are fetched again", len(written))
-            self.todo.again(written)
-        return bool(written)
-
-    def bitmap(self) -> bytes:
-        """Which messages may be here already: bit ``i % 8`` of byte ``i // 8``, the lowest bit first."""
-        bits = bytearray(-(-len(self.sizes) // 8))
-        for message in self._claims:
-            bits[message // 8] |= 1 << message % 8
-        return bytes(bits) if self._claims else b""
-
-    def claim(self, message: int, bucket: Bucket) -> int | None:
-        """The digest of a message that may be here already, as its memory is now; None if it is not."""
-        if message not in self._claims or self.todo.was_damaged(message) or self._is_written(message):
-            return None
-        held = self._landing.held(message)
-        if held is None:
-            staged = self._take(message, bucket)
-            self._landing.gather(message, staged)
-            here = memory_at(staged.data_ptr(), staged.numel())
-        else:
-            here = held.view
-        self._claimed[message] = digest = fingerprint(here, held)
-        return digest if self._claims[message] in (None, digest) else None
-
-    def land(self, talk: Talk, header: Header, bucket: Bucket, patience: Patience) -> bool:
-        """Receive a message whose header is here; gives whether it came sound.
-
-        Raises:
-            TransferError: It did not come.
-        """
-        message, nbytes = header.number, self.sizes[header.number]
-        held = aside = staged = None
-        if self._rewrite is not None and self._is_written(message):
-            aside = self._rewrite.take_aside(message)
-            view = memory_at(aside.data_ptr(), nbytes)
-        elif (held := self._landing.held(message)) is None:
-            staged = self._take(message, bucket)
-            view = memory_at(staged.data_ptr(), nbytes)
-        else:
-            view = held.view
-            self._note_torn(message)
-        digest = talk.hear_message(header, view, verify=self.verified, patience=patience, held=held)
-        if digest is None:
-            return False
-        if staged is not None:
-            self._note_torn(message)
-            self._landing.scatter(message, staged)
-            if self._rewrite is not None and self._rewrite.taken(message) is staged:
-                self._rewrite.keep(message, staged)
-            elif self.relay is not None:
-                self.relay.keep(message, staged)
-        if aside is not None and self._rewrite is not None:
-            self._rewrite.keep(message, aside)
-        with self._lock:
-            if message not in self._counted:
-                self._counted.add(message)
-                self._report.peers[0].nbytes += nbytes
-                self._report.nbytes_staged += nbytes if staged is not None else 0
-        self.todo.landed(message, digest)
-        return True
-
-    def _is_written(self, message: int) -> bool:
-        """Whether forward has written where a large message lands, which so must land aside."""
-        return self._rewrite is not None and self._rewrite.is_written(message)
-
-    def named(self, error: LocalProtocolError) -> LocalProtocolError:
-        """The error with the paths, if memory of the template was taken away."""
-        try:
-            self._landing.check()
-        except LocalProtocolError as exc:
-            return exc
-        return error
-
-    def _take(self, message: int, bucket: Bucket) -> torch.Tensor:
-        taken = self._rewrite.take(message) if self._rewrite is not None and self._is_small(message) else None
-        if taken is None:
-            bucket.reset(aligned(self.sizes[message]))
-            taken = bucket.take(self.sizes[message])
-        return taken
-
-    def _note_torn(self, message: int) -> None:
-        """A message is about to be written to where it belongs."""
-        if not self._report.torn and self._landing.touches_template(message):
-            self._report.torn = True
-
-    def note_damage(self, message: int) -> None:
-        """A message came damaged.
-
-        Raises:
-            RemoteProtocolError: It always does.
-        """
-        with self._lock:
-            self._report.num_repaired += 1
-        times = self.todo.damaged(message)
-        logger.warning("message %d came damaged and is fetched again", message)
-        if times >= _MAX_DAMAGED:
-            raise _Incurable(
-                f"message {message} of {len(self.sizes)} differs from what the source sent, {times} times: "
-                "damaged on the way, or changed at the source while it was sent"
-            )
-
-    def keep(self, message: int) -> None:
-        """A message was here already, as :meth:`claim` has said."""
-        with self._lock:
-            self._counted.add(message)
-            self._report.nbytes_kept += self.sizes[message]
-        if self._rewrite is not None and (taken := self._rewrite.taken(message)) is not None:
-            self._rewrite.keep(message, taken)
-        self.todo.landed(message, self._claimed[message])
-
-
-class Route(NamedTuple):
-    """Where to fetch.
-
-    Attributes:
-        invitation: The supplier's.
-        ident: Of the supply there.
-        from_source: Whether it is the source's own.
-    """
-
-    invitation: Invitation
-    ident: bytes
-    from_source: bool
-
-    @property
-    def label(self) -> str:
-        """The supplier, for messages."""
-        return "the source" if self.from_source else "the destination before this one"
 
 
 class Fetcher:
@@ -303,7 +118,7 @@ class Fetcher:
     @property
     def hopeless(self) -> bool:
         """Whether opening new lanes to the same supplier would not help."""
-        return isinstance(self.error, (Silence, _Incurable))
+        return isinstance(self.error, (Silence, Incurable))
 
     def close(self) -> None:
         """End all lanes; when this returns, nothing lands any more. May be called twice."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections import deque
+from collections.abc import Generator
 from enum import Enum, IntEnum
 from typing import Any, NamedTuple
 
@@ -35,10 +36,12 @@ __all__ = [
     "Header",
     "Role",
     "State",
+    "Visit",
     "decode_body",
     "decode_header",
     "encode",
     "encode_header",
+    "first_frame",
     "max_body_bytes",
 ]
 
@@ -363,3 +366,28 @@ class Conversation:
             self._checked.discard(self.asked.popleft())
         self.state = following
         return True
+
+
+# ------------------------------------------------------------------------------------- first frame
+
+# Bounds the first frame of a connection. HELLO holds an identity and a name.
+_MAX_FIRST_BODY = 4096
+
+
+class Visit(NamedTuple):
+    """The first frame of a peer that has proved to be one."""
+
+    header: Header
+    body: tuple[bytes, ...]
+
+
+def first_frame() -> Generator[int, bytes, Visit]:
+    """Reads the first frame of a connection: yields how many bytes it must have next, and returns the frame.
+
+    Raises:
+        RemoteProtocolError: It is none, or one that cannot come first.
+    """
+    header = decode_header((yield HEADER_BYTES))
+    if header.frame not in (Frame.HELLO, Frame.ATTACH) or header.nbytes > _MAX_FIRST_BODY:
+        raise RemoteProtocolError(f"{header.frame.name} of {header.nbytes} bytes cannot come first")
+    return Visit(header, decode_body(header, (yield header.nbytes)))

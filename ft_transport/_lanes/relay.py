@@ -8,15 +8,16 @@ from typing import Any
 import torch
 
 from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.options import SMALL_BYTES
 from ft_transport._lanes.pending import Work
 from ft_transport._lanes.supplier import Supply
-from ft_transport._net.connection import HEARTBEAT, Patience
-from ft_transport._plan.blocks import Bucket, Held, memory_at
+from ft_transport._net.stall import HEARTBEAT, Patience
+from ft_transport._plan.blocks import Held
+from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._plan.unchanged import Reading
-from ft_transport._wire.layout import Layout
+from ft_transport._process import memory_at
+from ft_transport._wire.layout import SMALL_BYTES, Layout
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["Relay"]

@@ -19,7 +19,8 @@ from ft_transport._lanes.protocol import (
     encode,
     encode_header,
 )
-from ft_transport._net.connection import Connection, Patience
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import Patience
 from ft_transport._plan.blocks import Held
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 

@@ -7,32 +7,33 @@ conversation with it, and a supply, whose lanes it fetches the state over. All o
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from ft_transport._deadline import Deadline
-from ft_transport._group.fan_out import tell_progress
-from ft_transport._group.source import Outbound
+from ft_transport._lanes.chain import Guest, is_to_blame
 from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.options import CPU, SMALL_BYTES, LaneOptions, settled_stream
-from ft_transport._lanes.protocol import Frame, State
+from ft_transport._lanes.protocol import Frame, State, Visit
 from ft_transport._lanes.session import Talk
 from ft_transport._lanes.supplier import Supply
-from ft_transport._lanes.teller import Teller
-from ft_transport._net.connection import HEARTBEAT, Patience, Silence
-from ft_transport._net.handshake import Invitation, Visit
-from ft_transport._plan.blocks import Bucket, Held, aligned
+from ft_transport._net.endpoint import Invitation
+from ft_transport._net.stall import HEARTBEAT, Patience, Silence
+from ft_transport._options import CPU, LaneOptions
+from ft_transport._plan.blocks import Held
+from ft_transport._plan.buffers import Bucket, aligned, settled_stream
+from ft_transport._plan.source import Outbound
 from ft_transport._plan.unchanged import Versions
 from ft_transport._telemetry.events import tell
-from ft_transport._telemetry.progress import Watch
+from ft_transport._telemetry.progress import Watch, tell_progress
 from ft_transport._telemetry.report import Outcome, PeerReport, Progress, TransferReport
+from ft_transport._telemetry.teller import Teller
 from ft_transport._threads import Crew, insist
+from ft_transport._wire.layout import SMALL_BYTES
 from ft_transport.errors import (
     LocalProtocolError,
     PeerFailure,
@@ -102,47 +103,6 @@ class SourceStock:
         self._digests.setdefault(message, digest)
 
 
-@dataclass
-class _Guest:
-    """One destination that has come.
-
-    Attributes:
-        metadata: Where those behind it in the chain can fetch from it, empty if they cannot.
-        relay: Identity of its supply there.
-        ident: Identity of the supply that it has here.
-        before: The destination that supplies it, None for the source.
-        settling: Until when it need not be as fast as its supplier lets it be.
-        avoided: Identities of supplies that have failed it, or are too slow.
-        done: It has everything, and the state has not changed: whatever happens now, it is not told to discard it.
-    """
-
-    talk: Talk
-    peer: PeerReport
-    patience: Patience
-    supply: Supply | None = None
-    metadata: str = ""
-    relay: bytes = b""
-    ident: bytes = field(default_factory=lambda: secrets.token_bytes(16))
-    before: _Guest | None = None
-    settling: Deadline | None = None
-    avoided: set[bytes] = field(default_factory=set)
-    done: bool = False
-
-
-def _is_to_blame(slow: _Guest | None) -> bool:
-    """Whether a slow destination is slow itself, and not for want of what those before it have not passed on yet."""
-    if slow is None or slow.settling is None or not slow.settling.expired():
-        return False
-    if slow.before is None:
-        return True
-    before = slow.before.peer
-    return before.outcome == "complete" or before.nbytes > 2 * slow.peer.nbytes + _AHEAD_BYTES
-
-
-# Bytes that a destination may lag behind the one before it, whatever the speed: what is on its way between them.
-_AHEAD_BYTES = 32 << 20
-
-
 # Destinations that are served at once beyond those that are expected: some are started again, and come anew while the
 # source does not know yet that they were gone. Those who find no place wait for one. Each has a thread, and its lanes.
 SPARE_GUESTS = 16
@@ -189,8 +149,8 @@ class Offer:
         self._begin = time.perf_counter()
         self._changed = threading.Condition()
         self._expected = list(report.peers)
-        self._guests: dict[bytes, _Guest] = {}
-        self._chain: list[_Guest] = []
+        self._guests: dict[bytes, Guest] = {}
+        self._chain: list[Guest] = []
         self._crew = Crew()
         self._over = False
         self._failure = ""
@@ -254,7 +214,7 @@ class Offer:
             peer = self._peer_of(identity)
             peer.address, peer.name = talk.connection.address, str(name)
             patience = Patience(self._deadline, self._options.stall, "the destination")
-            guest = _Guest(talk, peer, patience)
+            guest = Guest(talk, peer, patience)
             self._guests[identity] = guest
             try:
                 self._crew.start("guest", self._run, guest)
@@ -297,7 +257,7 @@ class Offer:
             self.report.peers.append(peer)
         return peer
 
-    def _run(self, guest: _Guest) -> None:
+    def _run(self, guest: Guest) -> None:
         peer, talk = guest.peer, guest.talk
         outcome: Outcome = "failed"
         try:
@@ -323,7 +283,7 @@ class Offer:
                 self._settle()
                 self._changed.notify_all()
 
-    def _serve(self, guest: _Guest) -> None:
+    def _serve(self, guest: Guest) -> None:
         peer, talk, patience = guest.peer, guest.talk, guest.patience
         if self._failure:
             raise _Failure(self._failure)
@@ -343,7 +303,7 @@ class Offer:
         talk.say(Frame.BYE, patience)
         talk.connection.finish(Patience(self._deadline, HEARTBEAT))
 
-    def _hear(self, guest: _Guest, until: State) -> None:
+    def _hear(self, guest: Guest, until: State) -> None:
         """Listen to a destination until it is its turn no more: it is ready, wants another route, or is done."""
         talk, peer, patience = guest.talk, guest.peer, guest.patience
         while True:
@@ -367,7 +327,7 @@ class Offer:
                     self._chain.append(guest)
             elif header.frame is Frame.REROUTE:
                 failed, reason, slow = body
-                if not slow or _is_to_blame(guest.before):
+                if not slow or is_to_blame(guest.before):
                     if guest.before is not None and failed == guest.before.relay:
                         guest.avoided.add(failed)  # no other, of which one could name any number
                     logger.warning("%s turns to another supplier: %s", peer.label, printable(reason))
@@ -400,7 +360,7 @@ class Offer:
             now = self._news.pop(peer)
         tell_progress(self._options.progress, now)
 
-    def _route(self, guest: _Guest) -> None:
+    def _route(self, guest: Guest) -> None:
         """Tell a destination where to fetch: from the one before it in the chain, or from here."""
         with self._changed:
             before = self._chain[: self._chain.index(guest)] if self._options.chain else []

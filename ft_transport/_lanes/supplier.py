@@ -11,8 +11,10 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.protocol import Conversation, Frame, Header, Role
 from ft_transport._lanes.session import Talk, fingerprint
-from ft_transport._net.connection import HEARTBEAT, Connection, Patience
-from ft_transport._plan.blocks import Bucket, Held, aligned
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import HEARTBEAT, Patience
+from ft_transport._plan.blocks import Held
+from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._threads import Crew, insist
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
 

@@ -1,9 +1,12 @@
-"""TCP connections between two ranks. With ``_net.dial``, where they come from, the only user of sockets.
+"""TCP connections between two ranks.
 
 Strategy: once a connection is made, its socket blocks in the kernel, with a kernel time-out that is short against every
 time that matters, and takes or gives as much as was asked for (``MSG_WAITALL``): the interpreter is out of the way
 while bytes move, and wakes up often enough to see that none do. Whoever wants to stop a thread that is in such a call
 shuts the connection down; only the connection's owner closes it, so a descriptor is never reused under a reader.
+
+Not here: where connections come from (``_net.dial``, ``_net.listener``), and how long a call may go on
+(``_net.stall``).
 """
 
 from __future__ import annotations
@@ -19,18 +22,15 @@ import struct
 import sys
 import termios
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-from ft_transport._deadline import Deadline
+from ft_transport._net.stall import HEARTBEAT, Patience
 from ft_transport._net.zero_copy import SPLICE_FROM, Splicer
-from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
+from ft_transport._process import keep_out_of_forks
+from ft_transport.errors import PeerFailure, TransferError
 
-__all__ = ["HEARTBEAT", "Bell", "Connection", "Patience", "Silence", "is_near", "keep_out_of_forks"]
-
-# How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again.
-HEARTBEAT = timedelta(milliseconds=250)
+__all__ = ["Bell", "Connection", "is_near"]
 
 # Whoever reads much is woken up once so many bytes are there, and not for every packet.
 _MUCH_BYTES = 512 << 10
@@ -39,73 +39,6 @@ _MUCH_BYTES = 512 << 10
 _STEP_BYTES = 1 << 20
 
 View = memoryview
-
-
-class Silence(PeerFailure):
-    """The peer is there, as far as the network knows, and nothing has come from it for too long."""
-
-
-class Patience:
-    """How long a call may go on.
-
-    Args:
-        deadline: It ends then, whatever happens.
-        silence: It ends when nothing has moved for so long; None for as long as you like.
-        peer: Who is silent then, for the message.
-    """
-
-    def __init__(self, deadline: Deadline, silence: timedelta | None = None, peer: str = "the peer") -> None:
-        self.deadline = deadline
-        self._peer = peer
-        self._silent = Deadline(silence) if silence is not None else None
-        self._cancelled = ""
-
-    def moved(self) -> None:
-        """Something has: the silence is over, and begins anew."""
-        if self._silent is not None:
-            self._silent.restart()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether it was cancelled."""
-        return bool(self._cancelled)
-
-    def cancel(self, reason: str) -> None:
-        """Let the next :meth:`check` raise. Any thread."""
-        self._cancelled = reason
-
-    def check(self) -> None:
-        """Go on, or not.
-
-        Raises:
-            TransferTimeout: The deadline has passed.
-            Silence: Nothing has moved for too long.
-            PeerFailure: It is cancelled.
-        """
-        if self.deadline.expired():
-            raise TransferTimeout(f"timed out after {self.deadline.timeout.total_seconds():g} s")
-        if self._cancelled:
-            raise PeerFailure(self._cancelled)
-        if self._silent is not None and self._silent.expired():
-            raise Silence(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")
-
-
-# A process that was forked (a DataLoader's worker) would keep a connection open that this one has closed, and a port
-# that it listens on taken.
-_not_in_forks: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-
-
-def keep_out_of_forks(sock: socket.socket) -> None:
-    """Let processes that are forked from this one close it first of all."""
-    _not_in_forks.add(sock)
-
-
-def _close_in_fork() -> None:
-    for sock in list(_not_in_forks):
-        sock.close()
-
-
-os.register_at_fork(after_in_child=_close_in_fork)
 
 
 class Connection:

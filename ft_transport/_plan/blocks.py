@@ -1,65 +1,46 @@
-"""Memory that bytes are taken from, staged in, and land in.
+"""Memory that is the bytes of a range, and copying to and from it.
 
-Strategy: fresh memory costs page faults, which are several times slower than the wire, so it is asked for in huge
-pages. Thousands of small tensors are copied by address, because a view of each would cost more than its bytes.
+Strategy: a user may exchange or give back a tensor's memory at any moment (``.data =``, ``set_``, ``resize_``), and a
+read of unmapped memory ends the process. So a block keeps the storage and remembers where it was; whoever is about to
+read looks whether it is still there, with no step of Python in between. Thousands of small tensors are copied by
+address, because a view of each would cost more than its bytes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
-import gc
 import math
-import mmap
-import os
-import re
-import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, compress, repeat, starmap
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, chain, compress, repeat, starmap
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ft_transport._plan.lent import readers_of
+from ft_transport._process import memory_at
+from ft_transport._state.manifest import Manifest
+from ft_transport._state.tree import format_path
 from ft_transport.errors import LocalProtocolError
 
 __all__ = [
-    "CPU",
-    "FROM_ARENA",
-    "Arena",
-    "Block",
-    "Bucket",
     "CARRIERS",
+    "CPU",
+    "Block",
+    "Blocks",
     "Held",
     "Places",
-    "ReadOnlyMemory",
-    "Room",
-    "aligned",
-    "allocate",
     "copy_blocks",
     "copy_elements",
     "held",
     "indexed",
-    "memory_at",
-    "no_collection",
-    "undisturbed",
-    "physical_bytes",
-    "room",
+    "refuse_moved",
     "share",
     "storage_as",
 ]
 
 CPU = torch.device("cpu")
-
-_HUGE_PAGE = 2 << 20
-# Fresh memory of this size and more comes from an arena; smaller storages are torch's own.
-FROM_ARENA = 256 << 10
-# What an arena asks for at once. Its memory is given back when nothing in it is referred to any more.
-_ARENA_BYTES = 64 << 20
 
 
 # --------------------------------------------------------------------------------------------- blocks
@@ -231,19 +212,6 @@ def share(tensors: Iterable[torch.Tensor]) -> None:
             storage.share_memory_()
 
 
-def memory_at(address: int, nbytes: int) -> memoryview:
-    """Memory of this process, whose owner the caller keeps."""
-    view: memoryview = _view_of_memory(address, nbytes, _PyBUF_WRITE)
-    return view
-
-
-# An array of ctypes would be a new class for each length.
-_view_of_memory = ctypes.pythonapi.PyMemoryView_FromMemory
-_view_of_memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
-_view_of_memory.restype = ctypes.py_object
-_PyBUF_WRITE = 0x200
-
-
 def indexed(storage: torch.Tensor, begin: int, end: int, index: torch.Tensor, unit: int) -> Block:
     """The block of a range with gaps.
 
@@ -380,302 +348,39 @@ def _copy(strided: torch.Tensor, flat: torch.Tensor, to_flat: bool) -> None:
         strided.copy_(flat)
 
 
-# ---------------------------------------------------------------------------------------- collection
+class Blocks(dict[tuple[int, int], Block]):
+    """The memory that the byte range at (storage, begin) is taken from.
 
-_collection_lock = threading.Lock()
-_collection_holders = 0
-_collection_was_on = False
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Hold back Python's cyclic garbage collector.
-
-    Describing a state makes hundreds of thousands of small objects and no cycle; the collector would walk through all
-    of them, again and again, which takes longer than the describing.
-    """
-    global _collection_holders, _collection_was_on
-    with _collection_lock:
-        if _collection_holders == 0:
-            _collection_was_on = gc.isenabled()
-            gc.disable()
-        _collection_holders += 1
-    try:
-        yield
-    finally:
-        with _collection_lock:
-            _collection_holders -= 1
-            if _collection_holders == 0 and _collection_was_on:
-                gc.enable()
-
-
-_overrides: Any = torch.overrides
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Put aside what this thread has told torch to do otherwise: a default device, inference mode, modes that see or
-    replace every operation. What is made for a transfer is what it says it is, and can be trained with."""
-    functions: list[Any] = []
-    try:
-        while _overrides._len_torch_function_stack():
-            functions.append(_overrides._pop_mode())
-        with torch.inference_mode(False), _disable_current_modes():
-            yield
-    finally:
-        for mode in reversed(functions):
-            _overrides._push_mode(mode)
-
-
-# --------------------------------------------------------------------------------------- fresh memory
-
-
-@functools.cache
-def _machine_bytes() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
-
-
-class Room(NamedTuple):
-    """How much memory there is, and whose limit that is, for an error."""
-
-    nbytes: int
-    of: str
-
-
-def physical_bytes(root: str = "/") -> int:
-    """What this process may have at most, which no honest state exceeds: the least of the machine's memory and the
-    limits of its memory cgroups.
-
-    Args:
-        root: Where ``/proc`` and ``/sys`` are; for tests.
-    """
-    return min([_machine_bytes(), *(group.limit for group in _cgroups(root))])
-
-
-def room(root: str = "/") -> Room:
-    """What this process may take now without being killed for it: the least of the machine's memory and what each of
-    its memory cgroups has left.
-
-    A cgroup's use counts without the page cache and what else its kernel gives back under pressure. Swap does not
-    count. Of the machine all memory counts, whoever uses it now.
-    """
-    rooms = [Room(_machine_bytes(), "this machine has")]
-    for limit, used, path in _cgroups(root):
-        left = max(0, limit - used)
-        rooms.append(Room(left, f"the memory cgroup {path} has left ({left} of its {limit})"))
-    return min(rooms)
-
-
-class _Cgroup(NamedTuple):
-    limit: int
-    used: int
-    path: str
-
-
-class _Files(NamedTuple):
-    """Where a version of cgroups says what we ask."""
-
-    limit: str
-    current: str
-    reclaimable: tuple[str, ...]
-
-
-_CGROUP_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
-_CGROUP_2 = _Files("memory.max", "memory.current", ("active_file", "inactive_file", "slab_reclaimable"))
-
-
-def _cgroups(root: str) -> Iterator[_Cgroup]:
-    """The memory cgroups of this process and their ancestors, as far as they are mounted and have a limit."""
-    try:
-        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as lines:
-            entries = [line.rstrip("\n").split(":", 2) for line in lines]
-        with open(os.path.join(root, "proc/self/mountinfo"), encoding="utf-8") as lines:
-            mounts = [line.split() for line in lines]
-    except (OSError, ValueError):
-        return  # no Linux, or no /proc
-    for entry in entries:
-        if len(entry) != 3:
-            continue
-        _, controllers, path = entry
-        version = 2 if not controllers else 1 if "memory" in controllers.split(",") else 0
-        for mount in mounts if version else ():
-            if _has_memory(mount, version):
-                yield from _along(root, mount[4], _below(mount[3], path), _CGROUP_2 if version == 2 else _CGROUP_1)
-
-
-def _has_memory(mount: list[str], version: int) -> bool:
-    if "-" not in mount[6:]:
-        return False
-    kind, *more = mount[mount.index("-", 6) + 1 :] or [""]
-    return kind == "cgroup2" if version == 2 else kind == "cgroup" and "memory" in ",".join(more).split(",")
-
-
-def _below(mounted: str, path: str) -> list[str]:
-    """The names that lead from a mount to a cgroup. In a container, what is mounted may be a part of the tree."""
-    inside = path == mounted or path.startswith(mounted.rstrip("/") + "/")
-    names = (path[len(mounted.rstrip("/")) :] if inside else path).split("/")
-    return [] if ".." in names else [name for name in names if name]
-
-
-def _along(root: str, mount_point: str, names: list[str], files: _Files) -> Iterator[_Cgroup]:
-    for depth in range(len(names), -1, -1):
-        path = "/".join([mount_point, *names[:depth]])
-        folder = os.path.join(root, path.lstrip("/"))
-        limit = _number(os.path.join(folder, files.limit))
-        if limit is not None and limit < _machine_bytes():
-            used = _number(os.path.join(folder, files.current)) or 0
-            yield _Cgroup(limit, max(0, used - _reclaimable(os.path.join(folder, "memory.stat"), files)), path)
-
-
-def _number(file: str) -> int | None:
-    """The number in a file; None where there is none, as in ``max``."""
-    try:
-        with open(file, encoding="ascii") as text:
-            return int(text.read())
-    except (OSError, ValueError):
-        return None
-
-
-def _reclaimable(file: str, files: _Files) -> int:
-    try:
-        with open(file, encoding="ascii") as lines:
-            fields = [line.split() for line in lines]
-        return sum(int(field[1]) for field in fields if len(field) == 2 and field[0] in files.reclaimable)
-    except (OSError, ValueError):
-        return 0
-
-
-def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
-    """A flat uint8 tensor of ``nbytes`` with undefined content.
-
-    Raises:
-        MemoryError: The device has no room for it.
-    """
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
-    except RuntimeError as exc:
-        raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
-
-
-class Arena:
-    """Fresh memory on the CPU, in huge pages where the system has them.
-
-    A page fault costs as much for 2 MiB as for 4 KiB, but tensors rarely start or end on a huge page. So they are
-    placed one behind the other, each a storage of its own.
+    Attributes:
+        manifest: Of the state.
+        places: Of all its tensors, in the order of its leaves.
     """
 
-    def __init__(self) -> None:
-        self._mapping: mmap.mmap | None = None
-        self._used = 0
+    manifest: Manifest
+    places: Places
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """A flat uint8 tensor of ``nbytes``, aligned to 64 bytes, with undefined content.
+    def check(self) -> None:
+        """Call before bytes that were read count as the state's.
 
         Raises:
-            MemoryError: There is no room for it.
+            LocalProtocolError: A tensor has lost its memory, or part of it; the text names the paths.
         """
-        if nbytes < FROM_ARENA:
-            return allocate(nbytes, torch.device("cpu"))
-        if self._mapping is None or len(self._mapping) - self._used < nbytes:
-            self._map(nbytes)
-        assert self._mapping is not None
-        taken = torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=self._used)
-        self._used += aligned(nbytes)
-        return taken
-
-    def _map(self, nbytes: int) -> None:
-        nbytes = max(nbytes, _ARENA_BYTES)
-        size = nbytes + -nbytes % _HUGE_PAGE
-        try:
-            # One huge page more, so that the first can be at a multiple of its size.
-            mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except (OSError, ValueError) as exc:
-            raise MemoryError(f"no room for {size} bytes: {exc}") from exc
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel that has none
-                mapping.madvise(mmap.MADV_HUGEPAGE)
-        first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        self._used = -first % _HUGE_PAGE
-        self._mapping = mapping
+        moved, manifest = self.places.moved(), self.manifest
+        if moved:
+            leaves = [leaf for leaf in range(len(manifest.leaves)) if leaf not in manifest.same]
+            ends = list(accumulate(len(manifest.leaves[leaf].views) for leaf in leaves))
+            refuse_moved(manifest, [leaves[bisect_right(ends, index)] for index in moved])
 
 
-# ---------------------------------------------------------------------------------- read-only memory
+# Paths that an error names: whoever moves one tensor moves all.
+_MAX_NAMED = 8
 
 
-class ReadOnlyMemory:
-    """Which addresses of this process cannot be written to: a write there would kill it.
-
-    Looked up once, at the first question, where the system tells (Linux); elsewhere nothing counts as read-only.
-    """
-
-    def __init__(self) -> None:
-        self._begins: list[int] | None = None
-        self._ends: list[int] = []
-
-    def holds(self, address: int) -> bool:
-        """Whether the address lies in read-only memory."""
-        if self._begins is None:
-            self._look()
-        assert self._begins is not None
-        index = bisect_right(self._begins, address) - 1
-        return index >= 0 and address < self._ends[index]
-
-    def _look(self) -> None:
-        self._begins, self._ends = [], []
-        try:
-            with open("/proc/self/maps", "rb") as maps:
-                found = _READ_ONLY.findall(maps.read())
-        except OSError:
-            return
-        for begin, end in found:
-            self._begins.append(int(begin, 16))
-            self._ends.append(int(end, 16))
-
-
-# Begin and end of a mapping without the permission to write, in the order of addresses.
-_READ_ONLY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
-
-
-# -------------------------------------------------------------------------------------------- staging
-
-
-class Bucket:
-    """Memory on the wire's device that messages are staged in; grows to what one flight needs, then is reused.
-
-    Args:
-        device: Of the wire.
-        pinned: Whether an accelerator, if there is one, shall be able to reach it directly.
-    """
-
-    __slots__ = ("_device", "_flat", "_pinned", "_used")
-
-    def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
-        self._device = device
-        self._pinned = pinned and torch.accelerator.is_available()
-        self._flat: torch.Tensor | None = None
-        self._used = 0
-
-    def reset(self, nbytes: int) -> None:
-        """Give back everything taken, and have room for ``nbytes`` in takes of :func:`aligned` sizes."""
-        self._used = 0
-        if nbytes and (self._flat is None or self._flat.numel() < nbytes):
-            self._flat = None  # before the new one is allocated
-            self._flat = allocate(nbytes, self._device, pinned=self._pinned)
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was taken since the last :meth:`reset`."""
-        return self._used == 0
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        """The next ``nbytes`` as a flat uint8 tensor, aligned to 64 bytes."""
-        assert self._flat is not None, "reset() comes first"
-        taken = self._flat[self._used : self._used + nbytes]
-        assert taken.numel() == nbytes, "more taken than asked for in reset()"
-        self._used += aligned(nbytes)
-        return taken
-
-
-def aligned(nbytes: int) -> int:
-    """``nbytes`` rounded up to 64 bytes, what one take from a bucket uses."""
-    return nbytes + -nbytes % 64
+def refuse_moved(manifest: Manifest, leaves: Iterable[int]) -> None:
+    """Raises LocalProtocolError: tensors of these leaves had their memory exchanged or given back."""
+    paths = [format_path(manifest.paths[leaf]) for leaf in dict.fromkeys(leaves)]
+    more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
+    raise LocalProtocolError(
+        f"memory of the state was exchanged or given back while the state was moved: {', '.join(paths[:_MAX_NAMED])}"
+        f"{more}; it must not be (.data, set_, resize_), before disallow_checkpoint() has returned"
+    )

@@ -11,37 +11,36 @@ import itertools
 from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from operator import itemgetter
-from typing import Any
 
 import torch
 
 from ft_transport._plan.blocks import (
     CARRIERS,
     CPU,
-    FROM_ARENA,
-    Arena,
     Block,
     Held,
     Places,
-    Room,
-    allocate,
     copy_blocks,
     held,
     indexed,
-    room,
+    refuse_moved,
     share,
     storage_as,
 )
-from ft_transport._plan.template import Slot, Targets, same_strides
+from ft_transport._plan.buffers import FROM_ARENA, Arena, allocate
+from ft_transport._plan.compare import Slot, Targets, same_strides
+from ft_transport._plan.rebuild import NEW_EACH_TIME, Objects, empty, quiet, view_of
+from ft_transport._process import Room, room
+from ft_transport._state.geometry import covered
 from ft_transport._state.kinds.base import KINDS, Maker, Surroundings, plain, put_together, refresh
 from ft_transport._state.kinds.distributed import meshes_of
-from ft_transport._state.manifest import Leaf, Manifest, View, covered, refuse_moved
+from ft_transport._state.manifest import Leaf, Manifest, View
 from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Gaps, Layout, Piece
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
-__all__ = ["Landing", "mark_changed"]
+__all__ = ["Landing"]
 
 _Member = tuple[Slot, View]
 
@@ -214,7 +213,7 @@ class Landing:
             # where those that the template lacks can begin at the same bytes.
             if len(matching) == len(group) or (
                 all(shift % view.geometry.itemsize == 0 for _, view in group)
-                and covered([view for _, view in matching], piece.begin, piece.end)
+                and covered([view.placed for _, view in matching], piece.begin, piece.end)
             ):
                 flat = storage_as(self._targets[matching[0][0]], torch.uint8)
                 self._settle(group, {slot for slot, _ in matching}, flat, shift)
@@ -253,7 +252,7 @@ class Landing:
                 self._settle_in_place(slot)
                 self._copies += [(other, slot) for other, _ in group if other != slot]
                 shape, stride = [tensor.shape[dim] for dim in order], [tensor.stride(dim) for dim in order]
-                return Block(_quiet(tensor).as_strided(shape, stride, tensor.storage_offset()), dense=False)
+                return Block(quiet(tensor).as_strided(shape, stride, tensor.storage_offset()), dense=False)
         return None
 
     def _settle_in_place(self, slot: Slot) -> None:
@@ -273,7 +272,7 @@ class Landing:
         if whole and len(group) == 1 and nbytes < FROM_ARENA and group[0][1].geometry.dense:
             # A tensor of its own: the quickest way for many small ones.
             (slot, view) = group[0]
-            self._values[slot] = tensor = _empty(view, CPU if on_cpu else self._fresh_device)
+            self._values[slot] = tensor = empty(view, CPU if on_cpu else self._fresh_device)
             if slot in self._targets:
                 self._copies.append((slot, slot))
             return Block(tensor)
@@ -292,7 +291,7 @@ class Landing:
             if slot in direct:
                 self._settle_in_place(slot)
                 continue
-            self._values[slot] = _view_of(flat, view, shift)
+            self._values[slot] = view_of(flat, view, shift)
             if slot in self._targets:
                 self._copies.append((slot, slot))
 
@@ -333,7 +332,7 @@ class Landing:
 
     def _direct(self, message: int) -> tuple[Block, int, int] | None:
         pieces = self._layout.messages[message]
-        # Small ones are staged for the reason that the source has, see ``_group.source.Gatherer``.
+        # Small ones are staged for the reason that the source has, see ``_plan.placement.Gatherer``.
         if self._layout.is_small(message):
             return None
         block, begin, nbytes = self._locate(pieces[0])
@@ -404,7 +403,7 @@ class Landing:
                 built.append(built[manifest.same[index]])
             elif leaf.kind == "tensor" and objects is None:
                 tensor = values.get((index, 0))
-                built.append(plain(_empty(leaf.views[0]) if tensor is None else tensor, leaf.context))
+                built.append(plain(empty(leaf.views[0]) if tensor is None else tensor, leaf.context))
             elif leaf.kind == "tensor" and objects is not None:
                 view, context = leaf.views[0], leaf.context
                 built.append(objects.outer(view, context, self._values.get((index, 0))))
@@ -413,7 +412,7 @@ class Landing:
         return manifest.build(built)
 
     def _copy_to(self, target: Slot, slot: Slot) -> None:
-        mine, new = _quiet(self._targets[target]), _quiet(self._values[slot])
+        mine, new = quiet(self._targets[target]), quiet(self._values[slot])
         carrier = CARRIERS[mine.dtype.itemsize]
         mine.view(carrier).copy_(new.view(carrier))
 
@@ -462,9 +461,9 @@ class Landing:
         """All leaves of the state."""
         return set(map(format_path, self._manifest.paths))
 
-    def _objects(self) -> _Objects:
+    def _objects(self) -> Objects:
         """Tensors that leaves may hold, beginning with the template's own."""
-        objects = _Objects()
+        objects = Objects()
         for index, position in self._settled:
             leaf = self._manifest.leaves[index]
             if leaf.kind == "tensor":
@@ -473,17 +472,17 @@ class Landing:
 
     def _adopts(self, index: int, leaf: Leaf) -> bool:
         """Whether the template's leaf holds the new bytes. Tensors among its attributes do not count."""
-        if leaf.kind in _NEW_EACH_TIME or (leaf.kind in KINDS and KINDS[leaf.kind].obstacle(self._matched[index])):
+        if leaf.kind in NEW_EACH_TIME or (leaf.kind in KINDS and KINDS[leaf.kind].obstacle(self._matched[index])):
             return False
         views = leaf.views[:1] if leaf.kind == "python tensor" else leaf.views
         return all(view.storage < 0 or (index, i) in self._settled for i, view in enumerate(views))
 
-    def _makers(self, index: int, leaf: Leaf, objects: _Objects | None) -> Iterator[Maker]:
+    def _makers(self, index: int, leaf: Leaf, objects: Objects | None) -> Iterator[Maker]:
         for position, view in enumerate(leaf.views):
             slot = index, position
             tensor = self._values.get(slot)
             if objects is None or slot in self._settled:
-                yield partial(plain, _empty(view) if tensor is None else tensor)
+                yield partial(plain, empty(view) if tensor is None else tensor)
             else:
                 yield partial(objects.inner, view, tensor)
 
@@ -497,67 +496,6 @@ class Landing:
         return [self._targets[slot] for slot in self._settled]
 
 
-class _Objects:
-    """Which tensor objects have been made, by view and context: a tensor inside of a leaf may be a leaf itself.
-
-    Two leaves of one view are two objects, unless the manifest says otherwise; inside of leaves they are one, as
-    the offsets of jagged tensors that fit together are.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[View, Any], torch.Tensor] = {}
-        self._leaves: set[tuple[View, Any]] = set()
-
-    def know(self, view: View, context: Any, leaf: torch.Tensor) -> None:
-        """A leaf that the template has, if it is what the source's is."""
-        is_parameter, requires_grad = context or (False, False)
-        if isinstance(leaf, torch.nn.Parameter) == is_parameter and leaf.requires_grad == requires_grad:
-            self._made.setdefault((view, context), leaf)
-            self._leaves.add((view, context))
-
-    def inner(self, view: View, tensor: torch.Tensor | None, context: Any) -> torch.Tensor:
-        """A tensor inside of a leaf."""
-        key = view, context
-        if key not in self._made:
-            self._made[key] = plain(_empty(view) if tensor is None else tensor, context)
-        return self._made[key]
-
-    def outer(self, view: View, context: Any, tensor: torch.Tensor | None) -> torch.Tensor:
-        """A tensor that is a leaf."""
-        key = view, context
-        if key in self._leaves or view.storage < 0:
-            return plain(_empty(view) if tensor is None else tensor, context)
-        self._leaves.add(key)
-        return self.inner(view, tensor, context)
-
-
-# Kinds whose leaves have content beside their tensors, which the template's own does not get.
-_NEW_EACH_TIME = frozenset({"object"})
-
-
-def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
-    """Tell autograd that these tensors changed: a graph that saved them must not use the mix of old and new."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
-
-
-def _quiet(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with a version counter of its own, unlike ``detach()``: see :func:`mark_changed`."""
-    return tensor.data
-
-
 def _count(tensor: torch.Tensor) -> int:
     """How many in-place operations autograd has counted; 0 for a tensor of inference mode, which has no count."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _view_of(flat: torch.Tensor, view: View, shift: int) -> torch.Tensor:
-    shape = view.geometry
-    tensor = torch.empty(0, dtype=shape.dtype, device=flat.device)
-    return tensor.set_(flat.untyped_storage(), view.offset + shift // shape.itemsize, shape.shape, shape.stride)
-
-
-def _empty(view: View, device: torch.device = CPU) -> torch.Tensor:
-    shape = view.geometry
-    return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype, device=device)

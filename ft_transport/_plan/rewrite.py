@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from ft_transport._plan.blocks import Arena, aligned
+from ft_transport._plan.buffers import Arena, aligned
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.unchanged import Reading
 from ft_transport._wire.digest import digest_message

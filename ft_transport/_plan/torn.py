@@ -45,6 +45,7 @@ class Attempt:
     def __init__(self) -> None:
         self.landing: _Landing | None = None
 
+
 # Refusals in a row for a reason that may pass (no memory, a callback that raises) until the replica is stopped. Each
 # costs the others a step, and some reasons do pass.
 MAX_REFUSALS = 3

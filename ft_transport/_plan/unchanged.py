@@ -33,7 +33,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ft_transport._deadline import Deadline
-from ft_transport._state.manifest import Blocks, Manifest
+from ft_transport._plan.blocks import Blocks
+from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import format_path
 from ft_transport._wire.layout import Layout
 from ft_transport.errors import LocalProtocolError

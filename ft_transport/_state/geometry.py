@@ -9,8 +9,19 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-__all__ = ["MAX_DIMS", "QUANTIZED", "Geometry", "checked_geometry", "geometry", "geometry_of", "index_of", "merge"]
-
+__all__ = [
+    "MAX_DIMS",
+    "QUANTIZED",
+    "Geometry",
+    "Placed",
+    "checked_geometry",
+    "covered",
+    "geometry",
+    "geometry_of",
+    "index_of",
+    "merge",
+    "range_index",
+]
 
 # Dtypes whose tensors are more than their bytes.
 QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
@@ -110,6 +121,10 @@ def geometry_of(tensor: torch.Tensor) -> Geometry:
     return geometry(tensor.dtype, tensor.shape, tensor.stride())
 
 
+# A view: what it looks like, and its first byte in the storage.
+Placed = tuple[Geometry, int]
+
+
 def merge(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Disjoint byte ranges, in order, that cover the extents; only overlapping ones are joined."""
     ranges: list[tuple[int, int]] = []
@@ -121,7 +136,7 @@ def merge(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     return ranges
 
 
-def index_of(views: Iterable[tuple[Geometry, int]], begin: int, end: int) -> tuple[torch.Tensor, int] | None:
+def index_of(views: Iterable[Placed], begin: int, end: int) -> tuple[torch.Tensor, int] | None:
     """Which elements of a byte range some views refer to.
 
     Args:
@@ -143,3 +158,18 @@ def index_of(views: Iterable[tuple[Geometry, int]], begin: int, end: int) -> tup
         taken.as_strided(sizes, steps, (first - begin) // unit).fill_(True)
     # Most often it is the whole range, and the places are eight times as large as the bytes.
     return None if taken.all() else (taken.nonzero().flatten(), unit)
+
+
+def range_index(views: Sequence[Placed], begin: int, end: int) -> tuple[torch.Tensor, int] | None:
+    """Which elements of a range its views refer to, None where that is all of it; see :func:`index_of`."""
+    return None if covered(views, begin, end) else index_of(views, begin, end)
+
+
+def covered(views: Iterable[Placed], begin: int, end: int) -> bool:
+    """Whether those of the views that have no gaps leave none of the range out."""
+    reached = begin
+    for first, last in sorted((first, first + shape.span) for shape, first in views if shape.dense):
+        if first > reached:
+            return False
+        reached = max(reached, last)
+    return reached == end

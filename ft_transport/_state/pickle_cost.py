@@ -3,7 +3,7 @@
 An allow-list decides what a pickle may name, not what it costs: forty bytes make a key whose hash takes years (a tuple
 of twice a tuple of twice a tuple …, each fetched from the memo), or one nested so deep that hashing it overruns the
 C stack. So the opcodes are walked through once, with costs on the stack in the place of values. What is called must
-have been named by the pickle itself, where the allow-list sees it, and the harmless functions of ``_state.values`` must
+have been named by the pickle itself, where the allow-list sees it, and the harmless functions of ``_state.pickles`` must
 be called as an honest pickle calls them: ``Counter`` of a range of 2^62 is small, too.
 
 Not here: what is named (the allow-list), and what an allowed class does when it is built or hashed.
@@ -93,7 +93,7 @@ def _check_call(function: _Cell, args: _Cell) -> None:
         raise ValueError(f"a pickle that calls {name} with something else than its own arguments")
 
 
-# What those of ``_state.values._HARMLESS`` are called with.
+# What those of ``_state.pickles.HARMLESS`` are called with.
 _ARGUMENTS: dict[str, Any] = {
     "collections.OrderedDict": lambda given: not given,
     "collections.Counter": lambda given: all("DICT" in part.made_by for part in given) and len(given) < 2,

@@ -19,8 +19,21 @@ from torch.utils import _pytree as pytree
 
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, printable
 
-__all__ = ["CONTAINERS", "LEAF", "Flat", "Node", "Path", "check_tree", "flatten", "format_path"]
-__all__ += ["paths_of", "unflatten"]
+__all__ = [
+    "CONTAINERS",
+    "LEAF",
+    "MAX_DEPTH",
+    "NAMES_A_CLASS",
+    "Flat",
+    "Node",
+    "Path",
+    "check_names",
+    "flatten",
+    "format_path",
+    "path_of_container",
+    "paths_of",
+    "unflatten",
+]
 
 Path = tuple[Hashable, ...]
 
@@ -366,52 +379,6 @@ _BUILD: dict[str, Callable[[Node, list[object]], object]] = {
 CONTAINERS = frozenset(_BUILD)
 
 
-# --------------------------------------------------------------------------------------------- paths
-
-
-def check_tree(nodes: Sequence[Node]) -> int:
-    """Check that nodes in preorder, from a peer, are exactly one tree of bounded depth.
-
-    Returns:
-        The number of its leaves.
-
-    Raises:
-        ValueError: They are not.
-    """
-    open_nodes = [1]
-    num_leaves, claimed, done = 0, 1, 0
-
-    def count(num_nodes: int) -> None:
-        """So many nodes come next, leaves or the roots of subtrees that are over before the next one."""
-        while num_nodes:
-            while open_nodes and not open_nodes[-1]:
-                open_nodes.pop()
-            if not open_nodes:
-                raise ValueError("nodes after the end of the tree")
-            num_here = min(num_nodes, open_nodes[-1])
-            open_nodes[-1] -= num_here
-            num_nodes -= num_here
-
-    for index in [index for index, node in enumerate(nodes) if node is not LEAF]:
-        node = nodes[index]
-        count(index - done)
-        num_leaves += index - done
-        count(1)
-        done = index + 1
-        if node.num_children:
-            # Before the children are listed: they cost nothing to claim.
-            claimed += node.num_children
-            if claimed > len(nodes):
-                raise ValueError(f"the tree ends early: {len(nodes)} nodes of {claimed}")
-            open_nodes.append(node.num_children)
-            if len(open_nodes) > MAX_DEPTH + 1:
-                raise ValueError(f"a tree nested deeper than {MAX_DEPTH} levels")
-    count(len(nodes) - done)
-    if any(open_nodes):
-        raise ValueError("the tree ends early")
-    return num_leaves + len(nodes) - done
-
-
 def paths_of(nodes: Sequence[Node], *, of_containers: bool = False) -> list[Path]:
     """The path of each leaf, or of each container, of a tree that is known to be one.
 
@@ -464,3 +431,30 @@ def _text(key: Hashable) -> str:
         return str(key)
     except ValueError:  # an integer with more digits than Python likes to write
         return f"<{type(key).__name__}>"
+
+
+def path_of_container(nodes: list[Node], index: int) -> str:
+    which = sum(node is not LEAF for node in nodes[:index])
+    return format_path(paths_of(nodes, of_containers=True)[which])
+
+
+# Nodes whose ``extra`` is a class, if any.
+NAMES_A_CLASS = frozenset({"namedtuple", "dataclass", "defaultdict", "subdict", "attrdict", "sublist"})
+
+
+def check_names(node: Node) -> None:
+    """Raise where an attribute of a container would hide what its class can do."""
+    cls = {"OrderedDict": OrderedDict, "defaultdict": defaultdict}.get(node.kind, node.extra)
+    for name in node.keys if node.kind == "dataclass" else node.keys[len(node.keys) - node.num_attrs :]:
+        if not _is_free_name(name, cls):
+            raise ValueError(f"name of an attribute out of range: {str(name)[:80]!r} hides what its class can do")
+
+
+def _is_free_name(name: object, cls: Any) -> bool:
+    """Whether an attribute of this name hides nothing that instances of the class can do."""
+    if not isinstance(name, str) or name.startswith("__"):
+        return False
+    if name in getattr(cls, "__dataclass_fields__", ()):
+        return True
+    found = getattr(cls, name, None)
+    return not callable(found) and not (cls is defaultdict and name == "default_factory")

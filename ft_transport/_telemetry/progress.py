@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
 from ft_transport._deadline import Deadline
 from ft_transport._telemetry.events import PROGRESS, log_event
 from ft_transport._telemetry.report import PeerReport, Progress, ProgressCallback, TransferReport
-from ft_transport._threads import Crew
+from ft_transport._threads import meanwhile
 
-__all__ = ["INTERVAL", "Watch", "meanwhile", "progress_bar", "watching"]
+__all__ = ["INTERVAL", "Watch", "progress_bar", "tell_progress", "watching"]
+
+logger = logging.getLogger("ft_transport")
 
 # Between two lines about the same peer. Most transfers are over by then and have none.
 INTERVAL = timedelta(seconds=5)
@@ -116,31 +117,6 @@ def _of(done: int, total: int) -> str:
     return f"{done / unit:.1f} of {total / unit:.1f} {name}"
 
 
-@contextmanager
-def meanwhile(call: Callable[[], bool | None], interval: timedelta, name: str) -> Iterator[None]:
-    """Call something every so often while the block runs, from a thread that has ended when this does.
-
-    Until it gives True; and where no thread is to be had, never.
-    """
-    changed, over, crew = threading.Condition(), False, Crew()
-
-    def run() -> None:
-        with changed:
-            while not changed.wait_for(lambda: over, interval.total_seconds()):
-                if call():
-                    return
-
-    try:
-        with suppress(RuntimeError):
-            crew.start(name, run)
-        yield
-    finally:
-        over = True
-        with changed:
-            changed.notify_all()
-        crew.join()
-
-
 def watching(report: TransferReport, deadline: Deadline) -> AbstractContextManager[None]:
     """Follow a transfer from a thread of its own, which has ended when this does."""
     return meanwhile(Watch(report, deadline).tick, INTERVAL / 4, "progress")
@@ -176,3 +152,13 @@ def progress_bar(**options: Any) -> ProgressCallback:
                 bars.pop(key).close()
 
     return show
+
+
+def tell_progress(callback: ProgressCallback | None, progress: Progress) -> None:
+    """Call the user's callback; what it raises does not end the transfer."""
+    if callback is None:
+        return
+    try:
+        callback(progress)
+    except Exception:
+        logger.exception("the progress callback raised; the transfer goes on")

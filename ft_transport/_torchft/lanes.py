@@ -22,19 +22,20 @@ from torchft.checkpointing.transport import CheckpointTransport
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.destination import Reception, Self
 from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.options import CPU, LaneOptions
+from ft_transport._lanes.protocol import Visit, first_frame
 from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.source import Offer
-from ft_transport._lanes.teller import Teller
-from ft_transport._net.dial import Listener, interfaces, resolve
-from ft_transport._net.handshake import SECRET_BYTES, Invitation, in_order
-from ft_transport._plan.destination import mark_changed
+from ft_transport._net.endpoint import SECRET_BYTES, Invitation, in_order, interfaces, resolve
+from ft_transport._net.listener import Listener
+from ft_transport._options import CPU, LaneOptions
+from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.resume import Kept
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._plan.torn import Guard
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
+from ft_transport._telemetry.teller import Teller
 from ft_transport._transport import Asked, Call
 from ft_transport.errors import LocalProtocolError, TornStateError
 
@@ -377,7 +378,7 @@ def _listen(
     interface: str | None,
     port: int,
     contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None,
-) -> tuple[Self, Listener]:
+) -> tuple[Self, Listener[Visit]]:
     """Begin to listen, and say where."""
     hosts = resolve(host) if host is not None else []
     try:
@@ -387,7 +388,7 @@ def _listen(
     secret = secrets.token_bytes(SECRET_BYTES)
     desk = Desk()
     try:
-        listener = Listener(secret, port, contexts[0] if contexts else None, desk.welcome, desk.tick)
+        listener = Listener(secret, port, contexts[0] if contexts else None, first_frame, desk.welcome, desk.tick)
     except OSError as exc:
         raise LocalProtocolError(f"cannot listen on port {port}: {exc}") from None
     metadata = Invitation(addresses, listener.port, secret, contexts is not None).encode()
@@ -395,6 +396,6 @@ def _listen(
     return Self(secrets.token_bytes(16), name, metadata, desk, contexts), listener
 
 
-def _close(listener: Listener, desk: Desk) -> None:
+def _close(listener: Listener[Visit], desk: Desk) -> None:
     listener.close()
     desk.close_all()

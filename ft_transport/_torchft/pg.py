@@ -20,10 +20,12 @@ from torchft.process_group import ProcessGroup, ProcessGroupBaby
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, GroupChannel
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import Options, for_each
-from ft_transport._group.source import LAST_WORDS, Outbound, serve, tell_failure
-from ft_transport._plan.destination import mark_changed
+from ft_transport._group.fan_out import for_each
+from ft_transport._group.source import LAST_WORDS, serve, tell_failure
+from ft_transport._options import Options
+from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.source import Outbound
 from ft_transport._plan.torn import Guard
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 import xxhash
 
-from ft_transport._plan.blocks import Held, memory_at
+from ft_transport._plan.blocks import Held
+from ft_transport._process import memory_at
 
 __all__ = ["ALGORITHMS", "NUM_SAMPLES", "digest_bytes", "digest_message"]
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from ft_transport._state.geometry import merge
-from ft_transport._state.manifest import Manifest, View, made, range_index
+from ft_transport._state.geometry import merge, range_index
+from ft_transport._state.manifest import Manifest, View, made
 
 __all__ = ["SMALL_BYTES", "Gaps", "Layout", "Limits", "Piece", "lay_out"]
 
@@ -131,7 +131,7 @@ def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps]]:
         found.sort(key=lambda view: view.begin)
         for begin, end in merge((view.begin, view.end) for view in found):
             inside = found[bisect_left(found, begin, key=_begin) : bisect_left(found, end, key=_begin)]
-            index = range_index(inside, begin, end)
+            index = range_index([view.placed for view in inside], begin, end)
             if index is not None:
                 gaps[len(ranges)] = Gaps(end, *index)
                 end = begin + index[0].numel() * index[1]

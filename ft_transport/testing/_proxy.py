@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from ft_transport._deadline import Deadline
-from ft_transport._net.handshake import Invitation
+from ft_transport._net.endpoint import Invitation
 from ft_transport.testing._faults import Faults
 from ft_transport.testing._stream import FrameStream
 

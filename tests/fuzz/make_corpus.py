@@ -19,8 +19,9 @@ import golden  # noqa: E402
 import hostile  # noqa: E402
 import states  # noqa: E402
 
-from ft_transport._state.manifest import describe  # noqa: E402
-from ft_transport._wire.frames import Frame, Header, encode_frame, encode_manifest  # noqa: E402
+from ft_transport._state.describe import describe  # noqa: E402
+from ft_transport._wire.encode import encode_manifest  # noqa: E402
+from ft_transport._wire.frames import Frame, Header, encode_frame  # noqa: E402
 from ft_transport._wire.layout import Limits  # noqa: E402
 
 CORPUS = Path(__file__).resolve().parent / "corpus"

@@ -6,8 +6,7 @@ import secrets
 from typing import Any
 
 from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.protocol import Frame, Header
-from ft_transport._net.handshake import Visit
+from ft_transport._lanes.protocol import Frame, Header, Visit
 
 
 class Caller:

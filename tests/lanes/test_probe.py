@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ft_transport._deadline import Deadline
+from ft_transport._lanes.chain import _AHEAD_BYTES, Guest, is_to_blame
 from ft_transport._lanes.probe import Trial
-from ft_transport._lanes.source import _AHEAD_BYTES, _Guest, _is_to_blame
 from ft_transport._telemetry.report import PeerReport
 
 SOON, LATER = timedelta(milliseconds=20), timedelta(seconds=60)
@@ -93,9 +93,9 @@ def test_close_ends_what_is_under_way() -> None:
     assert tried.closed == 1
 
 
-def guest(nbytes: int, before: _Guest | None = None, outcome: Any = "pending", settling: Deadline = PAST) -> _Guest:
+def guest(nbytes: int, before: Guest | None = None, outcome: Any = "pending", settling: Deadline = PAST) -> Guest:
     peer = PeerReport(-1, outcome=outcome, nbytes=nbytes)
-    return _Guest(None, peer, None, before=before, settling=settling)  # type: ignore[arg-type]
+    return Guest(None, peer, None, before=before, settling=settling)  # type: ignore[arg-type]
 
 
 MUCH = 10 * _AHEAD_BYTES
@@ -122,5 +122,5 @@ MUCH = 10 * _AHEAD_BYTES
         "is gone",
     ],
 )
-def test_who_is_to_blame(slow: _Guest | None, to_blame: bool) -> None:
-    assert _is_to_blame(slow) is to_blame
+def test_who_is_to_blame(slow: Guest | None, to_blame: bool) -> None:
+    assert is_to_blame(slow) is to_blame

@@ -16,15 +16,16 @@ from helpers import CPU, noise
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.dispatcher import Desk
 from ft_transport._lanes.pending import Work
-from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, Frame, Header, encode
+from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, Frame, Header, Visit, encode
 from ft_transport._lanes.relay import Relay
-from ft_transport._net.connection import Connection, Patience
-from ft_transport._net.handshake import Visit
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import Patience
 from ft_transport._net.zero_copy import SPLICE_FROM
-from ft_transport._plan.blocks import Bucket
+from ft_transport._plan.buffers import Bucket
+from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import Landing
-from ft_transport._plan.template import compare, match_template
-from ft_transport._state.manifest import describe
+from ft_transport._plan.template import match_template
+from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Limits, lay_out
 

@@ -16,9 +16,9 @@ from ft_transport import LaneTransport, PeerFailure
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.protocol import Conversation, Frame, Role, encode
 from ft_transport._lanes.session import Talk
-from ft_transport._net.connection import Patience
 from ft_transport._net.dial import dial
-from ft_transport._net.handshake import Invitation
+from ft_transport._net.endpoint import Invitation
+from ft_transport._net.stall import Patience
 
 TIMEOUT = timedelta(seconds=20)
 STEP = 7

@@ -16,8 +16,10 @@ from ft_transport._deadline import Deadline
 from ft_transport._lanes import supplier
 from ft_transport._lanes.protocol import Frame, Header, encode
 from ft_transport._lanes.supplier import Supply
-from ft_transport._net.connection import Connection, Patience
-from ft_transport._plan.blocks import Bucket, Held
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import Patience
+from ft_transport._plan.blocks import Held
+from ft_transport._plan.buffers import Bucket
 from ft_transport.errors import LocalProtocolError
 
 STALL = 0.6

@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.teller import Teller
+from ft_transport._telemetry.teller import Teller
 
 SOON = timedelta(milliseconds=10)
 TIMEOUT = timedelta(seconds=10)

@@ -23,9 +23,9 @@ from torchft.process_group import ProcessGroupGloo
 from ft_transport import LaneTransport, LocalProtocolError, PGTransport, Progress, RemoteProtocolError
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import FRAME_TAG
-from ft_transport._group.fan_out import Options
-from ft_transport._lanes.options import LaneOptions
-from ft_transport._net.connection import Connection, Patience
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import Patience
+from ft_transport._options import LaneOptions, Options
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import FaultyTransport
 

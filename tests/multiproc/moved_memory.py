@@ -20,10 +20,11 @@ from ft_transport import LaneTransport, TornStateError
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import Options
-from ft_transport._group.source import Outbound, serve
+from ft_transport._group.source import serve
 from ft_transport._lanes.session import fingerprint
+from ft_transport._options import Options
 from ft_transport._plan.blocks import Block, Held, held
+from ft_transport._plan.source import Outbound
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport.errors import LocalProtocolError
 from ft_transport.testing import FaultProxy

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ft_transport import LaneTransport, PeerFailure, TransferError
-from ft_transport._net.handshake import Invitation
+from ft_transport._net.endpoint import Invitation
 from ft_transport.testing import FaultyTransport
 
 from .harness import Worker, digest, quiet

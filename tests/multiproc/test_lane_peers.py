@@ -22,9 +22,9 @@ from ft_transport._lanes import dispatcher
 from ft_transport._lanes import source as _source
 from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
 from ft_transport._lanes.session import Talk
-from ft_transport._net.connection import Patience
 from ft_transport._net.dial import dial
-from ft_transport._net.handshake import Invitation
+from ft_transport._net.endpoint import Invitation
+from ft_transport._net.stall import Patience
 from ft_transport._torchft import lanes as _lanes
 from ft_transport.errors import TransferTimeout
 

@@ -29,9 +29,10 @@ from ft_transport import (
     TornStateError,
     TransferError,
 )
-from ft_transport._lanes.options import LaneOptions
 from ft_transport._lanes.protocol import HEADER_BYTES
-from ft_transport._net.handshake import Invitation, knock
+from ft_transport._net.endpoint import Invitation
+from ft_transport._net.handshake import knock
+from ft_transport._options import LaneOptions
 from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import TransferTimeout
 from ft_transport.testing import FaultProxy, Tamper
@@ -1078,8 +1079,8 @@ def test_a_wrong_secret(lanes: Lanes) -> None:
 def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
     from ft_transport._deadline import Deadline
     from ft_transport._lanes.protocol import Frame, encode
-    from ft_transport._net.connection import Patience
     from ft_transport._net.dial import dial
+    from ft_transport._net.stall import Patience
 
     source = lanes.transport()
     first = encode(Frame.ATTACH, 1, STEP, body=[bytes(16)])

@@ -23,7 +23,7 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TransferReport
-from ft_transport._net.handshake import Invitation
+from ft_transport._net.endpoint import Invitation
 from ft_transport.testing import FaultProxy, FaultyTransport
 
 from .harness import Worker, digest, tell, wait_for_heartbeat

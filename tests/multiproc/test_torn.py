@@ -30,8 +30,8 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TornStateError
-from ft_transport._group.fan_out import Options
 from ft_transport._lanes.source import SourceStock
+from ft_transport._options import Options
 from ft_transport._wire.layout import Limits
 
 from .harness import Worker, digest, tell, wait_for_heartbeat

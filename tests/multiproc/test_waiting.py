@@ -19,9 +19,9 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import Options
 from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.source import Offer
+from ft_transport._options import Options
 from ft_transport._plan.unchanged import Reading
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport.testing import memory_channels
@@ -201,9 +201,7 @@ def test_shutdown_ends_the_wait(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -
     assert destination.join().error is not None
 
 
-def chain_of_two(
-    lanes: Lanes, trained: Trained, receive: Callable[[Destination, str], object]
-) -> tuple[Any, ...]:
+def chain_of_two(lanes: Lanes, trained: Trained, receive: Callable[[Destination, str], object]) -> tuple[Any, ...]:
     """A source, a destination that passes the state on through a gate, one that does not fetch yet, what is offered."""
     state, gate = Trained(1).state_dict(), Gate(first_lane=0)
     source = lanes.transport(**CALM)

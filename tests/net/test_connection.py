@@ -17,7 +17,8 @@ import pytest
 
 from ft_transport._deadline import Deadline
 from ft_transport._net import connection as _connection
-from ft_transport._net.connection import Connection, Patience, Silence
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import Patience, Silence
 from ft_transport.errors import PeerFailure, TransferTimeout
 
 MUCH = _connection._MUCH_BYTES

@@ -14,11 +14,15 @@ from typing import Any, cast
 import pytest
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.protocol import Frame, Header, encode, encode_header
-from ft_transport._net import dial as _dial
-from ft_transport._net.connection import Connection, Patience
-from ft_transport._net.dial import Listener, dial
-from ft_transport._net.handshake import Invitation, knock
+from ft_transport._lanes.protocol import Frame, Header, encode, encode_header, first_frame
+from ft_transport._net import handshake_io as _handshake_io
+from ft_transport._net import listener as _listener
+from ft_transport._net.connection import Connection
+from ft_transport._net.dial import dial
+from ft_transport._net.endpoint import Invitation
+from ft_transport._net.handshake import knock
+from ft_transport._net.listener import Listener
+from ft_transport._net.stall import Patience
 from ft_transport._wire.digest import digest_bytes
 
 TIMEOUT = timedelta(seconds=10)
@@ -32,7 +36,7 @@ def congestion_control(sock: socket.socket) -> bytes:
 @pytest.fixture(params=[b"bbr", b"cubic"], ids=["BBR", "cubic"])
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """What the system has chosen for every socket: here, for those that listen."""
-    listen = _dial._listen
+    listen = _listener._listen
     name: bytes = request.param
 
     def listen_so(port: int) -> socket.socket:
@@ -44,7 +48,7 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
             pytest.skip(f"this system has no {name.decode()}, or does not let one choose it")
         return sock
 
-    monkeypatch.setattr(_dial, "_listen", listen_so)
+    monkeypatch.setattr(_listener, "_listen", listen_so)
     return name
 
 
@@ -58,7 +62,7 @@ def welcome() -> queue.SimpleQueue[Connection]:
 def invitation(welcome: queue.SimpleQueue[Connection]) -> Iterator[Invitation]:
     """To a listener on this machine."""
     secret = secrets.token_bytes(32)
-    listener = Listener(secret, 0, None, lambda connection, _: welcome.put(connection), lambda: None)
+    listener = Listener(secret, 0, None, first_frame, lambda connection, _: welcome.put(connection), lambda: None)
     try:
         yield Invitation(("127.0.0.1",), listener.port, secret, False)
     finally:
@@ -76,23 +80,14 @@ def let_in(invitation: Invitation, welcome: queue.SimpleQueue[Connection]) -> It
         yield connection
 
 
-def test_nothing_paces_what_stays_on_the_machine(chosen: bytes, let_in: Connection) -> None:
-    assert congestion_control(let_in._socket) == (b"reno" if chosen == b"bbr" else chosen)
-
-
-@pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_dial, "is_near", lambda sock: False)
-
-
-def test_a_network_is_treated_as_the_system_has_chosen(chosen: bytes, far: None, let_in: Connection) -> None:
+def test_congestion_control_is_what_the_system_has_chosen(chosen: bytes, let_in: Connection) -> None:
     assert congestion_control(let_in._socket) == chosen
 
 
 def test_strangers_do_not_crowd_out_who_knows_the_secret(
     invitation: Invitation, welcome: queue.SimpleQueue[Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_dial, "_MAX_HANDSHAKES", 4)
+    monkeypatch.setattr(_listener, "_MAX_HANDSHAKES", 4)
     with contextlib.ExitStack() as stack:
 
         def connect() -> socket.socket:
@@ -153,12 +148,12 @@ def test_no_exception_ends_the_listener(
     logger.addFilter(theirs)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(_dial, "admit", broken)
+            patch.setattr(_listener, "admit", broken)
             with socket.create_connection(("127.0.0.1", invitation.port), timeout=10) as peer:
                 peer.sendall(b"x")
                 assert peer.recv(1) == b""
         with monkeypatch.context() as patch:
-            patch.setattr(_dial, "Connection", no_connection)
+            patch.setattr(_handshake_io, "Connection", no_connection)
             with call(invitation, HELLO) as peer:
                 assert peer.recv(1) == b""
     finally:

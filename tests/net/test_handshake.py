@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_transport._lanes.protocol import Frame, encode
-from ft_transport._net.handshake import MAX_ADDRESSES, Interface, Invitation, Visit, admit, in_order, knock
+from ft_transport._lanes.protocol import Frame, Visit, encode, first_frame
+from ft_transport._net.endpoint import MAX_ADDRESSES, Interface, Invitation, in_order
+from ft_transport._net.handshake import admit, knock
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 SECRET = bytes(range(32))
@@ -103,9 +104,15 @@ class Side:
         return sent
 
 
+def listening_side(secret: bytes) -> Generator[Any, bytes, Visit]:
+    """As the listener runs it."""
+    yield from admit(secret)
+    return (yield from first_frame())
+
+
 def meet(dialling: bytes, listening: bytes, piece: int) -> tuple[Side, Side]:
     """Run both sides against each other, so many bytes at a time."""
-    caller, listener = Side(knock(dialling)), Side(admit(listening))
+    caller, listener = Side(knock(dialling)), Side(listening_side(listening))
     for _ in range(3):
         for sender, receiver in ((caller, listener), (listener, caller)):
             data = sender.take()
@@ -134,7 +141,7 @@ def test_what_follows_the_handshake_is_left_alone() -> None:
 
 def test_a_stranger_gets_no_byte() -> None:
     for wrong in (b"\0" * 75, knock_bytes(SECRET)[:-1] + b"\0", b"GET / HTTP/1.1\r\n" * 10, knock_bytes(b"x" * 32)):
-        listener = Side(admit(SECRET))
+        listener = Side(listening_side(SECRET))
         with pytest.raises(RemoteProtocolError, match="a stranger"):
             listener.feed(wrong)
         assert listener.sent == b""
@@ -145,12 +152,12 @@ def knock_bytes(secret: bytes) -> bytes:
 
 
 def test_a_recorded_knock_does_not_enter() -> None:
-    caller, first = Side(knock(SECRET)), Side(admit(SECRET))
+    caller, first = Side(knock(SECRET)), Side(listening_side(SECRET))
     recorded = caller.take()
     first.feed(recorded)
     caller.feed(first.take())
     entering = caller.take()
-    second = Side(admit(SECRET))
+    second = Side(listening_side(SECRET))
     second.feed(recorded)
     with pytest.raises(RemoteProtocolError, match="heard somebody else knock"):
         second.feed(entering)
@@ -167,7 +174,7 @@ def test_any_flipped_bit_makes_a_stranger(bit: int) -> None:
     knocked = bytearray(knock_bytes(SECRET))
     knocked[bit // 8] ^= 1 << bit % 8
     with pytest.raises(RemoteProtocolError):
-        Side(admit(SECRET)).feed(bytes(knocked))
+        Side(listening_side(SECRET)).feed(bytes(knocked))
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.session import _PIECE_BYTES
 from ft_transport._net import connection as _connection
-from ft_transport._net.connection import Connection, Patience
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import Patience
 from ft_transport._net.zero_copy import SPLICE_FROM, Splicer
-from ft_transport._plan.blocks import memory_at
+from ft_transport._process import memory_at
 from ft_transport.errors import PeerFailure, TransferTimeout
 
 NBYTES = 5 << 20

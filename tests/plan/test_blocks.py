@@ -12,22 +12,9 @@ import torch
 from helpers import CPU, noise, raw_bytes
 from states import DTYPES
 
-from ft_transport._plan.blocks import (
-    Arena,
-    Block,
-    Bucket,
-    Held,
-    Places,
-    aligned,
-    allocate,
-    copy_blocks,
-    copy_elements,
-    held,
-    no_collection,
-    physical_bytes,
-    room,
-    storage_as,
-)
+from ft_transport._plan.blocks import Block, Held, Places, copy_blocks, copy_elements, held, storage_as
+from ft_transport._plan.buffers import Arena, Bucket, aligned, allocate
+from ft_transport._process import no_collection, physical_bytes, room
 from ft_transport.errors import LocalProtocolError
 
 STRIDED = {

@@ -11,11 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ft_transport import RemoteProtocolError, TransferReport
-from ft_transport._group.source import Gatherer
-from ft_transport._plan.blocks import Bucket
-from ft_transport._plan.destination import Landing, mark_changed
-from ft_transport._plan.template import compare, match_template
-from ft_transport._state.manifest import describe
+from ft_transport._plan.buffers import Bucket
+from ft_transport._plan.compare import compare
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.placement import Gatherer
+from ft_transport._plan.rebuild import mark_changed
+from ft_transport._plan.template import match_template
+from ft_transport._state.describe import describe
 from ft_transport._wire.layout import Limits, lay_out
 
 LIMITS = Limits(message_bytes=256, flight_bytes=256, pack_below=64, pack_from=3, window=2)

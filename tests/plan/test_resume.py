@@ -5,8 +5,9 @@ from __future__ import annotations
 from helpers import noise
 
 from ft_transport._plan.resume import Kept, state_of
-from ft_transport._state.manifest import describe
-from ft_transport._wire.frames import Header, decode_frame, encode_manifest
+from ft_transport._state.describe import describe
+from ft_transport._wire.encode import encode_manifest
+from ft_transport._wire.frames import Header, decode_frame
 from ft_transport._wire.layout import Layout, Limits, lay_out
 
 STATE = {"large": noise(5000, 1), "other": noise(1000, 2), "small": [noise(3, 3 + i) for i in range(20)], "step": 5}

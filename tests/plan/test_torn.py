@@ -25,7 +25,7 @@ from ft_transport import (
     distributed,
 )
 from ft_transport._group.channel import Channel
-from ft_transport._group.fan_out import Options
+from ft_transport._options import Options
 from ft_transport._plan.torn import Guard
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport.testing import FaultyChannel, memory_channels

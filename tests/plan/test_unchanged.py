@@ -19,11 +19,11 @@ from torch.distributed.tensor import DTensor
 from ft_transport import LocalProtocolError, PeerFailure, RemoteProtocolError
 from ft_transport._group.channel import Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG
-from ft_transport._group.fan_out import Options
-from ft_transport._group.source import Outbound
+from ft_transport._options import Options
 from ft_transport._plan import unchanged
+from ft_transport._plan.source import Outbound
 from ft_transport._plan.unchanged import Reading, Versions
-from ft_transport._state.manifest import describe
+from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Limits, lay_out
 from ft_transport.testing import memory_channels

@@ -16,7 +16,8 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ft_transport._group.fan_out import Options
+from ft_transport._options import Options
+from ft_transport._state.classes import dtype_name
 from ft_transport._state.geometry import geometry_of
 from ft_transport._state.kinds.base import (
     KINDS,
@@ -32,7 +33,7 @@ from ft_transport._state.kinds.base import (
     take_apart,
 )
 from ft_transport._state.kinds.distributed import mesh_key, meshes_of
-from ft_transport._state.values import decode_value, dtype_name, encode_value
+from ft_transport._state.values import decode_value, encode_value
 from ft_transport.errors import LocalProtocolError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*ShardedTensor.*")

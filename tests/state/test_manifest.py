@@ -13,8 +13,8 @@ from states import STATES
 
 from ft_transport import LocalProtocolError
 from ft_transport._plan.blocks import copy_blocks, indexed
+from ft_transport._state.describe import describe
 from ft_transport._state.geometry import geometry, merge
-from ft_transport._state.manifest import describe
 from ft_transport._wire.layout import Limits, lay_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

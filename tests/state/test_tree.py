@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from states import STATES
 
 from ft_transport import LocalProtocolError
-from ft_transport._state.tree import LEAF, Node, check_tree, flatten, format_path, paths_of, unflatten
+from ft_transport._state.tree import LEAF, Node, flatten, format_path, paths_of, unflatten
+from ft_transport._wire.decode import check_tree
 
 trees = st.recursive(
     st.integers() | st.text(max_size=3),

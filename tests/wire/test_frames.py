@@ -29,18 +29,13 @@ from hypothesis import strategies as st
 from states import STATES, VALUES
 
 from ft_transport import LocalProtocolError, RemoteProtocolError
+from ft_transport._state.describe import describe
 from ft_transport._state.kinds.base import Surroundings, put_together
-from ft_transport._state.manifest import Manifest, describe
+from ft_transport._state.manifest import Manifest
+from ft_transport._wire.decode import MAX_MESSAGE_BYTES, decode_manifest
 from ft_transport._wire.digest import NUM_SAMPLES
-from ft_transport._wire.frames import (
-    MAX_MESSAGE_BYTES,
-    Frame,
-    Header,
-    decode_frame,
-    decode_manifest,
-    encode_frame,
-    encode_manifest,
-)
+from ft_transport._wire.encode import encode_manifest
+from ft_transport._wire.frames import Frame, Header, decode_frame, encode_frame
 from ft_transport._wire.layout import Limits, lay_out
 
 HEADER = Header(7, Limits(), "xxh3")

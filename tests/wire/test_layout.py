@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from states import STATES
 
-from ft_transport._lanes.options import LaneOptions
+from ft_transport._options import LaneOptions
+from ft_transport._state.describe import describe
 from ft_transport._state.geometry import geometry
-from ft_transport._state.manifest import Leaf, Manifest, Storage, View, describe
+from ft_transport._state.manifest import Leaf, Manifest, Storage, View
 from ft_transport._state.tree import LEAF
-from ft_transport._wire.frames import Frame, Header, decode_frame, decode_manifest, encode_manifest
+from ft_transport._wire.decode import decode_manifest
+from ft_transport._wire.encode import encode_manifest
+from ft_transport._wire.frames import Frame, Header, decode_frame
 from ft_transport._wire.layout import Layout, Limits, Piece, lay_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

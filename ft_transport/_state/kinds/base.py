@@ -15,21 +15,25 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ft_transport._state.classes import FindClass, allowed_class
 from ft_transport._state.geometry import QUANTIZED, Geometry
-from ft_transport._state.values import FindClass, Load, allowed_class, check_cost, is_native, unpickle_allowed
+from ft_transport._state.pickles import Load, unpickle_allowed
+from ft_transport._state.values import check_cost, is_native
 
 __all__ = [
     "KINDS",
     "PLAIN",
     "VALUE",
-    "attributes_of",
     "Kind",
     "Maker",
     "Part",
     "Surroundings",
+    "attributes_of",
+    "bools",
     "check_grad",
     "check_parts",
     "check_readable",
+    "grad_of",
     "is_plain",
     "kind_of",
     "plain",
@@ -37,6 +41,7 @@ __all__ = [
     "refresh",
     "register_kind",
     "take_apart",
+    "with_grad",
 ]
 
 
@@ -340,3 +345,18 @@ def refresh(part: Part, makers: Iterator[Maker], mine: Any, here: Surroundings) 
         return mine
     inner = [put_together(below, makers, here) for below in part.parts]
     return KINDS[part.kind].refresh(mine, inner, part.context, here)
+
+
+def with_grad(leaf: torch.Tensor, is_parameter: bool, requires_grad: bool) -> torch.Tensor:
+    if is_parameter:
+        return torch.nn.Parameter(leaf, requires_grad=requires_grad)
+    return leaf.requires_grad_() if requires_grad else leaf
+
+
+def grad_of(leaf: torch.Tensor) -> tuple[bool, bool]:
+    return isinstance(leaf, torch.nn.Parameter), leaf.requires_grad
+
+
+def bools(*values: Any) -> None:
+    if any(type(value) is not bool for value in values):
+        raise TypeError(f"expected bools, got {values!r}")

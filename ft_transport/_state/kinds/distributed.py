@@ -28,16 +28,12 @@ try:
 except ImportError:
     ShardOrderEntry = None  # type: ignore[assignment,misc]
 
+from ft_transport._state.classes import dtype_name, dtype_of, expect
 from ft_transport._state.geometry import Geometry
-from ft_transport._state.kinds import strided
-from ft_transport._state.kinds.base import Kind, Surroundings, check_grad, register_kind
+from ft_transport._state.kinds.base import Kind, Surroundings, check_grad
 from ft_transport._state.kinds.python import KeepsAttributes, sizes
-from ft_transport._state.values import dtype_name, dtype_of, expect
 
-__all__ = ["Meshes", "mesh_key", "meshes_of"]
-
-# The newest kind that claims a leaf has it: whoever imports these first shall not have them asked last.
-_ = strided
+__all__ = ["DTensorKind", "Meshes", "ShardedTensorKind", "mesh_key", "meshes_of"]
 
 # A mesh by what describes it: device type, shape, ranks, names of the dimensions.
 MeshKey = tuple[str, tuple[int, ...], tuple[int, ...], tuple[str, ...] | None]
@@ -298,7 +294,3 @@ def _describe_shard(shard: ShardMetadata) -> tuple[Any, ...]:
 
 def _make_shard(offsets: Sequence[int], sizes: Sequence[int], placement: str) -> ShardMetadata:
     return ShardMetadata(list(offsets), list(sizes), placement)
-
-
-register_kind(DTensorKind())
-register_kind(ShardedTensorKind())

@@ -14,20 +14,25 @@ try:
 except ImportError:  # torch does without it, and so do we
     numpy = None  # type: ignore[assignment]
 
+from ft_transport._state.classes import expect, numpy_descr, numpy_dtype
 from ft_transport._state.geometry import Geometry, checked_geometry
-from ft_transport._state.kinds.base import Kind, Surroundings, attributes_of, kind_of, register_kind
-from ft_transport._state.values import (
-    UnpicklingError,
-    check_pickle,
-    expect,
-    numpy_descr,
-    numpy_dtype,
-    pickle_object,
-    unpickle_object,
-)
+from ft_transport._state.kinds.base import Kind, Surroundings, attributes_of, kind_of
+from ft_transport._state.pickles import UnpicklingError, check_pickle, pickle_object, unpickle_object
+from ft_transport._state.values import is_native
 
-__all__ = ["KeepsAttributes", "check_attributes", "check_object", "pickle_leaf", "shape_of", "sizes"]
-__all__ += ["unpickle_leaf", "which_refers_to"]
+__all__ = [
+    "GeneratorKind",
+    "KeepsAttributes",
+    "NumpyArray",
+    "ObjectKind",
+    "check_attributes",
+    "check_object",
+    "pickle_leaf",
+    "shape_of",
+    "sizes",
+    "unpickle_leaf",
+    "which_refers_to",
+]
 
 
 def sizes(values: Any) -> tuple[int, ...]:
@@ -252,7 +257,7 @@ def pickle_leaf(value: Any, inner: list[Any]) -> tuple[bytes, list[object]]:
         kind = kind_of(found)
         return kind is not None and kind.name != "object"
 
-    return pickle_object(value, inner, is_leaf)
+    return pickle_object(value, inner, is_leaf, is_native)
 
 
 def unpickle_leaf(data: bytes, values: Any, inner: Sequence[Any], here: Surroundings) -> Any:
@@ -288,7 +293,3 @@ def _stand_in(shape: Geometry) -> torch.Tensor:
     if shape.span <= _STAND_IN_BYTES:
         return torch.empty_strided(shape.shape, shape.stride, dtype=torch.uint8, device="cpu").zero_().to(shape.dtype)
     return torch.zeros((), dtype=torch.uint8, device="cpu").to(shape.dtype).expand(shape.shape)
-
-
-for _kind in (ObjectKind(), GeneratorKind(), NumpyArray()):
-    register_kind(_kind)

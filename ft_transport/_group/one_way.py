@@ -1,0 +1,119 @@
+"""Moves a state over a group that answers nothing, as upstream's API for a plain group has it.
+
+Strategy: all is posted to all destinations at once, and waited for; without answers nobody can say more than that the
+bytes have left. What is staged waits until the bucket before has left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ft_transport._deadline import Deadline
+from ft_transport._group.channel import GroupChannel, Pending
+from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
+from ft_transport._options import NUM_BUCKETS
+from ft_transport._plan.blocks import Blocks
+from ft_transport._plan.buffers import Bucket, aligned
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.placement import Gatherer
+from ft_transport._state.manifest import Manifest
+from ft_transport._telemetry.report import TransferReport
+from ft_transport._wire.layout import Layout
+from ft_transport.errors import TransferError
+
+__all__ = ["description", "land_all", "note_state", "post_and_wait"]
+
+
+def note_state(report: TransferReport, manifest: Manifest, layout: Layout) -> None:
+    report.num_leaves = len(manifest.leaves)
+    report.num_messages = len(layout.messages)
+    report.nbytes_total = layout.nbytes
+
+
+def description(data: bytes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first two messages: the length of a description, and its bytes."""
+    length = torch.tensor([len(data)], dtype=torch.int64, device=device)
+    return length, torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+
+
+def post_and_wait(
+    channels: Sequence[GroupChannel],
+    data: bytes,
+    layout: Layout,
+    blocks: Blocks,
+    device: torch.device,
+    deadline: Deadline,
+    report: TransferReport,
+) -> list[TransferError]:
+    """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
+    gatherer = Gatherer(layout, blocks, device)
+    buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
+    sends: list[list[Pending]] = [[] for _ in channels]
+    failed: dict[int, TransferError] = {}
+
+    def post(tensor: torch.Tensor, tag: int) -> None:
+        for index, channel in enumerate(channels):
+            if index not in failed:
+                try:
+                    sends[index].append(channel.send(tensor, tag))
+                except TransferError as exc:
+                    failed[index] = exc
+
+    def settle() -> None:
+        for index, channel in enumerate(channels):
+            while sends[index] and index not in failed:
+                try:
+                    channel.wait(sends[index].pop(0), deadline)
+                except TransferError as exc:
+                    failed[index] = exc
+
+    length, body = description(data, device)
+    post(length, CONTROL_TAG)
+    post(body, FRAME_TAG)
+    num_staged = 0
+    for message in range(len(layout.messages)):
+        bucket = buckets[num_staged % NUM_BUCKETS]
+        if gatherer.staged(message):
+            if num_staged and num_staged % NUM_BUCKETS == 0:
+                settle()  # both buckets are full of bytes that have not left
+            bucket.reset(aligned(layout.sizes[message]))
+            num_staged += 1
+            report.nbytes_staged += layout.sizes[message]
+        post(gatherer.gather(message, bucket), FIRST_MESSAGE_TAG + message)
+    settle()
+    blocks.check()
+    for index, peer in enumerate(report.peers):
+        exc = failed.get(index)
+        peer.outcome = "complete" if exc is None else "failed"
+        peer.reason = "" if exc is None else exc.message
+        peer.nbytes = layout.nbytes if exc is None else 0
+    return list(failed.values())
+
+
+def land_all(channel: GroupChannel, layout: Layout, landing: Landing, device: torch.device, deadline: Deadline) -> None:
+    """Receive all messages; what is staged waits for its bucket."""
+    buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
+    posted: list[tuple[int, torch.Tensor, bool, Pending]] = []
+
+    def settle() -> None:
+        while posted:
+            message, data, staged, pending = posted.pop(0)
+            channel.wait(pending, deadline)
+            if staged:
+                landing.scatter(message, data)
+
+    num_staged = 0
+    for message in range(len(layout.messages)):
+        data = landing.direct(message)
+        staged = data is None
+        if data is None:
+            if num_staged and num_staged % NUM_BUCKETS == 0:
+                settle()
+            bucket = buckets[num_staged % NUM_BUCKETS]
+            bucket.reset(aligned(layout.sizes[message]))
+            data = bucket.take(layout.sizes[message])
+            num_staged += 1
+        posted.append((message, data, staged, channel.recv(data, FIRST_MESSAGE_TAG + message)))
+    settle()

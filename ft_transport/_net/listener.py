@@ -1,0 +1,203 @@
+"""Listens on one port and lets in who knows the secret.
+
+Strategy: one thread, and sockets that do not block: handshakes are few bytes, and may be a stranger's, who must not
+hold up a peer. What a stranger can take is bounded: so many handshakes at once, so many seconds for each, and the first
+to make room is who has not shown yet that it knows the secret.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import Generic, TypeVar
+
+from ft_transport._deadline import Deadline
+from ft_transport._net.connection import Connection
+from ft_transport._net.handshake import admit
+from ft_transport._net.handshake_io import HANDSHAKE, Greeting
+from ft_transport._net.stall import HEARTBEAT
+from ft_transport._process import keep_out_of_forks
+from ft_transport.errors import printable
+
+__all__ = ["Listener"]
+
+logger = logging.getLogger("ft_transport")
+
+T = TypeVar("T")
+
+# Handshakes under way at once; the oldest makes room, of those that have not shown yet that they know the secret.
+_MAX_HANDSHAKES = 64
+
+
+class Listener(Generic[T]):
+    """Listens on one port and lets in who knows the secret.
+
+    Args:
+        secret: What a peer must know.
+        port: To listen on, 0 for any.
+        context: For TLS.
+        first: Reads what a peer says once it has proved to be one, a generator that yields how many bytes it must have
+            next. So this room knows no frames.
+        welcome: Called with each such peer and what ``first`` returned, and must neither block nor raise. From then on
+            the connection is its own.
+        tick: Called every :data:`HEARTBEAT` or more often.
+
+    Attributes:
+        port: Where it listens, on every address of the machine.
+
+    Raises:
+        OSError: It cannot listen there.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        port: int,
+        context: ssl.SSLContext | None,
+        first: Callable[[], Generator[int, bytes, T]],
+        welcome: Callable[[Connection, T], None],
+        tick: Callable[[], None],
+    ) -> None:
+        self._secret = secret
+        self._context = context
+        self._first = first
+        self._welcome = welcome
+        self._tick = tick
+        self._greetings: dict[Greeting, None] = {}  # the oldest first
+        self._socket = _listen(port)
+        keep_out_of_forks(self._socket)
+        self.port = int(self._socket.getsockname()[1])
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+        self._closing = False
+        self._deaf = False
+        self._wakeup, self._waker = socket.socketpair()
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._thread = threading.Thread(target=self._run, name="ft_transport-listener", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening, soon. Any thread; may be called twice."""
+        self._closing = True
+        self._waker.close()
+
+    def join(self) -> None:
+        """Wait until it has stopped. Not from ``welcome`` or ``tick``."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        heartbeat = Deadline(HEARTBEAT)
+        try:
+            while not self._closing:
+                for key, _ in self._selector.select(HEARTBEAT.total_seconds()):
+                    if key.fileobj is self._socket:
+                        self._guarded(self._accept)
+                    elif key.data is not None:
+                        self._guarded(partial(self._advance, key.data))
+                if heartbeat.expired():
+                    heartbeat = Deadline(HEARTBEAT)
+                    if self._deaf:
+                        self._selector.register(self._socket, selectors.EVENT_READ)
+                        self._deaf = False
+                    self._guarded(self._expire)
+                    self._guarded(self._tick)
+        finally:
+            for greeting in list(self._greetings):
+                self._dismiss(greeting)
+            self._selector.close()
+            self._socket.close()
+            self._wakeup.close()
+
+    def _accept(self) -> None:
+        try:
+            sock, (address, *_) = self._socket.accept()
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            # No descriptor to be had: those of strangers are the first to go. The selector would report who waits for
+            # one again and again, so nobody is looked for until the next heartbeat.
+            logger.warning("a connection could not be accepted: %s", exc)
+            self._make_room()
+            self._selector.unregister(self._socket)
+            self._deaf = True
+            return
+        sock.setblocking(False)
+        if len(self._greetings) >= _MAX_HANDSHAKES:
+            self._make_room()
+        wrap = None
+        if self._context is not None:
+            wrap = partial(self._context.wrap_socket, server_side=True, do_handshake_on_connect=False)
+        address = address.removeprefix("::ffff:")
+        greeting = Greeting(sock, address, self._handshake(), Deadline(HANDSHAKE), connecting=False, wrap=wrap)
+        self._greetings[greeting] = None
+        self._selector.register(sock, selectors.EVENT_READ, greeting)
+
+    def _handshake(self) -> Generator[bytes | int, bytes, T]:
+        yield from admit(self._secret)
+        return (yield from self._first())
+
+    def _advance(self, greeting: Greeting) -> None:
+        if greeting not in self._greetings:
+            return  # dismissed in this very round
+        try:
+            events = greeting.advance()
+        except Exception as exc:  # whatever a peer sends, or a context that cannot listen does: others are not to blame
+            self._dismiss(greeting)
+            logger.debug("%s is no peer: %s: %s", greeting.address, type(exc).__name__, printable(str(exc)))
+            return
+        if events:
+            self._selector.modify(greeting.socket, events, greeting)
+            return
+        del self._greetings[greeting]
+        self._selector.unregister(greeting.socket)
+        try:
+            connection = greeting.taken()
+        except Exception:
+            greeting.socket.close()
+            raise
+        try:
+            self._welcome(connection, greeting.result)
+        except Exception:
+            connection.abort()  # some thread may have it already
+            raise
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        """Call what may raise: the listener lives on."""
+        try:
+            call()
+        except Exception:
+            with contextlib.suppress(Exception):  # a filter or handler of the user's
+                logger.exception("the listener goes on")
+
+    def _expire(self) -> None:
+        for greeting in [greeting for greeting in self._greetings if greeting.limit.expired()]:
+            self._dismiss(greeting)
+
+    def _make_room(self) -> None:
+        if self._greetings:
+            # False comes before True, and the oldest before the others.
+            self._dismiss(min(self._greetings, key=lambda greeting: greeting.known))
+
+    def _dismiss(self, greeting: Greeting) -> None:
+        del self._greetings[greeting]
+        self._selector.unregister(greeting.socket)
+        greeting.socket.close()
+
+
+def _listen(port: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        try:
+            sock = socket.create_server(("", port), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
+            sock.setblocking(False)
+            return sock
+        except OSError:
+            pass  # a kernel that knows IPv6 may still have it turned off
+    sock = socket.create_server(("", port), backlog=1024)
+    sock.setblocking(False)
+    return sock

@@ -1,0 +1,66 @@
+"""How long a call may go on: until its deadline, or until a peer has been silent for too long.
+
+Strategy: TCP tells nothing of a peer whose machine has lost its power or its network, for minutes. So whoever has
+nothing to say says so, every quarter of a second, and silence that lasts is a failure long before the deadline.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from ft_transport._deadline import Deadline
+from ft_transport.errors import PeerFailure, TransferTimeout
+
+__all__ = ["HEARTBEAT", "Patience", "Silence"]
+
+# How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again.
+HEARTBEAT = timedelta(milliseconds=250)
+
+
+class Silence(PeerFailure):
+    """The peer is there, as far as the network knows, and nothing has come from it for too long."""
+
+
+class Patience:
+    """How long a call may go on.
+
+    Args:
+        deadline: It ends then, whatever happens.
+        silence: It ends when nothing has moved for so long; None for as long as you like.
+        peer: Who is silent then, for the message.
+    """
+
+    def __init__(self, deadline: Deadline, silence: timedelta | None = None, peer: str = "the peer") -> None:
+        self.deadline = deadline
+        self._peer = peer
+        self._silent = Deadline(silence) if silence is not None else None
+        self._cancelled = ""
+
+    def moved(self) -> None:
+        """Something has: the silence is over, and begins anew."""
+        if self._silent is not None:
+            self._silent.restart()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return bool(self._cancelled)
+
+    def cancel(self, reason: str) -> None:
+        """Let the next :meth:`check` raise. Any thread."""
+        self._cancelled = reason
+
+    def check(self) -> None:
+        """Go on, or not.
+
+        Raises:
+            TransferTimeout: The deadline has passed.
+            Silence: Nothing has moved for too long.
+            PeerFailure: It is cancelled.
+        """
+        if self.deadline.expired():
+            raise TransferTimeout(f"timed out after {self.deadline.timeout.total_seconds():g} s")
+        if self._cancelled:
+            raise PeerFailure(self._cancelled)
+        if self._silent is not None and self._silent.expired():
+            raise Silence(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")

@@ -1,0 +1,166 @@
+"""Memory of our own: arenas for fresh leaves, buckets to stage in; and memory that cannot be written to.
+
+Strategy: fresh memory costs page faults, which are several times slower than the wire, so it is asked for in huge
+pages, and a bucket is used again and again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import re
+from bisect import bisect_right
+from typing import Any
+
+import torch
+
+__all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "allocate", "settled_stream"]
+
+
+def settled_stream() -> Any:
+    """The caller's stream, for other threads to copy in, once the accelerator has done all that it was told to.
+
+    None without an accelerator.
+    """
+    if not torch.accelerator.is_available():
+        return None
+    torch.accelerator.synchronize()
+    return torch.accelerator.current_stream()
+
+
+_HUGE_PAGE = 2 << 20
+# Fresh memory of this size and more comes from an arena; smaller storages are torch's own.
+FROM_ARENA = 256 << 10
+# What an arena asks for at once. Its memory is given back when nothing in it is referred to any more.
+_ARENA_BYTES = 64 << 20
+
+
+def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torch.Tensor:
+    """A flat uint8 tensor of ``nbytes`` with undefined content.
+
+    Raises:
+        MemoryError: The device has no room for it.
+    """
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+    except RuntimeError as exc:
+        raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
+
+
+class Arena:
+    """Fresh memory on the CPU, in huge pages where the system has them.
+
+    A page fault costs as much for 2 MiB as for 4 KiB, but tensors rarely start or end on a huge page. So they are
+    placed one behind the other, each a storage of its own.
+    """
+
+    def __init__(self) -> None:
+        self._mapping: mmap.mmap | None = None
+        self._used = 0
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A flat uint8 tensor of ``nbytes``, aligned to 64 bytes, with undefined content.
+
+        Raises:
+            MemoryError: There is no room for it.
+        """
+        if nbytes < FROM_ARENA:
+            return allocate(nbytes, torch.device("cpu"))
+        if self._mapping is None or len(self._mapping) - self._used < nbytes:
+            self._map(nbytes)
+        assert self._mapping is not None
+        taken = torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=self._used)
+        self._used += aligned(nbytes)
+        return taken
+
+    def _map(self, nbytes: int) -> None:
+        nbytes = max(nbytes, _ARENA_BYTES)
+        size = nbytes + -nbytes % _HUGE_PAGE
+        try:
+            # One huge page more, so that the first can be at a multiple of its size.
+            mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except (OSError, ValueError) as exc:
+            raise MemoryError(f"no room for {size} bytes: {exc}") from exc
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel that has none
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        self._used = -first % _HUGE_PAGE
+        self._mapping = mapping
+
+
+class ReadOnlyMemory:
+    """Which addresses of this process cannot be written to: a write there would kill it.
+
+    Looked up once, at the first question, where the system tells (Linux); elsewhere nothing counts as read-only.
+    """
+
+    def __init__(self) -> None:
+        self._begins: list[int] | None = None
+        self._ends: list[int] = []
+
+    def holds(self, address: int) -> bool:
+        """Whether the address lies in read-only memory."""
+        if self._begins is None:
+            self._look()
+        assert self._begins is not None
+        index = bisect_right(self._begins, address) - 1
+        return index >= 0 and address < self._ends[index]
+
+    def _look(self) -> None:
+        self._begins, self._ends = [], []
+        try:
+            with open("/proc/self/maps", "rb") as maps:
+                found = _READ_ONLY.findall(maps.read())
+        except OSError:
+            return
+        for begin, end in found:
+            self._begins.append(int(begin, 16))
+            self._ends.append(int(end, 16))
+
+
+# Begin and end of a mapping without the permission to write, in the order of addresses.
+_READ_ONLY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
+
+
+class Bucket:
+    """Memory on the wire's device that messages are staged in; grows to what one flight needs, then is reused.
+
+    Args:
+        device: Of the wire.
+        pinned: Whether an accelerator, if there is one, shall be able to reach it directly.
+    """
+
+    __slots__ = ("_device", "_flat", "_pinned", "_used")
+
+    def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
+        self._device = device
+        self._pinned = pinned and torch.accelerator.is_available()
+        self._flat: torch.Tensor | None = None
+        self._used = 0
+
+    def reset(self, nbytes: int) -> None:
+        """Give back everything taken, and have room for ``nbytes`` in takes of :func:`aligned` sizes."""
+        self._used = 0
+        if nbytes and (self._flat is None or self._flat.numel() < nbytes):
+            self._flat = None  # before the new one is allocated
+            self._flat = allocate(nbytes, self._device, pinned=self._pinned)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was taken since the last :meth:`reset`."""
+        return self._used == 0
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """The next ``nbytes`` as a flat uint8 tensor, aligned to 64 bytes."""
+        assert self._flat is not None, "reset() comes first"
+        taken = self._flat[self._used : self._used + nbytes]
+        assert taken.numel() == nbytes, "more taken than asked for in reset()"
+        self._used += aligned(nbytes)
+        return taken
+
+
+def aligned(nbytes: int) -> int:
+    """``nbytes`` rounded up to 64 bytes, what one take from a bucket uses."""
+    return nbytes + -nbytes % 64

@@ -1,0 +1,226 @@
+"""What belongs to the whole process: its garbage collector, its forks, its memory, torch's modes.
+
+Strategy: what acts on everybody in the process (the collector is off for all, a fork takes all descriptors along) is in
+one file, so that two rooms that do it at once know of each other. Nothing here knows what a state or a transfer is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = [
+    "Room",
+    "keep_out_of_forks",
+    "memory_at",
+    "no_collection",
+    "physical_bytes",
+    "room",
+    "undisturbed",
+]
+
+
+def memory_at(address: int, nbytes: int) -> memoryview:
+    """Memory of this process, whose owner the caller keeps."""
+    view: memoryview = _view_of_memory(address, nbytes, _PyBUF_WRITE)
+    return view
+
+
+# An array of ctypes would be a new class for each length.
+_view_of_memory = ctypes.pythonapi.PyMemoryView_FromMemory
+_view_of_memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+_view_of_memory.restype = ctypes.py_object
+_PyBUF_WRITE = 0x200
+
+
+_collection_lock = threading.Lock()
+_collection_holders = 0
+_collection_was_on = False
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Hold back Python's cyclic garbage collector.
+
+    Describing a state makes hundreds of thousands of small objects and no cycle; the collector would walk through all
+    of them, again and again, which takes longer than the describing.
+    """
+    global _collection_holders, _collection_was_on
+    with _collection_lock:
+        if _collection_holders == 0:
+            _collection_was_on = gc.isenabled()
+            gc.disable()
+        _collection_holders += 1
+    try:
+        yield
+    finally:
+        with _collection_lock:
+            _collection_holders -= 1
+            if _collection_holders == 0 and _collection_was_on:
+                gc.enable()
+
+
+_overrides: Any = torch.overrides
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Put aside what this thread has told torch to do otherwise: a default device, inference mode, modes that see or
+    replace every operation. What is made for a transfer is what it says it is, and can be trained with."""
+    functions: list[Any] = []
+    try:
+        while _overrides._len_torch_function_stack():
+            functions.append(_overrides._pop_mode())
+        with torch.inference_mode(False), _disable_current_modes():
+            yield
+    finally:
+        for mode in reversed(functions):
+            _overrides._push_mode(mode)
+
+
+@functools.cache
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
+
+
+class Room(NamedTuple):
+    """How much memory there is, and whose limit that is, for an error."""
+
+    nbytes: int
+    of: str
+
+
+def physical_bytes(root: str = "/") -> int:
+    """What this process may have at most, which no honest state exceeds: the least of the machine's memory and the
+    limits of its memory cgroups.
+
+    Args:
+        root: Where ``/proc`` and ``/sys`` are; for tests.
+    """
+    return min([_machine_bytes(), *(group.limit for group in _cgroups(root))])
+
+
+def room(root: str = "/") -> Room:
+    """What this process may take now without being killed for it: the least of the machine's memory and what each of
+    its memory cgroups has left.
+
+    A cgroup's use counts without the page cache and what else its kernel gives back under pressure. Swap does not
+    count. Of the machine all memory counts, whoever uses it now.
+    """
+    rooms = [Room(_machine_bytes(), "this machine has")]
+    for limit, used, path in _cgroups(root):
+        left = max(0, limit - used)
+        rooms.append(Room(left, f"the memory cgroup {path} has left ({left} of its {limit})"))
+    return min(rooms)
+
+
+class _Cgroup(NamedTuple):
+    limit: int
+    used: int
+    path: str
+
+
+class _Files(NamedTuple):
+    """Where a version of cgroups says what we ask."""
+
+    limit: str
+    current: str
+    reclaimable: tuple[str, ...]
+
+
+_CGROUP_1 = _Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+_CGROUP_2 = _Files("memory.max", "memory.current", ("active_file", "inactive_file", "slab_reclaimable"))
+
+
+def _cgroups(root: str) -> Iterator[_Cgroup]:
+    """The memory cgroups of this process and their ancestors, as far as they are mounted and have a limit."""
+    try:
+        with open(os.path.join(root, "proc/self/cgroup"), encoding="utf-8") as lines:
+            entries = [line.rstrip("\n").split(":", 2) for line in lines]
+        with open(os.path.join(root, "proc/self/mountinfo"), encoding="utf-8") as lines:
+            mounts = [line.split() for line in lines]
+    except (OSError, ValueError):
+        return  # no Linux, or no /proc
+    for entry in entries:
+        if len(entry) != 3:
+            continue
+        _, controllers, path = entry
+        version = 2 if not controllers else 1 if "memory" in controllers.split(",") else 0
+        for mount in mounts if version else ():
+            if _has_memory(mount, version):
+                yield from _along(root, mount[4], _below(mount[3], path), _CGROUP_2 if version == 2 else _CGROUP_1)
+
+
+def _has_memory(mount: list[str], version: int) -> bool:
+    if "-" not in mount[6:]:
+        return False
+    kind, *more = mount[mount.index("-", 6) + 1 :] or [""]
+    return kind == "cgroup2" if version == 2 else kind == "cgroup" and "memory" in ",".join(more).split(",")
+
+
+def _below(mounted: str, path: str) -> list[str]:
+    """The names that lead from a mount to a cgroup. In a container, what is mounted may be a part of the tree."""
+    inside = path == mounted or path.startswith(mounted.rstrip("/") + "/")
+    names = (path[len(mounted.rstrip("/")) :] if inside else path).split("/")
+    return [] if ".." in names else [name for name in names if name]
+
+
+def _along(root: str, mount_point: str, names: list[str], files: _Files) -> Iterator[_Cgroup]:
+    for depth in range(len(names), -1, -1):
+        path = "/".join([mount_point, *names[:depth]])
+        folder = os.path.join(root, path.lstrip("/"))
+        limit = _number(os.path.join(folder, files.limit))
+        if limit is not None and limit < _machine_bytes():
+            used = _number(os.path.join(folder, files.current)) or 0
+            yield _Cgroup(limit, max(0, used - _reclaimable(os.path.join(folder, "memory.stat"), files)), path)
+
+
+def _number(file: str) -> int | None:
+    """The number in a file; None where there is none, as in ``max``."""
+    try:
+        with open(file, encoding="ascii") as text:
+            return int(text.read())
+    except (OSError, ValueError):
+        return None
+
+
+def _reclaimable(file: str, files: _Files) -> int:
+    try:
+        with open(file, encoding="ascii") as lines:
+            fields = [line.split() for line in lines]
+        return sum(int(field[1]) for field in fields if len(field) == 2 and field[0] in files.reclaimable)
+    except (OSError, ValueError):
+        return 0
+
+
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+# A process that was forked (a DataLoader's worker) would keep a connection open that this one has closed, and a port
+# that it listens on taken.
+_not_in_forks: weakref.WeakSet[_Closes] = weakref.WeakSet()
+
+
+def keep_out_of_forks(held: _Closes) -> None:
+    """Let processes that are forked from this one close it first of all."""
+    _not_in_forks.add(held)
+
+
+def _close_in_fork() -> None:
+    for held in list(_not_in_forks):
+        held.close()
+
+
+os.register_at_fork(after_in_child=_close_in_fork)

@@ -1,0 +1,280 @@
+"""A state dict becomes a manifest, and the memory behind it; no byte is copied.
+
+Strategy: states of a hundred thousand small tensors are as common as those of a few large ones, and of these a call of
+Python for each leaf is all that they cost. So what torch knows of plain tensors is taken in columns, by ``map`` over
+functions of C, and only leaves that are something else are looked at one by one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, count, islice, repeat
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import torch
+
+from ft_transport._plan.blocks import Block, Blocks, Places, held, indexed
+from ft_transport._state.classes import ATOMIC
+from ft_transport._state.geometry import geometry, range_index
+from ft_transport._state.kinds.base import PLAIN, VALUE, Part, all_plain, take_apart
+from ft_transport._state.manifest import ALIGNMENT, Leaf, Manifest, Storage, View, made, plain_leaves
+from ft_transport._state.tree import flatten, format_path
+from ft_transport.errors import LocalProtocolError
+
+__all__ = ["_Columns", "describe"]
+
+
+class _Columns:
+    """What torch knows of some plain tensors, column by column: for many small ones, calls are all that costs.
+
+    Attributes:
+        geometries: Of each.
+        offsets: Of its first element in its storage, in elements.
+        storages: Identity of its storage.
+        capacities: Bytes of its storage.
+        bases: Address of its storage.
+        addresses: Of its first element.
+        on_cpu: Whether all are on the CPU.
+    """
+
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype] | None = None, on_cpu: bool | None = None
+    ) -> None:
+        self.tensors = tensors
+        self.on_cpu = _on_cpu(tensors) if on_cpu is None else on_cpu
+        dtypes = map(attrgetter("dtype"), tensors) if dtypes is None else dtypes
+        shapes, offset_of = map(attrgetter("shape"), tensors), torch.Tensor.storage_offset
+        self.geometries = list(map(geometry, dtypes, shapes, map(torch.Tensor.stride, tensors)))
+        self.offsets: list[int] = list(map(offset_of, tensors))  # type: ignore[arg-type]
+        storages = list(map(torch.Tensor.untyped_storage, tensors))
+        self.storages = list(map(attrgetter("_cdata"), storages))
+        self.capacities = list(map(torch.UntypedStorage.nbytes, storages))
+        self.alive = storages  # an identity is one as long as its owner lives
+        self.bases = _bases(storages)
+        self.addresses = list(map(torch.Tensor.data_ptr, tensors))
+
+    def view(self, index: int) -> View:
+        """The view of a tensor in its own storage."""
+        return View(-1, self.geometries[index], self.offsets[index])
+
+    def without_memory(self) -> int | None:
+        """The first tensor whose elements do not lie in its storage, None if there is none."""
+        rows = zip(self.geometries, self.offsets, self.capacities, strict=True)
+        inside = [offset * shape.itemsize + shape.span <= capacity for shape, offset, capacity in rows]
+        if all(inside) and all(self.addresses):
+            return None
+        for index, (shape, offset) in enumerate(zip(self.geometries, self.offsets, strict=True)):
+            reached = offset * shape.itemsize + shape.span
+            if shape.numel and (reached > self.capacities[index] or not self.addresses[index]):
+                return index
+        return None
+
+
+def _bases(storages: Sequence[torch.UntypedStorage]) -> list[int]:
+    """The address of each storage; 0 for one that has none, and says so by an error (a functional tensor's)."""
+    try:
+        return list(map(torch.UntypedStorage.data_ptr, storages))
+    except RuntimeError:
+        return [_bases([storage])[0] for storage in storages] if len(storages) > 1 else [0]
+
+
+def _on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
+    return all(map(attrgetter("is_cpu"), tensors))
+
+
+def describe(state_dict: object) -> tuple[Manifest, Blocks]:
+    """Describe ``state_dict``; no byte is copied.
+
+    Returns:
+        The manifest, and for each byte range in it the memory to take it from, which is the state's own.
+
+    Raises:
+        LocalProtocolError: A leaf cannot travel; the text names every such path and the reason.
+    """
+    nodes, values, shared = flatten(state_dict)
+    manifest = Manifest(nodes, [], [], shared=shared)
+    parts, counts, columns = _take_all_apart(values, manifest)
+    if (bad := columns.without_memory()) is not None:
+        owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
+        path = format_path(manifest.paths[owner])
+        raise LocalProtocolError(f"{path}: a tensor of {columns.geometries[bad]} has no memory", phase="describe")
+    views, blocks = _place_all(columns, manifest.storages)
+    blocks.manifest = manifest
+    manifest.leaves = _leaves(parts, views, counts)
+    for index, first in manifest.same.items():
+        manifest.leaves[index] = manifest.leaves[first]
+    return manifest, blocks
+
+
+def _leaves(parts: Sequence[Part], views: list[View], counts: Sequence[int]) -> list[Leaf]:
+    leaves: list[Leaf] = []
+    rest, done = iter(views), 0
+    for index in [index for index, part in enumerate(parts) if part is not PLAIN]:
+        leaves += plain_leaves(islice(rest, index - done))
+        done = index + 1
+        leaves.append(Leaf(parts[index].kind, tuple(islice(rest, counts[index])), *parts[index][1:]))
+    return leaves + plain_leaves(rest)
+
+
+def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[Part], list[int], _Columns]:
+    """Take every leaf apart; of leaves that are one object only the first has tensors.
+
+    Returns:
+        A part for each leaf, how many plain tensors each leaf has, and those of all leaves.
+    """
+    parts: list[Part] = []
+    tensors: list[torch.Tensor] = []
+    counts: list[int] = []
+    refused: dict[int, str] = {}
+    seen: dict[int, int] = {}
+    plain = [value for value in values if type(value) is torch.Tensor]
+    dtypes, on_cpu = list(map(attrgetter("dtype"), plain)), _on_cpu(plain)
+    # Of most states they need no closer look: all are plain, and no two are the same object.
+    none_twice = len({*map(id, plain)}) == len(plain)
+    simple = torch.Tensor if none_twice and all_plain(plain, dtypes, on_cpu=on_cpu) else None
+    rest, done = iter(plain), 0
+    for index in [index for index, value in enumerate(values) if type(value) is not simple]:
+        parts += repeat(PLAIN, index - done)
+        tensors += islice(rest, index - done)
+        counts += repeat(1, index - done)
+        done = index + 1
+        value, part = values[index], PLAIN
+        inner: Sequence[torch.Tensor] = ()
+        if type(value) in ATOMIC:
+            part = Part(VALUE, value)
+        elif (first := seen.setdefault(id(value), index)) != index:
+            manifest.same[index] = first
+            part = Part(VALUE)
+        else:
+            try:
+                part, inner = take_apart(value)
+            except Exception as exc:  # a kind's, or a class's own code when it is pickled, which may raise anything
+                refused[index] = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
+        parts.append(part)
+        tensors += inner
+        counts.append(len(inner))
+    if refused:
+        paths = manifest.paths
+        text = "; ".join(f"{format_path(paths[index])}: {reason}" for index, reason in refused.items())
+        raise LocalProtocolError(text, phase="describe")
+    if simple is not None:
+        num_last = len(values) - done
+        parts += repeat(PLAIN, num_last)
+        tensors += rest
+        counts += repeat(1, num_last)
+        if len(tensors) == len(plain):
+            return parts, counts, _Columns(tensors, dtypes, on_cpu)
+    return parts, counts, _Columns(tensors)
+
+
+def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], Blocks]:
+    """Give every view a place in the manifest's storages, and say where its bytes are."""
+    tensors, geometries, offsets = columns.tensors, columns.geometries, columns.offsets
+    num_of = Counter(columns.storages)
+    # Most storages have one view, one without gaps; what follows is what _place would do for each.
+    simple = {shape for shape in {*geometries} if shape.dense and shape.numel}
+    alone = [
+        index
+        for index, (key, shape) in enumerate(zip(columns.storages, geometries, strict=True))
+        if shape in simple and num_of[key] == 1
+    ]
+    memory, shapes, firsts = tensors, geometries, offsets
+    homes: list[Sequence[Any]] = [columns.alive, columns.bases, columns.capacities, columns.addresses]
+    if len(alone) < len(tensors):
+        homes = [[column[index] for index in alone] for column in homes]
+        memory = [tensors[index] for index in alone]
+        shapes = [geometries[index] for index in alone]
+        firsts = [offsets[index] for index in alone]
+    begins = firsts
+    if any(firsts):
+        begins = [first * shape.itemsize % ALIGNMENT for first, shape in zip(firsts, shapes, strict=True)]
+        firsts = [begin // shape.itemsize for begin, shape in zip(begins, shapes, strict=True)]
+    ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
+    if columns.on_cpu:
+        of_size = {end: Storage(end, "cpu") for end in {*ends}}
+        storages += map(of_size.__getitem__, ends)
+    else:
+        storages += made(Storage, zip(ends, [tensor.device.type for tensor in memory], strict=True))
+    rows = zip(memory, repeat(True), repeat(None), *homes, strict=False)
+    blocks = Blocks(zip(enumerate(begins), made(Block, rows), strict=True))
+    blocks.places = Places(tensors, columns.addresses, columns.alive)
+    lone_views = made(View, zip(count(), shapes, firsts))
+    if len(alone) == len(tensors):
+        return lone_views, blocks
+    views = made(View, zip(repeat(-1), geometries, offsets))
+    for index, view in zip(alone, lone_views, strict=True):
+        views[index] = view
+    groups: dict[int, list[int]] = {}
+    for index in sorted({*range(len(tensors))}.difference(alone)):
+        if geometries[index].numel:
+            groups.setdefault(columns.storages[index], []).append(index)
+    for group in groups.values():
+        _place(group, columns, views, storages, blocks)
+    return views, blocks
+
+
+def _clusters(group: list[int], columns: _Columns) -> list[tuple[int, int, list[int]]]:
+    """The byte ranges that the views of one storage refer to, in order, each with the tensors in it."""
+    clusters: list[tuple[int, int, list[int]]] = []
+    extents = [(view.begin, view.end, index) for index in group for view in [columns.view(index)]]
+    for begin, end, index in sorted(extents, key=itemgetter(0, 1)):
+        if clusters and begin < clusters[-1][1]:
+            first, reached, members = clusters[-1]
+            members.append(index)
+            clusters[-1] = first, max(reached, end), members
+        else:
+            clusters.append((begin, end, [index]))
+    return clusters
+
+
+def _place(group: list[int], columns: _Columns, views: list[View], storages: list[Storage], blocks: Blocks) -> None:
+    """Give the views of one storage one in the manifest, which holds only what they refer to."""
+    tensor, first = columns.tensors[group[0]], columns.view(group[0])
+    storage = len(storages)
+    if first.geometry.closes_gaps and all(columns.view(index) == first for index in group):
+        view, block = _without_gaps(tensor, first, storage)
+        (blocks[storage, 0],) = held([block])
+        nbytes = view.end
+        for index in group:
+            views[index] = view
+    else:
+        nbytes = last_end = 0
+        for begin, end, members in _clusters(group, columns):
+            # Gaps are closed by multiples of 64 bytes, so that a whole storage keeps its offsets and all stay aligned.
+            new_begin = nbytes + (begin - last_end) % ALIGNMENT
+            (blocks[storage, new_begin],) = held([_block(members, columns, begin, end)])
+            for index in members:
+                shape = columns.geometries[index]
+                views[index] = View(storage, shape, columns.offsets[index] + (new_begin - begin) // shape.itemsize)
+            nbytes, last_end = new_begin + end - begin, end
+    storages.append(Storage(nbytes, tensor.device.type))
+
+
+def _block(members: list[int], columns: _Columns, begin: int, end: int) -> Block:
+    views = [columns.view(index) for index in members]
+    for index, view in zip(members, views, strict=True):
+        if view.geometry.dense and view.begin == begin and view.end == end:
+            return Block(columns.tensors[index])
+    tensor = columns.tensors[members[0]]
+    found = range_index([view.placed for view in views], begin, end)
+    if found is not None:
+        return indexed(tensor.detach(), begin, end, *found)
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return Block(flat.set_(tensor.untyped_storage(), begin, (end - begin,), (1,)))
+
+
+def _without_gaps(tensor: torch.Tensor, view: View, storage: int) -> tuple[View, Block]:
+    """The dense view, and the memory, of a view whose gaps do not travel."""
+    shape = view.geometry
+    dims = shape.order or ()
+    stride = [0] * len(shape.shape)
+    numel = 1
+    for dim in reversed(dims):
+        stride[dim] = numel
+        numel *= shape.shape[dim]
+    block = tensor.detach().as_strided(
+        [shape.shape[dim] for dim in dims], [shape.stride[dim] for dim in dims], view.offset
+    )
+    return View(storage, geometry(shape.dtype, shape.shape, tuple(stride)), 0), Block(block, dense=False)

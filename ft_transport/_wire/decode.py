@@ -1,0 +1,463 @@
+"""A manifest is read back from bytes, without trust.
+
+Strategy: every number is checked before it is used, and everything that a peer can claim is bounded before memory or
+time is spent on it: each bound is a constant here, with the reason for its value. Classes are those that the receiver
+has allowed; what is not allowed is found in the whole manifest before it is refused, so that whoever allows it heals
+the next time. What comes out can be laid out, and built, without any further check.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from bisect import bisect_left
+from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from itertools import chain, islice
+from operator import itemgetter
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from ft_transport._process import physical_bytes
+from ft_transport._state.classes import NotAllowed, advice, allowed_class, dtype_of, expect
+from ft_transport._state.geometry import QUANTIZED, Geometry, checked_geometry, covered, merge
+from ft_transport._state.kinds.base import VALUE, Part, check_parts
+from ft_transport._state.manifest import ALIGNMENT, Leaf, Manifest, Storage, View, made, plain_leaves
+from ft_transport._state.tree import (
+    CONTAINERS,
+    LEAF,
+    MAX_DEPTH,
+    NAMES_A_CLASS,
+    Node,
+    check_names,
+    format_path,
+    path_of_container,
+)
+from ft_transport._state.values import check_keys, decode_value, not_allowed_in
+from ft_transport._wire.digest import NUM_SAMPLES
+from ft_transport._wire.frames import Header
+from ft_transport._wire.layout import Limits
+from ft_transport.errors import RemoteProtocolError
+
+__all__ = ["check_tree", "decode_manifest"]
+
+# Bounds a message and with it a bucket; above 1 GiB a message gains nothing.
+MAX_MESSAGE_BYTES = 1 << 30
+# Bounds a flight, of which a side that stages it holds two.
+MAX_FLIGHT_BYTES = 1 << 30
+# Bounds the operations that are posted at once.
+MAX_WINDOW = 1 << 10
+# Bounds the messages that large ranges are cut into, some 250 bytes each: enough for 4 TiB with our limits.
+MAX_CUTS = 1 << 20
+# Bounds nodes and views: each becomes some objects of a hundred bytes and more. Large states have 100,000.
+MAX_NODES = 4 << 20
+# Bounds the elements that are gone through to find the gaps between views of one storage, some seconds.
+MAX_GAP_STEPS = 1 << 32
+# Memory for each such element: whether it is of a view, and where it is.
+_PLACE_BYTES = 9
+# Bounds what is said, sent back and logged about a manifest that is refused, in characters: it quotes what was sent.
+MAX_TEXT = 4_000
+
+
+def decode_manifest(body: Any) -> tuple[Manifest, Header]:
+    """Read the body of a MANIFEST frame; every number in it is checked before it is used.
+
+    Raises:
+        RemoteProtocolError: The body describes no state, names a class that is not allowed, or lies about sizes.
+    """
+    try:
+        header, nodes, shapes, leaves, storages, shared = body
+        header = _decode_header(*header)
+        if len(nodes) > MAX_NODES:
+            raise ValueError(f"{len(nodes)} nodes, at most {MAX_NODES} are accepted")
+        tree, refused = _decode_nodes(nodes)
+        num_leaves = check_tree(tree)
+        if len(leaves) != num_leaves:
+            raise ValueError(f"expected {num_leaves} leaves, got {len(leaves)}")
+        manifest = Manifest(tree, [], _decode_storages(storages))
+        not_allowed = [(path_of_container(tree, index), exc) for index, exc in refused]
+        not_allowed += _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
+        if not_allowed:
+            raise RemoteProtocolError(_all_not_allowed(not_allowed), phase="agree")
+        manifest.shared = _decode_shared(shared, tree)
+        _check_storages(manifest, header.limits)
+        if not _ALWAYS_BUILT.issuperset(map(itemgetter(0), tree)):
+            # What cannot be built must be found before a byte lands, not after the last one has.
+            manifest.build([leaf.context if leaf.kind == VALUE else None for leaf in manifest.leaves])
+        return manifest, header
+    except Exception as exc:
+        damage = f"damaged manifest: {type(exc).__name__}: {exc}"
+        text = exc.message if isinstance(exc, RemoteProtocolError) else damage
+        # Not "from exc": a traceback would show, as it came, what the peer has chosen.
+        raise RemoteProtocolError(text[:MAX_TEXT], phase="agree") from None
+
+
+# Nodes that can be built whatever their children are, or whose class may look at them.
+_ALWAYS_BUILT = frozenset({"leaf", "dict", "list", "tuple", "OrderedDict", "pytree"})
+
+
+def _decode_header(step: Any, limits: Any, digest: Any, sample: Any) -> Header:
+    if step is not None:
+        expect(int, step)
+    if not -1 <= expect(int, sample) < NUM_SAMPLES:
+        raise ValueError(f"sample {sample} of {NUM_SAMPLES}")
+    return Header(step, _decode_limits(limits), expect(str, digest), sample)
+
+
+def _decode_limits(data: Any) -> Limits:
+    limits = Limits._make(expect(int, value) for value in data)
+    # What is packed is never cut, so a bucket is no larger than a message only if no packed range is.
+    if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or not 0 <= limits.pack_below <= limits.message_bytes:
+        raise ValueError(f"limits out of range: {limits}")
+    if not limits.message_bytes <= limits.flight_bytes <= MAX_FLIGHT_BYTES or limits.pack_from < 1:
+        raise ValueError(f"limits out of range: {limits}")
+    if not 1 <= limits.window <= MAX_WINDOW:
+        raise ValueError(f"limits out of range: {limits}")
+    return limits
+
+
+class _NotRegistered(ValueError):
+    """A class of a node that this side has not registered."""
+
+
+_Refused = NotAllowed | _NotRegistered
+
+
+def _all_not_allowed(found: list[tuple[str, _Refused]]) -> str:
+    """The first paths and all classes at once: whoever allows them heals next time."""
+    names = {name for _, exc in found if isinstance(exc, NotAllowed) for name in exc.names}
+    others = dict.fromkeys(str(exc) for _, exc in found if not isinstance(exc, NotAllowed))
+    paths = ", ".join(path for path, _ in found[:_MAX_PATHS])
+    more = f" and {len(found) - _MAX_PATHS} more" if len(found) > _MAX_PATHS else ""
+    return f"{paths}{more}: {'; '.join([*([advice(names)] if names else []), *others])}"
+
+
+# Paths that an error about classes names.
+_MAX_PATHS = 8
+
+
+def _decode_nodes(data: Any) -> tuple[list[Node], list[tuple[int, _Refused]]]:
+    """The nodes, and the indices of those whose class is not allowed, with what to do about it."""
+    nodes = [LEAF] * len(data)
+    refused: list[tuple[int, _Refused]] = []
+    for index in [index for index, node in enumerate(data) if node is not None]:
+        node = data[index]
+        try:
+            nodes[index] = _decode_node(*node)
+        except (NotAllowed, _NotRegistered) as exc:
+            refused.append((index, exc))
+            nodes[index] = Node("tuple", expect(int, node[1]))
+    return nodes, refused
+
+
+def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra: Any) -> Node:
+    decoded: tuple[Hashable, ...] = tuple([key if type(key) is str else decode_value(key) for key in keys])
+    check_keys(decoded)
+    if not 0 <= expect(int, num_attrs) <= expect(int, num_children):
+        raise ValueError(f"{num_attrs} attributes among {num_children} children")
+    is_keyed = kind in _KEYED or (kind == "namedtuple" and num_attrs)
+    # Items and attributes of a mapping may have the same names.
+    split = len(decoded) - (num_attrs if kind in _MAPPINGS else 0)
+    num_distinct = len(set(decoded[:split])) + len(set(decoded[split:]))
+    if len(decoded) != (num_children if is_keyed else 0) or num_distinct != len(decoded):
+        raise ValueError(f"{kind} of {num_children} children has {num_distinct} distinct keys")
+    if num_attrs and kind not in _WITH_ATTRS:
+        raise ValueError(f"{kind} has no attributes")
+    if kind not in CONTAINERS:
+        raise ValueError(f"unknown kind of node {kind!r}")
+    node = Node(kind, num_children, decoded, num_attrs, _decode_extra(kind, extra))
+    check_names(node)
+    if kind == "namedtuple" and len(node.extra._fields) != num_children - num_attrs:
+        raise ValueError(f"{extra} of {len(node.extra._fields)} fields has {num_children - num_attrs} of them")
+    if kind == "namedtuple" and num_attrs and decoded[:-num_attrs] != node.extra._fields:
+        raise ValueError(f"{extra} has other fields than {decoded[:-num_attrs]}")
+    return node
+
+
+_MAPPINGS = frozenset({"OrderedDict", "defaultdict", "subdict"})
+_KEYED = _MAPPINGS | {"dict", "dataclass", "attrdict", "sublist"}
+_WITH_ATTRS = frozenset({"OrderedDict", "defaultdict", "subdict", "sublist", "namedtuple"})
+
+
+def _decode_extra(kind: str, extra: Any) -> Any:
+    if kind == "deque":
+        return extra if extra is None else expect(int, extra)
+    if kind == "pytree":
+        name, context, *locked = extra
+        cls = _registered_class(expect(str, name))
+        if locked and (locked != [True] or not callable(getattr(cls, "lock_", None))):
+            raise ValueError(f"a {name} that is locked: {locked!r}")
+        return cls, decode_value(context), *locked
+    if kind not in NAMES_A_CLASS:
+        if extra is not None:
+            raise ValueError(f"{kind} with {extra!r}")
+        return None
+    if extra is None and kind == "defaultdict":
+        return None
+    cls = allowed_class(expect(str, extra))
+    if kind != "defaultdict" and not (isinstance(cls, type) and _IS_A[kind](cls)):
+        raise TypeError(f"{extra} is no {kind}")
+    return cls
+
+
+_IS_A: dict[str, Callable[[type], bool]] = {
+    "namedtuple": lambda cls: hasattr(cls, "_fields"),
+    "dataclass": lambda cls: hasattr(cls, "__dataclass_fields__"),
+    "subdict": lambda cls: issubclass(cls, dict),
+    "attrdict": lambda cls: issubclass(cls, dict) and hasattr(cls, "__dict__"),
+    "sublist": lambda cls: issubclass(cls, list),
+}
+
+
+def _registered_class(name: str) -> type:
+    """A class that this process has registered with torch's pytree, which is leave to build it."""
+    for cls in pytree.SUPPORTED_NODES:
+        # torch's own call what the context names, and have kinds of node of their own.
+        if cls not in _HAVE_A_KIND and f"{cls.__module__}.{cls.__qualname__}" == name:
+            found: type = cls
+            return found
+    raise _NotRegistered(f"class {name} is not registered with torch.utils._pytree on the receiver")
+
+
+_HAVE_A_KIND: frozenset[Any] = frozenset({dict, list, tuple, OrderedDict, defaultdict, deque, namedtuple})
+
+
+def _decode_shared(pairs: Any, tree: list[Node]) -> dict[int, int]:
+    shared: dict[int, int] = {}
+    before = -1
+    for later, first in pairs:
+        # In order, so that each node is compared once: there may be many keys to compare.
+        if not before < expect(int, later):
+            raise ValueError(f"node {later} comes after node {before}")
+        before = later
+        if not 0 <= expect(int, first) < expect(int, later) < len(tree):
+            raise ValueError(f"node {later} is the same as node {first} of {len(tree)}")
+        if tree[first] != tree[later] or tree[first] is LEAF:
+            raise ValueError(f"node {later} is said to be the same as {first}, which differs")
+        shared[later] = first
+    return shared
+
+
+def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> list[tuple[str, _Refused]]:
+    """Decode the leaves and check that every view lies in its storage; gives those that name what is not allowed.
+
+    A leaf is [value], [storage, shape, offset] for a plain tensor, [kind, views, context, parts] for another one, or
+    the index of an earlier leaf that is the same object.
+    """
+    leaves, storages = manifest.leaves, manifest.storages
+    refused: list[tuple[str, _Refused]] = []
+    others = [index for index, leaf in enumerate(data) if type(leaf) is not tuple or len(leaf) != 3]
+    plain = _decode_plain([leaf for leaf in data if type(leaf) is tuple and len(leaf) == 3], shapes, storages)
+    for index in others if plain is not None else range(len(data)):
+        if plain is not None:
+            leaves += islice(plain, index - len(leaves))
+        leaf = data[index]
+        try:
+            if type(leaf) is int:
+                if not 0 <= leaf < index:
+                    raise ValueError(f"the same as leaf {leaf}")
+                manifest.same[index] = manifest.same.get(leaf, leaf)
+                leaves.append(leaves[leaf])
+            elif len(leaf) == 3:
+                leaves.append(Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
+            elif len(leaf) == 1:
+                leaves.append(Leaf(VALUE, (), decode_value(leaf[0])))
+            else:
+                leaves.append(_decode_composite(leaf, shapes, storages))
+        except NotAllowed as exc:
+            refused.append((format_path(manifest.paths[index]), NotAllowed(exc.names | not_allowed_in(leaf))))
+            leaves.append(Leaf(VALUE, (), None))  # nothing is made of it, since all of them raise in the end
+        except Exception as exc:
+            reason = exc.message if isinstance(exc, RemoteProtocolError) else f"{type(exc).__name__}: {exc}"
+            if isinstance(exc, ValueError):
+                reason = str(exc)
+            raise RemoteProtocolError(f"{format_path(manifest.paths[index])}: {reason}", phase="agree") from exc
+    leaves += plain or ()
+    return refused
+
+
+def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storage]) -> Iterator[Leaf] | None:
+    """Plain tensors with elements, all at once; None if anything about any of them needs a closer look."""
+    if not data:
+        return None
+    geometries: list[Geometry] = []
+    num_shapes, num_storages = len(shapes), len(storages)
+    for storage, number, offset in data:
+        if not type(storage) is type(number) is type(offset) is int:
+            return None
+        if not (0 <= number < num_shapes and 0 <= storage < num_storages and offset >= 0):
+            return None
+        shape = shapes[number]
+        if not shape.numel or offset * shape.itemsize + shape.span > storages[storage][0]:
+            return None
+        geometries.append(shape)
+    which, offsets = map(itemgetter(0), data), map(itemgetter(2), data)
+    return iter(plain_leaves(made(View, zip(which, geometries, offsets, strict=True))))
+
+
+def _decode_composite(data: Any, shapes: list[Geometry], storages: list[Storage]) -> Leaf:
+    kind, views, context, parts = data
+    decoded = tuple([_decode_view(view, shapes, storages) for view in views])
+    leaf = Leaf(expect(str, kind), decoded, decode_value(context), tuple([_decode_part(part) for part in parts]))
+    if kind == VALUE or leaf.part.num_views != len(decoded) or (kind == "tensor" and leaf.parts):
+        raise ValueError(f"a leaf of kind {kind} with {len(decoded)} views")
+    check_parts(leaf.part, iter([view.geometry for view in decoded]))
+    return leaf
+
+
+def _decode_part(data: Any) -> Part:
+    if data is None:
+        return Part("tensor")
+    kind, context, parts = data
+    part = Part(expect(str, kind), decode_value(context), tuple([_decode_part(below) for below in parts]))
+    if kind == VALUE or (kind == "tensor" and parts):
+        raise ValueError(f"a part of kind {kind} with {len(parts)} parts")
+    return part
+
+
+def _decode_view(data: Any, shapes: list[Geometry], storages: list[Storage]) -> View:
+    storage, number, offset = data
+    if type(storage) is not int or type(number) is not int or type(offset) is not int or offset < 0 or number < 0:
+        raise ValueError(f"a view of {storage!r}, {number!r}, {offset!r}")
+    shape = shapes[number]
+    if storage < 0 or not shape.numel:
+        if storage >= 0 or shape.numel:
+            raise ValueError(f"{shape} in storage {storage}")
+    elif offset * shape.itemsize + shape.span > storages[storage].nbytes:
+        raise ValueError(f"{shape} at {offset} is outside of its storage of {storages[storage].nbytes} bytes")
+    return View(storage, shape, offset)
+
+
+def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
+    found = dtype_of(dtype)
+    if found in QUANTIZED:  # their bytes travel as those of other dtypes
+        raise ValueError(f"{dtype} is no dtype of plain bytes")
+    return checked_geometry(found, shape, stride)
+
+
+def _decode_storages(data: Any) -> list[Storage]:
+    if not data:
+        return []
+    if {*map(len, data)} != {2}:
+        raise ValueError("a storage that is no pair")
+    sizes, device_types = zip(*data, strict=True)
+    if {*map(type, sizes)} != {int} or {*map(type, device_types)} != {str}:
+        raise ValueError("a storage whose size is no integer, or whose device is no text")
+    if min(sizes) < 0 or max(sizes) > sys.maxsize:
+        raise ValueError(f"storages of {min(sizes)} to {max(sizes)} bytes")
+    return made(Storage, data)
+
+
+def _check_storages(manifest: Manifest, limits: Limits) -> None:
+    """Every storage is no larger than what its views refer to, and the messages are not too many."""
+    views: list[View] = list(chain.from_iterable(map(itemgetter(1), manifest.leaves)))
+    if len(views) > MAX_NODES:
+        raise ValueError(f"{len(views)} tensors, at most {MAX_NODES} are accepted")
+    if not all(shape.dense for shape in {*map(itemgetter(1), views)}):
+        _check_gaps(manifest)
+    storages = manifest.storages
+    num_of = Counter(map(itemgetter(0), views))
+    num_of.pop(-1, None)
+    if len(num_of) < len(storages):
+        raise ValueError(f"{len(storages)} storages, of which {len(num_of)} are referred to")
+    step = limits.message_bytes - limits.message_bytes % 64
+    num_cuts = 0
+    # Storages with several views: the extents of these.
+    shared: dict[int, list[tuple[int, int]]] = {}
+    for storage, shape, offset in views:
+        if storage in num_of and num_of[storage] > 1:
+            begin = offset * shape.itemsize
+            shared.setdefault(storage, []).append((begin, begin + shape.span))
+        elif storage >= 0:
+            num_cuts += shape.span // step
+            nbytes = storages[storage][0]
+            if nbytes > shape.span:
+                _check_size(nbytes, shape.span, 1)
+    for storage, extents in shared.items():
+        ranges = merge(extents)
+        num_cuts += sum((end - begin) // step for begin, end in ranges)
+        _check_size(storages[storage].nbytes, sum(end - begin for begin, end in ranges), len(ranges))
+    if num_cuts > MAX_CUTS:
+        raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")
+
+
+def _check_size(nbytes: int, referenced: int, num_ranges: int) -> None:
+    if nbytes > referenced + 2 * ALIGNMENT * num_ranges:
+        raise ValueError(f"a storage of {nbytes} bytes, of which {referenced} are referred to")
+
+
+def _check_gaps(manifest: Manifest) -> None:
+    """Finding what lies between views, as ``_wire.layout`` does, takes bounded time, and memory that there is."""
+    with_gaps = {view.storage for leaf in manifest.leaves for view in leaf.views if not view.geometry.dense}
+    found: dict[int, set[View]] = {storage: set() for storage in with_gaps if storage >= 0}
+    for leaf in manifest.leaves if found else ():
+        for view in leaf.views:
+            if view.storage in found:
+                found[view.storage].add(view)
+    num_steps = num_elements = 0
+    for views in found.values():
+        in_order = sorted(views, key=_begin)
+        for begin, end in merge((view.begin, view.end) for view in views):
+            inside = in_order[bisect_left(in_order, begin, key=_begin) : bisect_left(in_order, end, key=_begin)]
+            if not covered([view.placed for view in inside], begin, end):
+                nbytes = end - begin + sum(_num_written(view.geometry) * view.geometry.itemsize for view in inside)
+                unit = min(view.geometry.itemsize for view in inside)
+                num_steps += nbytes // unit
+                num_elements += (end - begin) // unit
+    if num_steps > MAX_GAP_STEPS:
+        raise ValueError(f"views with gaps that take {num_steps} steps, at most {MAX_GAP_STEPS} are accepted")
+    if num_elements * _PLACE_BYTES > physical_bytes() // 2:
+        raise ValueError(f"views with gaps that take {num_elements * _PLACE_BYTES} bytes, more than half of the memory")
+
+
+def _begin(view: View) -> int:
+    return view.begin
+
+
+def _num_written(shape: Geometry) -> int:
+    """Elements without those that a stride of zero repeats, but with those that overlap in another way."""
+    return math.prod(size if step else 1 for size, step in zip(shape.shape, shape.stride, strict=True))
+
+
+def check_tree(nodes: Sequence[Node]) -> int:
+    """Check that nodes in preorder, from a peer, are exactly one tree of bounded depth.
+
+    Returns:
+        The number of its leaves.
+
+    Raises:
+        ValueError: They are not.
+    """
+    open_nodes = [1]
+    num_leaves, claimed, done = 0, 1, 0
+
+    def count(num_nodes: int) -> None:
+        """So many nodes come next, leaves or the roots of subtrees that are over before the next one."""
+        while num_nodes:
+            while open_nodes and not open_nodes[-1]:
+                open_nodes.pop()
+            if not open_nodes:
+                raise ValueError("nodes after the end of the tree")
+            num_here = min(num_nodes, open_nodes[-1])
+            open_nodes[-1] -= num_here
+            num_nodes -= num_here
+
+    for index in [index for index, node in enumerate(nodes) if node is not LEAF]:
+        node = nodes[index]
+        count(index - done)
+        num_leaves += index - done
+        count(1)
+        done = index + 1
+        if node.num_children:
+            # Before the children are listed: they cost nothing to claim.
+            claimed += node.num_children
+            if claimed > len(nodes):
+                raise ValueError(f"the tree ends early: {len(nodes)} nodes of {claimed}")
+            open_nodes.append(node.num_children)
+            if len(open_nodes) > MAX_DEPTH + 1:
+                raise ValueError(f"a tree nested deeper than {MAX_DEPTH} levels")
+    count(len(nodes) - done)
+    if any(open_nodes):
+        raise ValueError("the tree ends early")
+    return num_leaves + len(nodes) - done
