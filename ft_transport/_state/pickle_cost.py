@@ -3,8 +3,8 @@
 An allow-list decides what a pickle may name, not what it costs: forty bytes make a key whose hash takes years (a tuple
 of twice a tuple of twice a tuple …, each fetched from the memo), or one nested so deep that hashing it overruns the
 C stack. So the opcodes are walked through once, with costs on the stack in the place of values. What is called must
-have been named by the pickle itself, where the allow-list sees it, and the harmless functions of ``_state.pickles`` must
-be called as an honest pickle calls them: ``Counter`` of a range of 2^62 is small, too.
+have been named by the pickle itself, where the allow-list sees it, and the harmless functions of ``_state.pickles``
+must be called as an honest pickle calls them: ``Counter`` of a range of 2^62 is small, too.
 
 Not here: what is named (the allow-list), and what an allowed class does when it is built or hashed.
 """
