@@ -31,15 +31,17 @@ from ft_transport._group.channel import GroupChannel
 from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
 from ft_transport._group.one_way import description, land_all, note_state, post_and_wait
 from ft_transport._group.source import LAST_WORDS
-from ft_transport._plan.blocks import Blocks, storage_as
+from ft_transport._options import CPU
+from ft_transport._plan.blocks import storage_as
 from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.rebuild import mark_changed
+from ft_transport._plan.source import place
 from ft_transport._plan.template import match_template
 from ft_transport._plan.torn import Guard
 from ft_transport._process import no_collection, undisturbed
 from ft_transport._state.classes import imported_class
-from ft_transport._state.describe import describe
+from ft_transport._state.describe import Tensors, describe
 from ft_transport._state.geometry import geometry, geometry_of
 from ft_transport._state.kinds.base import VALUE, Part, Surroundings
 from ft_transport._state.manifest import Leaf, Manifest, Storage, View
@@ -135,18 +137,15 @@ def _prepare_state_dict(state_dict: object, device: torch.device) -> tuple[_Stat
     Raises:
         LocalProtocolError: A leaf cannot travel; every such path is named.
     """
-    meta, blocks = _describe(state_dict)
-    return meta, [block.memory for block in blocks.values()]
+    meta, tensors = _describe(state_dict)
+    manifest = _from_meta(meta)
+    return meta, place(manifest, lay_out(manifest, Limits()), tensors, device).memory()
 
 
-def _describe(state_dict: object) -> tuple[_StateDictMeta, Blocks]:
-    """What crosses, and the memory of each byte range, by the numbers that :func:`_from_meta` gives to the storages."""
-    manifest, blocks = describe(state_dict)
-    views = [view for leaf in manifest.leaves for view in leaf.views if view.storage >= 0]
-    number = {storage: index for index, storage in enumerate(dict.fromkeys(view.storage for view in views))}
-    numbered = Blocks({(number[storage], begin): block for (storage, begin), block in blocks.items()})
-    numbered.manifest, numbered.places = blocks.manifest, blocks.places
-    return _to_meta(manifest), numbered
+def _describe(state_dict: object) -> tuple[_StateDictMeta, Tensors]:
+    """What crosses, and the tensors behind its views."""
+    manifest, tensors = describe(state_dict)
+    return _to_meta(manifest), tensors
 
 
 def _to_meta(manifest: Manifest) -> _StateDictMeta:
@@ -276,9 +275,10 @@ class PGTransport:
         try:
             self._guard.check_source()
             with report.phase("describe"), no_collection():
-                meta, blocks = _describe(state_dict)
+                meta, tensors = _describe(state_dict)
                 manifest = _from_meta(meta)
                 layout = lay_out(manifest, Limits())
+                placement = place(manifest, layout, tensors, self._device)
                 data = _pickle(meta)
         except BaseException as exc:
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
@@ -288,7 +288,7 @@ class PGTransport:
         note_state(report, manifest, layout)
         with report.phase("move"):
             try:
-                failed = post_and_wait(channels, data, layout, blocks, self._device, deadline, report)
+                failed = post_and_wait(channels, data, layout, placement, self._device, deadline, report)
             except BaseException:
                 for channel in channels:
                     channel.abort()
@@ -371,7 +371,7 @@ class PGTransport:
                 targets,
                 self._device,
                 report,
-                fresh_on_cpu=True,
+                fresh_device=CPU,
                 surroundings=_TRUSTING,
             )
             note_state(report, manifest, layout)

@@ -18,7 +18,8 @@ import msgpack
 import torch
 import xxhash
 
-from ft_transport._plan.blocks import CARRIERS, CPU, copy_elements
+from ft_transport._options import CPU
+from ft_transport._plan.blocks import CARRIERS, copy_elements
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._process import memory_at, no_collection, undisturbed
 from ft_transport._state.classes import ATOMIC, class_name, dtype_name

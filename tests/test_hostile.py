@@ -874,7 +874,7 @@ def rebuild(state: object, offsets: list[int], template: object = None) -> objec
     landing = Landing(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
     for index, piece in enumerate(layout.ranges):
         if piece.end - piece.begin == 8 * len(offsets):
-            landing._blocks[index].bytes(0, 8 * len(offsets)).copy_(torch.tensor(offsets).view(torch.uint8))
+            landing.placement.blocks[index].bytes(0, 8 * len(offsets)).copy_(torch.tensor(offsets).view(torch.uint8))
     return landing.rebuild()
 
 

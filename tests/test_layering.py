@@ -41,18 +41,11 @@ ROOMS: dict[str, set[str]] = {
     "_plan": {"_deadline", "_options", "_process", "_state", "_telemetry", "_wire", "errors"},
     "_group": _MOVING,
     "_lanes": _MOVING | {"_net"},
-    "state_digest": {"_plan", "_process", "_state", "_wire", "errors"},
+    "state_digest": {"_options", "_plan", "_process", "_state", "_wire", "errors"},
     "_transport": {"_manager", "_plan", "_process", "_telemetry", "errors", "state_digest"},
     "distributed": _MOVING - {"_threads"} | {"_group", "_transport"},
     "_torchft": _MOVING | {"_group", "_lanes", "_net", "_transport", "state_digest"},
     "__init__": {"_state", "_telemetry", "_torchft", "_version", "errors", "state_digest"},
-}
-# Files that still import from a room above their own. None is to be added; one that is not needed any more goes.
-KNOWN_UPWARD = {
-    # Blocks are made while a state is described.
-    ("_state/describe", "_plan/blocks"),
-    # A message of a user's memory is fingerprinted.
-    ("_wire/digest", "_plan/blocks"),
 }
 # What ft_transport.testing may import of ours, beside itself: the seams, and the wire to find messages in.
 ALLOWED_TESTING: dict[str, set[str]] = {
@@ -69,7 +62,7 @@ PUBLIC = {"state_digest", "errors", "distributed", "testing", "bench"}
 
 
 def name_of(file: Path) -> str:
-    """As in :data:`KNOWN_UPWARD`: ``"_net/dial"``, and ``"_net"`` for what a folder says of itself."""
+    """``"_net/dial"``, and ``"_net"`` for what a folder says of itself."""
     return file.relative_to(PACKAGE).with_suffix("").as_posix().removesuffix("/__init__")
 
 
@@ -109,8 +102,7 @@ def test_imports_of_other_rooms(file: Path) -> None:
     name = name_of(file)
     assert room_of(name) in ROOMS, f"give {room_of(name)} a line in ROOMS"
     others = {other for other in ours(file) if room_of(other) != room_of(name)}
-    upward = {other for other in others if room_of(other) not in ROOMS[room_of(name)]}
-    assert upward == {other for importer, other in KNOWN_UPWARD if importer == name}
+    assert {other for other in others if room_of(other) not in ROOMS[room_of(name)]} == set()
 
 
 def test_the_table_runs_downwards_and_has_no_dead_line() -> None:
@@ -120,7 +112,6 @@ def test_the_table_runs_downwards_and_has_no_dead_line() -> None:
         above.add(room)
     files = {name_of(file) for file in FILES}
     assert {room_of(name) for name in files} == set(ROOMS)
-    assert {name for pair in KNOWN_UPWARD for name in pair} <= files
 
 
 def test_no_circle_among_files() -> None:

@@ -263,7 +263,7 @@ class _Flights:
         end = min(landed + self._header.limits.window, len(self._layout.flights))
         while self._next < end:
             messages = self._layout.flights[self._next]
-            targets = [self._landing.direct(message) for message in messages]
+            targets = [self._landing.placement.direct(message) for message in messages]
             staged = [m for m, target in zip(messages, targets, strict=True) if target is None]
             if staged and not self._buckets:
                 return
@@ -291,7 +291,7 @@ class _Flights:
     def _unstage(self, arrivals: list[_Arrival], bucket: Bucket | None) -> None:
         for arrival in arrivals:
             if arrival.staged:
-                self._landing.scatter(arrival.message, arrival.data)
+                self._landing.placement.scatter(arrival.message, arrival.data)
                 self._report.nbytes_staged += arrival.data.numel()
         if bucket is not None:
             self._buckets.append(self._keep(arrivals, bucket))
@@ -320,7 +320,7 @@ class _Flights:
     def _digest(self, arrival: _Arrival) -> int:
         if not self._header.digest:
             return 0
-        held = None if arrival.staged else self._landing.held(arrival.message)
+        held = None if arrival.staged else self._landing.placement.held(arrival.message)
         try:
             return digest_message(arrival.data, self._header.digest, self._header.sample, held)
         except LocalProtocolError:

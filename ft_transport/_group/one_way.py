@@ -14,10 +14,9 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._options import NUM_BUCKETS
-from ft_transport._plan.blocks import Blocks
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import Landing
-from ft_transport._plan.placement import Gatherer
+from ft_transport._plan.placement import Placement
 from ft_transport._state.manifest import Manifest
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Layout
@@ -42,13 +41,12 @@ def post_and_wait(
     channels: Sequence[GroupChannel],
     data: bytes,
     layout: Layout,
-    blocks: Blocks,
+    placement: Placement,
     device: torch.device,
     deadline: Deadline,
     report: TransferReport,
 ) -> list[TransferError]:
     """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
-    gatherer = Gatherer(layout, blocks, device)
     buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
     sends: list[list[Pending]] = [[] for _ in channels]
     failed: dict[int, TransferError] = {}
@@ -75,15 +73,15 @@ def post_and_wait(
     num_staged = 0
     for message in range(len(layout.messages)):
         bucket = buckets[num_staged % NUM_BUCKETS]
-        if gatherer.staged(message):
+        if placement.is_staged(message):
             if num_staged and num_staged % NUM_BUCKETS == 0:
                 settle()  # both buckets are full of bytes that have not left
             bucket.reset(aligned(layout.sizes[message]))
             num_staged += 1
             report.nbytes_staged += layout.sizes[message]
-        post(gatherer.gather(message, bucket), FIRST_MESSAGE_TAG + message)
+        post(placement.bytes_of(message, bucket), FIRST_MESSAGE_TAG + message)
     settle()
-    blocks.check()
+    placement.check()
     for index, peer in enumerate(report.peers):
         exc = failed.get(index)
         peer.outcome = "complete" if exc is None else "failed"
@@ -102,11 +100,11 @@ def land_all(channel: GroupChannel, layout: Layout, landing: Landing, device: to
             message, data, staged, pending = posted.pop(0)
             channel.wait(pending, deadline)
             if staged:
-                landing.scatter(message, data)
+                landing.placement.scatter(message, data)
 
     num_staged = 0
     for message in range(len(layout.messages)):
-        data = landing.direct(message)
+        data = landing.placement.direct(message)
         staged = data is None
         if data is None:
             if num_staged and num_staged % NUM_BUCKETS == 0:

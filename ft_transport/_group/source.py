@@ -77,7 +77,8 @@ def _send(control: Control, outbound: Outbound, peer: PeerReport) -> None:
         lost = exc
     try:
         if lost is not None:
-            outbound.gatherer.check()  # a group whose memory was taken away breaks, and calls that a failing connection
+            # A group whose memory was taken away breaks, and calls that a failing connection.
+            outbound.placement.check()
             raise lost
     finally:
         lost = None
@@ -86,7 +87,7 @@ def _send(control: Control, outbound: Outbound, peer: PeerReport) -> None:
 def _check_unchanged(control: Control, outbound: Outbound) -> None:
     """Void the transfer if the state has changed or moved meanwhile."""
     try:
-        outbound.gatherer.check()
+        outbound.placement.check()
         outbound.versions.check()
     except LocalProtocolError as exc:
         control.give_up(exc.message)
@@ -117,7 +118,7 @@ class _Flights:
         """Send all flights, and wait until the last one has landed."""
         landed = 0
         for flight, messages in enumerate(self._outbound.layout.flights):
-            staged_bytes = self._outbound.gatherer.staged_bytes(messages)
+            staged_bytes = self._outbound.placement.staged_bytes(messages)
             while len(self._moving) == self._outbound.header.limits.window or (staged_bytes and not self._buckets):
                 self._land(landed)
                 landed += 1
@@ -131,7 +132,7 @@ class _Flights:
         bucket = self._buckets.pop() if staged_bytes else None
         if bucket is not None:
             bucket.reset(staged_bytes)
-        tensors = [outbound.gatherer.gather(message, bucket) for message in messages]
+        tensors = [outbound.placement.bytes_of(message, bucket) for message in messages]
         # Gloo announces a receive behind the bytes that are queued already, so the answer's is posted first. On an
         # accelerator's group the operations of a pair run one after the other: there it would never end.
         answer = self._control.expect() if outbound.options.device.type == "cpu" else None

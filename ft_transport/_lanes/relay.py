@@ -84,15 +84,12 @@ class Relay:
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         here = self._here(message)
-        if here is None and (direct := self._landing.view(message)) is not None:
-            return direct
         if here is None:
-            here = bucket.take(self.sizes[message])
-            self._landing.gather(message, here)
+            return self._landing.placement.view(message, bucket)
         return memory_at(here.data_ptr(), here.numel())
 
     def held(self, message: int) -> Held | None:
-        return None if self._here(message) is not None else self._landing.held(message)
+        return None if self._here(message) is not None else self._landing.placement.held(message)
 
     def _here(self, message: int) -> torch.Tensor | None:
         """A message's bytes in memory that nobody else writes to."""
@@ -114,7 +111,7 @@ class Relay:
         Where one is in its step already, nothing is read any more when this returns.
         """
         reading = self._reading = Reading(
-            self._layout, self._landing.memory, lambda reading: self.end_reading(), self._copies
+            self._layout, self._landing.placement.memory, lambda reading: self.end_reading(), self._copies
         )
         if reading.within_step():
             self.end_reading()

@@ -96,10 +96,10 @@ class Sink:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
         if message not in self._claims or self.todo.was_damaged(message) or self._is_written(message):
             return None
-        held = self._landing.held(message)
+        held = self._landing.placement.held(message)
         if held is None:
             staged = self._take(message, bucket)
-            self._landing.gather(message, staged)
+            self._landing.placement.gather(message, staged)
             here = memory_at(staged.data_ptr(), staged.numel())
         else:
             here = held.view
@@ -117,7 +117,7 @@ class Sink:
         if self._rewrite is not None and self._is_written(message):
             aside = self._rewrite.take_aside(message)
             view = memory_at(aside.data_ptr(), nbytes)
-        elif (held := self._landing.held(message)) is None:
+        elif (held := self._landing.placement.held(message)) is None:
             staged = self._take(message, bucket)
             view = memory_at(staged.data_ptr(), nbytes)
         else:
@@ -128,7 +128,7 @@ class Sink:
             return False
         if staged is not None:
             self._note_torn(message)
-            self._landing.scatter(message, staged)
+            self._landing.placement.scatter(message, staged)
             if self._rewrite is not None and self._rewrite.taken(message) is staged:
                 self._rewrite.keep(message, staged)
             elif self.relay is not None:

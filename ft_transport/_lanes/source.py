@@ -60,7 +60,7 @@ class SourceStock:
         self.verified = bool(outbound.header.digest)
         self.steady = self.is_whole_offer = True
         self._error: LocalProtocolError | None = None
-        self._gatherer = outbound.gatherer
+        self._placement = outbound.placement
         self._versions = outbound.versions
         self._digests: dict[int, int] = {}
         self._copies: dict[int, memoryview] = {}
@@ -73,12 +73,12 @@ class SourceStock:
         self._bucket = Bucket(CPU)
         self._bucket.reset(SMALL_BYTES - room)
         for message in small:
-            self._copies[message] = self._gatherer.view(message, self._bucket)
+            self._copies[message] = self._placement.view(message, self._bucket)
         self._versions.note_copied(self._copies)
 
     def check_unchanged(self) -> None:
         """Raises LocalProtocolError if the state has changed or moved since; see ``_plan.unchanged``."""
-        self._gatherer.check()
+        self._placement.check()
         if self._error is not None:
             raise self._error
         self._versions.check()
@@ -88,10 +88,10 @@ class SourceStock:
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         copied = self._copies.get(message)
-        return self._gatherer.view(message, bucket) if copied is None else copied
+        return self._placement.view(message, bucket) if copied is None else copied
 
     def held(self, message: int) -> Held | None:
-        return self._gatherer.held(message) if message not in self._copies else None
+        return self._placement.held(message) if message not in self._copies else None
 
     def note_error(self, error: LocalProtocolError) -> None:
         self._error = error

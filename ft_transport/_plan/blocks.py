@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain, compress, repeat, starmap
+from itertools import chain, compress, repeat, starmap
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -26,21 +25,16 @@ from ft_transport.errors import LocalProtocolError
 
 __all__ = [
     "CARRIERS",
-    "CPU",
     "Block",
-    "Blocks",
     "Held",
     "Places",
     "copy_blocks",
     "copy_elements",
     "held",
     "indexed",
-    "refuse_moved",
     "share",
     "storage_as",
 ]
-
-CPU = torch.device("cpu")
 
 
 # --------------------------------------------------------------------------------------------- blocks
@@ -169,29 +163,38 @@ _nbytes_of = torch.UntypedStorage.nbytes
 
 
 class Places:
-    """Where the memory of some tensors is.
+    """Where the memory of some tensors of a user's is.
 
     A storage that gets another size moves, as all that torch's allocators do is to take new memory before they give
     back the old; and its address is nobody else's as long as it is kept. So addresses tell all.
 
     Args:
-        tensors: A user's.
+        tensors: The user's.
         addresses: Of the first byte of each.
         storages: Of each, to be kept.
+        manifest: What they are, for errors.
+        leaves: Gives the leaf of each tensor, by index; asked for once one has moved.
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], addresses: list[int], storages: Sequence[torch.UntypedStorage]
+        self,
+        tensors: Sequence[torch.Tensor],
+        addresses: Sequence[int],
+        storages: Sequence[torch.UntypedStorage],
+        manifest: Manifest,
+        leaves: Callable[[], Sequence[int]],
     ) -> None:
         self._tensors = tensors
         self._addresses = addresses
         self._storages = storages
+        self._manifest = manifest
+        self._leaves = leaves
 
     @classmethod
-    def of(cls, blocks: Sequence[Block]) -> Places:
+    def of(cls, blocks: Sequence[Block], manifest: Manifest, leaves: Callable[[], Sequence[int]]) -> Places:
         """Of tensors whose blocks :func:`held` has made."""
-        columns = [list(map(itemgetter(column), blocks)) for column in (0, 6, 3)]
-        return cls(*columns)
+        memory, addresses, storages = [list(map(itemgetter(column), blocks)) for column in (0, 6, 3)]
+        return cls(memory, addresses, storages, manifest, leaves)
 
     def moved(self) -> list[int]:
         """Which of the tensors have other memory now, or less or more."""
@@ -199,6 +202,28 @@ class Places:
         if addresses == self._addresses:
             return []
         return [index for index, (a, b) in enumerate(zip(addresses, self._addresses, strict=True)) if a != b]
+
+    def check(self) -> None:
+        """Call before bytes that were read from there, or have landed there, count as the user's.
+
+        Raises:
+            LocalProtocolError: A tensor has lost its memory, or part of it; the text names the paths.
+        """
+        moved = self.moved()
+        if not moved:
+            return
+        leaves, names = self._leaves(), self._manifest.paths
+        paths = [format_path(names[leaf]) for leaf in dict.fromkeys(leaves[index] for index in moved)]
+        more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
+        raise LocalProtocolError(
+            "memory of the state was exchanged or given back while the state was moved: "
+            f"{', '.join(paths[:_MAX_NAMED])}{more}; it must not be (.data, set_, resize_), before "
+            "disallow_checkpoint() has returned"
+        )
+
+
+# Paths that an error names: whoever moves one tensor moves all.
+_MAX_NAMED = 8
 
 
 def share(tensors: Iterable[torch.Tensor]) -> None:
@@ -346,41 +371,3 @@ def _copy(strided: torch.Tensor, flat: torch.Tensor, to_flat: bool) -> None:
         flat.copy_(strided)
     else:
         strided.copy_(flat)
-
-
-class Blocks(dict[tuple[int, int], Block]):
-    """The memory that the byte range at (storage, begin) is taken from.
-
-    Attributes:
-        manifest: Of the state.
-        places: Of all its tensors, in the order of its leaves.
-    """
-
-    manifest: Manifest
-    places: Places
-
-    def check(self) -> None:
-        """Call before bytes that were read count as the state's.
-
-        Raises:
-            LocalProtocolError: A tensor has lost its memory, or part of it; the text names the paths.
-        """
-        moved, manifest = self.places.moved(), self.manifest
-        if moved:
-            leaves = [leaf for leaf in range(len(manifest.leaves)) if leaf not in manifest.same]
-            ends = list(accumulate(len(manifest.leaves[leaf].views) for leaf in leaves))
-            refuse_moved(manifest, [leaves[bisect_right(ends, index)] for index in moved])
-
-
-# Paths that an error names: whoever moves one tensor moves all.
-_MAX_NAMED = 8
-
-
-def refuse_moved(manifest: Manifest, leaves: Iterable[int]) -> None:
-    """Raises LocalProtocolError: tensors of these leaves had their memory exchanged or given back."""
-    paths = [format_path(manifest.paths[leaf]) for leaf in dict.fromkeys(leaves)]
-    more = f" and {len(paths) - _MAX_NAMED} more" if len(paths) > _MAX_NAMED else ""
-    raise LocalProtocolError(
-        f"memory of the state was exchanged or given back while the state was moved: {', '.join(paths[:_MAX_NAMED])}"
-        f"{more}; it must not be (.data, set_, resize_), before disallow_checkpoint() has returned"
-    )

@@ -178,8 +178,8 @@ class _Comparison:
         if len(theirs) != len(ours):
             return f"expected {len(ours)} local tensors, source has {len(theirs)}"
         for (below, their_view), (my_below, my_first) in zip(theirs, ours, strict=True):
-            if below.kind == "numpy":  # whether it can be written to is known of whole leaves alone
-                self._keep_away(index, "an array inside of a leaf")
+            if below.kind in KINDS and (obstacle := KINDS[below.kind].not_in_place_inside):
+                self._keep_away(index, obstacle)
             elif reason := self._part(index, below, their_view, my_below, my_first, tensors):
                 return reason
         return ""
@@ -221,7 +221,7 @@ def _laziness(part: Part) -> tuple[bool, bool]:
     """Whether a tensor, at whatever depth, is a lazy conjugate of its bytes, and whether a lazy negative."""
     conjugate = negative = False
     while part.parts:
-        if part.kind == "lazy":
+        if part.kind in KINDS and KINDS[part.kind].is_lazy:
             conjugate, negative = conjugate != part.context[0], negative != part.context[1]
         part = part.parts[0]
     return conjugate, negative

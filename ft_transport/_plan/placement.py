@@ -1,87 +1,127 @@
-"""Which memory a message is taken from."""
+"""Message to memory, for both ends: where the bytes of a message are taken from, or land.
+
+Strategy: a range of the layout is a block of memory, whatever became of it: the state's own, the template's, fresh. So
+one class says for the source and for the destination which messages can be moved as they lie, and copies the others.
+Small ones are never moved as they lie: under an asynchronous quorum, torchft's default, forward goes on meanwhile on
+either side, and changes small buffers (BatchNorm's statistics).
+
+Not here: which block a range is (``_plan.source``, ``_plan.destination``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 
-from ft_transport._plan.blocks import Block, Blocks, Held, copy_blocks
+from ft_transport._plan.blocks import Block, Held, Places, copy_blocks
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._process import memory_at
-from ft_transport._wire.layout import Layout, Piece
+from ft_transport._wire.layout import Layout
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Gatherer"]
+__all__ = ["Placement"]
 
 
-class Gatherer:
-    """Takes the bytes of messages from a state's memory.
+class Placement:
+    """Where each message lies. Any thread, each for other messages.
 
     Args:
         layout: The messages.
-        blocks: The memory of each byte range.
-        device: Where messages live.
+        blocks: The memory of each of the layout's ranges, in their order.
+        places: Where the user's tensors among it are.
+        device: Where messages live while they are moved.
     """
 
-    def __init__(self, layout: Layout, blocks: Blocks, device: torch.device) -> None:
+    def __init__(self, layout: Layout, blocks: Sequence[Block], places: Places, device: torch.device) -> None:
+        self.blocks = blocks
         self._layout = layout
-        self._blocks = blocks
-        self._device = device
-
-    def staged(self, message: int) -> bool:
-        """Whether a message must be gathered into a bucket.
-
-        Small ones always are: under async quorum forward goes on meanwhile, and changes small buffers (BatchNorm).
-        """
-        pieces = self._layout.messages[message]
-        if self._layout.is_small(message):
-            return True
-        block, _, _ = self._part(pieces[0])
-        return not block.dense or block.memory.device.type != self._device.type
-
-    def staged_bytes(self, messages: range) -> int:
-        """What a bucket must hold for these messages."""
-        return sum(aligned(self._layout.sizes[message]) for message in messages if self.staged(message))
+        self._places = places
+        self._device_type = device.type
 
     def check(self) -> None:
-        """Raises LocalProtocolError if a tensor of the state has lost its memory; see ``_plan.blocks.Blocks``."""
-        self._blocks.check()
+        """Raises LocalProtocolError if a tensor of the user's has lost its memory; see ``_plan.blocks.Places``."""
+        self._places.check()
 
-    def gather(self, message: int, bucket: Bucket | None) -> torch.Tensor:
-        """The bytes of a message: the state's own memory, or a copy in the bucket; raises as :meth:`check`."""
-        parts = [self._part(piece) for piece in self._layout.messages[message]]
-        if not self.staged(message):
-            block, begin, nbytes = parts[0]
-            if not block.here:
-                self.check()
-            return block.bytes(begin, begin + nbytes)
-        assert bucket is not None
-        staged = bucket.take(self._layout.sizes[message])
-        try:
-            copy_blocks(parts, staged, gather=True)
-        except LocalProtocolError:
-            self.check()  # which names it
-            raise
-        return staged
+    def is_staged(self, message: int) -> bool:
+        """Whether a message must go through a bucket."""
+        return self._directly(message) is None
+
+    def staged_bytes(self, messages: Iterable[int]) -> int:
+        """What a bucket must hold for these messages."""
+        sizes = self._layout.sizes
+        return sum(aligned(sizes[message]) for message in messages if self.is_staged(message))
+
+    def direct(self, message: int) -> torch.Tensor | None:
+        """The memory of a message, flat uint8, to be moved as it lies; None if it must be staged.
+
+        Raises:
+            LocalProtocolError: As :meth:`check`.
+        """
+        found = self._directly(message)
+        if found is None:
+            return None
+        block, begin, nbytes = found
+        if not block.here:
+            self.check()
+        return block.bytes(begin, begin + nbytes)
 
     def held(self, message: int) -> Held | None:
-        """The state's own memory, where that is on the CPU and is what :meth:`gather` gives."""
-        if self.staged(message) or self._device.type != "cpu":
+        """As :meth:`direct`, for messages on the CPU: to read it while its owner may take it away."""
+        found = self._directly(message) if self._device_type == "cpu" else None
+        if found is None:
             return None
-        block, begin, nbytes = self._part(self._layout.messages[message][0])
+        block, begin, nbytes = found
         return Held(block, begin, begin + nbytes)
 
+    def bytes_of(self, message: int, bucket: Bucket | None) -> torch.Tensor:
+        """The bytes of a message: :meth:`direct`, or a copy in the bucket; raises as :meth:`check`."""
+        direct = self.direct(message)
+        if direct is not None:
+            return direct
+        assert bucket is not None
+        staged = bucket.take(self._layout.sizes[message])
+        self.gather(message, staged)
+        return staged
+
     def view(self, message: int, bucket: Bucket) -> memoryview:
-        """As :meth:`gather`, for messages on the CPU: valid as long as this gatherer and the bucket are."""
+        """As :meth:`bytes_of`, for messages on the CPU: valid as long as this and the bucket are."""
         held = self.held(message)
         if held is not None:
             return held.view
-        staged = self.gather(message, bucket)
+        staged = self.bytes_of(message, bucket)
         return memory_at(staged.data_ptr(), staged.numel())
 
-    def _part(self, piece: Piece) -> tuple[Block, int, int]:
-        storage, begin, end = piece
-        block = self._blocks.get((storage, begin))
-        if block is not None:
-            return block, 0, end - begin
-        first = self._layout.ranges[self._layout.range_of(storage, begin)].begin
-        return self._blocks[storage, first], begin - first, end - begin
+    def gather(self, message: int, staged: torch.Tensor) -> None:
+        """Copy a message from where its pieces lie; raises as :meth:`check`."""
+        self._copy(message, staged, gather=True)
+
+    def scatter(self, message: int, staged: torch.Tensor) -> None:
+        """Copy a staged message to where its pieces belong; raises as :meth:`check`."""
+        self._copy(message, staged, gather=False)
+
+    def memory(self) -> list[torch.Tensor]:
+        """What holds each of the layout's ranges, in their order."""
+        return [block.memory for block in self.blocks]
+
+    def _copy(self, message: int, staged: torch.Tensor, *, gather: bool) -> None:
+        try:
+            copy_blocks(list(self._parts(message)), staged, gather=gather)
+        except LocalProtocolError:
+            self.check()  # which names it
+            raise
+
+    def _directly(self, message: int) -> tuple[Block, int, int] | None:
+        if self._layout.is_small(message):
+            return None
+        # Only small ranges share a message, so this is the one piece.
+        ((block, begin, nbytes),) = self._parts(message)
+        if not block.dense or block.memory.device.type != self._device_type:
+            return None
+        return block, begin, nbytes
+
+    def _parts(self, message: int) -> Iterator[tuple[Block, int, int]]:
+        """For each piece of a message its block, its first byte there, and how many."""
+        layout, blocks = self._layout, self.blocks
+        for (_, begin, end), which in zip(layout.messages[message], layout.owners[message], strict=True):
+            yield blocks[which], begin - layout.ranges[which][1], end - begin

@@ -6,19 +6,145 @@ a leaf and is inside of another leaf as well is one object again, as it was at t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 
-from ft_transport._plan.blocks import CPU
-from ft_transport._state.kinds.base import plain
-from ft_transport._state.manifest import View
+from ft_transport._options import CPU
+from ft_transport._plan.compare import Slot, Targets
+from ft_transport._state.kinds.base import KINDS, Maker, Surroundings, plain, put_together, refresh
+from ft_transport._state.kinds.distributed import meshes_of
+from ft_transport._state.manifest import Leaf, Manifest, View
+from ft_transport._state.tree import format_path
+from ft_transport.errors import RemoteProtocolError
 
-__all__ = ["NEW_EACH_TIME", "Objects", "empty", "mark_changed", "quiet", "view_of"]
+__all__ = ["Landed", "Rebuild", "empty", "mark_changed", "quiet", "view_of"]
 
 
-class Objects:
+class Landed(NamedTuple):
+    """What becomes of the views of a manifest.
+
+    Attributes:
+        values: The tensor that each view is, or that its value is copied from in the end.
+        settled: The template's tensors that hold their value once it has landed.
+        copies: Those that get it by a copy when all has landed: which, and of which view's value.
+    """
+
+    values: dict[Slot, torch.Tensor]
+    settled: set[Slot]
+    copies: list[tuple[Slot, Slot]]
+
+
+class Rebuild:
+    """Builds the state from what has landed.
+
+    Args:
+        manifest: What the source described.
+        matched: The template's leaf for each manifest leaf that has one.
+        targets: The template's tensors that can take their bytes.
+        landed: What has become of the views.
+        surroundings: What the receiver has; the meshes of matched leaves are added to its own.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        matched: dict[int, object],
+        targets: Targets,
+        landed: Landed,
+        surroundings: Surroundings,
+    ) -> None:
+        self._manifest = manifest
+        self._matched = matched
+        self._targets = targets
+        self._values = landed.values
+        self._settled = landed.settled
+        self._surroundings = surroundings
+
+    def try_it(self) -> None:
+        """Find what cannot be rebuilt before a byte lands.
+
+        Raises:
+            RemoteProtocolError: A leaf cannot; the text names it.
+        """
+        here = self._here()
+        for index, leaf in enumerate(self._manifest.leaves):
+            if leaf.kind in KINDS and KINDS[leaf.kind].is_tried and (index, 0) not in self._targets:
+                try:
+                    put_together(leaf.part, self._makers(index, leaf, None), here)
+                except Exception as exc:
+                    path = format_path(self._manifest.paths[index])
+                    raise RemoteProtocolError(f"{path}: it cannot be rebuilt: {str(exc)[:1000]}") from exc
+
+    def _here(self) -> Surroundings:
+        meshes = {**self._surroundings.meshes, **meshes_of(list(self._matched.values()))}
+        return self._surroundings._replace(meshes=meshes)
+
+    def state(self) -> object:
+        """The state dict, once every message has landed and been verified."""
+        manifest, matched, settled = self._manifest, self._matched, self._settled
+        leaves = manifest.leaves
+        objects = self._objects() if any(map(itemgetter(3), leaves)) else None
+        here, built = self._here(), list[object]()
+        # Of a state without a template nearly every leaf is a plain tensor that is what has landed.
+        values = self._values if not matched and not manifest.same and objects is None else {}
+        for index, leaf in enumerate(leaves):
+            kind, _, context, _ = leaf
+            if kind == "value":
+                built.append(context)
+            elif kind == "tensor" and context is None and (index, 0) in values:
+                built.append(values[index, 0])
+            elif kind == "tensor" and (index, 0) in settled:
+                built.append(matched[index])
+            elif index in matched and self._adopts(index, leaf):
+                built.append(refresh(leaf.part, self._makers(index, leaf, None), matched[index], here))
+            elif index in manifest.same:
+                built.append(built[manifest.same[index]])
+            else:
+                built.append(self._new_leaf(index, leaf, objects, here))
+        return manifest.build(built)
+
+    def _new_leaf(self, index: int, leaf: Leaf, objects: _Objects | None, here: Surroundings) -> object:
+        if leaf.kind != "tensor":
+            return put_together(leaf.part, self._makers(index, leaf, objects), here)
+        tensor, view = self._values.get((index, 0)), leaf.views[0]
+        if objects is not None:
+            return objects.outer(view, leaf.context, tensor)
+        return plain(empty(view) if tensor is None else tensor, leaf.context)
+
+    def _objects(self) -> _Objects:
+        """Tensors that leaves may hold, beginning with the template's own."""
+        objects = _Objects()
+        for index, position in self._settled:
+            leaf = self._manifest.leaves[index]
+            if leaf.kind == "tensor":
+                objects.know(leaf.views[position], leaf.context, self._targets[index, position])
+        return objects
+
+    def _adopts(self, index: int, leaf: Leaf) -> bool:
+        """Whether the template's leaf holds the new bytes. Tensors among its attributes do not count."""
+        views = leaf.views
+        if leaf.kind in KINDS:
+            kind = KINDS[leaf.kind]
+            if kind.always_new or kind.obstacle(self._matched[index]):
+                return False
+            views = views[: kind.num_tensors_in_place]
+        return all(view.storage < 0 or (index, i) in self._settled for i, view in enumerate(views))
+
+    def _makers(self, index: int, leaf: Leaf, objects: _Objects | None) -> Iterator[Maker]:
+        for position, view in enumerate(leaf.views):
+            slot = index, position
+            tensor = self._values.get(slot)
+            if objects is None or slot in self._settled:
+                yield partial(plain, empty(view) if tensor is None else tensor)
+            else:
+                yield partial(objects.inner, view, tensor)
+
+
+class _Objects:
     """Which tensor objects have been made, by view and context: a tensor inside of a leaf may be a leaf itself.
 
     Two leaves of one view are two objects, unless the manifest says otherwise; inside of leaves they are one, as
@@ -50,10 +176,6 @@ class Objects:
             return plain(empty(view) if tensor is None else tensor, context)
         self._leaves.add(key)
         return self.inner(view, tensor, context)
-
-
-# Kinds whose leaves have content beside their tensors, which the template's own does not get.
-NEW_EACH_TIME = frozenset({"object"})
 
 
 def mark_changed(tensors: Sequence[torch.Tensor]) -> None:

@@ -104,8 +104,8 @@ class Rewrite:
         counts = self._counts
         return bool(counts) and any(
             tensor._version != before
-            for piece in self._layout.messages[message]
-            for tensor, before in counts.get(self._layout.range_of(piece.storage, piece.begin), ())
+            for which in self._layout.owners[message]
+            for tensor, before in counts.get(which, ())
         )
 
     def written(self) -> list[int]:
@@ -125,7 +125,7 @@ class Rewrite:
     def watch(self, settle: Callable[[], None]) -> None:
         """Call ``settle`` before any optimizer steps on what has landed: who steps has loaded by then, and what a step
         writes is training."""
-        self._reading = Reading(self._layout, self._landing.memory, lambda _: settle())
+        self._reading = Reading(self._layout, self._landing.placement.memory, lambda _: settle())
 
     def write(self) -> list[str]:
         """Make the state the source's again. Once, on the thread that trains, after forward and load.
@@ -138,16 +138,13 @@ class Rewrite:
         lost = self._landing.find_again()
         messages: Iterable[int] = range(len(self._layout.messages))
         if lost:
-            messages = [message for message in messages if lost.isdisjoint(self._ranges_of(message))]
+            messages = [message for message in messages if lost.isdisjoint(self._layout.owners[message])]
         for message in filter(self._kept.__contains__, messages):
-            self._landing.scatter(message, self._kept[message])
+            self._landing.placement.scatter(message, self._kept[message])
         self._landing.copy_again()
         suspects = {*self.written(), *self._not_kept()}.intersection(messages)
         changed = [message for message in sorted(suspects) if not self._is_as_sent(message)]
-        return self._landing.paths_of(lost.union(*map(self._ranges_of, changed)))
-
-    def _ranges_of(self, message: int) -> set[int]:
-        return {self._layout.range_of(piece.storage, piece.begin) for piece in self._layout.messages[message]}
+        return self._landing.paths_of(lost.union(*map(self._layout.owners.__getitem__, changed)))
 
     def _not_kept(self) -> list[int]:
         """The small messages for which there was no room. Of so many small tensors the counts are not looked at."""
@@ -159,12 +156,12 @@ class Rewrite:
     def _is_as_sent(self, message: int) -> bool:
         if message not in self._digests:
             return True
-        data = self._landing.direct(message)
+        data = self._landing.placement.direct(message)
         if data is None:
             data = torch.empty(self._layout.sizes[message], dtype=torch.uint8)
-            self._landing.gather(message, data)
+            self._landing.placement.gather(message, data)
         return digest_message(data, self._algorithm, self._sample) == self._digests[message]
 
     def paths(self, messages: Iterable[int]) -> list[str]:
         """The leaves that these messages are of."""
-        return self._landing.paths_of(set().union(*map(self._ranges_of, messages)))
+        return self._landing.paths_of(set().union(*map(self._layout.owners.__getitem__, messages)))

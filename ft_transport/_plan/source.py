@@ -6,37 +6,42 @@ their digests, each by whoever sends the message first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import chain, repeat
+from operator import itemgetter
+from typing import Any
 
 import torch
 
 from ft_transport._options import Options
-from ft_transport._plan.blocks import share
-from ft_transport._plan.placement import Gatherer
+from ft_transport._plan.blocks import Block, Places, held, indexed, share
+from ft_transport._plan.placement import Placement
 from ft_transport._plan.unchanged import Reading, Versions
 from ft_transport._process import no_collection
-from ft_transport._state.describe import describe
+from ft_transport._state.describe import Tensors, describe
+from ft_transport._state.manifest import Manifest, View, made
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.digest import digest_message
 from ft_transport._wire.encode import encode_manifest
 from ft_transport._wire.frames import Header
-from ft_transport._wire.layout import lay_out
+from ft_transport._wire.layout import Gaps, Layout, Piece, lay_out
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Outbound"]
+__all__ = ["Outbound", "place"]
 
 
 class Outbound:
     """A described state, ready to be served to any number of destinations at once.
 
     Args:
-        state_dict: The state. Its memory is read until the last :func:`serve` has returned.
+        state_dict: The state. Its memory is read until the last destination is served.
         step: Step of the state.
         options: The caller's choices.
         report: Filled with what the state is.
         await_end: Waits until nothing is read any more; see ``_plan.unchanged.Reading``.
 
     Attributes:
+        placement: Where its messages are.
         versions: Tells whether the state has changed since. Release it once nothing is read any more.
 
     Raises:
@@ -53,32 +58,114 @@ class Outbound:
     ) -> None:
         self.options = options
         with no_collection():
-            manifest, blocks = describe(state_dict)
+            manifest, tensors = describe(state_dict)
             if options.shared:
-                share(block.memory for block in blocks.values())
-                manifest, blocks = describe(state_dict)
+                share(tensors.tensors)
+                # The group would move them where they are seen to move, so it is done, and noted anew, before.
+                manifest, tensors = describe(state_dict)
             limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
             self.header = Header(step, limits, options.digest, options.sample)
             self.layout = lay_out(manifest, limits)
             self.frame = encode_manifest(manifest, self.header)
-        self.versions = Versions(manifest, self.layout, blocks, await_end)
-        self.gatherer = Gatherer(self.layout, blocks, options.device)
+            self.placement = place(manifest, self.layout, tensors, options.device)
+        self.versions = Versions(manifest, self.layout, self.placement.memory(), await_end)
         self._digests: dict[int, int] = {}
         report.num_leaves = len(manifest.leaves)
         report.num_messages = len(self.layout.messages)
         report.nbytes_total = self.layout.nbytes
-        report.nbytes_staged = self.gatherer.staged_bytes(range(report.num_messages))
+        report.nbytes_staged = self.placement.staged_bytes(range(report.num_messages))
 
     def note_digest(self, message: int, data: torch.Tensor) -> None:
         """Fingerprint a message, once for all destinations."""
         if self.header.digest and message not in self._digests:
-            held = self.gatherer.held(message)
+            lent = self.placement.held(message)
             try:
-                self._digests[message] = digest_message(data, self.header.digest, self.header.sample, held)
+                self._digests[message] = digest_message(data, self.header.digest, self.header.sample, lent)
             except LocalProtocolError:
-                self.gatherer.check()  # which names it
+                self.placement.check()  # which names it
                 raise
 
     def digests(self) -> list[int]:
         """Fingerprints of all messages, in order; empty where nothing is verified."""
         return [self._digests[message] for message in range(len(self.layout.messages))] if self.header.digest else []
+
+
+def place(manifest: Manifest, layout: Layout, tensors: Tensors, device: torch.device) -> Placement:
+    """Where the messages of a described state are: in its own memory.
+
+    Args:
+        manifest: Of the state.
+        layout: Its messages.
+        tensors: The state's own, behind the manifest's views.
+        device: Where messages live.
+    """
+    places = Places(tensors.tensors, tensors.addresses, tensors.alive, manifest, lambda: _owners(manifest))
+    return Placement(layout, _blocks(manifest, layout, tensors), places, device)
+
+
+def _owners(manifest: Manifest) -> list[int]:
+    """The leaf of each tensor behind a manifest's views."""
+    leaves = [leaf for leaf in range(len(manifest.leaves)) if leaf not in manifest.same]
+    return [leaf for leaf in leaves for _ in manifest.leaves[leaf].views]
+
+
+def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> list[Block]:
+    """The memory of each of the layout's ranges."""
+    same = manifest.same
+    leaves = [leaf for i, leaf in enumerate(manifest.leaves) if i not in same] if same else manifest.leaves
+    views: list[View] = list(chain.from_iterable(map(itemgetter(1), leaves)))
+    ranges = layout.ranges
+    of_range: list[list[int]] = [[] for _ in ranges]
+    simple = len(ranges) == len(manifest.storages)  # nearly every storage is one range
+    for index, view in enumerate(views):
+        if view[0] >= 0:
+            of_range[view[0] if simple else layout.range_of(view[0], view.begin)].append(index)
+    # Most ranges are one tensor as it is: for many small ones, a call for each costs more than all that is done in it.
+    shapes = tensors.geometries
+    alone = [
+        which
+        for which, members in enumerate(of_range)
+        if len(members) == 1 and views[members[0]][1] is shapes[members[0]] and shapes[members[0]].dense
+    ]
+    columns: list[Sequence[Any]] = [
+        tensors.tensors,
+        tensors.alive,
+        tensors.bases,
+        tensors.capacities,
+        tensors.addresses,
+    ]
+    order = [of_range[which][0] for which in alone]
+    if order != list(range(len(views))):
+        columns = [[column[index] for index in order] for column in columns]
+    memory, *homes = columns
+    blocks = made(Block, zip(memory, repeat(True), repeat(None), *homes, strict=False))
+    if len(alone) == len(ranges):
+        return blocks
+    others = sorted({*range(len(ranges))}.difference(alone))
+    found = held([_block(ranges[w], layout.gaps.get(w), of_range[w], views, tensors) for w in others])
+    at = dict(zip(chain(alone, others), chain(blocks, found), strict=True))
+    return [at[which] for which in range(len(ranges))]
+
+
+def _block(piece: Piece, gaps: Gaps | None, members: Sequence[int], views: Sequence[View], tensors: Tensors) -> Block:
+    """The memory of a range that several tensors show, or one with gaps."""
+    first = members[0]
+    tensor, shape = tensors.tensors[first], tensors.geometries[first]
+    if shape is not views[first].geometry:
+        # Its gaps do not travel: the manifest has it without, and so have all others here, which are the same view.
+        dims = shape.order or ()
+        sizes, strides = [shape.shape[dim] for dim in dims], [shape.stride[dim] for dim in dims]
+        return Block(tensor.detach().as_strided(sizes, strides, tensors.offsets[first]), dense=False)
+    for index in members:
+        if _is_whole(views[index], piece):
+            return Block(tensors.tensors[index])
+    shift = tensors.offsets[first] * shape.itemsize - views[first].begin
+    if gaps is not None:
+        return indexed(tensor.detach(), piece.begin + shift, gaps.end + shift, gaps.places, gaps.unit)
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return Block(flat.set_(tensor.untyped_storage(), piece.begin + shift, (piece.end - piece.begin,), (1,)))
+
+
+def _is_whole(view: View, piece: Piece) -> bool:
+    """Whether a view is all of a range, without gaps."""
+    return view.geometry.dense and (view.begin, view.end) == (piece.begin, piece.end)

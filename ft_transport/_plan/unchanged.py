@@ -33,7 +33,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ft_transport._deadline import Deadline
-from ft_transport._plan.blocks import Blocks
 from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import format_path
 from ft_transport._wire.layout import Layout
@@ -120,13 +119,8 @@ class Reading:
 
     def _touched(self, optimizer: torch.optim.Optimizer) -> set[int]:
         """The ranges that are read, and that an optimizer writes to."""
-        range_of, copied = self._layout.range_of, self._copied
-        read = {
-            range_of(piece.storage, piece.begin)
-            for message, pieces in enumerate(self._layout.messages)
-            if message not in copied
-            for piece in pieces
-        }
+        copied = self._copied
+        read = {which for message, own in enumerate(self._layout.owners) if message not in copied for which in own}
         if not read:
             return set()
         written, memory = _Addresses(_written_by(optimizer)), self._memory()
@@ -139,7 +133,7 @@ class Versions(Reading):
     Args:
         manifest: Of the state.
         layout: Its messages.
-        blocks: The memory of each byte range.
+        memory: What holds each of the layout's ranges, in their order.
         await_end: As for :class:`Reading`.
     """
 
@@ -147,23 +141,17 @@ class Versions(Reading):
         self,
         manifest: Manifest,
         layout: Layout,
-        blocks: Blocks,
+        memory: Sequence[torch.Tensor],
         await_end: Callable[[Reading], object] | None = None,
     ) -> None:
         self._manifest = manifest
         limit = layout.stage_below
-        large = [
-            (which, blocks[storage, begin].memory)
-            for which, (storage, begin, end) in enumerate(layout.ranges)
-            if end - begin >= limit
-        ]
+        large = [(which, memory[which]) for which, (_, begin, end) in enumerate(layout.ranges) if end - begin >= limit]
         try:
             self._noted = [(which, tensor, tensor._version) for which, tensor in large]
         except RuntimeError:  # an inference tensor has no count
             self._noted = [(which, each, each._version) for which, each in large if not each.is_inference()]
-        super().__init__(
-            layout, lambda: [blocks[storage, begin].memory for storage, begin, _ in layout.ranges], await_end
-        )
+        super().__init__(layout, lambda: memory, await_end)
 
     def note_copied(self, messages: Container[int]) -> None:
         """From now on these messages are taken from copies."""

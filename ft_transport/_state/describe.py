@@ -11,29 +11,29 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, count, islice, repeat
 from operator import attrgetter, itemgetter
-from typing import Any
 
 import torch
 
-from ft_transport._plan.blocks import Block, Blocks, Places, held, indexed
 from ft_transport._state.classes import ATOMIC
-from ft_transport._state.geometry import geometry, range_index
+from ft_transport._state.geometry import Geometry, geometry
 from ft_transport._state.kinds.base import PLAIN, VALUE, Part, all_plain, take_apart
 from ft_transport._state.manifest import ALIGNMENT, Leaf, Manifest, Storage, View, made, plain_leaves
 from ft_transport._state.tree import flatten, format_path
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["_Columns", "describe"]
+__all__ = ["Tensors", "describe"]
 
 
-class _Columns:
-    """What torch knows of some plain tensors, column by column: for many small ones, calls are all that costs.
+class Tensors:
+    """The plain tensors of a state, in the order of its leaves, and what torch knows of them, column by column.
 
     Attributes:
+        tensors: One for each view of the manifest, but for those of leaves that are the same object as an earlier one.
         geometries: Of each.
         offsets: Of its first element in its storage, in elements.
         storages: Identity of its storage.
         capacities: Bytes of its storage.
+        alive: Its storage.
         bases: Address of its storage.
         addresses: Of its first element.
         on_cpu: Whether all are on the CPU.
@@ -84,11 +84,11 @@ def _on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
     return all(map(attrgetter("is_cpu"), tensors))
 
 
-def describe(state_dict: object) -> tuple[Manifest, Blocks]:
+def describe(state_dict: object) -> tuple[Manifest, Tensors]:
     """Describe ``state_dict``; no byte is copied.
 
     Returns:
-        The manifest, and for each byte range in it the memory to take it from, which is the state's own.
+        The manifest, and the state's own tensors behind its views.
 
     Raises:
         LocalProtocolError: A leaf cannot travel; the text names every such path and the reason.
@@ -100,12 +100,11 @@ def describe(state_dict: object) -> tuple[Manifest, Blocks]:
         owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
         path = format_path(manifest.paths[owner])
         raise LocalProtocolError(f"{path}: a tensor of {columns.geometries[bad]} has no memory", phase="describe")
-    views, blocks = _place_all(columns, manifest.storages)
-    blocks.manifest = manifest
+    views = _place_all(columns, manifest.storages)
     manifest.leaves = _leaves(parts, views, counts)
     for index, first in manifest.same.items():
         manifest.leaves[index] = manifest.leaves[first]
-    return manifest, blocks
+    return manifest, columns
 
 
 def _leaves(parts: Sequence[Part], views: list[View], counts: Sequence[int]) -> list[Leaf]:
@@ -118,7 +117,7 @@ def _leaves(parts: Sequence[Part], views: list[View], counts: Sequence[int]) -> 
     return leaves + plain_leaves(rest)
 
 
-def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[Part], list[int], _Columns]:
+def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[Part], list[int], Tensors]:
     """Take every leaf apart; of leaves that are one object only the first has tensors.
 
     Returns:
@@ -165,12 +164,12 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
         tensors += rest
         counts += repeat(1, num_last)
         if len(tensors) == len(plain):
-            return parts, counts, _Columns(tensors, dtypes, on_cpu)
-    return parts, counts, _Columns(tensors)
+            return parts, counts, Tensors(tensors, dtypes, on_cpu)
+    return parts, counts, Tensors(tensors)
 
 
-def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], Blocks]:
-    """Give every view a place in the manifest's storages, and say where its bytes are."""
+def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
+    """Give every tensor a view of the manifest's storages."""
     tensors, geometries, offsets = columns.tensors, columns.geometries, columns.offsets
     num_of = Counter(columns.storages)
     # Most storages have one view, one without gaps; what follows is what _place would do for each.
@@ -181,9 +180,7 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
         if shape in simple and num_of[key] == 1
     ]
     memory, shapes, firsts = tensors, geometries, offsets
-    homes: list[Sequence[Any]] = [columns.alive, columns.bases, columns.capacities, columns.addresses]
     if len(alone) < len(tensors):
-        homes = [[column[index] for index in alone] for column in homes]
         memory = [tensors[index] for index in alone]
         shapes = [geometries[index] for index in alone]
         firsts = [offsets[index] for index in alone]
@@ -197,12 +194,9 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
         storages += map(of_size.__getitem__, ends)
     else:
         storages += made(Storage, zip(ends, [tensor.device.type for tensor in memory], strict=True))
-    rows = zip(memory, repeat(True), repeat(None), *homes, strict=False)
-    blocks = Blocks(zip(enumerate(begins), made(Block, rows), strict=True))
-    blocks.places = Places(tensors, columns.addresses, columns.alive)
     lone_views = made(View, zip(count(), shapes, firsts))
     if len(alone) == len(tensors):
-        return lone_views, blocks
+        return lone_views
     views = made(View, zip(repeat(-1), geometries, offsets))
     for index, view in zip(alone, lone_views, strict=True):
         views[index] = view
@@ -211,11 +205,11 @@ def _place_all(columns: _Columns, storages: list[Storage]) -> tuple[list[View], 
         if geometries[index].numel:
             groups.setdefault(columns.storages[index], []).append(index)
     for group in groups.values():
-        _place(group, columns, views, storages, blocks)
-    return views, blocks
+        _place(group, columns, views, storages)
+    return views
 
 
-def _clusters(group: list[int], columns: _Columns) -> list[tuple[int, int, list[int]]]:
+def _clusters(group: list[int], columns: Tensors) -> list[tuple[int, int, list[int]]]:
     """The byte ranges that the views of one storage refer to, in order, each with the tensors in it."""
     clusters: list[tuple[int, int, list[int]]] = []
     extents = [(view.begin, view.end, index) for index in group for view in [columns.view(index)]]
@@ -229,13 +223,12 @@ def _clusters(group: list[int], columns: _Columns) -> list[tuple[int, int, list[
     return clusters
 
 
-def _place(group: list[int], columns: _Columns, views: list[View], storages: list[Storage], blocks: Blocks) -> None:
+def _place(group: list[int], columns: Tensors, views: list[View], storages: list[Storage]) -> None:
     """Give the views of one storage one in the manifest, which holds only what they refer to."""
-    tensor, first = columns.tensors[group[0]], columns.view(group[0])
+    first = columns.view(group[0])
     storage = len(storages)
     if first.geometry.closes_gaps and all(columns.view(index) == first for index in group):
-        view, block = _without_gaps(tensor, first, storage)
-        (blocks[storage, 0],) = held([block])
+        view = View(storage, _without_gaps(first.geometry), 0)
         nbytes = view.end
         for index in group:
             views[index] = view
@@ -244,37 +237,18 @@ def _place(group: list[int], columns: _Columns, views: list[View], storages: lis
         for begin, end, members in _clusters(group, columns):
             # Gaps are closed by multiples of 64 bytes, so that a whole storage keeps its offsets and all stay aligned.
             new_begin = nbytes + (begin - last_end) % ALIGNMENT
-            (blocks[storage, new_begin],) = held([_block(members, columns, begin, end)])
             for index in members:
                 shape = columns.geometries[index]
                 views[index] = View(storage, shape, columns.offsets[index] + (new_begin - begin) // shape.itemsize)
             nbytes, last_end = new_begin + end - begin, end
-    storages.append(Storage(nbytes, tensor.device.type))
+    storages.append(Storage(nbytes, columns.tensors[group[0]].device.type))
 
 
-def _block(members: list[int], columns: _Columns, begin: int, end: int) -> Block:
-    views = [columns.view(index) for index in members]
-    for index, view in zip(members, views, strict=True):
-        if view.geometry.dense and view.begin == begin and view.end == end:
-            return Block(columns.tensors[index])
-    tensor = columns.tensors[members[0]]
-    found = range_index([view.placed for view in views], begin, end)
-    if found is not None:
-        return indexed(tensor.detach(), begin, end, *found)
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    return Block(flat.set_(tensor.untyped_storage(), begin, (end - begin,), (1,)))
-
-
-def _without_gaps(tensor: torch.Tensor, view: View, storage: int) -> tuple[View, Block]:
-    """The dense view, and the memory, of a view whose gaps do not travel."""
-    shape = view.geometry
-    dims = shape.order or ()
+def _without_gaps(shape: Geometry) -> Geometry:
+    """The same elements in the same order of memory, with no gaps between them."""
     stride = [0] * len(shape.shape)
     numel = 1
-    for dim in reversed(dims):
+    for dim in reversed(shape.order or ()):
         stride[dim] = numel
         numel *= shape.shape[dim]
-    block = tensor.detach().as_strided(
-        [shape.shape[dim] for dim in dims], [shape.stride[dim] for dim in dims], view.offset
-    )
-    return View(storage, geometry(shape.dtype, shape.shape, tuple(stride)), 0), Block(block, dense=False)
+    return geometry(shape.dtype, shape.shape, tuple(stride))

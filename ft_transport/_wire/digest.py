@@ -8,13 +8,15 @@ bit. Not a defence against an attacker, who could send matching digests.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import xxhash
 
-from ft_transport._plan.blocks import Held
 from ft_transport._process import memory_at
 
-__all__ = ["ALGORITHMS", "NUM_SAMPLES", "digest_bytes", "digest_message"]
+__all__ = ["ALGORITHMS", "NUM_SAMPLES", "Lent", "digest_bytes", "digest_message"]
 
 # "xxh3": XXH3 with 64 bits, of memory that the CPU can read. "sum": the bytes as int64, summed modulo 2^64,
 # on the device where they are; it misses bytes that changed places.
@@ -28,12 +30,20 @@ _PIECE = 1 << 20
 _SAMPLED_FROM = NUM_SAMPLES * _BLOCK
 
 
+class Lent(Protocol):
+    """A user's memory on the CPU, which may be taken away at any moment (``_plan.blocks.Held``)."""
+
+    @property
+    def view(self) -> memoryview: ...
+    def reads(self, update: Callable[[memoryview], object]) -> Callable[[memoryview], object]: ...
+
+
 def digest_bytes(data: bytes | memoryview) -> int:
     """XXH3 with 64 bits, as an unsigned integer."""
     return xxhash.xxh3_64_intdigest(data)
 
 
-def digest_message(message: torch.Tensor, algorithm: str, sample: int = -1, held: Held | None = None) -> int:
+def digest_message(message: torch.Tensor, algorithm: str, sample: int = -1, held: Lent | None = None) -> int:
     """Fingerprint of a flat, contiguous uint8 tensor, as an unsigned integer of 64 bits.
 
     Args:

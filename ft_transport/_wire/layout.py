@@ -68,6 +68,7 @@ class Layout:
     Attributes:
         ranges: The distinct byte ranges of the state, by storage and begin.
         messages: The pieces in each message, in order.
+        owners: For each message the index of the range that each of its pieces is of.
         sizes: Bytes of each message.
         flights: Consecutive messages that are under way together.
         nbytes: Payload bytes of all messages.
@@ -78,6 +79,7 @@ class Layout:
 
     ranges: list[Piece]
     messages: list[tuple[Piece, ...]]
+    owners: list[tuple[int, ...]]
     sizes: list[int]
     flights: list[range]
     nbytes: int
@@ -96,22 +98,25 @@ class Layout:
 def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     """Derive from a manifest what travels in which message."""
     ranges, gaps = _ranges(manifest)
-    small = [piece for piece in ranges if piece[2] - piece[1] < limits.pack_below]
+    small = [which for which, (_, begin, end) in enumerate(ranges) if end - begin < limits.pack_below]
     pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
     step = limits.message_bytes - limits.message_bytes % 64
     messages: list[tuple[Piece, ...]] = []
-    for piece in ranges:
-        storage, begin, last = piece
+    owners: list[tuple[int, ...]] = []
+    for which, (storage, begin, last) in enumerate(ranges):
         if last - begin >= pack_below:
             while begin < last:
                 end = min(begin - begin % 64 + step, last)
                 messages.append((Piece(storage, begin, end),))
+                owners.append((which,))
                 begin = end
-    messages.extend(_buckets(small if pack_below else [], limits.message_bytes))
+    buckets = _buckets(ranges, small if pack_below else [], limits.message_bytes)
+    messages.extend(tuple(map(ranges.__getitem__, bucket)) for bucket in buckets)
+    owners.extend(map(tuple, buckets))
     sizes = [sum([end - begin for _, begin, end in message]) for message in messages]
     flights = _flights(sizes, limits.flight_bytes)
-    return Layout(ranges, messages, sizes, flights, sum(sizes), limits.pack_below, gaps)
+    return Layout(ranges, messages, owners, sizes, flights, sum(sizes), limits.pack_below, gaps)
 
 
 def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps]]:
@@ -143,17 +148,18 @@ def _begin(view: View) -> int:
     return view.begin
 
 
-def _buckets(pieces: Sequence[Piece], limit: int) -> list[tuple[Piece, ...]]:
-    buckets: list[list[Piece]] = []
+def _buckets(ranges: Sequence[Piece], small: Sequence[int], limit: int) -> list[list[int]]:
+    """The small ranges, by index, in the order in which they fill one message after the other."""
+    buckets: list[list[int]] = []
     room = 0
-    for piece in pieces:
-        nbytes = piece[2] - piece[1]
-        if nbytes > room:
+    for which in small:
+        _, begin, end = ranges[which]
+        if end - begin > room:
             buckets.append([])
             room = limit
-        buckets[-1].append(piece)
-        room -= nbytes
-    return [tuple(bucket) for bucket in buckets]
+        buckets[-1].append(which)
+        room -= end - begin
+    return buckets
 
 
 def _flights(sizes: Sequence[int], limit: int) -> list[range]:

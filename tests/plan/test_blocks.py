@@ -15,6 +15,7 @@ from states import DTYPES
 from ft_transport._plan.blocks import Block, Held, Places, copy_blocks, copy_elements, held, storage_as
 from ft_transport._plan.buffers import Arena, Bucket, aligned, allocate
 from ft_transport._process import no_collection, physical_bytes, room
+from ft_transport._state.describe import describe
 from ft_transport.errors import LocalProtocolError
 
 STRIDED = {
@@ -282,13 +283,15 @@ MOVES: dict[str, Callable[[torch.Tensor], object]] = {
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
 def test_memory_that_was_taken_away_is_neither_read_nor_written(move: Callable[[torch.Tensor], object]) -> None:
     kept, moved = noise(300_000, 1), noise(300_000, 2)
-    blocks, places = held([Block(kept), Block(moved)]), Places.of(held([Block(kept), Block(moved)]))
+    blocks, (manifest, _) = held([Block(kept), Block(moved)]), describe({"kept": kept, "moved": moved})
+    places = Places.of(blocks, manifest, lambda: [0, 1])
     nbytes = moved.numel() * 4
     before, staged = raw_bytes(kept), torch.full((2 * nbytes,), 7, dtype=torch.uint8)
     view = Held(blocks[1], 0, nbytes).view
-    assert places.moved() == []
+    places.check()
     move(moved)
-    assert places.moved() == [1]
+    with pytest.raises(LocalProtocolError, match="exchanged or given back while the state was moved: moved;"):
+        places.check()
     read: list[memoryview] = []
     for act in (
         Held(blocks[1], 0, nbytes).check,

@@ -14,8 +14,8 @@ from ft_transport import RemoteProtocolError, TransferReport
 from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import Landing
-from ft_transport._plan.placement import Gatherer
 from ft_transport._plan.rebuild import mark_changed
+from ft_transport._plan.source import place
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
 from ft_transport._wire.layout import Limits, lay_out
@@ -26,21 +26,21 @@ LIMITS = Limits(message_bytes=256, flight_bytes=256, pack_below=64, pack_from=3,
 def land(state: object, template: object = None, limits: Limits = LIMITS) -> tuple[Any, TransferReport, Landing]:
     """Move a state into a template message by message, in this thread."""
     report = TransferReport("destination", "test", 1)
-    manifest, blocks = describe(state)
+    manifest, tensors = describe(state)
     layout = lay_out(manifest, limits)
     matched = match_template(manifest, template, report) if template is not None else {}
     targets, disagreements = compare(manifest, matched, report)
     assert disagreements == []
     landing = Landing(manifest, layout, matched, targets, CPU, report)
-    gatherer = Gatherer(layout, blocks, CPU)
+    source = place(manifest, layout, tensors, CPU)
     for message in range(len(layout.messages)):
         bucket = Bucket(CPU)
-        bucket.reset(gatherer.staged_bytes(range(message, message + 1)))
-        data = gatherer.gather(message, bucket)
+        bucket.reset(source.staged_bytes(range(message, message + 1)))
+        data = source.bytes_of(message, bucket)
         assert data.numel() == layout.sizes[message]
-        target = landing.direct(message)
+        target = landing.placement.direct(message)
         if target is None:
-            landing.scatter(message, data.clone())
+            landing.placement.scatter(message, data.clone())
         else:
             assert target.numel() == layout.sizes[message]
             target.copy_(data)
@@ -177,7 +177,7 @@ def test_a_range_lands_directly_where_strides_agree() -> None:
     matched = match_template(manifest, template, report)
     landing = Landing(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
     assert landing.in_place
-    direct = [landing.direct(message) for message in range(len(layout.messages))]
+    direct = [landing.placement.direct(message) for message in range(len(layout.messages))]
     assert direct[0] is not None
     assert direct[0].data_ptr() == template["a"].data_ptr()
     assert direct[-1] is None, "other strides go through a bucket"

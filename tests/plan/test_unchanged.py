@@ -21,7 +21,7 @@ from ft_transport._group.channel import Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG
 from ft_transport._options import Options
 from ft_transport._plan import unchanged
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import Outbound, place
 from ft_transport._plan.unchanged import Reading, Versions
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import TransferReport
@@ -32,8 +32,9 @@ LARGE = 100_000  # elements of four bytes, more than a small range
 
 
 def versions(state: object) -> Versions:
-    manifest, blocks = describe(state)
-    return Versions(manifest, lay_out(manifest, Limits()), blocks)
+    manifest, tensors = describe(state)
+    layout = lay_out(manifest, Limits())
+    return Versions(manifest, layout, place(manifest, layout, tensors, CPU).memory())
 
 
 def found(noted: Versions) -> str:
@@ -325,8 +326,9 @@ class Waited:
     def __init__(self, weight: torch.Tensor, *, ends: bool = True) -> None:
         self.seen: list[float] = []
         self._weight, self._ends = weight, ends
-        manifest, blocks = describe({"weight": weight.detach()})
-        self.noted = Versions(manifest, lay_out(manifest, Limits()), blocks, self._await_end)
+        manifest, tensors = describe({"weight": weight.detach()})
+        layout = lay_out(manifest, Limits())
+        self.noted = Versions(manifest, layout, place(manifest, layout, tensors, CPU).memory(), self._await_end)
 
     def _await_end(self, reading: Reading) -> None:
         assert reading is self.noted
@@ -500,12 +502,13 @@ def test_cost() -> None:
     """A few per cent of describing the state; the bound is generous because the machine is busy."""
     state = {f"layer {i}": torch.zeros(1024) for i in range(20_000)}
     options = Options(CPU)
-    manifest, blocks = describe(state)
+    manifest, tensors = describe(state)
     layout = lay_out(manifest, options.limits(1))
+    memory = place(manifest, layout, tensors, CPU).memory()
     spent = []
     for _ in range(5):
         start = time.process_time()
-        Versions(manifest, layout, blocks).check()
+        Versions(manifest, layout, memory).check()
         spent.append(time.process_time() - start)
     start = time.process_time()
     Outbound(state, 7, options, TransferReport("source", "test", 7))

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import distinct_nbytes, noise, raw_bytes
+from helpers import CPU, distinct_nbytes, noise, raw_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from states import STATES
 
 from ft_transport import LocalProtocolError
 from ft_transport._plan.blocks import copy_blocks, indexed
+from ft_transport._plan.source import place
 from ft_transport._state.describe import describe
 from ft_transport._state.geometry import geometry, merge
 from ft_transport._wire.layout import Limits, lay_out
@@ -94,23 +95,24 @@ def test_only_overlapping_ranges_are_joined() -> None:
 def test_blocks_hold_exactly_the_bytes_that_the_views_show(name: str) -> None:
     """Copied by range into the described storages, each view shows its leaf again."""
     state = STATES[name](1)
-    manifest, blocks = describe(state)
+    manifest, tensors = describe(state)
     storages = [torch.zeros(storage.nbytes, dtype=torch.uint8) for storage in manifest.storages]
     layout = lay_out(manifest, Limits())
+    blocks = place(manifest, layout, tensors, CPU).blocks
     for index, piece in enumerate(layout.ranges):
         target = storages[piece.storage][piece.begin : piece.end]
         gaps = layout.gaps.get(index)
         if gaps is None:
-            copy_blocks([(blocks[piece.storage, piece.begin], 0, piece.end - piece.begin)], target, gather=True)
+            copy_blocks([(blocks[index], 0, piece.end - piece.begin)], target, gather=True)
             continue
         message = torch.zeros(piece.end - piece.begin, dtype=torch.uint8)
-        copy_blocks([(blocks[piece.storage, piece.begin], 0, message.numel())], message, gather=True)
+        copy_blocks([(blocks[index], 0, message.numel())], message, gather=True)
         block = indexed(storages[piece.storage], piece.begin, gaps.end, gaps.places, gaps.unit)
         copy_blocks([(block, 0, message.numel())], message, gather=False)
-    tensors = iter(leaf for leaf in _leaves(state) if isinstance(leaf, torch.Tensor))
+    shown_by = iter(leaf for leaf in _leaves(state) if isinstance(leaf, torch.Tensor))
     for leaf in manifest.leaves:
         for view in leaf.views:
-            expected = raw_bytes(next(tensors))
+            expected = raw_bytes(next(shown_by))
             shape = view.geometry
             if view.storage < 0:
                 assert expected == b""
@@ -119,7 +121,7 @@ def test_blocks_hold_exactly_the_bytes_that_the_views_show(name: str) -> None:
             strides = [stride * size for stride in shape.stride]
             shown = storages[view.storage].as_strided([*shape.shape, size], [*strides, 1], view.begin)
             assert bytes(shown.reshape(-1).tolist()) == expected
-    assert len(blocks) == len(lay_out(manifest, Limits()).ranges)
+    assert len(blocks) == len(layout.ranges)
 
 
 def _leaves(state: object) -> list[object]:
@@ -130,8 +132,9 @@ def _leaves(state: object) -> list[object]:
 
 def test_nothing_is_copied() -> None:
     state = {"a": noise(10, 1), "b": noise((4, 4), 2)[:, :2]}
-    _, blocks = describe(state)
-    assert {block.memory.data_ptr() for block in blocks.values()} == {t.data_ptr() for t in state.values()}
+    manifest, tensors = describe(state)
+    blocks = place(manifest, lay_out(manifest, Limits()), tensors, CPU).blocks
+    assert {block.memory.data_ptr() for block in blocks} == {t.data_ptr() for t in state.values()}
 
 
 def test_ten_rows_become_a_storage_of_ten_rows() -> None:
@@ -183,9 +186,10 @@ def test_everything_that_cannot_travel_is_named() -> None:
 
 def test_one_tensor_in_several_places_is_described_once() -> None:
     weight = noise(4, 1)
-    manifest, blocks = describe({"a": weight, "b": [weight], "c": weight[:2]})
+    manifest, tensors = describe({"a": weight, "b": [weight], "c": weight[:2]})
     assert manifest.same == {1: 0}
-    assert len(blocks) == len(manifest.storages) == 1
+    assert len(tensors.tensors) == 2
+    assert len(manifest.storages) == 1
     assert manifest.leaves[1] == manifest.leaves[0]
 
 

@@ -104,7 +104,7 @@ def test_nothing_to_send() -> None:
 
 
 def test_range_of() -> None:
-    layout = Layout([Piece(0, 0, 10), Piece(0, 64, 70), Piece(2, 0, 5)], [], [], [], 0, 0, {})
+    layout = Layout([Piece(0, 0, 10), Piece(0, 64, 70), Piece(2, 0, 5)], [], [], [], [], 0, 0, {})
     assert [layout.range_of(0, 0), layout.range_of(0, 9), layout.range_of(0, 64), layout.range_of(2, 4)] == [0, 0, 1, 2]
 
 

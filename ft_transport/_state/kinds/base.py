@@ -9,6 +9,7 @@ Not here: the kinds that the package brings (``_state.kinds.strided``, ``_state.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -65,21 +66,34 @@ class Kind:
     Attributes:
         name: How the manifest calls it. Part of the wire.
         types: The exact classes of its leaves.
+        late_types: The same by module and name, for classes whose module is not imported for our sake.
+        claims_subclasses: Whether leaves of classes derived from these are of this kind, too, if they are no tensors.
         family: Leaves of one family, of the same shape and dtype, can land in each other; empty: of this kind only.
         is_tried: Whether :meth:`put_together` finds more wrong with a context than :meth:`check`, whatever bytes the
             tensors hold. Then it is tried before the first byte lands.
         looks_at_bytes: Whether :meth:`put_together` checks what has landed. Then a leaf of the template that holds the
             new bytes is not taken as it is, but given to :meth:`refresh`.
         not_in_place: Why bytes are never written into a leaf that the template has; empty if they may be.
+        not_in_place_inside: The same of what is inside of another leaf.
+        is_lazy: Whether it is a lazy conjugate or negative, which its context says, of what is inside.
+        num_tensors_in_place: How many of the inner tensors, from the first on, must hold the new bytes for the
+            template's leaf to count as the source's; None for all.
+        always_new: Whether leaves have content beside their tensors, which the template's own would not get.
         not_compared: Places in the context, 0 if it is no tuple, of what two leaves may differ in and be equal to
             ``state_digest`` all the same: strides, a device, whether it is a Parameter and requires grad.
     """
 
     name: str = ""
     types: tuple[type, ...] = ()
+    late_types: tuple[tuple[str, str], ...] = ()
+    claims_subclasses: bool = False
     family: str = ""
     not_in_place: str = ""
     not_compared: tuple[int, ...] = ()
+    not_in_place_inside: str = ""
+    is_lazy: bool = False
+    num_tensors_in_place: int | None = None
+    always_new: bool = False
     is_tried: bool = False
     looks_at_bytes: bool = False
 
@@ -162,6 +176,8 @@ VALUE = "value"
 
 KINDS: dict[str, Kind] = {}
 _BY_TYPE: dict[type, Kind] = {}
+# Of classes whose module was not imported when their kind was registered: module, name, kind.
+_LATE: list[tuple[str, str, Kind]] = []
 
 
 def register_kind(kind: Kind) -> None:
@@ -175,6 +191,19 @@ def register_kind(kind: Kind) -> None:
     KINDS[kind.name] = kind
     for cls in kind.types:
         _BY_TYPE[cls] = kind
+    _LATE.extend((*late, kind) for late in kind.late_types)
+
+
+def _kind_by_type(cls: type) -> Kind | None:
+    """The kind of exactly this class."""
+    if cls not in _BY_TYPE and _LATE:
+        # A leaf of such a class is not there before its module is.
+        for late in [late for late in _LATE if late[0] in sys.modules]:
+            module, name, kind = late
+            if (found := getattr(sys.modules[module], name, None)) is not None:  # else it is half imported
+                _BY_TYPE.setdefault(found, kind)
+                _LATE.remove(late)
+    return _BY_TYPE.get(cls)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
@@ -218,7 +247,7 @@ def kind_of(leaf: object) -> Kind | None:
     Raises:
         ValueError: A tensor of a class that no kind claims.
     """
-    kind = _BY_TYPE.get(type(leaf))
+    kind = _kind_by_type(type(leaf))
     if kind is not None:
         return kind
     if isinstance(leaf, torch.Tensor):
@@ -229,8 +258,8 @@ def kind_of(leaf: object) -> Kind | None:
     if is_native(leaf):
         return None
     for cls in type(leaf).__mro__[1:-1]:
-        if cls in _BY_TYPE and _BY_TYPE[cls].name == "sharded":
-            return _BY_TYPE[cls]
+        if (kind := _BY_TYPE.get(cls)) is not None and kind.claims_subclasses:
+            return kind
     return KINDS["object"]
 
 

@@ -1,32 +1,22 @@
-"""The kinds of leaf of ``torch.distributed``: DTensor and ShardedTensor. What a rank holds of them travels."""
+"""The kinds of leaf of ``torch.distributed``: DTensor and ShardedTensor. What a rank holds of them travels.
+
+Strategy: the local tensor travels, and what places it: mesh and placements are described by numbers and names, never by
+the objects, since process groups mean nothing to another process. The receiver puts it onto a mesh of its own.
+
+Both come with modules of torch that take half a second to import. So these are imported by whoever has such a leaf, or
+is sent one, and not by this file.
+"""
 
 from __future__ import annotations
 
 import gc
 import math
+import sys
 from collections.abc import Sequence
 from operator import itemgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.distributed_c10d as c10d
-from torch.distributed._shard.metadata import ShardMetadata
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
-from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor.placement_types import _StridedShard
-
-try:
-    from torch.distributed.tensor._ops._math_ops import _NormPartial
-except ImportError:  # none of its DTensors have one then
-    _NormPartial = None  # type: ignore[assignment,misc]
-try:
-    from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
-except ImportError:
-    ShardOrderEntry = None  # type: ignore[assignment,misc]
 
 from ft_transport._state.classes import dtype_name, dtype_of, expect
 from ft_transport._state.geometry import Geometry
@@ -35,9 +25,18 @@ from ft_transport._state.kinds.python import KeepsAttributes, sizes
 
 __all__ = ["DTensorKind", "Meshes", "ShardedTensorKind", "mesh_key", "meshes_of"]
 
+if TYPE_CHECKING:
+    from torch.distributed._shard.metadata import ShardMetadata
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Placement
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
 # A mesh by what describes it: device type, shape, ranks, names of the dimensions.
 MeshKey = tuple[str, tuple[int, ...], tuple[int, ...], tuple[str, ...] | None]
-Meshes = dict[MeshKey, DeviceMesh]
+Meshes = dict[MeshKey, "DeviceMesh"]
+
+_DTENSOR = "torch.distributed.tensor"
 
 
 class DTensorKind(KeepsAttributes):
@@ -51,10 +50,11 @@ class DTensorKind(KeepsAttributes):
     name = "dtensor"
     not_compared = (3, 4, 5)
     is_tried = True
-    types = (DTensor,)
+    late_types = ((_DTENSOR, "DTensor"),)
 
     def claims(self, leaf: torch.Tensor) -> bool:
-        return isinstance(leaf, DTensor)
+        module = sys.modules.get(_DTENSOR)
+        return module is not None and isinstance(leaf, module.DTensor)
 
     def take_bare_apart(self, leaf: DTensor) -> tuple[Sequence[Any], Any]:
         return [leaf._local_tensor], (
@@ -94,6 +94,9 @@ class DTensorKind(KeepsAttributes):
         return "" if expected == got else f"expected DTensor of {expected}, source has {got}"
 
     def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
         (local,) = inner
         key, placements, shape, stride, requires_grad, is_parameter, *order = context
         meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
@@ -119,6 +122,9 @@ def _mesh_like(key: MeshKey, meshes: Meshes) -> DeviceMesh:
 
 def _own_mesh(key: MeshKey) -> DeviceMesh | None:
     """A mesh that this process has anyway, with these ranks and with groups: nobody else needs to be asked for it."""
+    import torch.distributed.distributed_c10d as c10d
+    from torch.distributed.device_mesh import DeviceMesh
+
     # torch keeps no list of them. Of several the one whose groups were made first, which is so on every rank.
     created: dict[str, int] = {}
     if torch.distributed.is_initialized():
@@ -135,6 +141,8 @@ def _own_mesh(key: MeshKey) -> DeviceMesh | None:
 
 
 def _new_mesh(key: MeshKey) -> DeviceMesh:
+    from torch.distributed.device_mesh import DeviceMesh
+
     device_type, shape, ranks, names = key
     return DeviceMesh(
         device_type,
@@ -153,10 +161,25 @@ def mesh_key(mesh: DeviceMesh) -> MeshKey:
 
 def meshes_of(leaves: Sequence[object]) -> Meshes:
     """The meshes that the template's DTensors live on: new leaves are rebuilt on them."""
-    return {mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in leaves if isinstance(leaf, DTensor)}
+    module = sys.modules.get(_DTENSOR)
+    if module is None:
+        return {}
+    return {mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in leaves if isinstance(leaf, module.DTensor)}
+
+
+def _norm_partial() -> Any:
+    """torch's class of partial norms; None where torch has none: then none of its DTensors has one."""
+    try:
+        from torch.distributed.tensor._ops._math_ops import _NormPartial
+    except ImportError:
+        return None
+    return _NormPartial
 
 
 def _describe_placement(placement: Placement) -> tuple[Any, ...]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     # Of exactly these classes: what one derived from them means, another would take for something else.
     cls = type(placement)
     if cls is _StridedShard:
@@ -167,12 +190,15 @@ def _describe_placement(placement: Placement) -> tuple[Any, ...]:
         return ("replicate",)
     if cls is Partial:
         return "partial", placement.reduce_op  # type: ignore[attr-defined]
-    if cls is _NormPartial:
+    if cls is _norm_partial():
         return "norm partial", placement.norm_type  # type: ignore[attr-defined]
     raise ValueError(f"a DTensor with placement {placement!r} of class {cls.__qualname__} cannot travel")
 
 
 def _make_placement(description: Sequence[Any]) -> Placement:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
     match description:
         case ("strided shard", int(dim), int(split_factor)):
             return _StridedShard(dim, split_factor=split_factor)
@@ -181,7 +207,8 @@ def _make_placement(description: Sequence[Any]) -> Placement:
         case ("partial", str(reduce_op)):
             return Partial(reduce_op)
         case ("norm partial", int(norm_type) | float(norm_type)) if norm_type:
-            return _NormPartial(norm_type)
+            made: Placement = _norm_partial()(norm_type)
+            return made
         case ("replicate",):
             return Replicate()
     raise ValueError(f"unknown placement {description!r}")
@@ -195,6 +222,8 @@ def _order(spec: DTensorSpec) -> tuple[Any, Any]:
 
 
 def _describe_order(spec: DTensorSpec) -> tuple[Any, ...]:
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec
+
     order = _order(spec)
     return () if order == _order(DTensorSpec(spec.mesh, spec.placements)) else (order,)
 
@@ -204,11 +233,20 @@ def _order_in(context: Any) -> str:
     return f" in the order {orders[0]}" if orders else ""
 
 
+def _order_entry() -> Any:
+    """torch's class of an entry in an order of shards; None of a version that knows no such order."""
+    try:
+        from torch.distributed.tensor._dtensor_spec import ShardOrderEntry
+    except ImportError:
+        return None
+    return ShardOrderEntry
+
+
 def _make_order(order: Any = None) -> dict[str, Any]:
     if order is None:
         return {}
     strided, entries = order
-    made = entries and tuple(ShardOrderEntry(dim, dims) for dim, dims in entries)
+    made = entries and tuple(_order_entry()(dim, dims) for dim, dims in entries)
     return {"use_strided_shard_as_shard_order": strided, "shard_order": made}
 
 
@@ -217,7 +255,7 @@ def _check_order(order: Sequence[Any], placements: Sequence[Any], num_dims: int)
     if not order:
         return
     ((strided, entries),) = order
-    if ShardOrderEntry is None:
+    if _order_entry() is None:
         raise ValueError("an order of shards, which this version of torch does not know")
     if strided is not None:
         expect(bool, strided)
@@ -239,7 +277,8 @@ class ShardedTensorKind(Kind):
     name = "sharded"
     not_compared = (2, 3)
     is_tried = True
-    types = (ShardedTensor,)
+    late_types = (("torch.distributed._shard.sharded_tensor.api", "ShardedTensor"),)
+    claims_subclasses = True
 
     def take_apart(self, leaf: ShardedTensor) -> tuple[Sequence[Any], Any]:
         metadata = leaf.metadata()
@@ -273,6 +312,10 @@ class ShardedTensorKind(Kind):
         return "" if expected == got else f"expected ShardedTensor of {expected}, source has {got}"
 
     def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+        from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+        from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
+
         size, dtype, requires_grad, pin_memory, shards, local = context
         properties = TensorProperties(dtype_of(dtype), torch.strided, requires_grad, pin_memory=pin_memory)
         metadata = ShardedTensorMetadata([_make_shard(*shard) for shard in shards], torch.Size(size), properties)
@@ -293,4 +336,6 @@ def _describe_shard(shard: ShardMetadata) -> tuple[Any, ...]:
 
 
 def _make_shard(offsets: Sequence[int], sizes: Sequence[int], placement: str) -> ShardMetadata:
+    from torch.distributed._shard.metadata import ShardMetadata
+
     return ShardMetadata(list(offsets), list(sizes), placement)

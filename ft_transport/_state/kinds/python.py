@@ -54,6 +54,7 @@ class NumpyArray(Kind):
     """
 
     name = "numpy"
+    not_in_place_inside = "an array inside of a leaf"  # whether it can be written to is known of whole leaves alone
     is_tried = True
     types = () if numpy is None else (numpy.ndarray,)
 
@@ -134,6 +135,7 @@ class ObjectKind(Kind):
     """An object of any other class: pickled, but for the leaves in it. Context: (pickle, values in it)."""
 
     name = "object"
+    always_new = True
     family = "value"
 
     def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:

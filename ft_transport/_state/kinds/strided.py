@@ -43,6 +43,7 @@ class PythonTensor(Kind):
     """
 
     name = "python tensor"
+    num_tensors_in_place = 1  # the others are among its attributes
     not_compared = (1, 2)
     family = "tensor"
 
@@ -147,6 +148,7 @@ class LazyTensor(Kind):
     """A lazy conjugate or negative: the physical bytes travel. Context: (conjugate, negative)."""
 
     name = "lazy"
+    is_lazy = True
     is_tried = True
     family = "tensor"
 
