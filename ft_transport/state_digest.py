@@ -23,7 +23,7 @@ from ft_transport._plan.blocks import CARRIERS, copy_elements
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._process import memory_at, no_collection, undisturbed
 from ft_transport._state.classes import ATOMIC, class_name, dtype_name
-from ft_transport._state.kinds.base import KINDS, VALUE, Part, take_apart
+from ft_transport._state.kinds.base import KINDS, VALUE, Part, flatten_leaf
 from ft_transport._state.tree import Node, Path, flatten, format_path, paths_of
 from ft_transport._state.values import encode_value
 from ft_transport._wire.digest import digest_bytes
@@ -211,7 +211,7 @@ class _Reader:
         """What a leaf is, and the digest of what is in it."""
         if type(leaf) in ATOMIC:
             return LeafDigest(_shown(leaf), _hex(_packed(encode_value(leaf))))
-        part, tensors = take_apart(leaf)
+        part, tensors = flatten_leaf(leaf)
         if part.kind == "tensor":
             return self._once(tensors[0])
         if part.kind == VALUE:

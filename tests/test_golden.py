@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from wire.test_frames import same
 
 from ft_transport._state.describe import describe
-from ft_transport._state.kinds.base import Surroundings, put_together
+from ft_transport._state.kinds.base import Surroundings, unflatten_leaf
 from ft_transport._state.manifest import Manifest
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.frames import VERSION, Frame, decode_frame, encode_frame
@@ -103,6 +103,6 @@ def test_objects_come_back_as_they_were(mesh: DeviceMesh) -> None:
 def _built(name: str) -> list[object]:
     """The leaves of a state whose objects hold no tensors; None for others."""
     return [
-        put_together(leaf.part, iter(()), Surroundings()) if not leaf.views else None
+        unflatten_leaf(leaf.part, iter(()), Surroundings()) if not leaf.views else None
         for leaf in manifest_of(name).leaves
     ]

@@ -268,6 +268,17 @@ except AttributeError as exc:
     assert out.split("\n")[:2] == ["False", "module 'ft_transport' has no attribute 'no_such_name'"]
 
 
+def test_importing_the_package_imports_nothing_that_no_state_has_asked_for() -> None:
+    """What DTensor and ShardedTensor come with takes torch half a second; whoever has such a leaf has it already."""
+    out = run(
+        """
+import sys, ft_transport, ft_transport.distributed, ft_transport.testing
+print([name for name in sys.modules if name.startswith(("torch.distributed.tensor", "torch.distributed._shard"))])
+"""
+    )
+    assert out == "[]\n"
+
+
 def test_all_public_names_exist() -> None:
     for name in ft_transport.__all__:
         assert getattr(ft_transport, name) is not None

@@ -23,7 +23,7 @@ from test_corpus import rich
 from torch.distributed.tensor import Shard
 
 from ft_transport import LocalProtocolError, StateDigest, state_digest
-from ft_transport._state.kinds.base import take_apart
+from ft_transport._state.kinds.base import flatten_leaf
 from ft_transport.state_digest import _PIECE_BYTES, _Reader
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in WARNINGS]
@@ -221,7 +221,7 @@ KINDS = ["coo", "csr", "quantized", "jagged", "dtensor", "sharded", "scaled", "b
 @pytest.mark.parametrize("name", KINDS)
 def test_a_bit_in_a_leaf_of_any_kind_is_found(name: str) -> None:
     state = rich()
-    _, tensors = take_apart(state[name])
+    _, tensors = flatten_leaf(state[name])
     for tensor in tensors:
         if not tensor.numel():
             continue

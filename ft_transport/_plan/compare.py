@@ -19,7 +19,7 @@ import torch
 
 from ft_transport._plan.buffers import ReadOnlyMemory
 from ft_transport._state.geometry import Geometry, geometry, geometry_of
-from ft_transport._state.kinds.base import KINDS, VALUE, Part, all_plain, is_plain, take_apart
+from ft_transport._state.kinds.base import KINDS, VALUE, Part, all_plain, flatten_leaf, is_plain
 from ft_transport._state.manifest import Leaf, Manifest, View, disjoint
 from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
@@ -86,7 +86,7 @@ def compare_all(manifest: Manifest, matched: dict[int, object], report: Transfer
 def _left_alone(mine: object) -> list[tuple[int, int, Slot]]:
     """The memory of a template leaf that nobody may write to."""
     try:
-        _, tensors = take_apart(mine)
+        _, tensors = flatten_leaf(mine)
         return [(tensor.data_ptr(), tensor.data_ptr() + geometry_of(tensor).span, _NOBODYS) for tensor in tensors]
     except Exception:  # a class of its own, or no memory
         return []
@@ -142,7 +142,7 @@ class _Comparison:
         if leaf.kind == "tensor" and type(mine) in (torch.Tensor, torch.nn.Parameter) and is_plain(mine):
             return self._tensor((index, 0), leaf.views[0], mine)
         try:
-            part, tensors = take_apart(mine)
+            part, tensors = flatten_leaf(mine)
         except ValueError as exc:
             self._keep_away(index, str(exc))
             return ""

@@ -15,7 +15,7 @@ import torch
 
 from ft_transport._options import CPU
 from ft_transport._plan.compare import Slot, Targets
-from ft_transport._state.kinds.base import KINDS, Maker, Surroundings, plain, put_together, refresh
+from ft_transport._state.kinds.base import KINDS, Maker, Surroundings, plain, refresh, unflatten_leaf
 from ft_transport._state.kinds.distributed import meshes_of
 from ft_transport._state.manifest import Leaf, Manifest, View
 from ft_transport._state.tree import format_path
@@ -74,7 +74,7 @@ class Rebuild:
         for index, leaf in enumerate(self._manifest.leaves):
             if leaf.kind in KINDS and KINDS[leaf.kind].is_tried and (index, 0) not in self._targets:
                 try:
-                    put_together(leaf.part, self._makers(index, leaf, None), here)
+                    unflatten_leaf(leaf.part, self._makers(index, leaf, None), here)
                 except Exception as exc:
                     path = format_path(self._manifest.paths[index])
                     raise RemoteProtocolError(f"{path}: it cannot be rebuilt: {str(exc)[:1000]}") from exc
@@ -109,7 +109,7 @@ class Rebuild:
 
     def _new_leaf(self, index: int, leaf: Leaf, objects: _Objects | None, here: Surroundings) -> object:
         if leaf.kind != "tensor":
-            return put_together(leaf.part, self._makers(index, leaf, objects), here)
+            return unflatten_leaf(leaf.part, self._makers(index, leaf, objects), here)
         tensor, view = self._values.get((index, 0)), leaf.views[0]
         if objects is not None:
             return objects.outer(view, leaf.context, tensor)

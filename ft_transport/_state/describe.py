@@ -16,7 +16,7 @@ import torch
 
 from ft_transport._state.classes import ATOMIC
 from ft_transport._state.geometry import Geometry, geometry
-from ft_transport._state.kinds.base import PLAIN, VALUE, Part, all_plain, take_apart
+from ft_transport._state.kinds.base import PLAIN, VALUE, Part, all_plain, flatten_leaf
 from ft_transport._state.manifest import ALIGNMENT, Leaf, Manifest, Storage, View, made, plain_leaves
 from ft_transport._state.tree import flatten, format_path
 from ft_transport.errors import LocalProtocolError
@@ -148,7 +148,7 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
             part = Part(VALUE)
         else:
             try:
-                part, inner = take_apart(value)
+                part, inner = flatten_leaf(value)
             except Exception as exc:  # a kind's, or a class's own code when it is pickled, which may raise anything
                 refused[index] = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
         parts.append(part)

@@ -26,11 +26,11 @@ from ft_transport._state.kinds.base import (
     Part,
     Surroundings,
     check_parts,
+    flatten_leaf,
     kind_of,
     plain,
-    put_together,
     register_kind,
-    take_apart,
+    unflatten_leaf,
 )
 from ft_transport._state.kinds.distributed import mesh_key, meshes_of
 from ft_transport._state.values import decode_value, encode_value
@@ -65,12 +65,12 @@ def over_the_wire(context: Any) -> Any:
 
 def there_and_back(leaf: Any, here: Surroundings | None = None) -> Any:
     """Taken apart, described over the wire, checked, and put together from copies of the tensors."""
-    part, tensors = take_apart(leaf)
+    part, tensors = flatten_leaf(leaf)
     again = Part(part.kind, over_the_wire(part.context), _over_the_wire(part.parts))
     assert again == part
     check_parts(again, iter([geometry_of(tensor) for tensor in tensors]))
     makers = [functools.partial(plain, tensor.detach().clone()) for tensor in tensors]
-    return put_together(again, iter(makers), here or Surroundings())
+    return unflatten_leaf(again, iter(makers), here or Surroundings())
 
 
 def _over_the_wire(parts: tuple[Part, ...]) -> tuple[Part, ...]:
@@ -81,8 +81,8 @@ def _over_the_wire(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 
 
 def test_which_kind() -> None:
-    assert take_apart(torch.ones(1))[0] is PLAIN
-    assert take_apart(torch.nn.Parameter(torch.ones(1)))[0] == Part("tensor", (True, True))
+    assert flatten_leaf(torch.ones(1))[0] is PLAIN
+    assert flatten_leaf(torch.nn.Parameter(torch.ones(1)))[0] == Part("tensor", (True, True))
     assert all(kind_of(value) is None for value in (1, "a", None, [torch.ones(1)], torch.float32))
     assert kind_of(object()) is KINDS["object"]
 
@@ -117,7 +117,7 @@ def test_dtype_name() -> None:
     ],
 )
 def test_plain_tensors_come_back_as_they_were(leaf: torch.Tensor) -> None:
-    _, (inner,) = take_apart(leaf)
+    _, (inner,) = flatten_leaf(leaf)
     assert inner is leaf
     again = there_and_back(leaf)
     assert difference(again, leaf) == ""
@@ -127,7 +127,7 @@ def test_plain_tensors_come_back_as_they_were(leaf: torch.Tensor) -> None:
 def test_lazy_conjugates_and_negatives_travel_as_the_bytes_they_are_of() -> None:
     z = torch.randn(3, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
     for lazy in (z.conj(), z.conj().imag):
-        _, (inner,) = take_apart(lazy)
+        _, (inner,) = flatten_leaf(lazy)
         assert not inner.is_conj()
         assert not inner.is_neg()
         assert inner.untyped_storage().data_ptr() == z.untyped_storage().data_ptr()
@@ -163,10 +163,10 @@ def test_a_mesh_that_the_receiver_lacks_is_made_without_groups(mesh: DeviceMesh)
 
 
 def test_dtensors_that_disagree_say_how(mesh: DeviceMesh) -> None:
-    kind, (mine, _) = KINDS["dtensor"], take_apart(dtensor(mesh, 1))
-    assert kind.disagreement(over_the_wire(take_apart(dtensor(mesh, 2))[0].context), mine.context) == ""
+    kind, (mine, _) = KINDS["dtensor"], flatten_leaf(dtensor(mesh, 1))
+    assert kind.disagreement(over_the_wire(flatten_leaf(dtensor(mesh, 2))[0].context), mine.context) == ""
     for other in (dtensor(mesh, 2, Replicate()), dtensor(mesh, 2, shape=(5, 6)), dtensor(mesh, 2, Shard(1))):
-        reason = kind.disagreement(over_the_wire(take_apart(other)[0].context), mine.context)
+        reason = kind.disagreement(over_the_wire(flatten_leaf(other)[0].context), mine.context)
         assert reason.startswith("expected DTensor of global shape")
         assert "source has" in reason
 
@@ -204,7 +204,7 @@ def test_sharded_tensors_come_back(mesh: DeviceMesh) -> None:
     assert isinstance(again, ShardedTensor)
     assert again.size() == leaf.size()
     assert raw_bytes(again.local_shards()[0].tensor) == raw_bytes(leaf.local_shards()[0].tensor)
-    assert take_apart(again)[0] == take_apart(leaf)[0]
+    assert flatten_leaf(again)[0] == flatten_leaf(leaf)[0]
 
 
 def test_sharded_tensors_through_a_transfer(mesh: DeviceMesh) -> None:

@@ -30,7 +30,7 @@ from states import STATES, VALUES
 
 from ft_transport import LocalProtocolError, RemoteProtocolError
 from ft_transport._state.describe import describe
-from ft_transport._state.kinds.base import Surroundings, put_together
+from ft_transport._state.kinds.base import Surroundings, unflatten_leaf
 from ft_transport._state.manifest import Manifest
 from ft_transport._wire.decode import MAX_MESSAGE_BYTES, decode_manifest
 from ft_transport._wire.digest import NUM_SAMPLES
@@ -90,7 +90,7 @@ def test_values_come_back_as_they_were(name: str) -> None:
     value = VALUES[name]
     for state in (value, {"a": [value]}):
         manifest, _ = decode(encode(state))
-        got: Any = manifest.build([put_together(leaf.part, iter(()), Surroundings()) for leaf in manifest.leaves])
+        got: Any = manifest.build([unflatten_leaf(leaf.part, iter(()), Surroundings()) for leaf in manifest.leaves])
         assert difference(got, state) == ""
         assert type(got) is type(state)
 

@@ -34,14 +34,14 @@ __all__ = [
     "check_grad",
     "check_parts",
     "check_readable",
+    "flatten_leaf",
     "grad_of",
     "is_plain",
     "kind_of",
     "plain",
-    "put_together",
     "refresh",
     "register_kind",
-    "take_apart",
+    "unflatten_leaf",
     "with_grad",
 ]
 
@@ -69,9 +69,9 @@ class Kind:
         late_types: The same by module and name, for classes whose module is not imported for our sake.
         claims_subclasses: Whether leaves of classes derived from these are of this kind, too, if they are no tensors.
         family: Leaves of one family, of the same shape and dtype, can land in each other; empty: of this kind only.
-        is_tried: Whether :meth:`put_together` finds more wrong with a context than :meth:`check`, whatever bytes the
+        is_tried: Whether :meth:`unflatten` finds more wrong with a context than :meth:`check`, whatever bytes the
             tensors hold. Then it is tried before the first byte lands.
-        looks_at_bytes: Whether :meth:`put_together` checks what has landed. Then a leaf of the template that holds the
+        looks_at_bytes: Whether :meth:`unflatten` checks what has landed. Then a leaf of the template that holds the
             new bytes is not taken as it is, but given to :meth:`refresh`.
         not_in_place: Why bytes are never written into a leaf that the template has; empty if they may be.
         not_in_place_inside: The same of what is inside of another leaf.
@@ -105,7 +105,7 @@ class Kind:
         """Why bytes must not be written into this leaf of the template; empty if they may be."""
         return self.not_in_place
 
-    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: Any) -> tuple[Sequence[Any], Any]:
         """The inner tensors, in a fixed order, and the context: plain values and tuples of them.
 
         Raises:
@@ -114,7 +114,7 @@ class Kind:
         raise NotImplementedError
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
-        """Check what a peer sent, before a byte lands: :meth:`put_together` should not fail on it later.
+        """Check what a peer sent, before a byte lands: :meth:`unflatten` should not fail on it later.
 
         Args:
             inner: Geometry of each inner tensor, None for one that is not plain.
@@ -138,7 +138,7 @@ class Kind:
         tensors say; empty if it can."""
         return ""
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         """A new leaf that owns ``inner``."""
         raise NotImplementedError
 
@@ -149,7 +149,7 @@ class Kind:
     def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         """The leaf for the state, where the inner tensors of the template's leaf hold the new bytes already and
         its context differs."""
-        return self.put_together(inner, context, here)
+        return self.unflatten(inner, context, here)
 
 
 class Part(NamedTuple):
@@ -263,7 +263,7 @@ def kind_of(leaf: object) -> Kind | None:
     return KINDS["object"]
 
 
-def take_apart(leaf: Any) -> tuple[Part, Sequence[torch.Tensor]]:
+def flatten_leaf(leaf: Any) -> tuple[Part, Sequence[torch.Tensor]]:
     """What describes a leaf, and the plain tensors that hold its bytes.
 
     Raises:
@@ -280,8 +280,8 @@ def take_apart(leaf: Any) -> tuple[Part, Sequence[torch.Tensor]]:
     parts: list[Part] = []
     tensors: list[torch.Tensor] = []
     try:
-        inner, context = kind.take_apart(leaf)
-        taken = [(tensor, *take_apart(tensor)) for tensor in inner]
+        inner, context = kind.flatten(leaf)
+        taken = [(tensor, *flatten_leaf(tensor)) for tensor in inner]
     except RecursionError:
         raise ValueError(
             f"a leaf of class {cls.__qualname__} cannot travel: what is inside of it refers back to it, "
@@ -344,14 +344,14 @@ def check_grad(dtype: torch.dtype, requires_grad: object) -> None:
         raise ValueError(f"a tensor of {dtype} requires grad")
 
 
-def put_together(part: Part, makers: Iterator[Maker], here: Surroundings) -> Any:
-    """A new leaf from what makes its plain tensors, in the order of :func:`take_apart`."""
+def unflatten_leaf(part: Part, makers: Iterator[Maker], here: Surroundings) -> Any:
+    """A new leaf from what makes its plain tensors, in the order of :func:`flatten_leaf`."""
     if part.kind == "tensor":
         return next(makers)(part.context)
     if part.kind == VALUE:
         return part.context
-    inner = [put_together(below, makers, here) for below in part.parts]
-    return KINDS[part.kind].put_together(inner, part.context, here)
+    inner = [unflatten_leaf(below, makers, here) for below in part.parts]
+    return KINDS[part.kind].unflatten(inner, part.context, here)
 
 
 # Gives a plain tensor with the context that it is asked for.
@@ -370,9 +370,9 @@ def plain(tensor: torch.Tensor, context: Any) -> torch.Tensor:
 
 def refresh(part: Part, makers: Iterator[Maker], mine: Any, here: Surroundings) -> Any:
     """The template's leaf, whose plain tensors hold the new bytes already, or a new one that owns them."""
-    if part.kind == "tensor" or (not KINDS[part.kind].looks_at_bytes and take_apart(mine)[0] == part):
+    if part.kind == "tensor" or (not KINDS[part.kind].looks_at_bytes and flatten_leaf(mine)[0] == part):
         return mine
-    inner = [put_together(below, makers, here) for below in part.parts]
+    inner = [unflatten_leaf(below, makers, here) for below in part.parts]
     return KINDS[part.kind].refresh(mine, inner, part.context, here)
 
 

@@ -56,7 +56,7 @@ class DTensorKind(KeepsAttributes):
         module = sys.modules.get(_DTENSOR)
         return module is not None and isinstance(leaf, module.DTensor)
 
-    def take_bare_apart(self, leaf: DTensor) -> tuple[Sequence[Any], Any]:
+    def flatten_bare(self, leaf: DTensor) -> tuple[Sequence[Any], Any]:
         return [leaf._local_tensor], (
             mesh_key(leaf.device_mesh),
             tuple(_describe_placement(placement) for placement in leaf.placements),
@@ -93,7 +93,7 @@ class DTensorKind(KeepsAttributes):
         expected, got = (f"global shape {c[2]} with placements {c[1]}{_order_in(c)}" for c in (mine, context))
         return "" if expected == got else f"expected DTensor of {expected}, source has {got}"
 
-    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten_bare(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -280,7 +280,7 @@ class ShardedTensorKind(Kind):
     late_types = (("torch.distributed._shard.sharded_tensor.api", "ShardedTensor"),)
     claims_subclasses = True
 
-    def take_apart(self, leaf: ShardedTensor) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: ShardedTensor) -> tuple[Sequence[Any], Any]:
         metadata = leaf.metadata()
         properties = metadata.tensor_properties
         return [shard.tensor for shard in leaf.local_shards()], (
@@ -311,7 +311,7 @@ class ShardedTensorKind(Kind):
         )
         return "" if expected == got else f"expected ShardedTensor of {expected}, source has {got}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         from torch.distributed._shard.sharded_tensor.api import ShardedTensor
         from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
         from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard

@@ -40,7 +40,7 @@ class SparseTensor(KeepsAttributes):
     def claims(self, leaf: torch.Tensor) -> bool:
         return str(leaf.layout) in _LAYOUTS and type(leaf) in (torch.Tensor, torch.nn.Parameter)
 
-    def take_bare_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def flatten_bare(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         plain = leaf.detach()
         coalesced = False
         if leaf.layout is torch.sparse_coo:
@@ -67,7 +67,7 @@ class SparseTensor(KeepsAttributes):
             return ""
         return f"expected {mine[0]} {mine[1]}, source has {context[0]} {context[1]}"
 
-    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten_bare(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         layout, shape, coalesced, is_parameter, requires_grad = context
         leaf: Any
         if layout == str(torch.sparse_coo):
@@ -113,7 +113,7 @@ class NestedTensor(KeepsAttributes):
     def claims(self, leaf: torch.Tensor) -> bool:
         return leaf.is_nested and leaf.layout is torch.strided and type(leaf) in (torch.Tensor, torch.nn.Parameter)
 
-    def take_bare_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def flatten_bare(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         plain = leaf.detach()
         shape, stride = (_rows(plain._nested_tensor_size()), _rows(plain._nested_tensor_strides()))
         offsets = tuple(plain._nested_tensor_storage_offsets().tolist())
@@ -134,7 +134,7 @@ class NestedTensor(KeepsAttributes):
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[0] == mine[0] else f"expected nested {mine[0]}, source has {context[0]}"
 
-    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten_bare(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         shape, stride, offsets, is_parameter, requires_grad = context
         metadata = (torch.tensor(rows, dtype=torch.int64, device="cpu") for rows in (shape, stride, offsets))
         leaf = torch._nested_view_from_buffer(inner[0], *metadata)

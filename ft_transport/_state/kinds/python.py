@@ -63,7 +63,7 @@ class NumpyArray(Kind):
             return "the template's array is read-only, reversed, or one of objects"
         return ""
 
-    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: Any) -> tuple[Sequence[Any], Any]:
         shape = tuple(leaf.shape)
         if leaf.dtype.hasobject:
             if leaf.dtype != object:
@@ -95,7 +95,7 @@ class NumpyArray(Kind):
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected array {mine[0]} {mine[1]}, source has {context[:2]}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         descr, shape, *elements = context
         if descr is None:
             flat = numpy.empty(len(elements[0]), dtype=object)
@@ -116,7 +116,7 @@ class GeneratorKind(Kind):
     types = (torch.Generator,)
     not_in_place = "a torch.Generator"
 
-    def take_apart(self, leaf: torch.Generator) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: torch.Generator) -> tuple[Sequence[Any], Any]:
         return [leaf.get_state()], str(leaf.device)
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
@@ -125,7 +125,7 @@ class GeneratorKind(Kind):
         if state is None or state.dtype is not torch.uint8 or state.shape != wanted.shape:
             raise ValueError(f"the state of a Generator in {inner}")
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         leaf = torch.Generator(context)
         leaf.set_state(inner[0].cpu())
         return leaf
@@ -138,7 +138,7 @@ class ObjectKind(Kind):
     always_new = True
     family = "value"
 
-    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: Any) -> tuple[Sequence[Any], Any]:
         inner: list[Any] = []
         try:
             data, values = pickle_leaf(leaf, inner)
@@ -154,7 +154,7 @@ class ObjectKind(Kind):
     def pickle_in(self, context: Any) -> bytes:
         return context[0]  # type: ignore[no-any-return]
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         data, values = context
         return unpickle_leaf(data, values, inner, here)
 
@@ -166,8 +166,8 @@ class KeepsAttributes(Kind):
     attributes one value more, ("attributes", pickle, values in it, tensors in it).
     """
 
-    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
-        inner, context = self.take_bare_apart(leaf)
+    def flatten(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        inner, context = self.flatten_bare(leaf)
         attributes = {name: value for name, value in attributes_of(leaf).items() if name != "_is_param"}
         if not attributes:
             return inner, context
@@ -189,10 +189,10 @@ class KeepsAttributes(Kind):
             check_object(data, values, inner[len(inner) - num_held :])
         self.check_bare(inner[: len(inner) - num_held], context)
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         bare, attributes = _split(context)
         num_held = attributes[3] if attributes else 0
-        leaf = self.put_bare_together(inner[: len(inner) - num_held], bare, here)
+        leaf = self.unflatten_bare(inner[: len(inner) - num_held], bare, here)
         return self.with_attributes(leaf, inner, context, here)
 
     def with_attributes(self, leaf: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
@@ -211,16 +211,16 @@ class KeepsAttributes(Kind):
         _, attributes = _split(context)
         return attributes[1] if attributes else b""
 
-    def take_bare_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
-        """As :meth:`Kind.take_apart`, without attributes."""
+    def flatten_bare(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        """As :meth:`Kind.flatten`, without attributes."""
         raise NotImplementedError
 
     def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
         """As :meth:`Kind.check`, without attributes."""
         raise NotImplementedError
 
-    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
-        """As :meth:`Kind.put_together`, without attributes."""
+    def unflatten_bare(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        """As :meth:`Kind.unflatten`, without attributes."""
         raise NotImplementedError
 
 

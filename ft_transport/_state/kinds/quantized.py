@@ -35,7 +35,7 @@ class QuantizedTensor(KeepsAttributes):
     def claims(self, leaf: torch.Tensor) -> bool:
         return leaf.is_quantized and type(leaf) in (torch.Tensor, torch.nn.Parameter)
 
-    def take_bare_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def flatten_bare(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         carrier = _QUANTIZED.get(leaf.dtype)
         storage = leaf.untyped_storage()
         flat = torch.empty(0, dtype=carrier or torch.uint8, device=leaf.device)
@@ -84,7 +84,7 @@ class QuantizedTensor(KeepsAttributes):
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected {mine[0]} {mine[1]}, source has {context[0]} {context[1]}"
 
-    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten_bare(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         dtype, shape, stride, scale, zero_point, axis, is_parameter, requires_grad = context
         flat = inner[0]
         if axis is not None:

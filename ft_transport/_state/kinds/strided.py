@@ -50,7 +50,7 @@ class PythonTensor(Kind):
     def claims(self, leaf: torch.Tensor) -> bool:
         return leaf.layout is torch.strided and not (leaf.is_quantized or leaf.is_nested or leaf.is_meta)
 
-    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         cls = type(leaf)
         if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
             raise ValueError(f"a tensor of class {cls.__qualname__} cannot travel")
@@ -90,7 +90,7 @@ class PythonTensor(Kind):
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[0] == mine[0] else f"expected {mine[0] or 'Tensor'}, source has {context[0] or 'Tensor'}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         base, *_ = inner
         name, is_parameter, requires_grad, _, _ = context
         if name is None:
@@ -124,7 +124,7 @@ class UninitializedTensor(Kind):
     is_tried = True
     types = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
 
-    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: Any) -> tuple[Sequence[Any], Any]:
         with torch._C.DisableTorchFunctionSubclass():  # it lets nobody ask for anything
             dtype = leaf.dtype
         more = () if dtype is torch.float32 else (dtype_name(dtype),)
@@ -137,7 +137,7 @@ class UninitializedTensor(Kind):
             raise ValueError(f"an uninitialized tensor of {context!r}")
         check_grad(dtype_of(*more) if more else torch.float32, requires_grad)
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         is_parameter, requires_grad, *more = context
         cls: Any = torch.nn.UninitializedParameter if is_parameter else torch.nn.UninitializedBuffer
         # Where and of what dtype is not the receiver's default: that is of other tensors.
@@ -156,7 +156,7 @@ class LazyTensor(Kind):
         bare = type(leaf) is torch.Tensor and not leaf.__dict__ and not leaf.requires_grad
         return bare and leaf.layout is torch.strided and (leaf.is_conj() or leaf.is_neg())
 
-    def take_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         lazy = leaf.is_conj(), leaf.is_neg()
         return [_toggle(leaf, *lazy)], lazy
 
@@ -166,7 +166,7 @@ class LazyTensor(Kind):
         if conjugate and (inner[0] is None or not inner[0].dtype.is_complex):
             raise ValueError("a conjugate of what is not complex")
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         return _toggle(inner[0], *context)
 
 
@@ -185,7 +185,7 @@ class MetaTensor(KeepsAttributes):
     def claims(self, leaf: torch.Tensor) -> bool:
         return leaf.is_meta and type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
 
-    def take_bare_apart(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
+    def flatten_bare(self, leaf: torch.Tensor) -> tuple[Sequence[Any], Any]:
         return [], (dtype_name(leaf.dtype), tuple(leaf.shape), leaf.stride(), *grad_of(leaf))
 
     def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
@@ -200,7 +200,7 @@ class MetaTensor(KeepsAttributes):
     def disagreement(self, context: Any, mine: Any) -> str:
         return "" if context[:2] == mine[:2] else f"expected meta {mine[0]} {mine[1]}, source has {context[:2]}"
 
-    def put_bare_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten_bare(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         dtype, shape, stride, is_parameter, requires_grad = context
         leaf = torch.empty_strided(shape, stride, dtype=dtype_of(dtype), device="meta")
         return with_grad(leaf, is_parameter, requires_grad)

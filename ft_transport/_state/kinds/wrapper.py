@@ -33,7 +33,7 @@ class WrapperSubclass(Kind):
     def claims(self, leaf: torch.Tensor) -> bool:
         return is_traceable_wrapper_subclass(leaf)
 
-    def take_apart(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+    def flatten(self, leaf: Any) -> tuple[Sequence[Any], Any]:
         names, context = leaf.__tensor_flatten__()
         shape, stride = tuple(leaf.shape), tuple(leaf.stride()) if leaf.layout is torch.strided else ()
         if any(type(number) is not int for number in (*shape, *stride)):
@@ -66,7 +66,7 @@ class WrapperSubclass(Kind):
         )
         return "" if expected == got else f"expected {expected}, source has {got}"
 
-    def put_together(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+    def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
         name, names, other, shape, stride, is_parameter, requires_grad = context
         cls = _wrapper_class(name, here)
         if shape is not None:
@@ -78,8 +78,8 @@ class WrapperSubclass(Kind):
         return with_grad(leaf, is_parameter, requires_grad)
 
     def refresh(self, mine: Any, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
-        leaf = self.put_together(inner, context, here)
-        my_inner, my_context = self.take_apart(mine)
+        leaf = self.unflatten(inner, context, here)
+        my_inner, my_context = self.flatten(mine)
         # A cache holds its number as its shape.
         stale = any(my_inner[i].shape != inner[i].shape for i in self.caches(context) if my_context == context)
         return mine if my_context == context and not stale else leaf
