@@ -89,6 +89,7 @@ class Block(NamedTuple):
         return memory_at((self.memory.data_ptr() if self.storage is None else self.address) + begin, end - begin)
 
 
+# Asked once for all, in columns: four calls of Python for each of 20,000 small tensors take longer than copying them.
 def held(blocks: Sequence[Block]) -> list[Block]:
     """These blocks of a user's memory, with what it takes to see that it is taken away."""
     memory = list(map(itemgetter(0), blocks))
@@ -98,6 +99,9 @@ def held(blocks: Sequence[Block]) -> list[Block]:
     return list(map(tuple.__new__, repeat(Block), rows))
 
 
+# What follows is about one danger. A user's thread may give back memory while another thread of ours reads it without
+# the interpreter's lock: the read faults, and the process dies of SIGSEGV, which no ``except`` sees. System calls are
+# safe (they give EFAULT); hashing is not, and goes through ``_plan.lent``.
 class Held(NamedTuple):
     """Bytes of a dense block on the CPU, which its owner may take away at any moment."""
 
@@ -125,7 +129,11 @@ class Held(NamedTuple):
         if storage is None:
             return update
         readers = readers_of(storage)
+        # Bound once: this runs for every MiB, on threads that compete for the interpreter with the ones that move
+        # bytes.
         enter, leave, before = readers.enter, readers.leave, readers.turn
+        # An odd turn: somebody is taking the memory away just now. Looked at here as well as at each read, so that a
+        # message whose memory is gone is never begun.
         if before % 2:
             raise _taken_away()
         self.check()
@@ -146,6 +154,8 @@ def _taken_away() -> LocalProtocolError:
     return LocalProtocolError("memory of the state was exchanged or given back while the state was moved")
 
 
+# ``ctypes.PyDLL`` keeps the interpreter's lock, so between the look and the copy no other thread of Python runs, if
+# neither is a step of Python: hence this chain of iterators in place of an ``if``.
 def _if_there(blocks: Sequence[Block], items: Sequence[Any]) -> Iterable[Any]:
     """The items, none if the memory of one of the blocks is not there when the first item is asked for.
 
@@ -198,6 +208,7 @@ class Places:
 
     def moved(self) -> list[int]:
         """Which of the tensors have other memory now, or less or more."""
+        # One call of C for each tensor, and one comparison of lists: nothing has moved in nearly every transfer.
         addresses = list(map(torch.Tensor.data_ptr, self._tensors))
         if addresses == self._addresses:
             return []
@@ -226,6 +237,8 @@ class Places:
 _MAX_NAMED = 8
 
 
+# Moving a storage into shared memory is itself an exchange of memory: Baby groups do it to whatever they are given, in
+# the middle of a post. Done by us first, it is not taken for a user's.
 def share(tensors: Iterable[torch.Tensor]) -> None:
     """Move what lies on the CPU into memory that other processes can see, where it does not lie there yet.
 
@@ -262,6 +275,8 @@ def storage_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         raise TypeError(f"expected a plain tensor, got {type(tensor).__qualname__}")
     storage = tensor.untyped_storage()
+    # ``set_`` on a tensor of our own, not ``view``: a view would need strides that fit, and would share the version
+    # counter, which tells autograd of every byte that lands.
     flat = torch.empty(0, dtype=dtype, device=tensor.device)
     return flat.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
 
@@ -277,6 +292,8 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
     Raises:
         LocalProtocolError: Memory of a block was taken away; nothing was read or written there.
     """
+    # Dense blocks on the CPU are copied by address. What lies on an accelerator, is strided or has gaps goes through
+    # torch, which is the slower way for small ones and the only one for these.
     rest = []
     blocks, moves = [], []
     done = 0
@@ -291,6 +308,8 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
                 raise _taken_away()
             rest.append((block, begin, staged[done : done + nbytes]))
         done += nbytes
+    # In groups, since all of one group are copied under the interpreter's lock: a bucket of 4 MiB at once would keep
+    # every other thread, heartbeats too, waiting for half a millisecond.
     for first in range(0, len(moves), _AT_ONCE):
         group = slice(first, first + _AT_ONCE)
         if not list(starmap(_memmove, _if_there(blocks[group], moves[group]))):
@@ -298,6 +317,7 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
     flats = [(block.bytes(begin, begin + part.numel()), part) for block, begin, part in rest if block.dense]
     if flats:
         theirs_, ours_ = map(list, zip(*flats, strict=True))
+        # One kernel for many tensors, where there is an accelerator. On the CPU it is a loop, and no slower.
         torch._foreach_copy_(*((ours_, theirs_) if gather else (theirs_, ours_)))
     for block, begin, part in rest:
         if block.places is not None:
@@ -324,6 +344,7 @@ def _copy_indexed(flat: torch.Tensor, index: torch.Tensor, begin: int, part: tor
     if gather:
         part.copy_(flat[places].view(torch.uint8))
     else:
+        # Advanced indexing gathers into new memory; there is no ``out=`` for bits of any dtype.
         # A part of a message need not be aligned to the elements.
         flat[places] = part.clone().view(flat.dtype).to(flat.device)
 
@@ -347,6 +368,8 @@ def copy_elements(strided: torch.Tensor, begin: int, flat: torch.Tensor, *, to_f
         flat: 1-D, contiguous, of the same dtype; its length says how many elements.
         to_flat: Gather into ``flat`` if true, else scatter from it.
     """
+    # A message may begin and end in the middle of a row of a row: so cut into a head, whole rows and a tail, at each
+    # dimension in turn. The depth is the number of dimensions, at most 64.
     if strided.dim() <= 1:
         part = strided[begin : begin + flat.numel()] if strided.dim() else strided.view(1)
         _copy(part, flat, to_flat)

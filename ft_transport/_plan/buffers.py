@@ -25,10 +25,14 @@ def settled_stream() -> Any:
     """
     if not torch.accelerator.is_available():
         return None
+    # The state may still be computed on streams that the lanes' threads know nothing of. One wait here, in place of an
+    # event for each of them.
     torch.accelerator.synchronize()
     return torch.accelerator.current_stream()
 
 
+# Of x86-64 and of arm64 with pages of 4 KiB; where it is another size the advice below is ignored, and nothing is wrong
+# but the speed.
 _HUGE_PAGE = 2 << 20
 # Fresh memory of this size and more comes from an arena; smaller storages are torch's own.
 FROM_ARENA = 256 << 10
@@ -43,6 +47,8 @@ def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torc
         MemoryError: The device has no room for it.
     """
     try:
+        # torch raises RuntimeError for want of memory, and OutOfMemoryError, which is one, on an accelerator; whoever
+        # calls us wants to tell that from a bug.
         return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
     except RuntimeError as exc:
         raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
@@ -70,6 +76,9 @@ class Arena:
         if self._mapping is None or len(self._mapping) - self._used < nbytes:
             self._map(nbytes)
         assert self._mapping is not None
+        # ``frombuffer`` keeps the mapping alive as long as any tensor made of it is: an arena needs no list of who
+        # still uses it. Each tensor is a storage of its own, so that ``resize_`` and pickling of one leaf do not drag
+        # the others along.
         taken = torch.frombuffer(self._mapping, dtype=torch.uint8, count=nbytes, offset=self._used)
         self._used += aligned(nbytes)
         return taken
@@ -78,10 +87,13 @@ class Arena:
         nbytes = max(nbytes, _ARENA_BYTES)
         size = nbytes + -nbytes % _HUGE_PAGE
         try:
+            # The kernel merges only aligned runs of 2 MiB; ``mmap`` aligns to 4 KiB. MAP_POPULATE would fault all of it
+            # in at once, for states of which half is never fresh; the advice alone costs nothing until a byte lands.
             # One huge page more, so that the first can be at a multiple of its size.
             mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError) as exc:
             raise MemoryError(f"no room for {size} bytes: {exc}") from exc
+        # Fresh memory of 1 GiB by ``torch.empty`` takes 0.4 to 1.6 GB/s, page by page; so it takes 3 and more.
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel that has none
                 mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -111,6 +123,8 @@ class ReadOnlyMemory:
     def _look(self) -> None:
         self._begins, self._ends = [], []
         try:
+            # A template may be mapped from a file (``safetensors``, ``torch.load(mmap=True)``, ``np.memmap`` with mode
+            # ``r``), and then a write is SIGSEGV. Neither torch nor NumPy tells through a tensor.
             with open("/proc/self/maps", "rb") as maps:
                 found = _READ_ONLY.findall(maps.read())
         except OSError:
@@ -143,6 +157,7 @@ class Bucket:
     def reset(self, nbytes: int) -> None:
         """Give back everything taken, and have room for ``nbytes`` in takes of :func:`aligned` sizes."""
         self._used = 0
+        # It never shrinks: flights of one transfer are of about one size, and the bucket ends with the transfer.
         if nbytes and (self._flat is None or self._flat.numel() < nbytes):
             self._flat = None  # before the new one is allocated
             self._flat = allocate(nbytes, self._device, pinned=self._pinned)
@@ -163,4 +178,5 @@ class Bucket:
 
 def aligned(nbytes: int) -> int:
     """``nbytes`` rounded up to 64 bytes, what one take from a bucket uses."""
+    # A cache line, and what AVX-512 loads at once. torch's own allocator aligns alike.
     return nbytes + -nbytes % 64

@@ -59,6 +59,8 @@ def compare(manifest: Manifest, matched: dict[int, object], report: TransferRepo
 def compare_all(manifest: Manifest, matched: dict[int, object], report: TransferReport) -> Compared:
     targets: Targets = {}
     disagreements: dict[int, str] = {}
+    # In two passes. The first takes nearly all leaves of nearly all states, in a handful of calls; what it does not
+    # take is no worse for it, since the second looks at everything anew.
     comparison = _Comparison(manifest, targets, report)
     agreed = comparison.plain_tensors(matched)
     for index, leaf in enumerate(manifest.leaves):
@@ -72,6 +74,8 @@ def compare_all(manifest: Manifest, matched: dict[int, object], report: Transfer
             report.missing.append(format_path(manifest.paths[index]))
     extents = comparison.extents
     if disagreements:
+        # A leaf lands as a whole or not at all: half of a DTensor from the source and half from here would be a leaf
+        # that nobody ever had.
         # What a part of a leaf has noted before another part disagreed.
         for slot in [slot for slot in targets if slot[0] in disagreements]:
             del targets[slot]
@@ -121,6 +125,8 @@ class _Comparison:
         indices = [i for i, mine in matched.items() if type(mine) is torch.Tensor and leaves[i].kind == "tensor"]
         tensors: list[torch.Tensor] = [matched[index] for index in indices]  # type: ignore[misc]
         dtypes = list(map(attrgetter("dtype"), tensors))
+        # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not
+        # looked for; those leaves take the other way.
         if not tensors or not all(map(attrgetter("is_cpu"), tensors)) or not all_plain(tensors, dtypes, on_cpu=True):
             return set()
         shapes, strides = map(attrgetter("shape"), tensors), map(torch.Tensor.stride, tensors)
@@ -130,6 +136,8 @@ class _Comparison:
             storage, wanted, _ = leaves[index][1][0]
             if storage < 0 or dtype != wanted.dtype or shape != wanted.shape or stride != wanted.stride:
                 continue
+            # A tensor that overlaps itself (``expand``, ``as_strided``) is read as often as one likes, but written in
+            # an order that nobody promises.
             if wanted.order is None or wanted.expanded or self._read_only.holds(address):
                 continue
             self._targets[index, 0] = tensor
@@ -139,13 +147,18 @@ class _Comparison:
 
     def leaf(self, index: int, leaf: Leaf, mine: Any) -> str:
         """Why a leaf disagrees with the template's, empty if it does not."""
+        # Exact classes: a subclass may keep its bytes anywhere, and show others.
         if leaf.kind == "tensor" and type(mine) in (torch.Tensor, torch.nn.Parameter) and is_plain(mine):
             return self._tensor((index, 0), leaf.views[0], mine)
         try:
             part, tensors = flatten_leaf(mine)
+        # The template has what cannot travel, and the source has something. That is no disagreement of the source's: it
+        # arrives beside, and the report says why.
         except ValueError as exc:
             self._keep_away(index, str(exc))
             return ""
+        # Kinds of which nothing may be written are compared by their context alone: a sparse tensor of the same shape
+        # may hold more values, and fits all the same.
         if part.kind in KINDS and part.kind == leaf.kind and (obstacle := KINDS[part.kind].obstacle(mine)):
             reason = KINDS[part.kind].disagreement(leaf.context, part.context)
             if not reason:
@@ -170,6 +183,8 @@ class _Comparison:
                 self._keep_away(index, "inside of an object")
             return ""
         if _family(part.kind) == "tensor":
+            # A lazy conjugate holds the bytes of its negative imaginary part. Bytes that land there are right, and what
+            # they show is not.
             if _laziness(part) != _laziness(mine):
                 self._keep_away(index, "a lazy conjugate or negative on one side only")
                 return ""
@@ -188,11 +203,14 @@ class _Comparison:
         shape = geometry(mine.dtype, mine.shape, mine.stride())
         wanted = view.geometry
         if shape is not wanted and (shape.dtype != wanted.dtype or shape.shape != wanted.shape):
+            # ``load_state_dict`` copies a dtype into another one without a word, so this is the one disagreement that
+            # no error of torch's would show.
             if shape.shape == wanted.shape:
                 self.casts.add(slot[0])
             return f"expected {shape}, source has {wanted}"
         if shape.order is None or shape.expanded:
             self._keep_away(slot[0], "the template's tensor overlaps itself")
+        # An empty tensor agrees, and there is nothing to land.
         elif view.storage >= 0:
             address = mine.data_ptr()
             if mine.is_cpu and self._read_only.holds(address):
@@ -255,6 +273,8 @@ def _of(part: Part, shapes: Sequence[Geometry]) -> str:
 def same_strides(view: View, tensor: torch.Tensor) -> bool:
     """Whether a tensor of the view's shape has its elements in the same places."""
     shape, stride = view.geometry, tensor.stride()
+    # A dimension of size one has a stride that is never stepped: torch makes it up, and not always alike (a Linear of
+    # one output and its transpose).
     return shape.stride == stride or all(
         size == 1 or a == b for size, a, b in zip(shape.shape, shape.stride, stride, strict=True)
     )
@@ -264,6 +284,8 @@ def _drop_conflicts(
     manifest: Manifest, targets: Targets, extents: list[tuple[int, int, Slot]], report: TransferReport
 ) -> None:
     """Give up template tensors that share memory in a way the source's do not: one would overwrite the other."""
+    # A sweep over begins, as in any interval problem. Extents that merely touch do not overlap: parameters of one flat
+    # buffer lie side by side, and stay in place.
     extents.sort()
     cluster: list[tuple[int, Slot]] = []
     reached = 0
@@ -295,6 +317,8 @@ def _conflict(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int,
 def _shared_alike(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> bool:
     """Whether targets that overlap do so, element by element, as their views at the source do."""
     views = [manifest.leaves[index].views[position] for _, (index, position) in cluster]
+    # Tied weights, rows of one matrix, a flat buffer: the template's tensors overlap, and the source's do in the very
+    # same way, so each byte is written with the value that all who see it have.
     # Which storage at the source, and how far the place there is from the one here.
     if len({(view.storage, begin - view.begin) for (begin, _), view in zip(cluster, views, strict=True)}) > 1:
         return False
@@ -313,6 +337,8 @@ def _harmless(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int,
     same: dict[View, list[tuple[int, Slot]]] = {}
     for begin, slot in cluster:
         shape = geometry_of(targets[slot])
+        # Elements of two views that begin at different parts of an element overlap by halves; ``disjoint`` counts in
+        # whole ones.
         if begin % shape.itemsize != cluster[0][0] % shape.itemsize:
             return False
         same.setdefault(View(0, shape, begin // shape.itemsize), []).append((begin, slot))

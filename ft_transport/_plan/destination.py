@@ -80,6 +80,7 @@ class Landing:
         self._targets = targets
         if shared:
             share(targets.values())
+        # Before anything is allocated, so that memory which moves while this goes on is seen to have moved.
         homes = held([Block(tensor) for tensor in targets.values()])
         self._places = Places.of(homes, manifest, lambda: [leaf for leaf, _ in targets])
         aside: Container[int] = range(len(manifest.leaves)) if shadow else _indices(manifest, beside)
@@ -92,9 +93,13 @@ class Landing:
         self._landed = plan.landed
         self._counts: list[int] = []  # of the targets of copies, as torch counts their in-place operations
         self._rebuild = Rebuild(manifest, matched, targets, plan.landed, surroundings or Surroundings())
+        # After the last allocation: what is put together here for a try is thrown away, and must not take the room that
+        # was looked for.
         self._rebuild.try_it()
         if shared:
             share(block.memory for block in blocks)
+        # Fresh memory is held like the template's: once rebuilt it is the user's, and a relay still reads it for the
+        # next destination.
         rest = [which for which, block in enumerate(blocks) if block.storage is None]
         for which, block in zip(rest, held([blocks[which] for which in rest]), strict=True):
             blocks[which] = block
@@ -130,6 +135,8 @@ class Landing:
 
     def _copy_to(self, target: Slot, slot: Slot) -> None:
         mine, new = quiet(self._targets[target]), quiet(self._landed.values[slot])
+        # As bits: ``copy_`` of a dtype that has no arithmetic (float8, quantized) is not implemented everywhere, and
+        # NaNs must keep their payload.
         carrier = CARRIERS[mine.dtype.itemsize]
         mine.view(carrier).copy_(new.view(carrier))
 
@@ -137,6 +144,8 @@ class Landing:
         """Repeat the copies of :meth:`rebuild`: of small tensors all, of large ones those that have changed since."""
         for (target, slot), before in zip(self._landed.copies, self._counts, strict=True):
             mine = self._targets[target]
+            # BatchNorm's fused kernels write statistics without counting, so small ones are copied whether they count
+            # as changed or not.
             if mine.nbytes < self._layout.stage_below or _count(mine) != before:
                 self._copy_to(target, slot)
 
@@ -151,6 +160,8 @@ class Landing:
         if not moved:
             return lost
         slots = list(self._targets)
+        # ``load_state_dict(assign=True)``, FSDP's resharding, an optimizer that casts its state: the tensor object may
+        # be the same with other memory, and then what is written again goes there.
         for slot in [slots[index] for index in moved]:
             view, mine = self._manifest.leaves[slot[0]].views[slot[1]], self._targets[slot]
             if (mine.dtype, mine.shape) != (view.geometry.dtype, view.geometry.shape) or not same_strides(view, mine):
@@ -241,6 +252,8 @@ class _Plan:
         self.landed = Landed({}, set(), [])
         self.large: dict[int, list[torch.Tensor]] = {}
         self.fresh_ranges: set[int] = set()
+        # What each range becomes is decided in one pass, in the layout's order; nothing decided for one depends on
+        # another but the room that is left.
         self.nbytes_in_place = self.nbytes_copied = 0
         self._manifest = manifest
         self._layout = layout
@@ -253,6 +266,8 @@ class _Plan:
         """The memory that each of the layout's ranges lands in."""
         blocks: list[Block] = []
         # Most ranges are one dense view, and land in the template's tensor as it is: those with little ado.
+        # With a shadow, or leaves that forward has written to, the quick way is closed to all: it does not look at
+        # leaves one by one.
         homes = {} if self._aside else self._homes
         direct: dict[Slot, torch.Tensor] = {}
         for which, (piece, group) in enumerate(zip(self._layout.ranges, self._members(), strict=True)):
@@ -304,6 +319,7 @@ class _Plan:
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""
+        # The usual fresh leaf. What follows is for groups of which some have a home.
         if len(group) == 1 and group[0].slot not in self._homes:
             return None
         exact: dict[tuple[int, int], list[_Member]] = {}
@@ -330,6 +346,7 @@ class _Plan:
     def _in_place_with_gaps(self, piece: Piece, gaps: Gaps, group: Sequence[_Member]) -> Block | None:
         """The template's memory for a range with gaps, where all its views lie as they do at the source."""
         shifts = {self._shift(member) for member in group}
+        # All views must have moved alike: the places in ``gaps`` are of the source's storage, and hold here only then.
         (shift, *others) = shifts
         if shift is None or others or (piece.begin + shift[1]) % gaps.unit:
             return None
@@ -354,6 +371,8 @@ class _Plan:
 
     def _in_place_strided(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """A template tensor whose strides or device differ, to be written through a bucket."""
+        # Strided, or on another device than the wire: the message is staged, and scattered to the first of the targets;
+        # copies fill the others once all has landed.
         # Views that are not all the same could not be copied from one target to the other.
         if not all(slot in self._homes and view == group[0].view for slot, view in group):
             return None
@@ -386,6 +405,7 @@ class _Plan:
 
     def _fresh_block(self, piece: Piece, group: Sequence[_Member], gaps: Gaps | None) -> Block:
         whole = piece.begin == 0 and piece.end == self._manifest.storages[piece.storage].nbytes
+        # Below the arena's size torch's own allocator is quicker, and gives back memory piece by piece.
         if whole and len(group) == 1 and piece.end < FROM_ARENA and group[0].view.geometry.dense:
             # A tensor of its own: the quickest way for many small ones.
             tensor = self._fresh.tensor(group[0].view)
@@ -434,6 +454,8 @@ class _Fresh:
             MemoryError: There is none.
         """
         nbytes, device_type = self._manifest.storages[storage]
+        # A leaf that was on the CPU at the source stays there, whatever the destination has: counters and generators'
+        # states do not belong on a device.
         if "cpu" not in (device_type, self._device.type):
             return self._device  # whose allocator says so by itself, before anything is killed for it
         self._nbytes += nbytes

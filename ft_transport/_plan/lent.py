@@ -55,10 +55,13 @@ class Readers:
 
     def take_away(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call ``act``, once nobody reads; gives what it gives. Who comes meanwhile finds it taken."""
+        # Two who take memory away at once: the second one finds the first one's turn over.
         with self._one:
             self.turn += 1
             try:
                 with self._nobody:
+                    # A wait with a time-out in place of a notification, so that the reader pays nothing. Who waits here
+                    # is about to free gigabytes, and has 50 us.
                     while not self._nobody.wait_for(lambda: not self._inside, _LOOK_AGAIN_S):
                         pass
                 return act(*args, **kwargs)
@@ -77,6 +80,8 @@ def readers_of(storage: torch.UntypedStorage) -> Readers:
         with _lock:
             known = vars(storage).get(_ATTRIBUTE)
             if known is None:
+                # Shadowing in the instance works because torch hands out one Python object for one storage as long as
+                # anybody holds it, and we do.
                 # What is put there stays: another thread may have looked up the class's own just before, and is about
                 # to call it, but not the next time. A reference to the storage in itself would be a cycle.
                 known = Readers()

@@ -34,6 +34,8 @@ class Placement:
     """
 
     def __init__(self, layout: Layout, blocks: Sequence[Block], places: Places, device: torch.device) -> None:
+        # Not private: a ``load_state_dict`` may exchange the template's tensors behind us, and ``Landing.find_again``
+        # then puts other blocks here.
         self.blocks = blocks
         self._layout = layout
         self._places = places
@@ -62,6 +64,8 @@ class Placement:
         if found is None:
             return None
         block, begin, nbytes = found
+        # Looked at for each message, not once: from one message to the next seconds may pass, in which the user's code
+        # runs. A message is a few MiB, so the look costs nothing.
         if not block.here:
             self.check()
         return block.bytes(begin, begin + nbytes)
@@ -112,9 +116,11 @@ class Placement:
             raise
 
     def _directly(self, message: int) -> tuple[Block, int, int] | None:
+        # Whatever the device. On an accelerator this bounds what forward may overwrite to buckets, too.
         if self._layout.is_small(message):
             return None
         # Only small ranges share a message, so this is the one piece.
+        # Unpacked as one on purpose: two here would be a layout that both sides read differently.
         ((block, begin, nbytes),) = self._parts(message)
         if not block.dense or block.memory.device.type != self._device_type:
             return None
@@ -124,4 +130,6 @@ class Placement:
         """For each piece of a message its block, its first byte there, and how many."""
         layout, blocks = self._layout, self.blocks
         for (_, begin, end), which in zip(layout.messages[message], layout.owners[message], strict=True):
+            # A range with gaps counts only the bytes that travel, from its begin on; so does a block of one. So this
+            # difference is right for both.
             yield blocks[which], begin - layout.ranges[which][1], end - begin

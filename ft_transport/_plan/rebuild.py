@@ -72,6 +72,8 @@ class Rebuild:
         """
         here = self._here()
         for index, leaf in enumerate(self._manifest.leaves):
+            # Some classes find more wrong with a context than we can check (a mesh that cannot be made, an ``__init__``
+            # that raises). Tried with memory of the right form and no content, it costs nothing that is kept.
             if leaf.kind in KINDS and KINDS[leaf.kind].is_tried and (index, 0) not in self._targets:
                 try:
                     unflatten_leaf(leaf.part, self._makers(index, leaf, None), here)
@@ -88,6 +90,7 @@ class Rebuild:
         manifest, matched, settled = self._manifest, self._matched, self._settled
         leaves = manifest.leaves
         objects = self._objects() if any(map(itemgetter(3), leaves)) else None
+        # In the order of leaves, which is the order of the tree: what a leaf is the same as has been built before it.
         here, built = self._here(), list[object]()
         # Of a state without a template nearly every leaf is a plain tensor that is what has landed.
         values = self._values if not matched and not manifest.same and objects is None else {}
@@ -99,6 +102,8 @@ class Rebuild:
                 built.append(values[index, 0])
             elif kind == "tensor" and (index, 0) in settled:
                 built.append(matched[index])
+            # The template's object with its new bytes: modules and optimizers hold on to it, and must find the new
+            # values there.
             elif index in matched and self._adopts(index, leaf):
                 built.append(refresh(leaf.part, self._makers(index, leaf, None), matched[index], here))
             elif index in manifest.same:
@@ -158,6 +163,8 @@ class _Objects:
     def know(self, view: View, context: Any, leaf: torch.Tensor) -> None:
         """A leaf that the template has, if it is what the source's is."""
         is_parameter, requires_grad = context or (False, False)
+        # A template may have a Parameter where the source has its tensor; then what is inside of other leaves is not
+        # that Parameter.
         if isinstance(leaf, torch.nn.Parameter) == is_parameter and leaf.requires_grad == requires_grad:
             self._made.setdefault((view, context), leaf)
             self._leaves.add((view, context))
@@ -172,6 +179,7 @@ class _Objects:
     def outer(self, view: View, context: Any, tensor: torch.Tensor | None) -> torch.Tensor:
         """A tensor that is a leaf."""
         key = view, context
+        # Empty tensors are never one: they have nothing in common but that.
         if key in self._leaves or view.storage < 0:
             return plain(empty(view) if tensor is None else tensor, context)
         self._leaves.add(key)
@@ -187,6 +195,8 @@ def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
 
 def quiet(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with a version counter of its own, unlike ``detach()``: see :func:`mark_changed`."""
+    # ``detach()`` shares the version counter: writing through it would tell autograd of each message. It is told once,
+    # when all is verified, by :func:`mark_changed`.
     return tensor.data
 
 

@@ -26,6 +26,8 @@ def state_of(data: bytes, header: Any) -> int:
         data: The frame.
         header: The first entry of its body.
     """
+    # The header holds limits and step, in which two sources of one state may differ. What follows it (nodes, shapes,
+    # leaves, storages) is the state's description, byte for byte the same from every replica that holds it.
     return digest_bytes(memoryview(data)[len(msgpack.packb(header)) :])
 
 
@@ -46,10 +48,13 @@ class Kept(NamedTuple):
 
     def left_for(self, step: int, state: int, layout: Layout) -> dict[int, int | None]:
         """The messages of a state, as its source cuts it now, that may be here; none if it is another state."""
+        # Another step is another state, although most of its bytes may be equal: ``skip_unchanged`` is for that.
         if (step, state) != (self.step, self.state):
             return {}
         if layout.messages == self.layout.messages:
             return dict(self.digests)
+        # Only the slow way: a source that is asked for a chain cuts smaller messages than one that serves a single
+        # destination.
         extents: dict[int, list[tuple[int, int]]] = {}
         for message in self.digests:
             for storage, begin, end in self.layout.messages[message]:

@@ -45,6 +45,7 @@ class Rewrite:
         self._landing = landing
         self._lock = threading.Lock()
         self._arena = Arena()
+        # What landed fresh is in nobody's module yet, so forward cannot have written there.
         self._room = SMALL_BYTES if landing.in_place else 0
         self._taken: dict[int, torch.Tensor] = {}
         self._kept: dict[int, torch.Tensor] = {}
@@ -52,6 +53,8 @@ class Rewrite:
         self._algorithm, self._sample = "xxh3", -1
         self._reading: Reading | None = None
         self._counts: dict[int, list[tuple[torch.Tensor, int]]] = {
+            # Before the first byte. A forward that writes while a message lands would otherwise be taken for what was
+            # there before.
             which: [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
             for which, tensors in landing.large.items()
         }
@@ -65,6 +68,7 @@ class Rewrite:
             taken = self._taken.get(message)
             if taken is None and aligned(nbytes) <= self._room:
                 self._room -= aligned(nbytes)
+                # A message that comes twice, damaged the first time, has one place.
                 taken = self._taken[message] = self._arena.allocate(nbytes)
             return taken
 
@@ -93,6 +97,7 @@ class Rewrite:
         """As :meth:`keep`, of memory that was allocated elsewhere: all of it, or none; gives which."""
         nbytes = sum(aligned(each.numel()) for each in data.values())
         with self._lock:
+            # All of a flight or none: half of a bucket kept would be half of a BatchNorm's statistics.
             if nbytes > self._room:
                 return False
             self._room -= nbytes
@@ -102,6 +107,8 @@ class Rewrite:
     def is_written(self, message: int) -> bool:
         """Whether somebody has written to the template's tensor that a large message lands in."""
         counts = self._counts
+        # torch's count goes up with each in-place operation, also of ours; ours are made on tensors with a count of
+        # their own.
         return bool(counts) and any(
             tensor._version != before
             for which in self._layout.owners[message]
@@ -125,6 +132,8 @@ class Rewrite:
     def watch(self, settle: Callable[[], None]) -> None:
         """Call ``settle`` before any optimizer steps on what has landed: who steps has loaded by then, and what a step
         writes is training."""
+        # A user may step before the Manager's vote (DiLoCo's inner optimizer does). Then what forward wrote must be
+        # repaired before that step, and not undone after it.
         self._reading = Reading(self._layout, self._landing.placement.memory, lambda _: settle())
 
     def write(self) -> list[str]:
@@ -135,6 +144,8 @@ class Rewrite:
         """
         if self._reading is not None:
             self._reading.release()
+        # Order matters. Where is the memory now; then what is kept, written again; then what was copied in the end; and
+        # only then is compared what is left, since the steps before may have repaired it.
         lost = self._landing.find_again()
         messages: Iterable[int] = range(len(self._layout.messages))
         if lost:
@@ -150,10 +161,12 @@ class Rewrite:
         """The small messages for which there was no room. Of so many small tensors the counts are not looked at."""
         if not self._landing.in_place:
             return []
+        # Counts of small ones would cost a call for each of thousands, and BatchNorm's are not true.
         messages = filter(self._layout.is_small, range(len(self._layout.messages)))
         return [message for message in messages if message not in self._kept]
 
     def _is_as_sent(self, message: int) -> bool:
+        # Without digests nobody can tell. ``docs/faults.md`` says so, and that a chain is not made then.
         if message not in self._digests:
             return True
         data = self._landing.placement.direct(message)

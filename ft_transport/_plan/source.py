@@ -57,12 +57,15 @@ class Outbound:
         await_end: Callable[[Reading], object] | None = None,
     ) -> None:
         self.options = options
+        # Describing makes hundreds of thousands of small objects and no cycle. The collector would start every 700 of
+        # them, and walk through all of the trainer's.
         with no_collection():
             manifest, tensors = describe(state_dict)
             if options.shared:
                 share(tensors.tensors)
                 # The group would move them where they are seen to move, so it is done, and noted anew, before.
                 manifest, tensors = describe(state_dict)
+            # How it is cut is decided here alone: the destination finds the limits in the manifest, and need not agree.
             limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
             self.header = Header(step, limits, options.digest, options.sample)
             self.layout = lay_out(manifest, limits)
@@ -77,6 +80,7 @@ class Outbound:
 
     def note_digest(self, message: int, data: torch.Tensor) -> None:
         """Fingerprint a message, once for all destinations."""
+        # Not locked: two destinations may take one digest twice, at the same time, and store the same number.
         if self.header.digest and message not in self._digests:
             lent = self.placement.held(message)
             try:
@@ -99,6 +103,7 @@ def place(manifest: Manifest, layout: Layout, tensors: Tensors, device: torch.de
         tensors: The state's own, behind the manifest's views.
         device: Where messages live.
     """
+    # Of every tensor, also of those that share a block with others: each may lose its memory by itself.
     places = Places(tensors.tensors, tensors.addresses, tensors.alive, manifest, lambda: _owners(manifest))
     return Placement(layout, _blocks(manifest, layout, tensors), places, device)
 
@@ -111,12 +116,14 @@ def _owners(manifest: Manifest) -> list[int]:
 
 def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> list[Block]:
     """The memory of each of the layout's ranges."""
+    # A leaf that is the same object as an earlier one has that one's views and no tensors of its own.
     same = manifest.same
     leaves = [leaf for i, leaf in enumerate(manifest.leaves) if i not in same] if same else manifest.leaves
     views: list[View] = list(chain.from_iterable(map(itemgetter(1), leaves)))
     ranges = layout.ranges
     of_range: list[list[int]] = [[] for _ in ranges]
     simple = len(ranges) == len(manifest.storages)  # nearly every storage is one range
+    # An empty tensor is a view of no storage (-1): it has a shape to tell, and no bytes.
     for index, view in enumerate(views):
         if view[0] >= 0:
             of_range[view[0] if simple else layout.range_of(view[0], view.begin)].append(index)
@@ -152,10 +159,13 @@ def _block(piece: Piece, gaps: Gaps | None, members: Sequence[int], views: Seque
     first = members[0]
     tensor, shape = tensors.tensors[first], tensors.geometries[first]
     if shape is not views[first].geometry:
+        # A column of a matrix, say, of which nothing else is in the state: moved as it lies, the whole matrix would
+        # travel.
         # Its gaps do not travel: the manifest has it without, and so have all others here, which are the same view.
         dims = shape.order or ()
         sizes, strides = [shape.shape[dim] for dim in dims], [shape.stride[dim] for dim in dims]
         return Block(tensor.detach().as_strided(sizes, strides, tensors.offsets[first]), dense=False)
+    # If one of the tensors is all of the range, it is taken as it is.
     for index in members:
         if _is_whole(views[index], piece):
             return Block(tensors.tensors[index])

@@ -29,6 +29,8 @@ logger = logging.getLogger("ft_transport")
 
 
 # Bounds the registered keys of torchft's envelope that are tried as the place of the callback's tree.
+# A job registers a handful: one for each model part and each optimizer. The bound is against a peer who sends a million
+# to have each tried.
 MAX_KEYS = 100
 
 
@@ -69,9 +71,11 @@ def fit(
         RemoteProtocolError: The template cannot take it; every path is listed.
         TypeError: ``on_mismatch`` has returned neither of its words.
     """
+    # No template: all is fresh, and there is nothing to disagree with.
     if state_dict is None:
         return Fit({}, {}, Surroundings())
     try:
+        # ``strict`` is the older word, and means more: what is missing or left over is refused as well.
         return _fit(manifest, state_dict, report, "refuse" if strict else on_mismatch, strict, copies)
     except RemoteProtocolError:
         report.unfit = True
@@ -86,15 +90,20 @@ def _fit(
     strict: bool,
     copies: Copies | None,
 ) -> Fit:
+    # Called in each receive, and not kept: parameters may have been replaced since, and an optimizer that had no state
+    # at step 0 has one now.
     template = state_dict()
     matched = match_template(manifest, template, report)
     compared = compare_all(manifest, matched, report)
+    # Refused here is refused before a byte moves, so that the template is what it was, and the replica not torn.
     refused = _refused(manifest, matched, compared, on_mismatch, report)
     if strict:
         refused += [f"{path}: expected in the template, source has it" for path in report.missing]
         refused += [f"{path}: expected from the source, template has it" for path in report.unused]
     if refused:
         raise RemoteProtocolError("; ".join(refused))
+    # Both at once is what a renamed module looks like. One of them alone is a model that has grown, or a source that
+    # keeps an EMA.
     if report.missing and report.unused:
         logger.warning("the template and the source's state differ in their leaves: %s", shortened(report.gaps()))
     _warn(manifest, compared, report)
@@ -110,6 +119,8 @@ def _refused(
 ) -> list[str]:
     """What must be refused, a line for each path; notes in the report all that disagrees."""
     refused = []
+    # If not one tensor fits, the template is of another model, or the callback gives a tree of another shape: then all
+    # that lands beside would be a model that nobody has asked for.
     fits = any(manifest.leaves[i].views for i in matched if i not in compared.disagreements)
     for index, reason in compared.disagreements.items():
         path = format_path(manifest.paths[index])
@@ -162,6 +173,7 @@ def _drop_copies(
     Called twice in a row, while the first one's tensors live: so one that lies elsewhere the second time is a copy, but
     for what another thread moves just then. Only once for each transport: a callback may cost much.
     """
+    # Asked once in a transport's life. A callback that gathers FULL_STATE_DICT takes seconds, and a collective.
     if copies.paths is None:
         copies.paths = _find_copies(manifest, template, state_dict, targets)
         if copies.paths:
@@ -186,6 +198,7 @@ def _find_copies(
 ) -> frozenset[str]:
     try:
         again = state_dict()
+        # The callback hands out one object each time. Whatever its tensors are, they are kept.
         if again is template:
             return frozenset()
         unused = TransferReport("destination", "", None)
@@ -217,6 +230,7 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
             there are two places that fit equally well.
     """
     nodes, leaves, _ = flatten(template)
+    # Equal trees need no paths, and paths of 100,000 leaves are most of what finding a place costs.
     if _fits_as_a_whole(manifest.nodes, nodes):
         return {
             index: mine for index, mine in enumerate(leaves) if mine is not None or not manifest.leaves[index].views
@@ -224,6 +238,8 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
     paths = paths_of(nodes)
     index_of = _places(manifest.paths, set(paths))
     scored = [(_score(manifest, index_of, prefix, paths, leaves), prefix) for prefix in _prefixes(manifest.paths)]
+    # By how many tensors have a place at all, then by how many agree in shape: a model in two variants is found by its
+    # names first. A tie is refused, never guessed: the wrong half of a state would land without a word.
     best, prefix = max(scored, key=lambda entry: entry[0])
     if any(leaf.views for leaf in manifest.leaves):
         if best == (0, 0):
@@ -240,6 +256,7 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
     for path, leaf in zip(paths, leaves, strict=True):
         index = index_of.get(prefix + path)
         if index is None:
+            # The template has it, and the source has not. torch calls that a missing key.
             report.unused.append(format_path(prefix + path))
         elif leaf is not None or not manifest.leaves[index].views:
             matched[index] = leaf
@@ -249,6 +266,8 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
 def _fits_as_a_whole(nodes: list[Node], template: list[Node]) -> bool:
     """Whether the template's tree is the source's, or the only one in the envelope: then no path is needed."""
     starts = [0]
+    # torchft's Manager wraps what it sends: {"user": {key: tree}, "torchft": {...}}, in this order; the key is
+    # "default" where none was given.
     if "user" in nodes[0].keys[:1] and "torchft" in nodes[0].keys:
         starts += [1, 2] if nodes[1].num_children == 1 else []
     try:

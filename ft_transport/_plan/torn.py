@@ -70,6 +70,8 @@ class Guard:
     @property
     def torn(self) -> bool:
         """Whether the template holds a mix, now."""
+        # Read without a lock, from the training thread, while the quorum thread fills the report in. Both are one
+        # assignment; and a replica is torn from a moment before the first byte lands, never after.
         report = self._report
         return self._torn or (report is not None and report.torn)
 
@@ -89,6 +91,8 @@ class Guard:
             self._heal(attempt.landing)
             self._refusals = 0
         except BaseException as exc:
+            # A receive that the destination has refused has moved no byte. What counts is whether it will refuse the
+            # next one as well.
             if any(peer.outcome == "refused" for peer in report.peers):
                 self._refusals += 1
                 if report.unfit or self._refusals >= MAX_REFUSALS:
@@ -102,6 +106,7 @@ class Guard:
             self._report = attempt.landing = None
 
     def _heal(self, landing: _Landing | None) -> None:
+        # By path, and not by memory: a leaf that was half written may lie elsewhere by now, and is as wrong there.
         left = self._paths - landing.paths() if self._paths and landing is not None else set()
         self._torn = self._unseen = bool(left)
         self._paths = left
@@ -146,6 +151,8 @@ class Guard:
                 for healed.
             RemoteProtocolError: This replica has refused the state that it was to heal from, and will again.
         """
+        # Raised out of ``disallow_checkpoint()``, that is out of ``should_commit()``: torchft has no other way to leave
+        # out a replica which heartbeats and cannot heal, and each step that it stays in fails for all.
         if self._refusal:
             raise RemoteProtocolError(
                 f"this replica cannot take the state of the others, and would only fail their steps: {self._refusal}",

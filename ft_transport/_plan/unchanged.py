@@ -43,6 +43,8 @@ __all__ = ["Reading", "Versions"]
 # Paths that an error names: an optimizer that stepped too early changes all of them.
 _MAX_NAMED = 8
 # How long what reads may take to end once its deadline has passed.
+# A lane that has timed out is closed within a heartbeat or two. After that the optimizer steps, and the transfer is
+# void: training does not stand still for a heal.
 _GRACE = timedelta(seconds=1)
 
 
@@ -103,6 +105,7 @@ class Reading:
         touched = self._touched(optimizer)
         if not touched:
             return
+        # A callback of the user's on a thread that serves may step an optimizer, too. It cannot wait for itself.
         if self._await_end is not None and threading.get_ident() not in self._servers:
             self._await_end(self)
         if not self._over:
@@ -114,6 +117,7 @@ class Reading:
         What runs then is the step's closure, or a hook behind it: either may write to the state as soon as the call
         that asked for a quorum has returned.
         """
+        # Copied: another thread's step may end meanwhile.
         optimizers = [optimizer for _, known in list(_stepping) if (optimizer := known()) is not None]
         return any(self._touched(optimizer) for optimizer in optimizers if not self._over)
 
@@ -149,6 +153,7 @@ class Versions(Reading):
         large = [(which, memory[which]) for which, (_, begin, end) in enumerate(layout.ranges) if end - begin >= limit]
         try:
             self._noted = [(which, tensor, tensor._version) for which, tensor in large]
+        # Looked for only when torch raises: nearly no state has one, and asking each tensor is a call for each.
         except RuntimeError:  # an inference tensor has no count
             self._noted = [(which, each, each._version) for which, each in large if not each.is_inference()]
         super().__init__(layout, lambda: memory, await_end)
@@ -189,6 +194,8 @@ class _Addresses:
     """Some ranges of addresses, half-open, which may overlap."""
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        # Sorted once, with the furthest end so far: whether one of a thousand parameters overlaps is then a single
+        # bisection, in a hook that every step runs.
         known = sorted(ranges)
         self._begins = [begin for begin, _ in known]
         self._reached = list(accumulate((end for _, end in known), max))
@@ -201,6 +208,8 @@ class _Addresses:
 
 def _written_by(optimizer: torch.optim.Optimizer) -> Iterator[tuple[int, int]]:
     """The addresses that a step may write to: of the parameters, whatever else is in their groups, and the state."""
+    # However nested: some optimizers keep lists of lists (Shampoo), or a master copy of each parameter, among their
+    # groups or in their state.
     pending: list[object] = [getattr(optimizer, "param_groups", ()), getattr(optimizer, "state", ())]
     known: set[int] = set()
     while pending:
