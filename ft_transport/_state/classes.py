@@ -41,6 +41,7 @@ __all__ = [
 FindClass = Callable[[str], Any]
 
 # Classes of values that are no containers, need no tag, and cannot change.
+# Exact classes: a subclass of ``int`` (an IntEnum, a bool's cousin) would come back as a plain one.
 ATOMIC = frozenset({type(None), bool, int, float, str, bytes})
 
 
@@ -56,12 +57,16 @@ def class_name(cls: Any) -> str:
         ValueError: It is local, or hidden by another of that name.
     """
     name = f"{cls.__module__}.{cls.__qualname__}"
+    # Known before a byte leaves. A class in a function, or one that a decorator has replaced under its name, could not
+    # be found by any receiver.
     if _resolve(cls.__module__, cls.__qualname__) is not cls:
         raise ValueError(f"class {name} cannot be found by its name: expected one at the top of a module")
     return name
 
 
 def _resolve(module: str, qualname: str) -> Any:
+    # Looked up among what is imported, and never imported: importing a module that a peer names is running code of the
+    # peer's choice.
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
         found = getattr(found, part, None)
@@ -80,12 +85,16 @@ def allowed_class(name: str) -> Any:
     return allowed
 
 
+# What holds values and calls nothing. Not ``getattr``, ``eval``, ``print``, nor ``map`` and ``filter``, which call what
+# they are given.
 _BUILTIN: dict[str, Any] = {
     f"builtins.{cls.__name__}": cls for cls in (int, float, complex, str, bytes, bool, list, dict, set, tuple)
 }
 
 
 def user_allowed() -> dict[str, Any]:
+    # torch's list, not one of our own: what a job has allowed for ``torch.load`` is allowed here, and there is one
+    # place to look.
     allowed: dict[str, Any] = weights_only._get_user_allowed_globals()  # type: ignore[no-untyped-call]
     return allowed
 
@@ -104,8 +113,10 @@ class NotAllowed(ValueError):
 
 def advice(names: Iterable[str]) -> str:
     """What to do about names that are not allowed: code that can be pasted as it is, or why there is none."""
+    # Text that can be pasted. A heal that fails for want of a class is repaired by whoever reads the log, at night.
     never, entries, modules, named = [], [], set(), []
     for name in sorted(names):
+        # Never imported for the advice, either.
         found = _Named(name)
         if found.why_not:
             never.append(found.why_not)
@@ -152,6 +163,8 @@ class _Named:
 
 
 def _why_not(name: str, module: str, short: str, found: Any) -> str:
+    # Allowing this one would undo all the others: it is ``torch.load`` of bytes inside of the pickle, by default with
+    # code.
     if name == STORAGE:
         return "a bare storage cannot travel, since reading one may run code: send a tensor of it"
     top = module.partition(".")[0]
@@ -211,6 +224,7 @@ _DTYPES: dict[str, torch.dtype] = {
 
 def expect(cls: type, value: Any) -> Any:
     """The value, which must be of exactly this class: True is no size."""
+    # ``isinstance`` would take True for a size of 1.
     if type(value) is not cls:
         raise TypeError(f"expected {cls.__name__}, got {type(value).__name__}")
     return value
@@ -236,6 +250,8 @@ def numpy_descr(dtype: Any) -> Any:
     """
     import numpy
 
+    # ml_dtypes' bfloat16 is a NumPy dtype of kind 'V': its own description says two raw bytes, and a receiver would get
+    # those.
     if dtype.type.__module__ == MORE_DTYPES:
         return MORE_DTYPES, dtype.name
     with warnings.catch_warnings():
@@ -252,6 +268,7 @@ MORE_DTYPES = "ml_dtypes"
 
 def _same_dtype(some: Any, other: Any) -> bool:
     """Whether two are the same, fields included: to NumPy raw bytes may equal what they were made of."""
+    # Equal is not the same: NumPy compares raw bytes of a length with whatever they were made of.
     if some != other or some.type is not other.type:
         return False
     if some.subdtype or other.subdtype:
@@ -269,6 +286,7 @@ def numpy_dtype(descr: Any) -> Any:
 
     if type(descr) is tuple and len(descr) == 2 and descr[0] == MORE_DTYPES:
         try:
+            # The one import that a peer can cause: of this very package, whose name is not the peer's.
             made = getattr(importlib.import_module(MORE_DTYPES), expect(str, descr[1]), None)
         except ImportError:
             raise ValueError(f"a NumPy dtype of {MORE_DTYPES}, which is not installed on the receiver") from None

@@ -46,9 +46,12 @@ class Tensors:
         self.on_cpu = _on_cpu(tensors) if on_cpu is None else on_cpu
         dtypes = map(attrgetter("dtype"), tensors) if dtypes is None else dtypes
         shapes, offset_of = map(attrgetter("shape"), tensors), torch.Tensor.storage_offset
+        # ``geometry`` is a cache: a state has a few dozen shapes, and what follows from each is worked out once for the
+        # process.
         self.geometries = list(map(geometry, dtypes, shapes, map(torch.Tensor.stride, tensors)))
         self.offsets: list[int] = list(map(offset_of, tensors))  # type: ignore[arg-type]
         storages = list(map(torch.Tensor.untyped_storage, tensors))
+        # The address of C++'s own object: two Python wrappers of one storage need not be one object.
         self.storages = list(map(attrgetter("_cdata"), storages))
         self.capacities = list(map(torch.UntypedStorage.nbytes, storages))
         self.alive = storages  # an identity is one as long as its owner lives
@@ -63,10 +66,14 @@ class Tensors:
         """The first tensor whose elements do not lie in its storage, None if there is none."""
         rows = zip(self.geometries, self.offsets, self.capacities, strict=True)
         inside = [offset * shape.itemsize + shape.span <= capacity for shape, offset, capacity in rows]
+        # A tensor of no elements has address 0, so most states with one go on to the slow look; it finds nothing wrong
+        # with them.
         if all(inside) and all(self.addresses):
             return None
         for index, (shape, offset) in enumerate(zip(self.geometries, self.offsets, strict=True)):
             reached = offset * shape.itemsize + shape.span
+            # FSDP gives back what a module does not need just now by resizing its storage to nothing: the tensor still
+            # has its shape, and no memory. Sent as it is, that would be a read of unmapped addresses.
             if shape.numel and (reached > self.capacities[index] or not self.addresses[index]):
                 return index
         return None
@@ -93,9 +100,13 @@ def describe(state_dict: object) -> tuple[Manifest, Tensors]:
     Raises:
         LocalProtocolError: A leaf cannot travel; the text names every such path and the reason.
     """
+    # In four passes over columns, not one over leaves: the nesting, what each leaf is made of, where its tensors lie,
+    # and leaves again from all three.
     nodes, values, shared = flatten(state_dict)
     manifest = Manifest(nodes, [], [], shared=shared)
     parts, counts, columns = _take_all_apart(values, manifest)
+    # Looked for before anything is said to anybody, and the path is told: which module is sharded away is the first
+    # thing one wants to know.
     if (bad := columns.without_memory()) is not None:
         owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
         path = format_path(manifest.paths[owner])
@@ -110,6 +121,7 @@ def describe(state_dict: object) -> tuple[Manifest, Tensors]:
 def _leaves(parts: Sequence[Part], views: list[View], counts: Sequence[int]) -> list[Leaf]:
     leaves: list[Leaf] = []
     rest, done = iter(views), 0
+    # Runs of plain leaves go all at once; Python steps in only where something else is.
     for index in [index for index, part in enumerate(parts) if part is not PLAIN]:
         leaves += plain_leaves(islice(rest, index - done))
         done = index + 1
@@ -128,6 +140,7 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
     counts: list[int] = []
     refused: dict[int, str] = {}
     seen: dict[int, int] = {}
+    # Exactly this class: a Parameter has something to tell (``requires_grad``), and a subclass may be anything.
     plain = [value for value in values if type(value) is torch.Tensor]
     dtypes, on_cpu = list(map(attrgetter("dtype"), plain)), _on_cpu(plain)
     # Of most states they need no closer look: all are plain, and no two are the same object.
@@ -143,6 +156,8 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
         inner: Sequence[torch.Tensor] = ()
         if type(value) in ATOMIC:
             part = Part(VALUE, value)
+        # Tied weights and a module that is registered twice. The values are kept by the list they are in, so an id
+        # stays one object's.
         elif (first := seen.setdefault(id(value), index)) != index:
             manifest.same[index] = first
             part = Part(VALUE)
@@ -156,6 +171,7 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
         counts.append(len(inner))
     if refused:
         paths = manifest.paths
+        # All of them at once: whoever has to change a state wants the whole list, not one path after each restart.
         text = "; ".join(f"{format_path(paths[index])}: {reason}" for index, reason in refused.items())
         raise LocalProtocolError(text, phase="describe")
     if simple is not None:
@@ -173,6 +189,7 @@ def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
     tensors, geometries, offsets = columns.tensors, columns.geometries, columns.offsets
     num_of = Counter(columns.storages)
     # Most storages have one view, one without gaps; what follows is what _place would do for each.
+    # Asked of shapes, of which there are few, in place of tensors.
     simple = {shape for shape in {*geometries} if shape.dense and shape.numel}
     alone = [
         index
@@ -190,6 +207,7 @@ def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
         firsts = [begin // shape.itemsize for begin, shape in zip(begins, shapes, strict=True)]
     ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
     if columns.on_cpu:
+        # One tuple for all storages of a size. They are equal, and nobody asks which is which.
         of_size = {end: Storage(end, "cpu") for end in {*ends}}
         storages += map(of_size.__getitem__, ends)
     else:
@@ -204,6 +222,8 @@ def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
     for index in sorted({*range(len(tensors))}.difference(alone)):
         if geometries[index].numel:
             groups.setdefault(columns.storages[index], []).append(index)
+    # Views that share a storage. How they share it is the only thing that must survive: ties, rows of one buffer, a
+    # flat parameter and what is cut out of it.
     for group in groups.values():
         _place(group, columns, views, storages)
     return views
@@ -214,6 +234,8 @@ def _clusters(group: list[int], columns: Tensors) -> list[tuple[int, int, list[i
     clusters: list[tuple[int, int, list[int]]] = []
     extents = [(view.begin, view.end, index) for index in group for view in [columns.view(index)]]
     for begin, end, index in sorted(extents, key=itemgetter(0, 1)):
+        # Touching is not overlapping: parameters side by side in a flat buffer are ranges of their own, each of which
+        # can land somewhere else.
         if clusters and begin < clusters[-1][1]:
             first, reached, members = clusters[-1]
             members.append(index)

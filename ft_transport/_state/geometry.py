@@ -27,6 +27,8 @@ __all__ = [
 QUANTIZED = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
 
 
+# One object for each distinct dtype, shape and strides, so that ``is`` compares two, and a dict of them is quick. Not a
+# dataclass: what is derived is derived once, not asked again.
 class Geometry:
     """Dtype, shape and strides, and what follows from them. Made by :func:`geometry`, which keeps one of each.
 
@@ -125,6 +127,7 @@ def geometry_of(tensor: torch.Tensor) -> Geometry:
 Placed = tuple[Geometry, int]
 
 
+# The usual sweep; touching extents stay apart, because each may land in a tensor of its own.
 def merge(extents: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Disjoint byte ranges, in order, that cover the extents; only overlapping ones are joined."""
     ranges: list[tuple[int, int]] = []
@@ -147,7 +150,10 @@ def index_of(views: Iterable[Placed], begin: int, end: int) -> tuple[torch.Tenso
     Returns:
         Where they are, 1-D int64 in increasing order, in units of so many bytes; None if that is the whole range.
     """
+    # Tied views are marked once.
     found = list(dict.fromkeys(views))
+    # Views of one storage may have different dtypes. All item sizes are powers of two, so the least of them divides the
+    # others, and all offsets: they are aligned.
     unit = min(shape.itemsize for shape, _ in found)
     taken = torch.zeros((end - begin) // unit, dtype=torch.bool)
     for shape, first in found:
@@ -162,11 +168,14 @@ def index_of(views: Iterable[Placed], begin: int, end: int) -> tuple[torch.Tenso
 
 def range_index(views: Sequence[Placed], begin: int, end: int) -> tuple[torch.Tensor, int] | None:
     """Which elements of a range its views refer to, None where that is all of it; see :func:`index_of`."""
+    # First by extents alone, which nearly always answers, and needs no memory.
     return None if covered(views, begin, end) else index_of(views, begin, end)
 
 
 def covered(views: Iterable[Placed], begin: int, end: int) -> bool:
     """Whether those of the views that have no gaps leave none of the range out."""
+    # Only dense views count. Two with gaps may fill each other's (columns, interleaved), which ``index_of`` then finds
+    # out.
     reached = begin
     for first, last in sorted((first, first + shape.span) for shape, first in views if shape.dense):
         if first > reached:

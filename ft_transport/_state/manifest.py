@@ -28,6 +28,8 @@ _T = TypeVar("_T")
 ALIGNMENT = 64
 
 
+# Tuples, for all of these: a state of 100,000 tensors has as many views and leaves, and they are made, compared and
+# hashed by C.
 class View(NamedTuple):
     """One strided view of a storage.
 
@@ -105,6 +107,8 @@ class Manifest:
         self.nodes = nodes
         self.leaves = leaves
         self.storages = storages
+        # Two kinds of sharing, kept apart. ``same`` and ``shared`` are of objects, which Python tells by ``is``; that
+        # views share a storage is of memory, and follows from the views themselves.
         self.same = same or {}
         self.shared = shared or {}
         self.treespec = treespec
@@ -113,12 +117,14 @@ class Manifest:
     @property
     def paths(self) -> list[Path]:
         """Path of each leaf."""
+        # For errors and reports mostly: a transfer that goes well needs none, and they cost as much as describing does.
         if self._paths is None:
             self._paths = paths_of(self.nodes)
         return self._paths
 
     def build(self, leaves: Sequence[object]) -> object:
         """The state dict with these leaves in place of the described ones."""
+        # Upstream's own code, over a plain group, sends torch's TreeSpec.
         if self.treespec is not None:
             return torch.utils._pytree.tree_unflatten(leaves, self.treespec)
         return unflatten(self.nodes, leaves, self.shared)
@@ -129,9 +135,12 @@ def disjoint(views: Sequence[View]) -> bool:
     itemsize = views[0].geometry.itemsize
     if len(views) == 1:
         return True
+    # Not known, rather than known to share: whoever asks then takes the safe way.
     if any(view.geometry.itemsize != itemsize or view.geometry.order is None for view in views):
         return False
     first = min(view.offset for view in views)
+    # A map of the elements, one byte for each. Strides could be compared by number theory (do two lattices meet?);
+    # columns of one matrix, the usual case, are marked faster than that is thought through.
     taken = torch.zeros(max(view.end for view in views) // itemsize - first, dtype=torch.uint8)
     for view in views:
         order = view.geometry.order or ()

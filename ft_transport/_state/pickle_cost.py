@@ -23,6 +23,8 @@ MAX_DEPTH = 1_000
 # Bounds the keys of one dict or set that are not text, see ``_state.values.MAX_UNSALTED_KEYS``.
 MAX_KEYS = 1 << 14
 
+# What each opcode leaves on the stack, as costs: the interpreter below has a page for what pickle has a thousand lines
+# for, because nothing is made.
 _TEXT = {"str", "bytes", "unicode", "bytes_or_str"}
 _PUT = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
 _GET = {"GET", "BINGET", "LONG_BINGET"}

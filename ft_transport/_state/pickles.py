@@ -31,6 +31,7 @@ __all__ = [
     "unpickle_object",
 ]
 
+# Named here so that no other file has to import pickle.
 UnpicklingError = pickle.UnpicklingError
 
 
@@ -58,21 +59,27 @@ class _Pickler(pickle.Pickler):
         self._known: dict[int, int] = {}
 
     def persistent_id(self, found: Any) -> int | None:
+        # pickle writes classes and functions by name, wherever they are in the value: the one place to see them all
+        # before a byte has left.
         if found is NotImplemented or (type(found) in _NAMED and found.__module__ in weights_only._blocklisted_modules):
             # Known before a byte leaves, whatever the receiver allows.
             raise ValueError(f"{found!r} cannot travel: no receiver can allow it")
         # Tensors have no truth, and pickle's own types need no help.
         if found is self._root or type(found) in _PICKLED:
             return None
+        # Kept alive by the value that is pickled, so an id stays one object's.
         known = self._known.get(id(found))
         if known is not None:
             return known
+        # Taken out, and written as a number: its bytes travel in messages, beside all others, and not inside of a
+        # pickle, which would be copied three times.
         if self._is_leaf(found):
             self._known[id(found)] = number = len(self._inner)
             self._inner.append(found)
             return number
         if self._has_tag(found) and not isinstance(found, type):
             self.values.append(found)
+            # Negative for values, others for leaves: persistent ids have one number line.
             self._known[id(found)] = number = -len(self.values)
             return number
         return None
@@ -136,7 +143,11 @@ def unpickle_allowed(data: bytes, load: Load) -> object:
     Raises:
         Exception: It is damaged, or names something else.
     """
+    # Checked as a whole before any of it is built: the unpickler itself would refuse only when it comes to a name, with
+    # half of the objects made.
     check_pickle(data)
+    # torch's, which is written in Python and knows a few dozen opcodes. ``pickle.Unpickler`` with ``find_class`` would
+    # do as well, but for what ``REDUCE`` can call.
     make: Any = weights_only.Unpickler
     unpickler = make(io.BytesIO(data), encoding="utf-8")
     unpickler.persistent_load = load
@@ -152,6 +163,7 @@ def check_pickle(data: bytes) -> None:
     """
     names = globals_in(data)
     check_cost(data)
+    # Subtracted even if it was allowed by the user; see :func:`_why_not` in ``_state.classes``.
     refused = names - HARMLESS - (user_allowed().keys() - {STORAGE})
     if refused:
         raise NotAllowed(refused)

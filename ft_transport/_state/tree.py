@@ -68,6 +68,7 @@ class Node(NamedTuple):
     extra: Any = None
 
 
+# One object for all leaves: whoever goes through nodes asks ``is LEAF``.
 LEAF = Node("leaf")
 
 
@@ -100,6 +101,8 @@ def flatten(tree: object) -> Flat:
     shared: dict[int, int] = {}
     # The object is kept so that its id is not given to another one meanwhile.
     seen: dict[int, tuple[int, object]] = {}
+    # An own stack in place of recursion: Python's limit is 1,000 frames, of which the caller has used some already, and
+    # a state may be nested as deep as :data:`MAX_DEPTH`.
     openers: dict[type, _Opener | None] = {}
     stack: list[Iterator[object]] = [iter((tree,))]
     while stack:
@@ -113,12 +116,16 @@ def flatten(tree: object) -> Flat:
                 nodes.append(LEAF)
                 leaves.append(value)
                 continue
+            # A container that holds itself is not looked for: it is nested without end, which this notices, with a path
+            # that shows it.
             if len(stack) > MAX_DEPTH or len(nodes) > MAX_NODES:
                 raise LocalProtocolError(_too_deep(nodes), phase="describe")
             index = len(nodes)
             first, _ = seen.setdefault(id(value), (index, value))
             if first != index:
                 shared[index] = first
+            # Containers that are shared are opened each time they are met. They become one object again only if their
+            # children have come out the same (see :func:`unflatten`).
             node, children = opener(value)
             nodes.append(node)
             stack.append(iter(children))
@@ -142,6 +149,8 @@ def _opener(cls: type) -> _Opener | None:
         return _OPENERS[cls]
     if issubclass(cls, tuple) and isinstance(getattr(cls, "_fields", None), tuple):
         return _open_namedtuple
+    # Before subclasses: whoever registers a class with torch's pytree has said how it is to be opened. A TensorDict
+    # registers.
     if cls in pytree.SUPPORTED_NODES:
         flatten_fn = pytree.SUPPORTED_NODES[cls].flatten_fn
         return lambda value: _open_registered(cls, value, *flatten_fn(value))
@@ -200,6 +209,8 @@ def _open_subclass(cls: type, kind: str) -> _Opener:
 
 def _pickles_plainly(cls: type, base: type) -> bool:
     """Whether pickle would keep the items and attributes of its instances and nothing else."""
+    # A class that tells pickle how to keep it knows of more than its items and attributes; it is left to pickle, as a
+    # leaf.
     between = cls.__mro__[: cls.__mro__.index(base)]
     return object in cls.__mro__ and not any(_PICKLE_HOOKS & vars(each).keys() for each in between)
 
@@ -228,6 +239,7 @@ def _open_registered(cls: type, value: Any, children: Iterable[object], context:
 
 
 def _open_dataclass(value: Any) -> _Opened:
+    # Instances may have lost a field, or have one more than the class says: what is there counts, as with pickle.
     names = [*getattr(value, "__dict__", ()), *copyreg._slotnames(type(value))]  # type: ignore[attr-defined]
     names = [name for name in names if hasattr(value, name)]
     return Node("dataclass", len(names), tuple(names), extra=type(value)), tuple(getattr(value, n) for n in names)
@@ -239,6 +251,7 @@ def _is_plain_object(cls: type) -> bool:
         return False
     own = {name for base in cls.__mro__[:-1] for name in vars(base)}
     slots = "__slots__" in vars(cls)
+    # ``object`` has a ``__getstate__`` of its own since Python 3.11, which ``own`` leaves out with the last class.
     states = {"__getstate__", "__setstate__"} & own
     # dataclass(slots=True, frozen=True) brings its own pair, which does the same.
     if states and not (slots and getattr(vars(cls).get("__getstate__"), "__module__", "") == "dataclasses"):
@@ -260,6 +273,7 @@ def unflatten(nodes: Sequence[Node], leaves: Sequence[object], shared: dict[int,
     Raises:
         ValueError: Nodes and leaves do not make one tree.
     """
+    # Each container that is one of several, by the node of the first.
     groups = {**shared, **{first: first for first in shared.values()}} if shared else {}
     built_before: dict[int, tuple[list[object], object]] = {}
     rest = list(leaves)
@@ -280,6 +294,8 @@ def unflatten(nodes: Sequence[Node], leaves: Sequence[object], shared: dict[int,
             del built[-num_children:]
         if index in groups:
             before = built_before.get(groups[index])
+            # Shared at the source, and different here: the template kept its own object for a leaf of one of them. Then
+            # they are two.
             if before is not None and _same_children(before[0], children):
                 built.append(before[1])
                 continue
@@ -319,6 +335,7 @@ def _build_mapping(node: Node, children: list[object]) -> object:
 
 
 def _build_dataclass(node: Node, children: list[object]) -> object:
+    # Without ``__init__``, as pickle does: it would ask for arguments, and may do anything.
     value = object.__new__(node.extra)
     for name, child in zip(node.keys, children, strict=True):
         object.__setattr__(value, str(name), child)
@@ -344,6 +361,7 @@ def _build_subclass(node: Node, children: list[object]) -> object:
 
 def _build_namedtuple(node: Node, children: list[object]) -> object:
     split = node.num_children - node.num_attrs
+    # Not the constructor: a namedtuple's may have been replaced.
     value: object = node.extra._make(children[:split])
     if node.num_attrs:
         vars(value).update(zip(map(str, node.keys[split:]), children[split:], strict=True))

@@ -40,6 +40,7 @@ __all__ = ["check_cost", "check_keys", "decode_value", "encode_value", "is_nativ
 
 def names_in(data: Any) -> set[str]:
     """What an encoded value names by its tags and pickles, however deep."""
+    # Without recursion: a peer can nest as deep as msgpack reads.
     found: set[str] = set()
     rest = [data]
     while rest:
@@ -79,6 +80,7 @@ def encode_value(value: object) -> Any:
     cls = type(value)
     if cls is int:
         assert isinstance(value, int)
+        # What msgpack has a type for. Python's integers have no bound.
         if -(1 << 63) <= value < 1 << 64:
             return value
     elif cls in ATOMIC:
@@ -86,6 +88,7 @@ def encode_value(value: object) -> Any:
     encode = _ENCODE.get(cls)
     if encode is not None:
         return encode(value)
+    # Before classes that an Enum may derive from: an IntEnum is an int to everybody else.
     if isinstance(value, enum.Enum):
         return ["enum", class_name(cls), value._name_, encode_value(value._value_)]
     if _is_numpy_scalar(value):
@@ -111,6 +114,7 @@ def _fields(tag: str, *names: str) -> Callable[[Any], list[Any]]:
 
 
 # Bounds an integer of more than 64 bits: a range or fraction of such takes time by the square of their length.
+# Two of this size are multiplied in a tenth of a second, and a fraction of them is reduced in one.
 MAX_INT_BYTES = 1 << 16
 
 
@@ -151,6 +155,7 @@ _ENCODE: dict[type, Callable[[Any], list[Any]]] = {
     uuid.UUID: lambda v: ["uuid", v.bytes],
     pathlib.PurePosixPath: lambda v: ["path", "PurePosixPath", str(v)],
     pathlib.PureWindowsPath: lambda v: ["path", "PureWindowsPath", str(v)],
+    # The other system's class cannot be made; a receiver gets its own.
     pathlib.PosixPath: lambda v: ["path", "Path", str(v)],
     pathlib.WindowsPath: lambda v: ["path", "Path", str(v)],
 }
@@ -176,6 +181,7 @@ def decode_value(data: Any, find_class: FindClass = allowed_class) -> Any:
     Raises:
         Exception: It is none, or names a class that is not allowed.
     """
+    # msgpack's own types are themselves.
     if not isinstance(data, tuple):
         return data
     return _DECODE[expect(str, data[0])](data[1:], find_class)
@@ -224,6 +230,9 @@ def check_keys(keys: tuple[Any, ...]) -> tuple[Any, ...]:
     Raises:
         ValueError: It may not be.
     """
+    # Python salts the hashes of text, anew for each process, and not those of numbers: ``hash(n)`` is n modulo 2^61 -
+    # 1, so whoever chooses the numbers can make all of them collide. Tuples of numbers are weaker still, hence four
+    # times.
     cost = 0
     for key in keys:
         cls = type(key)
@@ -239,6 +248,7 @@ def _decode_enum(args: Any, find: FindClass) -> Any:
     cls = find(expect(str, name))
     if not isinstance(cls, type) or not issubclass(cls, enum.Enum):
         raise TypeError(f"{name} is no Enum")
+    # By name first: values of an Enum may have been renumbered between two versions of a program.
     if member in cls.__members__:
         return cls.__members__[member]
     if not issubclass(cls, enum.Flag):
@@ -298,6 +308,7 @@ def _is_numpy_scalar(value: object) -> bool:
     return _is_numpy(value, "generic") and type(value).__module__ == "numpy"
 
 
+# NumPy is optional, to torch as well. Where it is not imported, no value of its classes can be here.
 def _is_numpy(value: object, cls: str) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, getattr(numpy, cls))
@@ -314,6 +325,7 @@ def _decode_numpy_scalar(descr: Any, data: Any) -> Any:
 
     dtype = numpy_dtype(decode_value(descr))
     expect(bytes, data)
+    # ``frombuffer`` refuses items of no bytes.
     if not dtype.itemsize:  # an empty text, whatever bytes NumPy has for it
         return numpy.zeros((), dtype)[()]
     return numpy.frombuffer(data, dtype, count=1)[0]

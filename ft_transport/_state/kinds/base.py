@@ -174,6 +174,7 @@ class Part(NamedTuple):
 PLAIN = Part("tensor")
 VALUE = "value"
 
+# In the order of registration, which is the order of precedence, newest first.
 KINDS: dict[str, Kind] = {}
 _BY_TYPE: dict[type, Kind] = {}
 # Of classes whose module was not imported when their kind was registered: module, name, kind.
@@ -186,6 +187,7 @@ def register_kind(kind: Kind) -> None:
     Raises:
         ValueError: Another kind has that name.
     """
+    # The same class again is allowed: whoever sets up twice in one process does no harm.
     if not kind.name or kind.name == VALUE or (kind.name in KINDS and type(KINDS[kind.name]) is not type(kind)):
         raise ValueError(f"name: expected one that no other kind has, got {kind.name!r}")
     KINDS[kind.name] = kind
@@ -250,16 +252,20 @@ def kind_of(leaf: object) -> Kind | None:
     kind = _kind_by_type(type(leaf))
     if kind is not None:
         return kind
+    # Kinds that have no exact class for it are asked, one after the other: a tensor is something for its layout, for
+    # being quantized or lazy, for its dispatch, for what it derives from.
     if isinstance(leaf, torch.Tensor):
         for kind in reversed(KINDS.values()):
             if kind.claims(leaf):
                 return kind
         raise ValueError(f"a tensor of class {type(leaf).__qualname__} cannot travel")
+    # Plain values are the rest of a state: learning rates, steps, names.
     if is_native(leaf):
         return None
     for cls in type(leaf).__mro__[1:-1]:
         if (kind := _BY_TYPE.get(cls)) is not None and kind.claims_subclasses:
             return kind
+    # Whatever else Python can pickle.
     return KINDS["object"]
 
 
@@ -282,12 +288,14 @@ def flatten_leaf(leaf: Any) -> tuple[Part, Sequence[torch.Tensor]]:
     try:
         inner, context = kind.flatten(leaf)
         taken = [(tensor, *flatten_leaf(tensor)) for tensor in inner]
+    # A kind's own code may be as deep as the leaf, and the leaf may hold itself.
     except RecursionError:
         raise ValueError(
             f"a leaf of class {cls.__qualname__} cannot travel: what is inside of it refers back to it, "
             "or is nested deeper than Python recurses"
         ) from None
     for tensor, part, below in taken:
+        # A kind that names an int among its inner tensors has a bug, which would show at the receiver.
         if part.kind == VALUE:
             raise ValueError(f"a {type(tensor).__name__} inside of a {kind.name}, where a tensor is expected")
         parts.append(part)
@@ -316,6 +324,7 @@ def check_parts(part: Part, shapes: Iterator[Geometry]) -> None:
         else:
             check_parts(below, shapes)
             direct.append(None)
+    # A kind of the user's must be registered on both sides; the wire knows only its name.
     kind = KINDS.get(part.kind)
     if kind is None:
         raise ValueError(f"unknown kind of leaf {part.kind!r}: register it on the receiver")
@@ -340,6 +349,7 @@ def check_grad(dtype: torch.dtype, requires_grad: object) -> None:
     """Raise if a tensor of this dtype cannot require grad, or it is no question of yes or no."""
     if type(requires_grad) is not bool:
         raise TypeError(f"expected a bool, got {requires_grad!r}")
+    # torch would raise as well, once the leaf is built: after its bytes have landed.
     if requires_grad and not (dtype.is_floating_point or dtype.is_complex):
         raise ValueError(f"a tensor of {dtype} requires grad")
 

@@ -3,7 +3,7 @@
 Strategy: the local tensor travels, and what places it: mesh and placements are described by numbers and names, never by
 the objects, since process groups mean nothing to another process. The receiver puts it onto a mesh of its own.
 
-Both come with modules of torch that take half a second to import. So these are imported by whoever has such a leaf, or
+Both come with modules of torch that take a second and more to import. So these are imported by whoever has such a leaf, or
 is sent one, and not by this file.
 """
 
@@ -113,6 +113,9 @@ def _mesh_like(key: MeshKey, meshes: Meshes) -> DeviceMesh:
     """The receiver's mesh for a DTensor that the template lacks: the template's of the same ranks,
     or of the same form, the process's own, or a new one without groups."""
     device_type, shape, _, names = key
+    # In this order: the very mesh that the template has; one that differs in its ranks alone (the other replica's group
+    # of the same form), if there is no choice; one that this process has made for itself; and at last a mesh without
+    # groups, on which one can compute nothing, but from which the local tensor can be taken.
     if key not in meshes:
         form = device_type, shape, names
         alike = [mesh for other, mesh in meshes.items() if (other[0], other[1], other[3]) == form]
@@ -130,6 +133,8 @@ def _own_mesh(key: MeshKey) -> DeviceMesh | None:
     if torch.distributed.is_initialized():
         created = {name: place for place, name in enumerate(c10d._world.pg_names.values())}
     found: list[tuple[list[int], DeviceMesh]] = []
+    # Slow, some tens of milliseconds, and only for a DTensor that the template lacks. ``issubclass(type(...))``, since
+    # ``isinstance`` would ask ``__class__`` of every lazy proxy in the process.
     for mesh in [each for each in gc.get_objects() if issubclass(type(each), DeviceMesh)]:
         try:
             if mesh_key(mesh) == key and mesh.get_coordinate() is not None:
@@ -155,6 +160,8 @@ def _new_mesh(key: MeshKey) -> DeviceMesh:
 
 def mesh_key(mesh: DeviceMesh) -> MeshKey:
     """What describes a mesh, comparable across processes."""
+    # Not the mesh's hash: that is kept and pickled, so equal meshes of two processes may differ in it (seen with torch
+    # 2.13).
     ranks, names = mesh.mesh, mesh.mesh_dim_names
     return mesh.device_type, tuple(ranks.shape), tuple(ranks.flatten().tolist()), tuple(names) if names else None
 
@@ -322,6 +329,7 @@ class ShardedTensorKind(Kind):
         rank = torch.distributed.get_rank()
         local_shards = [
             # The bytes live on this rank now, wherever they came from.
+            # A placement is ``rank:N/device``. The source's rank means nothing here.
             LocalShard(tensor, _make_shard(offsets, lengths, f"rank:{rank}/{tensor.device}"))
             for tensor, (offsets, lengths, _) in zip(inner, local, strict=True)
         ]

@@ -27,6 +27,8 @@ _COMPRESSED = {
 _LAYOUTS = {str(layout): layout for layout in (torch.sparse_coo, *_COMPRESSED)}
 
 
+# COO and the compressed four. How many values there are is part of the content, so none lands in place: another step
+# has others.
 class SparseTensor(KeepsAttributes):
     """Sparse COO, CSR, CSC, BSR, BSC: indices and values travel.
 
@@ -80,6 +82,8 @@ class SparseTensor(KeepsAttributes):
         return with_grad(leaf, is_parameter, requires_grad)
 
 
+# ``check_invariants=True`` reads the indices themselves, on the device. What can be wrong with shapes alone is found
+# here, before a byte lands.
 def _check_sparse(layout: torch.layout, shape: Sequence[int], inner: Sequence[Geometry]) -> None:
     """Let torch see whether indices and values make a tensor of this shape; what the indices are is seen later."""
     *_, indices, values = inner
@@ -99,6 +103,8 @@ def _check_sparse(layout: torch.layout, shape: Sequence[int], inner: Sequence[Ge
     make(*tensors, shape)
 
 
+# The older layout, of which torch offers no public way to take apart buffer, sizes and offsets. Jagged ones are wrapper
+# subclasses, and have a kind there.
 class NestedTensor(KeepsAttributes):
     """A nested tensor of strided layout (a jagged one is a wrapper subclass): its buffer travels.
 

@@ -71,6 +71,8 @@ class NumpyArray(Kind):
             return [], (None, shape, tuple(leaf.ravel()))
         if not leaf.flags.writeable or any(step < 0 for step in leaf.strides):
             leaf = leaf.copy(order="K")
+        # The bytes of an element become one more dimension of uint8: NumPy has dtypes (records, datetime64, text) that
+        # torch has not, and all of them are bytes to the wire.
         nbytes = leaf.dtype.itemsize
         data = leaf[..., None].view(numpy.uint8) if leaf.size and nbytes else numpy.empty((*shape, nbytes), numpy.uint8)
         return [torch.from_numpy(data)], (numpy_descr(leaf.dtype), shape)
@@ -126,6 +128,7 @@ class GeneratorKind(Kind):
             raise ValueError(f"the state of a Generator in {inner}")
 
     def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
+        # On the device where it was: its state is of another form there.
         leaf = torch.Generator(context)
         leaf.set_state(inner[0].cpu())
         return leaf

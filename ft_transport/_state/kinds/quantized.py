@@ -21,6 +21,7 @@ __all__ = ["QuantizedTensor"]
 _QUANTIZED = {torch.qint8: torch.int8, torch.quint8: torch.uint8, torch.qint32: torch.int32}
 
 
+# ``int_repr()`` copies. A tensor of a plain dtype over the same storage does not, and its bytes are the same.
 class QuantizedTensor(KeepsAttributes):
     """A quantized tensor, per tensor or per channel.
 

@@ -36,6 +36,8 @@ __all__ = ["LazyTensor", "MetaTensor", "PythonTensor", "UninitializedTensor"]
 # ------------------------------------------------------------------------------------- strided tensors
 
 
+# Python lets one put anything onto a tensor, and ``torch.nn.Buffer`` does (``persistent``). torch.save keeps such
+# attributes; so does this.
 class PythonTensor(Kind):
     """A strided tensor of a class of the user's, or with Python attributes (``torch.nn.Buffer`` has some).
 
@@ -115,6 +117,7 @@ def _sets_its_own_state(cls: type) -> bool:
     return getattr(cls, "__setstate__", torch.Tensor.__setstate__) is not torch.Tensor.__setstate__
 
 
+# ``torch.nn.LazyLinear`` and its like before their first forward: a tensor that has no shape yet.
 class UninitializedTensor(Kind):
     """A parameter or buffer of a lazy module that has no shape yet. Context: (is parameter, requires grad), and
     its dtype if that is not float32."""
@@ -144,6 +147,8 @@ class UninitializedTensor(Kind):
         return cls(requires_grad, device="cpu", dtype=dtype_of(*more) if more else torch.float32)
 
 
+# ``conj()`` and ``.imag.neg()`` of complex tensors are flags on a view, and the bytes are those of the tensor before.
+# What travels are these bytes, and the flags.
 class LazyTensor(Kind):
     """A lazy conjugate or negative: the physical bytes travel. Context: (conjugate, negative)."""
 
@@ -175,6 +180,7 @@ def _toggle(tensor: torch.Tensor, conjugate: bool, negative: bool) -> torch.Tens
     return torch._neg_view(tensor) if negative else tensor
 
 
+# A shape and nothing else; a model on the meta device before it is sharded.
 class MetaTensor(KeepsAttributes):
     """A tensor without bytes. Context: (dtype, shape, strides, is parameter, requires grad)."""
 

@@ -19,6 +19,8 @@ from ft_transport._state.kinds.python import shape_of
 __all__ = ["WrapperSubclass"]
 
 
+# torchao's and others': ``__torch_dispatch__`` and ``__tensor_flatten__``. Their attributes beside tensors travel as a
+# pickle of allowed classes.
 class WrapperSubclass(Kind):
     """Any traceable wrapper subclass: what ``__tensor_flatten__`` gives travels.
 
@@ -91,6 +93,8 @@ _JAGGED = "torch.nested._internal.nested_tensor.NestedTensor"
 _CACHES = ("_min_seqlen_tensor", "_max_seqlen_tensor")
 
 
+# Offsets are read by kernels without bounds. A jagged tensor whose rows lie outside of its values is a read of other
+# memory.
 def _check_rows(values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor | None, dim: int) -> None:
     """The rows of a jagged tensor lie in its values: torch's kernels do not look, and would read what is behind."""
     num_rows = offsets.numel() - 1
