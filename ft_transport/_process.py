@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 
+# The one way to a tensor's bytes that needs no NumPy and makes no tensor. Nothing keeps the memory alive but whoever
+# has the address.
 def memory_at(address: int, nbytes: int) -> memoryview:
     """Memory of this process, whose owner the caller keeps."""
     view: memoryview = _view_of_memory(address, nbytes, _PyBUF_WRITE)
@@ -44,6 +46,8 @@ _view_of_memory.restype = ctypes.py_object
 _PyBUF_WRITE = 0x200
 
 
+# Counted, since a source and a destination in one process (and tests) may hold it back at once; whoever is last puts it
+# back as it was, off if the trainer had turned it off.
 _collection_lock = threading.Lock()
 _collection_holders = 0
 _collection_was_on = False
@@ -59,6 +63,7 @@ def no_collection() -> Iterator[None]:
     global _collection_holders, _collection_was_on
     with _collection_lock:
         if _collection_holders == 0:
+            # Some trainers run with the collector off, and collect at a step of their choice.
             _collection_was_on = gc.isenabled()
             gc.disable()
         _collection_holders += 1
@@ -89,6 +94,7 @@ def undisturbed() -> Iterator[None]:
             _overrides._push_mode(mode)
 
 
+# Asked once: a machine's memory does not change, but for hotplugging, which no trainer waits for.
 @functools.cache
 def _machine_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
@@ -108,6 +114,7 @@ def physical_bytes(root: str = "/") -> int:
     Args:
         root: Where ``/proc`` and ``/sys`` are; for tests.
     """
+    # Not what is free: memory that caches hold is given back, and a bound against lies need not be tight.
     return min([_machine_bytes(), *(group.limit for group in _cgroups(root))])
 
 
@@ -118,6 +125,8 @@ def room(root: str = "/") -> Room:
     A cgroup's use counts without the page cache and what else its kernel gives back under pressure. Swap does not
     count. Of the machine all memory counts, whoever uses it now.
     """
+    # A container that takes more than its cgroup allows is not told so by an error: the kernel kills it. So it is asked
+    # before.
     rooms = [Room(_machine_bytes(), "this machine has")]
     for limit, used, path in _cgroups(root):
         left = max(0, limit - used)
@@ -152,6 +161,8 @@ def _cgroups(root: str) -> Iterator[_Cgroup]:
             mounts = [line.split() for line in lines]
     except (OSError, ValueError):
         return  # no Linux, or no /proc
+    # A process is in one cgroup of version 2, and in one for each controller of version 1; both may be mounted
+    # (hybrid).
     for entry in entries:
         if len(entry) != 3:
             continue
@@ -181,6 +192,7 @@ def _along(root: str, mount_point: str, names: list[str], files: _Files) -> Iter
         path = "/".join([mount_point, *names[:depth]])
         folder = os.path.join(root, path.lstrip("/"))
         limit = _number(os.path.join(folder, files.limit))
+        # Version 1 writes "no limit" as a number near 2^63, version 2 as "max".
         if limit is not None and limit < _machine_bytes():
             used = _number(os.path.join(folder, files.current)) or 0
             yield _Cgroup(limit, max(0, used - _reclaimable(os.path.join(folder, "memory.stat"), files)), path)

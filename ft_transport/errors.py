@@ -20,6 +20,8 @@ __all__ = [
 ]
 
 
+# torchft catches ``Exception`` around its calls and reports it as the step's error, so none of these is a
+# BaseException.
 class TransferError(Exception):
     """The state did not arrive.
 
@@ -44,6 +46,8 @@ class TransferError(Exception):
         nbytes_done: int = 0,
         nbytes_total: int = 0,
     ) -> None:
+        # Here, once, rather than wherever a text of a peer's gets into a message: a terminal's escape sequences end up
+        # in logs, and in terminals.
         message = printable(message)  # it may quote a peer
         super().__init__(message)
         self.message = message

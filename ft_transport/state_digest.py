@@ -61,13 +61,18 @@ class StateDigest:
             written alike, as tuples of keys.
     """
 
+    # Equality is of the wholes alone: two replicas compare one line of a log.
     whole: str
     by_path: Mapping[str, LeafDigest] = field(compare=False, repr=False)
 
     @staticmethod
     def of(by_path: Mapping[str, LeafDigest]) -> StateDigest:
         """The digest of a state with these entries, in any order."""
+        # Of 128 bits, since thousands of replicas over thousands of steps compare them; a leaf has 64, which two
+        # replicas compare with each other.
         hashed = xxhash.xxh3_128()
+        # Sorted: a mapping's order is none of the state's, and differs between replicas that registered keys in another
+        # order.
         for path, entry in sorted(by_path.items()):
             hashed.update(f"{path}\0{entry.what}\0{entry.digest}\n".encode("utf-8", "surrogatepass"))
         return StateDigest(hashed.hexdigest(), by_path)
@@ -88,6 +93,7 @@ class StateDigest:
             elif mine.digest != theirs.digest:
                 what = "keys" if mine.what.endswith(_KEYS) else "values"
                 lines.append(f"{path}: {what} differ ({mine.what})")
+        # What only the other one has comes last: most often it is all there is, when one replica is a version behind.
         more = [(path, entry.what) for path, entry in other.by_path.items() if path not in self.by_path]
         return lines + [f"{path}: {what} only there" for path, what in more]
 
@@ -105,6 +111,7 @@ class StateDigest:
         try:
             entries = data["by_path"].items()
             found = StateDigest.of({str(path): LeafDigest(str(what), str(digest)) for path, (what, digest) in entries})
+            # Cut off in a log, or edited: both happen to lines of 60 bytes for each leaf.
             if found.whole != data["whole"]:
                 raise ValueError(f"expected whole {data['whole']}, the entries make {found.whole}")
         except (AttributeError, KeyError, TypeError) as exc:
@@ -128,6 +135,7 @@ def state_digest(state_dict: object) -> StateDigest:
     Threading: any thread; reads tensors on an accelerator in the current stream.
     """
     with no_collection(), undisturbed():
+        # By the same functions that a transfer uses, so that what travels and what is compared cannot drift apart.
         nodes, leaves, _ = flatten(state_dict)
         reader = _Reader()
         entries: list[tuple[Path, LeafDigest]] = []
@@ -153,6 +161,7 @@ def state_digest(state_dict: object) -> StateDigest:
 
 def _by_text(entries: Sequence[tuple[Path, LeafDigest]]) -> dict[str, LeafDigest]:
     texts = [format_path(path) for path, _ in entries]
+    # {"a.b": 1} and {"a": {"b": 1}} are written alike.
     if len(set(texts)) < len(texts):
         several = {text for text, count in Counter(texts).items() if count > 1}
         texts = [repr(path) if text in several else text for text, (path, _) in zip(texts, entries, strict=True)]
@@ -209,6 +218,7 @@ class _Reader:
 
     def entry(self, leaf: object) -> LeafDigest:
         """What a leaf is, and the digest of what is in it."""
+        # Type and value: 1, 1.0 and True are equal to Python, and are three things to a training step.
         if type(leaf) in ATOMIC:
             return LeafDigest(_shown(leaf), _hex(_packed(encode_value(leaf))))
         part, tensors = flatten_leaf(leaf)
@@ -223,6 +233,7 @@ class _Reader:
             return self._plain(next(tensors))
         inner = [self._part(below, tensors) for below in part.parts]
         kind, context = KINDS[part.kind], part.context
+        # Strides, devices, ``requires_grad``: replicas may differ in them and train alike.
         if kind.not_compared:
             values = context if isinstance(context, tuple) else (context,)
             context = tuple(value for place, value in enumerate(values) if place not in kind.not_compared)
@@ -247,6 +258,7 @@ class _Reader:
     def _read(self, tensor: torch.Tensor) -> int:
         if not tensor.numel():
             return digest_bytes(b"")
+        # As in ``_state.describe``: a tensor whose storage was taken away has a shape, and no memory to read.
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         end = (tensor.storage_offset() + span) * tensor.element_size()
         if not tensor.data_ptr() or end > tensor.untyped_storage().nbytes():
@@ -275,6 +287,7 @@ def _canonical(data: Any) -> Any:
     if not isinstance(data, list):
         return data
     tag, *rest = map(_canonical, data)
+    # Their order hangs on the hashes of text, which Python salts anew for each process.
     if tag in ("set", "frozenset"):
         rest.sort(key=_packed)
     elif tag == "{}":

@@ -269,7 +269,7 @@ except AttributeError as exc:
 
 
 def test_importing_the_package_imports_nothing_that_no_state_has_asked_for() -> None:
-    """What DTensor and ShardedTensor come with takes a second and more to import; whoever has such a leaf has it already."""
+    """What DTensor and ShardedTensor come with takes a second and more; whoever has such a leaf has imported it."""
     out = run(
         """
 import sys, ft_transport, ft_transport.distributed, ft_transport.testing

@@ -71,6 +71,7 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         header = _decode_header(*header)
         if len(nodes) > MAX_NODES:
             raise ValueError(f"{len(nodes)} nodes, at most {MAX_NODES} are accepted")
+        # Nodes first: their number, and what they say of children, bounds everything that comes after.
         tree, refused = _decode_nodes(nodes)
         num_leaves = check_tree(tree)
         if len(leaves) != num_leaves:
@@ -81,6 +82,8 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
         if not_allowed:
             raise RemoteProtocolError(_all_not_allowed(not_allowed), phase="agree")
         manifest.shared = _decode_shared(shared, tree)
+        # Now views are known to lie in their storages. Whether storages are as large as what is seen of them decides
+        # how much memory a peer can make us take.
         _check_storages(manifest, header.limits)
         if not _ALWAYS_BUILT.issuperset(map(itemgetter(0), tree)):
             # What cannot be built must be found before a byte lands, not after the last one has.
@@ -106,6 +109,7 @@ def _decode_header(step: Any, limits: Any, digest: Any, sample: Any) -> Header:
 
 
 def _decode_limits(data: Any) -> Limits:
+    # ``_make`` refuses another number of fields; so does a peer of another version.
     limits = Limits._make(expect(int, value) for value in data)
     # What is packed is never cut, so a bucket is no larger than a message only if no packed range is.
     if not 64 <= limits.message_bytes <= MAX_MESSAGE_BYTES or not 0 <= limits.pack_below <= limits.message_bytes:
@@ -117,6 +121,8 @@ def _decode_limits(data: Any) -> Limits:
     return limits
 
 
+# Like NotAllowed, kept until all of the manifest has been read: whoever registers one class wants to hear of the others
+# as well.
 class _NotRegistered(ValueError):
     """A class of a node that this side has not registered."""
 
@@ -147,11 +153,13 @@ def _decode_nodes(data: Any) -> tuple[list[Node], list[tuple[int, _Refused]]]:
             nodes[index] = _decode_node(*node)
         except (NotAllowed, _NotRegistered) as exc:
             refused.append((index, exc))
+            # A stand-in of as many children, so that the rest of the tree, and what else it names, can be read.
             nodes[index] = Node("tuple", expect(int, node[1]))
     return nodes, refused
 
 
 def _decode_node(kind: Any, num_children: Any, keys: Any, num_attrs: Any, extra: Any) -> Node:
+    # Keys of text, nearly all, need no call.
     decoded: tuple[Hashable, ...] = tuple([key if type(key) is str else decode_value(key) for key in keys])
     check_keys(decoded)
     if not 0 <= expect(int, num_attrs) <= expect(int, num_children):
@@ -212,6 +220,8 @@ _IS_A: dict[str, Callable[[type], bool]] = {
 
 def _registered_class(name: str) -> type:
     """A class that this process has registered with torch's pytree, which is leave to build it."""
+    # By name among what this process has registered: nothing is imported, and torch's own classes have kinds of node
+    # that say more.
     for cls in pytree.SUPPORTED_NODES:
         # torch's own call what the context names, and have kinds of node of their own.
         if cls not in _HAVE_A_KIND and f"{cls.__module__}.{cls.__qualname__}" == name:
@@ -247,6 +257,8 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> lis
     """
     leaves, storages = manifest.leaves, manifest.storages
     refused: list[tuple[str, _Refused]] = []
+    # Plain tensors are most of a state, and are checked in columns. If anything about one of them is wrong all are
+    # looked at one by one, to name the one.
     others = [index for index, leaf in enumerate(data) if type(leaf) is not tuple or len(leaf) != 3]
     plain = _decode_plain([leaf for leaf in data if type(leaf) is tuple and len(leaf) == 3], shapes, storages)
     for index in others if plain is not None else range(len(data)):
@@ -258,6 +270,7 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> lis
                 if not 0 <= leaf < index:
                     raise ValueError(f"the same as leaf {leaf}")
                 manifest.same[index] = manifest.same.get(leaf, leaf)
+                # The same tuple; no chain of references can be long, since each is resolved to the first.
                 leaves.append(leaves[leaf])
             elif len(leaf) == 3:
                 leaves.append(Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
@@ -284,6 +297,7 @@ def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storag
     geometries: list[Geometry] = []
     num_shapes, num_storages = len(shapes), len(storages)
     for storage, number, offset in data:
+        # ``True`` is an int to ``isinstance``, and an index to a list.
         if not type(storage) is type(number) is type(offset) is int:
             return None
         if not (0 <= number < num_shapes and 0 <= storage < num_storages and offset >= 0):
@@ -300,6 +314,7 @@ def _decode_composite(data: Any, shapes: list[Geometry], storages: list[Storage]
     kind, views, context, parts = data
     decoded = tuple([_decode_view(view, shapes, storages) for view in views])
     leaf = Leaf(expect(str, kind), decoded, decode_value(context), tuple([_decode_part(part) for part in parts]))
+    # How many plain tensors a kind has follows from its parts; that a peer says both is for the check.
     if kind == VALUE or leaf.part.num_views != len(decoded) or (kind == "tensor" and leaf.parts):
         raise ValueError(f"a leaf of kind {kind} with {len(decoded)} views")
     check_parts(leaf.part, iter([view.geometry for view in decoded]))
@@ -339,6 +354,7 @@ def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
 def _decode_storages(data: Any) -> list[Storage]:
     if not data:
         return []
+    # Columns again; ``min`` and ``max`` of a million integers take less than one look at each.
     if {*map(len, data)} != {2}:
         raise ValueError("a storage that is no pair")
     sizes, device_types = zip(*data, strict=True)
@@ -357,6 +373,7 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
     if not all(shape.dense for shape in {*map(itemgetter(1), views)}):
         _check_gaps(manifest)
     storages = manifest.storages
+    # A storage that nobody refers to would be memory that is taken for nothing.
     num_of = Counter(map(itemgetter(0), views))
     num_of.pop(-1, None)
     if len(num_of) < len(storages):
@@ -372,6 +389,7 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
         elif storage >= 0:
             num_cuts += shape.span // step
             nbytes = storages[storage][0]
+            # A storage with one view is that view, but for what brings it to a multiple of 64.
             if nbytes > shape.span:
                 _check_size(nbytes, shape.span, 1)
     for storage, extents in shared.items():
@@ -389,6 +407,7 @@ def _check_size(nbytes: int, referenced: int, num_ranges: int) -> None:
 
 def _check_gaps(manifest: Manifest) -> None:
     """Finding what lies between views, as ``_wire.layout`` does, takes bounded time, and memory that there is."""
+    # Only these cost more than their bytes: what lies between the views has to be found, element by element.
     with_gaps = {view.storage for leaf in manifest.leaves for view in leaf.views if not view.geometry.dense}
     found: dict[int, set[View]] = {storage: set() for storage in with_gaps if storage >= 0}
     for leaf in manifest.leaves if found else ():
@@ -403,6 +422,8 @@ def _check_gaps(manifest: Manifest) -> None:
             if not covered([view.placed for view in inside], begin, end):
                 nbytes = end - begin + sum(_num_written(view.geometry) * view.geometry.itemsize for view in inside)
                 unit = min(view.geometry.itemsize for view in inside)
+                # An expanded dimension is written once; overlapping strides are written each time, which is what a peer
+                # would choose.
                 num_steps += nbytes // unit
                 num_elements += (end - begin) // unit
     if num_steps > MAX_GAP_STEPS:

@@ -31,6 +31,8 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
     """
     refused: list[str] = []
     all_views = list(chain.from_iterable(map(itemgetter(1), manifest.leaves)))
+    # By the order in which they come first, so that equal states have equal bytes: the fingerprint that resuming goes
+    # by is taken of these.
     shapes = {shape: number for number, shape in enumerate(dict.fromkeys(map(itemgetter(1), all_views)))}
     views = _encode_views(all_views, shapes)
     leaves: list[Any] = []
@@ -48,6 +50,7 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
             what = f"value of class {type(leaf.context).__qualname__}" if leaf.kind == VALUE else leaf.kind
             refused.append(f"{path}: a {what} cannot be encoded: {exc}")
     leaves += views
+    # A leaf is nil: one byte for each of a hundred thousand.
     nodes: list[Any] = [None] * len(manifest.nodes)
     for index in [index for index, node in enumerate(manifest.nodes) if node is not LEAF]:
         node = manifest.nodes[index]
@@ -67,6 +70,7 @@ def encode_manifest(manifest: Manifest, header: Header) -> bytes:
         list(manifest.shared.items()),
     ]
     try:
+        # msgpack's own limit, of 4 GiB for a text or an array, is far beyond the frame's.
         return encode_frame(Frame.MANIFEST, body)
     except ValueError as exc:
         raise LocalProtocolError(f"the description of the state cannot be encoded: {exc}", phase="describe") from exc
@@ -115,6 +119,8 @@ def _encode_node(node: Node) -> Any:
     extra = node.extra
     if node.num_attrs or node.kind == "dataclass":
         check_names(node)
+    # Only the class's name and what its ``flatten_fn`` calls context. The receiver must have registered the class
+    # itself.
     if node.kind == "pytree":
         extra = [class_name(extra[0]), encode_value(extra[1]), *extra[2:]]
     elif node.kind in NAMES_A_CLASS and extra is not None:

@@ -20,6 +20,8 @@ from ft_transport.errors import RemoteProtocolError
 
 __all__ = ["MAX_FRAME_BYTES", "Frame", "Header", "decode_frame", "encode_frame"]
 
+# First of all bytes, so that another program on the same tags, or upstream's own transport, is told apart by name and
+# not by a crash.
 MAGIC = b"FTCT"
 VERSION = 1
 _HEADER = struct.Struct("<4sBB2x")
@@ -57,6 +59,7 @@ class Header(NamedTuple):
 
 def encode_frame(kind: Frame, body: object) -> bytes:
     """Header and msgpack of ``body``."""
+    # Keys and paths may be lone surrogates: file names and JSON bring them.
     packed: bytes = msgpack.packb(body, use_bin_type=True, unicode_errors="surrogatepass")
     return _HEADER.pack(MAGIC, VERSION, kind) + packed
 
@@ -83,6 +86,8 @@ def decode_frame(data: bytes) -> tuple[Frame, Any]:
 def _unpack(packed: memoryview) -> Any:
     """The value; in memory of at most some 30 times its bytes, because no array claims more than is there."""
     # Walks through without making anything. An array is made as large as it claims to be, and arrays nest.
+    # ``skip`` goes through the C code that reads, and builds nothing: an array of 2^32 entries in five bytes ends here,
+    # for want of entries.
     unpacker = msgpack.Unpacker(max_buffer_size=len(packed))
     unpacker.feed(packed)
     unpacker.skip()

@@ -38,6 +38,7 @@ class Limits(NamedTuple):
             to post the next one, for the thread that reads or writes. Those that are staged are bounded by the buckets.
     """
 
+    # A manifest carries these as an array in this order: it is part of the wire.
     message_bytes: int = 4 << 20
     flight_bytes: int = 64 << 20
     pack_below: int = 256 << 10
@@ -97,16 +98,21 @@ class Layout:
 
 def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     """Derive from a manifest what travels in which message."""
+    # Whatever follows must come out the same on both sides, from the manifest alone: no address, no device, no option
+    # of one side may decide anything here.
     ranges, gaps = _ranges(manifest)
     small = [which for which, (_, begin, end) in enumerate(ranges) if end - begin < limits.pack_below]
     pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
+    # An element that is cut in two could not be scattered by torch where strides differ.
     step = limits.message_bytes - limits.message_bytes % 64
     messages: list[tuple[Piece, ...]] = []
     owners: list[tuple[int, ...]] = []
     for which, (storage, begin, last) in enumerate(ranges):
         if last - begin >= pack_below:
             while begin < last:
+                # The first part makes up for a range that begins in the middle of 64 bytes, so that all others begin at
+                # a multiple.
                 end = min(begin - begin % 64 + step, last)
                 messages.append((Piece(storage, begin, end),))
                 owners.append((which,))
@@ -132,11 +138,13 @@ def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps]]:
             ((_, shape, offset),) = found
             begin = offset * shape.itemsize
             ranges.append((storage, begin, begin + shape.span))
+            # Nearly every storage: one dense view.
             continue
         found.sort(key=lambda view: view.begin)
         for begin, end in merge((view.begin, view.end) for view in found):
             inside = found[bisect_left(found, begin, key=_begin) : bisect_left(found, end, key=_begin)]
             index = range_index([view.placed for view in inside], begin, end)
+            # From here on the range counts what travels. Its real end is in ``gaps``.
             if index is not None:
                 gaps[len(ranges)] = Gaps(end, *index)
                 end = begin + index[0].numel() * index[1]
@@ -154,6 +162,8 @@ def _buckets(ranges: Sequence[Piece], small: Sequence[int], limit: int) -> list[
     room = 0
     for which in small:
         _, begin, end = ranges[which]
+        # Next fit: in order, and never back. A better packing would save a message in a hundred, and be harder to
+        # derive alike in another language.
         if end - begin > room:
             buckets.append([])
             room = limit
@@ -166,6 +176,7 @@ def _flights(sizes: Sequence[int], limit: int) -> list[range]:
     flights: list[range] = []
     room = 0
     for message, nbytes in enumerate(sizes):
+        # Whole messages only. A flight is what is confirmed at once, and a message is what is moved at once.
         if nbytes > room or not flights:
             flights.append(range(message, message))
             room = limit

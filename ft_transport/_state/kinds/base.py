@@ -55,6 +55,7 @@ class Surroundings(NamedTuple):
         unpickle: Reads a pickle, with what gives the leaves and values that were taken out of it.
     """
 
+    # One dict for one receive: a mesh that is made for one leaf is there for the next.
     meshes: dict[Any, Any] = {}  # noqa: RUF012
     find_class: FindClass = allowed_class
     unpickle: Callable[[bytes, Load], object] = unpickle_allowed
@@ -83,6 +84,8 @@ class Kind:
             ``state_digest`` all the same: strides, a device, whether it is a Parameter and requires grad.
     """
 
+    # All of it is data or small pure functions, so that a kind can be tested without a transfer; nothing here is called
+    # while bytes move.
     name: str = ""
     types: tuple[type, ...] = ()
     late_types: tuple[tuple[str, str], ...] = ()
@@ -286,6 +289,8 @@ def flatten_leaf(leaf: Any) -> tuple[Part, Sequence[torch.Tensor]]:
     parts: list[Part] = []
     tensors: list[torch.Tensor] = []
     try:
+        # What is inside may be of any kind again: a DTensor of a float8 wrapper of plain tensors. So down to plain
+        # ones.
         inner, context = kind.flatten(leaf)
         taken = [(tensor, *flatten_leaf(tensor)) for tensor in inner]
     # A kind's own code may be as deep as the leaf, and the leaf may hold itself.

@@ -1,10 +1,10 @@
 """The kinds of leaf of ``torch.distributed``: DTensor and ShardedTensor. What a rank holds of them travels.
 
 Strategy: the local tensor travels, and what places it: mesh and placements are described by numbers and names, never by
-the objects, since process groups mean nothing to another process. The receiver puts it onto a mesh of its own.
+the objects, since process groups mean nothing to another process. The receiver puts it onto its own mesh.
 
-Both come with modules of torch that take a second and more to import. So these are imported by whoever has such a leaf, or
-is sent one, and not by this file.
+Both come with modules of torch that take a second and more to import. So these are imported by whoever has such a leaf,
+or is sent one, and not by this file.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class DTensorKind(KeepsAttributes):
             raise ValueError(f"{len(inner)} local tensors")
         if inner[0] is not None:
             check_grad(inner[0].dtype, requires_grad)
+        # Made, to see that it can be; torch has the list of device types.
         torch.device(expect(str, device_type))
+        # More dimensions than torch allows a tensor no mesh needs.
         if not len(mesh_shape) == len(placements) <= 64:
             raise ValueError(f"a mesh of shape {mesh_shape} with placements {placements}")
         if math.prod(sizes(mesh_shape)) != len(sizes(ranks)) or len(set(ranks)) != len(ranks) or not ranks:
@@ -224,6 +226,7 @@ def _make_placement(description: Sequence[Any]) -> Placement:
 def _order(spec: DTensorSpec) -> tuple[Any, Any]:
     # Neither is known to the oldest torch that is supported.
     strided = getattr(spec, "use_strided_shard_as_shard_order", None)
+    # The default order follows from the placements; only another one has to be told.
     order = None if strided else getattr(spec, "shard_order", None)
     return strided, order and tuple((entry.tensor_dim, tuple(entry.mesh_dims)) for entry in order)
 

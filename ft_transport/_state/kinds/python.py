@@ -47,6 +47,8 @@ def shape_of(values: Any) -> tuple[int, ...]:
     return checked_geometry(torch.uint8, sizes(values), (0,) * len(values)).shape
 
 
+# Samplers, augmentations and data loaders keep NumPy arrays in their state, and replay buffers large ones: so their
+# bytes land in place, like a tensor's.
 class NumpyArray(Kind):
     """``numpy.ndarray``: its bytes travel, with the bytes of an element as one more dimension.
 
@@ -110,6 +112,7 @@ class NumpyArray(Kind):
         return inner[0].cpu().numpy().view(dtype)[..., 0]
 
 
+# Its state is a tensor of bytes, opaque, and of another length on each kind of device.
 class GeneratorKind(Kind):
     """``torch.Generator``: its state travels. Context: its device."""
 
@@ -134,6 +137,7 @@ class GeneratorKind(Kind):
         return leaf
 
 
+# A dataloader's, a scheduler's, a tokenizer's: whatever has a ``state_dict`` that is not made of plain values.
 class ObjectKind(Kind):
     """An object of any other class: pickled, but for the leaves in it. Context: (pickle, values in it)."""
 
@@ -162,6 +166,7 @@ class ObjectKind(Kind):
         return unpickle_leaf(data, values, inner, here)
 
 
+# A tensor is a Python object: attributes that user code has put on it travel with it, as with ``torch.save``.
 class KeepsAttributes(Kind):
     """A kind of tensor that keeps its Python attributes, as ``torch.save`` does.
 
@@ -245,6 +250,8 @@ def check_attributes(state: Any) -> None:
                 raise ValueError(f"an attribute of a tensor called {str(name)[:80]}")
 
 
+# An object that holds a tensor whose attributes hold the object: pickle knows of cycles, but not across what is taken
+# out of it.
 def which_refers_to(leaf: torch.Tensor) -> str:
     """The attributes of a tensor that hold, at whatever depth, the tensor itself."""
     names = []
@@ -269,6 +276,8 @@ def unpickle_leaf(data: bytes, values: Any, inner: Sequence[Any], here: Surround
     return unpickle_object(data, values, inner, here.unpickle)
 
 
+# Tried with stand-ins before a byte lands: an allowed class may still refuse what its ``__setstate__`` gets, and a
+# receive that fails after the last byte has torn the template for nothing.
 def check_object(data: Any, values: Any, inner: Sequence[Geometry | None]) -> None:
     """Check that a pickle can be read: it is, with tensors of zeros in the place of those that have no bytes yet."""
     if type(data) is not bytes:
