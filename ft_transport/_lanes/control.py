@@ -16,12 +16,10 @@ from datetime import timedelta
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.chain import Route
-from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
+from ft_transport._lanes.protocol import Frame, Header
 from ft_transport._lanes.session import Talk
 from ft_transport._net.connection import Bell
-from ft_transport._net.dial import dial
 from ft_transport._net.endpoint import Invitation
-from ft_transport._net.handshake_io import Contexts
 from ft_transport._net.stall import HEARTBEAT, Patience
 from ft_transport._telemetry.progress import tell_progress
 from ft_transport._telemetry.report import Progress, ProgressCallback, TransferReport
@@ -67,11 +65,9 @@ class ControlConnection:
     """The conversation with the source, from HELLO to BYE. For one thread, but for its heartbeats.
 
     Args:
+        talk: HELLO was said.
+        bell: Rung by lanes.
         invitation: The source's.
-        hello: Identity and name of this process.
-        attempt: Distinct for each receive of this process.
-        step: Step that both sides must agree on.
-        contexts: For TLS, None without.
         deadline: Of the whole call.
         stall: How long the source may be silent.
         tally: What PROGRESS says.
@@ -80,22 +76,13 @@ class ControlConnection:
         talk: Frames go by it.
         bell: Rung by lanes, for whoever is in :meth:`pump`.
         lost: Why the source cannot be heard any more; None while it can.
-
-    Raises:
-        TransferError: As ``dial``.
     """
 
     def __init__(
-        self,
-        invitation: Invitation,
-        hello: tuple[bytes, str],
-        attempt: int,
-        step: int,
-        contexts: Contexts | None,
-        deadline: Deadline,
-        stall: timedelta,
-        tally: Tally,
+        self, talk: Talk, bell: Bell, invitation: Invitation, deadline: Deadline, stall: timedelta, tally: Tally
     ) -> None:
+        self.talk = talk
+        self.bell = bell
         self.lost: TransferError | None = None
         self._invitation = invitation
         self._deadline = deadline
@@ -104,12 +91,6 @@ class ControlConnection:
         self._beat = Deadline(timedelta(0))
         self._route: Route | None = None  # named, and not yet taken
         self._supply = b""  # by which the source itself is asked
-        first = encode(Frame.HELLO, attempt, step, body=list(hello))
-        connection = dial(invitation, first, self.patience(), contexts)
-        conversation = Conversation(Role.DESTINATION, attempt, step)
-        conversation.sent(Frame.HELLO)
-        self.talk = Talk(connection, conversation)
-        self.bell = Bell()
         self._silence = self.patience()
 
     def patience(self, label: str = "the source") -> Patience:
@@ -119,29 +100,8 @@ class ControlConnection:
     # ------------------------------------------------------------------------------------- agree
 
     def await_manifest(self) -> tuple[Header, bytes]:
-        """What the source offers. Until it does, it says every now and then that it is there.
-
-        Raises:
-            TransferTimeout: It did not in time; the text says whether it was there at all.
-        """
-        is_there = False
-        while True:
-            patience = self.patience()
-            while not self.bell.await_ring(self.talk.connection, min(HEARTBEAT, self._deadline.remaining())):
-                self._check_begun(is_there)
-                patience.check()
-            self._check_begun(is_there)
-            header, body = self.talk.hear(patience)
-            is_there = True
-            if header.frame is Frame.MANIFEST:
-                return header, bytes(body)
-            if header.frame is Frame.FAILED:
-                raise _gave_up(body)
-
-    def _check_begun(self, is_there: bool) -> None:
-        if is_there and self._deadline.expired():
-            seconds = self._deadline.timeout.total_seconds()
-            raise TransferTimeout(f"timed out after {seconds:g} s: the source is there and has not begun to send")
+        """What the source offers; raises as :func:`_await_manifest`."""
+        return _await_manifest(self.talk, self.bell, self._deadline, self._stall)
 
     def refuse(self, reason: str, *, wait: bool) -> None:
         """Tell the source why its state is not wanted; without ``wait``, this process is about to end."""
@@ -280,6 +240,34 @@ class ControlConnection:
         """Give the descriptors back."""
         self.talk.connection.close()
         self.bell.close()
+
+
+def _await_manifest(talk: Talk, bell: Bell, deadline: Deadline, stall: timedelta) -> tuple[Header, bytes]:
+    """What the source offers. Until it does, it says every now and then that it is there.
+
+    Raises:
+        TransferTimeout: It did not in time; the text says whether it was there at all.
+    """
+    is_there = False
+    while True:
+        patience = Patience(deadline, stall, "the source")
+        while not bell.await_ring(talk.connection, min(HEARTBEAT, deadline.remaining())):
+            _check_begun(deadline, is_there)
+            patience.check()
+        _check_begun(deadline, is_there)
+        header, body = talk.hear(patience)
+        is_there = True
+        if header.frame is Frame.MANIFEST:
+            return header, bytes(body)
+        if header.frame is Frame.FAILED:
+            raise _gave_up(body)
+
+
+def _check_begun(deadline: Deadline, is_there: bool) -> None:
+    # Who waits for a transfer that never begins looks for the reason in the network, if it is not told otherwise.
+    if is_there and deadline.expired():
+        seconds = deadline.timeout.total_seconds()
+        raise TransferTimeout(f"timed out after {seconds:g} s: the source is there and has not begun to send")
 
 
 def _gave_up(reasons: tuple[str, ...]) -> GaveUp:

@@ -10,7 +10,6 @@ Not here: the conversation with the source (``_lanes.control``), and whom to fet
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +19,15 @@ from ft_transport._lanes.control import ControlConnection, GaveUp, Tally
 from ft_transport._lanes.dispatcher import Desk
 from ft_transport._lanes.move import Mover
 from ft_transport._lanes.pending import Work
+from ft_transport._lanes.protocol import Conversation, Frame, Role, encode
 from ft_transport._lanes.relay import Relay
+from ft_transport._lanes.session import Talk
 from ft_transport._lanes.sink import Sink
+from ft_transport._net.connection import Bell
+from ft_transport._net.dial import dial
 from ft_transport._net.endpoint import Invitation
 from ft_transport._net.handshake_io import Contexts
-from ft_transport._net.stall import Silence
+from ft_transport._net.stall import Patience, Silence
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.destination import Landing
@@ -96,6 +99,95 @@ class _Plan(NamedTuple):
     rewrite: Rewrite | None
 
 
+class _Planner:
+    """Decides where everything lands, before the first byte does.
+
+    Args:
+        step: Step that both sides must agree on.
+        options: The caller's choices.
+        report: Filled with what the state is, and how it fits.
+        torn: Learns where it lands.
+        trains: Whether the training thread goes on meanwhile.
+    """
+
+    def __init__(
+        self, step: int, options: LaneOptions, report: TransferReport, torn: Attempt | None, trains: bool
+    ) -> None:
+        self._step = step
+        self._options = options
+        self._report = report
+        self._torn = torn
+        self._trains = trains
+
+    def plan(self, data: bytes, state_dict: Callable[[], object] | None) -> _Plan:
+        """Check the state against the template, and decide where each byte lands."""
+        kind, body = decode_frame(data)
+        if kind is not CodecFrame.MANIFEST:
+            raise RemoteProtocolError(f"expected a manifest, got {kind.name}")
+        manifest, header = decode_manifest(body)
+        if header.step != self._step:
+            raise RemoteProtocolError(f"expected step {self._step}, source has step {header.step}")
+        if header.digest not in ("", "xxh3") or header.sample >= 0:
+            raise RemoteProtocolError(f"expected xxh3 digests of every byte, or none, source has {header.digest!r}")
+        layout = lay_out(manifest, header.limits)
+        landing = self._landing(manifest, layout, state_dict)
+        self._report.num_leaves = len(manifest.leaves)
+        self._report.num_messages = len(layout.messages)
+        self._report.nbytes_total = layout.nbytes
+        if self._torn is not None:
+            self._torn.landing = landing
+        return _Plan(
+            header, state_of(data, body[0]), layout, landing, Rewrite(layout, landing) if self._trains else None
+        )
+
+    def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
+        report, options = self._report, self._options
+        matched, targets, here = fit(
+            manifest,
+            state_dict,
+            report,
+            strict=options.strict,
+            on_mismatch=options.on_mismatch,
+            copies=options.copies,
+        )
+        return Landing(
+            manifest,
+            layout,
+            matched,
+            targets,
+            CPU,
+            report,
+            surroundings=here,
+            fresh_device=options.fresh_device,
+            shadow=options.shadow,
+        )
+
+    def sink(self, plan: _Plan, earlier: Kept | None, stream: Any) -> Sink:
+        """Where the messages land, with those that may be there already."""
+        claims: dict[int, int | None] = {}
+        in_template = plan.landing.in_template
+        if self._options.skip_unchanged and plan.header.digest:
+            claims = dict.fromkeys(filter(in_template, range(len(plan.layout.messages))))
+        if earlier is not None:
+            left = earlier.left_for(self._step, plan.state, plan.layout)
+            left = {message: digest for message, digest in left.items() if in_template(message)}
+            claims |= left
+            # These are in the template already, and the others are not.
+            self._report.torn = bool(left)
+        work = Work(len(plan.layout.messages))
+        verified = bool(plan.header.digest)
+        return Sink(
+            plan.layout,
+            plan.landing,
+            work,
+            self._report,
+            claims,
+            verified=verified,
+            rewrite=plan.rewrite,
+            stream=stream,
+        )
+
+
 class Reception:
     """One receive.
 
@@ -128,19 +220,16 @@ class Reception:
         trains: bool = False,
     ) -> None:
         self.kept: Kept | None = None
-        self._torn = torn
-        self._trains = trains
+        self._invitation = invitation
         self._step = step
+        self._attempt = attempt
         self._me = me
         self._options = options
         self._deadline = deadline
         self._report = report
         self._relay: Relay | None = None
         self._cancelled = ""
-        hello, tally = (me.identity, me.name), Tally(report, options.progress)
-        self._call = partial(
-            ControlConnection, invitation, hello, attempt, step, me.contexts, deadline, options.stall, tally
-        )
+        self._planner = _Planner(step, options, report, torn, trains)
         self._control: ControlConnection | None = None
 
     def run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
@@ -207,6 +296,16 @@ class Reception:
 
     # ------------------------------------------------------------------------------------- agree
 
+    def _call(self) -> ControlConnection:
+        options, deadline = self._options, self._deadline
+        bell = Bell()  # before there is a connection, which would be left open if no descriptor is to be had for this
+        hello = encode(Frame.HELLO, self._attempt, self._step, body=[self._me.identity, self._me.name])
+        connection = dial(self._invitation, hello, Patience(deadline, options.stall, "the source"), self._me.contexts)
+        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
+        conversation.sent(Frame.HELLO)
+        talk, tally = Talk(connection, conversation), Tally(self._report, options.progress)
+        return ControlConnection(talk, bell, self._invitation, deadline, options.stall, tally)
+
     def _agree(
         self, control: ControlConnection, state_dict: Callable[[], object] | None, earlier: Kept | None
     ) -> tuple[_Plan, Sink]:
@@ -214,8 +313,8 @@ class Reception:
         try:
             with control.heartbeats(), no_collection():
                 stream = settled_stream()
-                plan = self._plan(data, state_dict)
-                sink = self._sink(plan, earlier, stream)
+                plan = self._planner.plan(data, state_dict)
+                sink = self._planner.sink(plan, earlier, stream)
         except Exception as exc:
             error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
             self._refuse(control, error.message, wait=True)
@@ -248,74 +347,6 @@ class Reception:
             verified=sink.verified,
             stream=stream,
             rewrite=plan.rewrite,
-        )
-
-    def _plan(self, data: bytes, state_dict: Callable[[], object] | None) -> _Plan:
-        """Check the state against the template, and decide where each byte lands."""
-        kind, body = decode_frame(data)
-        if kind is not CodecFrame.MANIFEST:
-            raise RemoteProtocolError(f"expected a manifest, got {kind.name}")
-        manifest, header = decode_manifest(body)
-        if header.step != self._step:
-            raise RemoteProtocolError(f"expected step {self._step}, source has step {header.step}")
-        if header.digest not in ("", "xxh3") or header.sample >= 0:
-            raise RemoteProtocolError(f"expected xxh3 digests of every byte, or none, source has {header.digest!r}")
-        layout = lay_out(manifest, header.limits)
-        landing = self._landing(manifest, layout, state_dict)
-        self._report.num_leaves = len(manifest.leaves)
-        self._report.num_messages = len(layout.messages)
-        self._report.nbytes_total = layout.nbytes
-        if self._torn is not None:
-            self._torn.landing = landing
-        return _Plan(
-            header, state_of(data, body[0]), layout, landing, Rewrite(layout, landing) if self._trains else None
-        )
-
-    def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
-        report, options = self._report, self._options
-        matched, targets, here = fit(
-            manifest,
-            state_dict,
-            report,
-            strict=options.strict,
-            on_mismatch=options.on_mismatch,
-            copies=options.copies,
-        )
-        return Landing(
-            manifest,
-            layout,
-            matched,
-            targets,
-            CPU,
-            report,
-            surroundings=here,
-            fresh_device=options.fresh_device,
-            shadow=options.shadow,
-        )
-
-    def _sink(self, plan: _Plan, earlier: Kept | None, stream: Any) -> Sink:
-        """Where the messages land, with those that may be there already."""
-        claims: dict[int, int | None] = {}
-        in_template = plan.landing.in_template
-        if self._options.skip_unchanged and plan.header.digest:
-            claims = dict.fromkeys(filter(in_template, range(len(plan.layout.messages))))
-        if earlier is not None:
-            left = earlier.left_for(self._step, plan.state, plan.layout)
-            left = {message: digest for message, digest in left.items() if in_template(message)}
-            claims |= left
-            # These are in the template already, and the others are not.
-            self._report.torn = bool(left)
-        work = Work(len(plan.layout.messages))
-        verified = bool(plan.header.digest)
-        return Sink(
-            plan.layout,
-            plan.landing,
-            work,
-            self._report,
-            claims,
-            verified=verified,
-            rewrite=plan.rewrite,
-            stream=stream,
         )
 
     # -------------------------------------------------------------------------------- move and end
