@@ -107,9 +107,9 @@ class ControlConnection:
         """Tell the source why its state is not wanted; without ``wait``, this process is about to end."""
         self.talk.say(Frame.REFUSE, self.patience() if wait else Patience(Deadline(_LAST_WORDS)), body=[reason])
 
-    def be_ready(self, metadata: str, ident: bytes, bitmap: bytes) -> None:
+    def be_ready(self, metadata: str, ident: bytes) -> None:
         """Agree to the state, and say where those behind can fetch it."""
-        self.talk.say(Frame.READY, self.patience(), body=[metadata, ident, bitmap])
+        self.talk.say(Frame.READY, self.patience(), body=[metadata, ident])
         self._silence.moved()
 
     # -------------------------------------------------------------------------------------- move

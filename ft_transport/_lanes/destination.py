@@ -326,7 +326,7 @@ class Reception:
         if header.number > 1:  # there may be somebody behind
             self._relay = sink.relay = self._pass_on(plan, sink, control, stream)
             metadata, ident = self._me.metadata, self._relay.ident
-        control.be_ready(metadata, ident, sink.bitmap())
+        control.be_ready(metadata, ident)
         return plan, sink
 
     def _refuse(self, control: ControlConnection, reason: str, *, wait: bool) -> None:

@@ -203,8 +203,7 @@ class _Lane:
         if claim is not None:
             self.talk.say(Frame.CHECK, self._patience, message, [claim])
         else:
-            again = self._sink.todo.was_damaged(message)
-            self.talk.say(Frame.REPAIR if again else Frame.WANT, self._patience, message)
+            self.talk.say(Frame.WANT, self._patience, message)
 
     def hear(self) -> None:
         """Read one frame, and land the message if it is one."""

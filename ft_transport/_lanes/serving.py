@@ -180,7 +180,7 @@ class Serving:
         if frame is Frame.FAILED:
             raise _Failure(f"the destination gave up: {'; '.join(body)}")
         if frame is Frame.READY:
-            state.metadata, state.relay, _ = body
+            state.metadata, state.relay = body
             if state.metadata and not _is_invitation(state.metadata, state.relay):
                 # It may be of another version; whoever were sent there would only come back and ask again.
                 logger.warning("%s cannot pass the state on: nobody could read its metadata", state.peer.label)

@@ -97,13 +97,6 @@ class Sink:
             self.todo.again(written)
         return bool(written)
 
-    def bitmap(self) -> bytes:
-        """Which messages may be here already: bit ``i % 8`` of byte ``i // 8``, the lowest bit first."""
-        bits = bytearray(-(-len(self.sizes) // 8))
-        for message in self._claims:
-            bits[message // 8] |= 1 << message % 8
-        return bytes(bits) if self._claims else b""
-
     def claim(self, message: int, bucket: Bucket) -> int | None:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
         if message not in self._claims or self.todo.was_damaged(message) or self._is_written(message):

@@ -17,7 +17,7 @@ from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Interface", "Invitation", "in_order", "interfaces", "resolve"]
 
-VERSION = 1
+VERSION = 2
 SECRET_BYTES = 32
 
 # Of an invitation: whoever dials tries one after the other, a moment apart, and the text stays a few kilobytes long.

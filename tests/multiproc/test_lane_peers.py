@@ -129,7 +129,7 @@ def test_an_earlier_attempt_that_comes_late_does_not_cut_the_later_one(lanes: La
         with peer(source.metadata(), identity=b"i" * 16, attempt=1) as earlier:
             _, reasons = earlier.await_frame(Frame.FAILED)
             assert reasons == ("a later attempt has come before",)
-        later.say(Frame.READY, later.patience, body=["", b"", b""])
+        later.say(Frame.READY, later.patience, body=["", b""])
         later.await_frame(Frame.ROUTE)
 
 
@@ -143,7 +143,7 @@ def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lane
     with peer(source.metadata()) as first:
         first.await_frame(Frame.MANIFEST)
         of_another = lanes.transport().metadata() if metadata == "of another" else metadata
-        first.say(Frame.READY, first.patience, body=[of_another, ident, b""])
+        first.say(Frame.READY, first.patience, body=[of_another, ident])
         first.await_frame(Frame.ROUTE)
         assert lanes.destination(make_state(2)).start(source.metadata()).join().sound(state)
     source.disallow_checkpoint()
@@ -156,7 +156,7 @@ def test_a_route_that_nobody_can_read_is_answered(lanes: Lanes, monkeypatch: pyt
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
         first.await_frame(Frame.MANIFEST)
-        first.say(Frame.READY, first.patience, body=["nonsense", b"i" * 16, b""])
+        first.say(Frame.READY, first.patience, body=["nonsense", b"i" * 16])
         first.await_frame(Frame.ROUTE)
         destination = lanes.destination(make_state(2)).start(source.metadata()).join()
         assert destination.sound(state), destination.error

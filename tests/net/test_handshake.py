@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator
 from typing import Any
 
@@ -33,14 +34,14 @@ def test_metadata_round_trip(tls: bool) -> None:
         "",
         "<n/a>",
         "http://host:1234/checkpoint/",
-        "ft-lanes://:1/1/" + "00" * 32,
-        "ft-lanes://10.0.0.1:1/1/" + "00" * 8,
-        "ft-lanes://10.0.0.1:0/1/" + "00" * 32,
-        "ft-lanes://10.0.0.1:70000/1/" + "00" * 32,
-        "ft-lanes://10.0.0.999:1/1/" + "00" * 32,
-        "ft-lanes://10.0.0.1:1/1/" + "00" * 32 + "\n",
+        "ft-lanes://:1/2/" + "00" * 32,
+        "ft-lanes://10.0.0.1:1/2/" + "00" * 8,
+        "ft-lanes://10.0.0.1:0/2/" + "00" * 32,
+        "ft-lanes://10.0.0.1:70000/2/" + "00" * 32,
+        "ft-lanes://10.0.0.999:1/2/" + "00" * 32,
+        "ft-lanes://10.0.0.1:1/2/" + "00" * 32 + "\n",
         None,
-        b"ft-lanes://10.0.0.1:1/1/" + b"00" * 32,
+        b"ft-lanes://10.0.0.1:1/2/" + b"00" * 32,
     ],
 )
 def test_other_metadata_is_refused(metadata: Any) -> None:
@@ -49,13 +50,25 @@ def test_other_metadata_is_refused(metadata: Any) -> None:
 
 
 def test_another_version_is_refused_by_name() -> None:
-    with pytest.raises(RemoteProtocolError, match="expected version 1 of the lanes, the source has 2"):
-        Invitation.decode("ft-lanes://10.0.0.1:1/2/" + "00" * 32)
+    for version in (1, 3):
+        with pytest.raises(RemoteProtocolError, match=f"expected version 2 of the lanes, the source has {version}"):
+            Invitation.decode(f"ft-lanes://10.0.0.1:1/{version}/" + "00" * 32)
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_version_1_refuses_this_one_by_name(tls: bool) -> None:
+    """By its own rule, which finds the version before it looks at what else may have changed."""
+    version_1 = re.compile(
+        r"(ft-lanes(?:\+tls)?)://([0-9a-fA-F.:,\[\]]{2,4000}):(\d{1,5})/(\d{1,4})/((?:[0-9a-f]{2}){16,64})"
+    )
+    found = version_1.fullmatch(Invitation(("10.0.0.1", "fd00::2"), 4711, SECRET, tls).encode())
+    assert found is not None, "it would be called another transport's"
+    assert found[4] == "2"
 
 
 def test_the_secret_is_in_no_message() -> None:
     metadata = Invitation(("10.0.0.1",), 4711, SECRET, False).encode()
-    for wrong in (metadata.replace("ft-lanes", "other"), metadata.replace("/1/", "/2/"), metadata + "x"):
+    for wrong in (metadata.replace("ft-lanes", "other"), metadata.replace("/2/", "/1/"), metadata + "x"):
         with pytest.raises(RemoteProtocolError) as info:
             Invitation.decode(wrong)
         assert SECRET.hex()[:8] not in str(info.value)
