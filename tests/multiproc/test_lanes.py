@@ -1016,7 +1016,7 @@ def test_a_thousand_strangers(lanes: Lanes) -> None:
     while any(thread.is_alive() for thread in (*talking, *silent)):
         heal_once(step)
         step += 1
-        assert len(source._listener._greetings) <= 64
+        assert len(source._listener._handshakes._greetings) <= 64
     for thread in (*talking, *silent):
         thread.join()
     assert step > 4
