@@ -40,7 +40,7 @@ LANE_BODIES: dict[lanes.Frame, Any] = {
     lanes.Frame.HELLO: [b"i" * 16, "host pid 1"],
     lanes.Frame.WAIT: None,
     lanes.Frame.MANIFEST: b"any bytes",
-    lanes.Frame.READY: ["ft-lanes://…", b"r" * 16, b"\x05"],
+    lanes.Frame.READY: ["ft-lanes://…", b"r" * 16],
     lanes.Frame.REFUSE: ["a.b: expected float32 (3,), source has float32 (4,)", "another"],
     lanes.Frame.ROUTE: [None, b"s" * 16, b"s" * 16],
     lanes.Frame.PROGRESS: None,
@@ -50,7 +50,6 @@ LANE_BODIES: dict[lanes.Frame, Any] = {
     lanes.Frame.FAILED: ["why"],
     lanes.Frame.ATTACH: [b"s" * 16],
     lanes.Frame.WANT: None,
-    lanes.Frame.REPAIR: None,
     lanes.Frame.CHECK: [(1 << 64) - 1],
     lanes.Frame.SAME: None,
 }

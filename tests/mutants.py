@@ -77,8 +77,8 @@ MUTANTS = [
     ),
     Mutant(
         "a new supplier begins without the damage of the one before",
-        "_lanes/destination.py",
-        "work.forgive()",
+        "_lanes/move.py",
+        "self._sink.todo.forgive()",
         "pass",
         LANES + "test_the_source_has_no_part_in_what_a_relay_has_damaged",
     ),
@@ -140,7 +140,7 @@ MUTANTS = [
     ),
     Mutant(
         "failed destinations are not named as suppliers",
-        "_lanes/source.py",
+        "_lanes/chain.py",
         'alive = other.peer.outcome in ("pending", "complete")',
         "alive = True",
         SOURCE + "test_who_has_failed_supplies_nobody",
@@ -154,14 +154,14 @@ MUTANTS = [
     ),
     Mutant(
         "the source's deadline is told to destinations",
-        "_lanes/source.py",
+        "_lanes/serving.py",
         'if outcome in ("failed", "timed out")',
         'if outcome in ("failed",)',
         SOURCE + "test_the_sources_deadline_is_told",
     ),
     Mutant(
         "who goes on talking does not outlast the source's deadline",
-        "_lanes/source.py",
+        "_lanes/serving.py",
         "header, body = talk.hear(patience)\n            patience.check()\n",
         "header, body = talk.hear(patience)\n",
         SOURCE + "test_the_sources_deadline_is_told",

@@ -1,27 +1,25 @@
 """The destination's side of a transfer over lanes: agree with the source, fetch, pass on, rebuild.
 
-Strategy: the thread that called holds the conversation with the source and decides where to fetch; ``fetch`` does
-that in threads of its own. When all lanes to a destination before this one have ended, the source is asked for somebody
-else; when all lanes to the source have, they are opened again as long as that may help.
+Strategy: what has to be decided is decided before the first byte lands: the state is compared with the template while
+nothing of it has been written, so a state that does not fit costs this replica nothing. From then on the template may
+be a mix of two states, and whatever ends the receive says so.
+
+Not here: the conversation with the source (``_lanes.control``), and whom to fetch from (``_lanes.move``).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.chain import Route
+from ft_transport._lanes.control import ControlConnection, GaveUp, Tally
 from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.fetch import Fetcher
+from ft_transport._lanes.move import Mover
 from ft_transport._lanes.pending import Work
-from ft_transport._lanes.probe import TRIAL_MESSAGES, Trial
-from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
+from ft_transport._lanes.protocol import Conversation, Frame, Role, encode
 from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.session import Talk
 from ft_transport._lanes.sink import Sink
@@ -29,7 +27,7 @@ from ft_transport._net.connection import Bell
 from ft_transport._net.dial import dial
 from ft_transport._net.endpoint import Invitation
 from ft_transport._net.handshake_io import Contexts
-from ft_transport._net.stall import HEARTBEAT, Patience, Silence
+from ft_transport._net.stall import Patience, Silence
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.destination import Landing
@@ -39,9 +37,7 @@ from ft_transport._plan.template import fit
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._state.manifest import Manifest
-from ft_transport._telemetry.progress import tell_progress
-from ft_transport._telemetry.report import Progress, TransferReport
-from ft_transport._threads import meanwhile
+from ft_transport._telemetry.report import Outcome, TransferReport
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.frames import Frame as CodecFrame
 from ft_transport._wire.frames import Header as ManifestHeader
@@ -57,13 +53,6 @@ from ft_transport.errors import (
 )
 
 __all__ = ["Received", "Reception", "Self"]
-
-logger = logging.getLogger("ft_transport")
-
-# How often all lanes to the source may break before the receive does.
-_MAX_BREAKS = 3
-# How long the source may take to say goodbye, or to read why this side gives up.
-_LAST_WORDS = timedelta(seconds=1)
 
 
 class Self(NamedTuple):
@@ -110,185 +99,27 @@ class _Plan(NamedTuple):
     rewrite: Rewrite | None
 
 
-class _GaveUp(PeerFailure):
-    """The source has said that it will not go on."""
-
-
-class Reception:
-    """One receive.
+class _Planner:
+    """Decides where everything lands, before the first byte does.
 
     Args:
-        invitation: The source's.
         step: Step that both sides must agree on.
-        attempt: Distinct for each receive of this process.
-        me: This process.
         options: The caller's choices.
-        deadline: Of the whole call.
-        report: Filled with what happened; its only peer is the source.
-        torn: Learns where the state lands.
+        report: Filled with what the state is, and how it fits.
+        torn: Learns where it lands.
         trains: Whether the training thread goes on meanwhile.
-
-    Attributes:
-        kept: After an error, what it has left in the template; else None.
     """
 
     def __init__(
-        self,
-        invitation: Invitation,
-        step: int,
-        attempt: int,
-        me: Self,
-        options: LaneOptions,
-        deadline: Deadline,
-        report: TransferReport,
-        torn: Attempt | None = None,
-        *,
-        trains: bool = False,
+        self, step: int, options: LaneOptions, report: TransferReport, torn: Attempt | None, trains: bool
     ) -> None:
-        self.kept: Kept | None = None
+        self._step = step
+        self._options = options
+        self._report = report
         self._torn = torn
         self._trains = trains
-        self._invitation = invitation
-        self._step = step
-        self._attempt = attempt
-        self._me = me
-        self._options = options
-        self._deadline = deadline
-        self._report = report
-        (self._peer,) = report.peers
-        self._bell = Bell()
-        self._talk: Talk | None = None
-        self._lost: TransferError | None = None  # why the source cannot be heard any more
-        self._source = self._patience()
-        self._beat = Deadline(timedelta(0))
-        self._told = 0  # bytes that the progress callback knows of
-        self._route: Route | None = None
-        self._supply = b""  # by which the source itself is asked
-        self._relay: Relay | None = None
-        self._stream: Any = None
-        self._lane_wire = 0
-        self._hopeless = False  # whether the source's lanes would break again
-        self._cancelled = ""
 
-    def run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
-        """Receive the state.
-
-        Args:
-            state_dict: Gives the template, None for a fresh state.
-            earlier: What an earlier receive has left.
-
-        Raises:
-            TransferError: As it happened. Nothing reads or writes the template any more; ``report.torn`` says whether
-                it holds a mix of two states.
-        """
-        peer, self.kept = self._peer, earlier
-        try:
-            if self._cancelled:
-                raise LocalProtocolError(self._cancelled)
-            with peer.enter("agree", "destination"):
-                talk = self._call()
-                plan, sink = self._agree(talk, state_dict, earlier)
-            with peer.enter("move", "destination"):
-                self._move(talk, plan, sink)
-            with peer.enter("verify", "destination"):
-                plan.landing.check()
-                self._say_done(talk, verified=sink.verified)
-            with peer.enter("rebuild", "destination"), no_collection():
-                self._report.torn = self._report.torn or plan.landing.copies
-                state = plan.landing.rebuild()
-                if plan.landing.copies:
-                    plan.landing.check()  # once more: it was written to
-            self._report.torn = False
-            self.kept = None
-            peer.outcome = "complete"
-            if plan.rewrite is not None and plan.header.digest:
-                plan.rewrite.note_digests(sink.todo.digests, plan.header.digest)
-            return Received(state, plan.landing.written(), self._relay, plan.rewrite)
-        except BaseException as exc:
-            if self._cancelled and isinstance(exc, TransferTimeout):
-                error = LocalProtocolError(self._cancelled)
-                self._end_badly(error)
-                raise error from None
-            self._end_badly(exc)
-            raise
-        finally:
-            peer.nbytes_wire = self._lane_wire
-            if self._talk is not None:
-                peer.nbytes_wire += self._talk.connection.nbytes_wire
-                self._talk.connection.close()
-            self._bell.close()
-
-    def cancel(self, reason: str) -> None:
-        """Let the receive fail within a moment. Any thread."""
-        self._cancelled = reason
-        self._deadline.expire()
-
-    def _patience(self, label: str = "the source") -> Patience:
-        return Patience(self._deadline, self._options.stall, label)
-
-    # ------------------------------------------------------------------------------------- agree
-
-    def _call(self) -> Talk:
-        hello = encode(Frame.HELLO, self._attempt, self._step, body=[self._me.identity, self._me.name])
-        connection = dial(self._invitation, hello, self._patience(), self._me.contexts)
-        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
-        conversation.sent(Frame.HELLO)
-        self._talk = Talk(connection, conversation)
-        self._peer.address = connection.address
-        return self._talk
-
-    def _agree(self, talk: Talk, state_dict: Callable[[], object] | None, earlier: Kept | None) -> tuple[_Plan, Sink]:
-        header, data = self._await_manifest(talk)
-        try:
-            with self._heartbeats(talk), no_collection():
-                self._stream = settled_stream()
-                plan = self._plan(data, state_dict)
-                sink = self._sink(plan, earlier)
-        except Exception as exc:
-            error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
-            talk.say(Frame.REFUSE, self._patience(), body=[error.message])
-            self._peer.outcome = "refused"
-            raise error from None
-        except BaseException as exc:  # Ctrl-C, or the callback ends the process: the source is told as well
-            with suppress(TransferError):
-                talk.say(Frame.REFUSE, Patience(Deadline(_LAST_WORDS)), body=[reason_of(exc)])
-            self._peer.outcome = "refused"
-            raise
-        metadata, ident = "", b""
-        if header.number > 1:
-            self._relay = sink.relay = Relay(
-                self._me.desk,
-                plan.layout,
-                plan.landing,
-                sink.todo,
-                self._patience(),
-                verified=sink.verified,
-                stream=self._stream,
-                rewrite=plan.rewrite,
-            )
-            metadata, ident = self._me.metadata, self._relay.ident
-        talk.say(Frame.READY, self._patience(), body=[metadata, ident, sink.bitmap()])
-        return plan, sink
-
-    def _await_manifest(self, talk: Talk) -> tuple[Header, bytes]:
-        is_there = False
-        while True:
-            patience = self._patience()
-            while not self._bell.await_ring(talk.connection, min(HEARTBEAT, self._deadline.remaining())):
-                if is_there and self._deadline.expired():
-                    break
-                patience.check()
-            if is_there and self._deadline.expired():
-                seconds = self._deadline.timeout.total_seconds()
-                raise TransferTimeout(f"timed out after {seconds:g} s: the source is there and has not begun to send")
-            header, body = talk.hear(patience)
-            is_there = True
-            if header.frame is Frame.MANIFEST:
-                return header, bytes(body)
-            if header.frame is Frame.FAILED:
-                raise _GaveUp(f"the source gave up: {'; '.join(body)}")
-
-    def _plan(self, data: bytes, state_dict: Callable[[], object] | None) -> _Plan:
+    def plan(self, data: bytes, state_dict: Callable[[], object] | None) -> _Plan:
         """Check the state against the template, and decide where each byte lands."""
         kind, body = decode_frame(data)
         if kind is not CodecFrame.MANIFEST:
@@ -331,7 +162,7 @@ class Reception:
             shadow=options.shadow,
         )
 
-    def _sink(self, plan: _Plan, earlier: Kept | None) -> Sink:
+    def sink(self, plan: _Plan, earlier: Kept | None, stream: Any) -> Sink:
         """Where the messages land, with those that may be there already."""
         claims: dict[int, int | None] = {}
         in_template = plan.landing.in_template
@@ -345,204 +176,209 @@ class Reception:
             self._report.torn = bool(left)
         work = Work(len(plan.layout.messages))
         verified = bool(plan.header.digest)
-        return Sink(plan.layout, plan.landing, work, self._report, claims, verified=verified, rewrite=plan.rewrite)
-
-    # -------------------------------------------------------------------------------------- move
-
-    def _move(self, talk: Talk, plan: _Plan, sink: Sink) -> None:
-        """Fetch everything, from whomever it takes."""
-        work, breaks = sink.todo, 0
-        try:
-            self._source.moved()
-            self._await_route(talk)
-            while not work.complete:
-                route, self._route = self._route, None
-                assert route is not None
-                error = self._fetch(talk, route, plan, sink)
-                if work.complete:
-                    if sink.fetch_written_again():
-                        self._route = self._route or route
-                    continue
-                if self._route is not None:
-                    continue
-                if not route.from_source and self._lost is None:
-                    work.forgive()
-                    self._reroute(talk, route, error.message, slow=False)
-                    continue
-                breaks += 1
-                if self._lost or breaks == _MAX_BREAKS or self._hopeless:
-                    raise error if route.from_source or self._lost is None else self._lost
-                logger.warning("the lanes are opened again: %s", error)
-                self._route = route
-        finally:
-            if sink.verified and work.digests:
-                known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}
-                self.kept = Kept(self._step, plan.state, plan.layout, known | work.digests)
-
-    def _fetch(self, talk: Talk, route: Route, plan: _Plan, sink: Sink) -> TransferError:
-        """Fetch from one supplier until everything is here, its lanes have ended, or the source has named another one;
-        gives why the lanes have ended."""
-        fetcher = Fetcher(sink, self._bell, self._options, self._attempt, self._step, self._stream)
-        trial = Trial(fetcher, lambda: self._try_source(talk, sink), self._options.stall)
-        try:
-            self._open(fetcher, talk, route)
-            while not sink.todo.complete and fetcher.alive:
-                self._pump(talk)
-                if fetcher.fatal is not None:
-                    raise fetcher.fatal
-                if not route.from_source and self._lost is None and trial.look():
-                    self._reroute(talk, route, "it is much slower than the source", slow=True)
-                    if self._route is not None:
-                        break
-        finally:
-            try:
-                trial.close()
-            finally:
-                fetcher.close()
-            self._lane_wire += fetcher.nbytes_wire + trial.nbytes_wire
-        if fetcher.fatal is not None:
-            raise fetcher.fatal
-        if not sink.todo.complete:
-            # Whoever ends the lanes may have said why.
-            self._pump(talk, timedelta(milliseconds=1))
-        self._hopeless = fetcher.hopeless
-        return fetcher.error or PeerFailure(f"{route.label} has ended its lanes")
-
-    def _try_source(self, talk: Talk, sink: Sink) -> Fetcher:
-        """Begin to fetch some messages from the source itself."""
-        fetcher = Fetcher(
-            sink, self._bell, self._options, self._attempt, self._step, self._stream, num_messages=TRIAL_MESSAGES
+        return Sink(
+            plan.layout,
+            plan.landing,
+            work,
+            self._report,
+            claims,
+            verified=verified,
+            rewrite=plan.rewrite,
+            stream=stream,
         )
-        self._open(fetcher, talk, self._from_source(talk))
-        return fetcher
 
-    def _open(self, fetcher: Fetcher, talk: Talk, route: Route) -> None:
-        # Whoever does not answer is waited for as long as the source waits for a word from here.
-        with self._heartbeats(talk) if self._lost is None else nullcontext():
-            fetcher.open(route, self._me.contexts, self._patience)
 
-    def _reroute(self, talk: Talk, route: Route, reason: str, *, slow: bool) -> None:
-        """Ask the source for another supplier; if it was slow, perhaps there is no better one."""
-        talk.say(Frame.REROUTE, self._patience(), body=[route.ident, reason, slow])
-        self._await_route(talk)
-        if slow and self._route is not None and self._route.ident == route.ident:
-            self._route = None
+class Reception:
+    """One receive.
 
-    def _await_route(self, talk: Talk) -> None:
-        while self._route is None:
-            self._pump(talk)
-            if self._lost is not None:
-                raise self._lost
+    Args:
+        invitation: The source's.
+        step: Step that both sides must agree on.
+        attempt: Distinct for each receive of this process.
+        me: This process.
+        options: The caller's choices.
+        deadline: Of the whole call.
+        report: Filled with what happened; its only peer is the source.
+        torn: Learns where the state lands.
+        trains: Whether the training thread goes on meanwhile.
 
-    def _pump(self, talk: Talk, limit: timedelta = HEARTBEAT) -> None:
-        """Wait for news from the lanes or the source, and say that this side is alive.
+    Attributes:
+        kept: After an error, what it has left in the template; else None.
+    """
+
+    def __init__(
+        self,
+        invitation: Invitation,
+        step: int,
+        attempt: int,
+        me: Self,
+        options: LaneOptions,
+        deadline: Deadline,
+        report: TransferReport,
+        torn: Attempt | None = None,
+        *,
+        trains: bool = False,
+    ) -> None:
+        self.kept: Kept | None = None
+        self._invitation = invitation
+        self._step = step
+        self._attempt = attempt
+        self._me = me
+        self._options = options
+        self._deadline = deadline
+        self._report = report
+        self._relay: Relay | None = None
+        self._cancelled = ""
+        self._planner = _Planner(step, options, report, torn, trains)
+        self._control: ControlConnection | None = None
+
+    def run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
+        """Receive the state.
+
+        Args:
+            state_dict: Gives the template, None for a fresh state.
+            earlier: What an earlier receive has left.
 
         Raises:
-            TransferTimeout: The deadline passed.
-            _GaveUp: The source will not go on. If it is merely lost, that is noted: the lanes may have everything.
+            TransferError: As it happened. Nothing reads or writes the template any more; ``report.torn`` says whether
+                it holds a mix of two states.
         """
-        if self._deadline.expired():
-            raise TransferTimeout(f"timed out after {self._deadline.timeout.total_seconds():g} s")
-        listening = talk.connection if self._lost is None else None
-        readable = self._bell.await_ring(listening, min(limit, self._deadline.remaining()))
-        self._tell_progress()
-        if self._lost is not None:
-            return
+        self.kept = earlier
         try:
-            if readable:
-                self._hear(talk)
-            if self._beat.expired():
-                self._beat = Deadline(HEARTBEAT)
-                talk.say(Frame.PROGRESS, self._patience(), self._nbytes_here)
-            self._source.check()
-        except (_GaveUp, TransferTimeout):
+            if self._cancelled:
+                raise LocalProtocolError(self._cancelled)
+            return self._run(state_dict, earlier)
+        except BaseException as exc:
+            # cancel() lets the deadline pass, since that is what every wait looks at.
+            if self._cancelled and isinstance(exc, TransferTimeout):
+                error = LocalProtocolError(self._cancelled)
+                self._end_badly(error)
+                raise error from None
+            self._end_badly(exc)
             raise
-        except TransferError as exc:
-            self._lost = exc
+        finally:
+            if self._control is not None:
+                self._report.peers[0].nbytes_wire += self._control.talk.connection.nbytes_wire
+                self._control.close()
 
-    def _hear(self, talk: Talk) -> None:
-        header, body = talk.hear(self._source)
-        if header.frame is Frame.FAILED:
-            raise _GaveUp(f"the source gave up: {'; '.join(body)}")
-        if header.frame is Frame.ROUTE:
-            metadata, ident, self._supply = body
-            if metadata is None:
-                self._route = self._from_source(talk)
-            else:
-                try:
-                    self._route = Route(Invitation.decode(metadata), ident, from_source=False)
-                except RemoteProtocolError as exc:  # what another destination has said of itself
-                    logger.warning("the source is asked for another supplier: %s", exc.message)
-                    talk.say(Frame.REROUTE, self._patience(), body=[ident, exc.message, False])
+    def _run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
+        (peer,) = self._report.peers
+        with peer.enter("agree", "destination"):
+            control = self._control = self._call()
+            peer.address = control.talk.connection.address
+            plan, sink = self._agree(control, state_dict, earlier)
+        with peer.enter("move", "destination"):
+            self._move(control, plan, sink)
+        with peer.enter("verify", "destination"):
+            plan.landing.check()
+            control.say_done(verified=sink.verified)
+        with peer.enter("rebuild", "destination"), no_collection():
+            state = self._rebuild(plan.landing)
+        self._report.torn = False
+        self.kept = None
+        peer.outcome = "complete"
+        if plan.rewrite is not None and plan.header.digest:
+            plan.rewrite.note_digests(sink.todo.digests, plan.header.digest)
+        return Received(state, plan.landing.written(), self._relay, plan.rewrite)
 
-    def _from_source(self, talk: Talk) -> Route:
-        here = self._invitation._replace(addresses=(talk.connection.address,))
-        return Route(here, self._supply, from_source=True)
+    def _rebuild(self, landing: Landing) -> object:
+        # With shadow, this is where the template is written to: what fails in between leaves a mix.
+        self._report.torn = self._report.torn or landing.copies
+        state = landing.rebuild()
+        if landing.copies:
+            landing.check()  # once more: it was written to
+        return state
 
-    @property
-    def _nbytes_here(self) -> int:
-        return self._peer.nbytes + self._report.nbytes_kept
+    def cancel(self, reason: str) -> None:
+        """Let the receive fail within a moment. Any thread."""
+        self._cancelled = reason
+        self._deadline.expire()
 
-    def _tell_progress(self) -> None:
-        nbytes = self._nbytes_here
-        if nbytes != self._told:
-            self._told = nbytes
-            now = Progress("destination", self._step, self._peer.rank, nbytes, self._report.nbytes_total)
-            tell_progress(self._options.progress, now)
+    # ------------------------------------------------------------------------------------- agree
 
-    def _heartbeats(self, talk: Talk) -> AbstractContextManager[None]:
-        """Say every now and then that this side is alive, while it is busy with something else."""
+    def _call(self) -> ControlConnection:
+        options, deadline = self._options, self._deadline
+        bell = Bell()  # before there is a connection, which would be left open if no descriptor is to be had for this
+        hello = encode(Frame.HELLO, self._attempt, self._step, body=[self._me.identity, self._me.name])
+        connection = dial(self._invitation, hello, Patience(deadline, options.stall, "the source"), self._me.contexts)
+        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
+        conversation.sent(Frame.HELLO)
+        talk, tally = Talk(connection, conversation), Tally(self._report, options.progress)
+        return ControlConnection(talk, bell, self._invitation, deadline, options.stall, tally)
 
-        def beat() -> bool:
-            try:
-                talk.say(Frame.PROGRESS, self._patience(), self._nbytes_here)
-            except TransferError:
-                return True  # whoever talks next finds out
-            return False
-
-        return meanwhile(beat, HEARTBEAT, "heartbeat")
-
-    # --------------------------------------------------------------------------------------- end
-
-    def _say_done(self, talk: Talk, *, verified: bool) -> None:
-        self._tell_progress()
+    def _agree(
+        self, control: ControlConnection, state_dict: Callable[[], object] | None, earlier: Kept | None
+    ) -> tuple[_Plan, Sink]:
+        header, data = control.await_manifest()
         try:
-            if self._lost is not None:
-                raise self._lost
-            patience = Patience(self._deadline, _LAST_WORDS if verified else self._options.stall)
-            talk.say(Frame.DONE, patience, self._nbytes_here)
-            while (heard := talk.hear(patience))[0].frame is not Frame.BYE:
-                if heard[0].frame is Frame.FAILED:
-                    raise _GaveUp(f"the source gave up: {'; '.join(heard[1])}")
-                patience.check()
-        except _GaveUp:
-            raise  # what is here is whole and agrees, but is not what the source stands for
-        except TransferError as exc:
-            if not verified:
-                raise  # without digests only the source knows whether its memory was still the state's
-            # Everything is here and agrees: that the source cannot be told any more is the source's loss alone.
-            logger.warning("the source could not be told that its state arrived: %s", exc)
+            with control.heartbeats(), no_collection():
+                stream = settled_stream()
+                plan = self._planner.plan(data, state_dict)
+                sink = self._planner.sink(plan, earlier, stream)
+        except Exception as exc:
+            error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
+            self._refuse(control, error.message, wait=True)
+            raise error from None
+        except BaseException as exc:  # Ctrl-C, or the callback ends the process: the source is told as well
+            self._refuse(control, reason_of(exc), wait=False)
+            raise
+        metadata, ident = "", b""
+        if header.number > 1:  # there may be somebody behind
+            self._relay = sink.relay = self._pass_on(plan, sink, control, stream)
+            metadata, ident = self._me.metadata, self._relay.ident
+        control.be_ready(metadata, ident)
+        return plan, sink
+
+    def _refuse(self, control: ControlConnection, reason: str, *, wait: bool) -> None:
+        try:
+            control.refuse(reason, wait=wait)
+        except TransferError:
+            if wait:
+                raise
+        self._report.peers[0].outcome = "refused"
+
+    def _pass_on(self, plan: _Plan, sink: Sink, control: ControlConnection, stream: Any) -> Relay:
+        return Relay(
+            self._me.desk,
+            plan.layout,
+            plan.landing,
+            sink.todo,
+            control.patience(),
+            verified=sink.verified,
+            stream=stream,
+            rewrite=plan.rewrite,
+        )
+
+    # -------------------------------------------------------------------------------- move and end
+
+    def _move(self, control: ControlConnection, plan: _Plan, sink: Sink) -> None:
+        mover = Mover(control, sink, self._options, self._me.contexts)
+        try:
+            mover.run()
+        finally:
+            self._report.peers[0].nbytes_wire += mover.nbytes_wire
+            # Also of what an earlier receive had left and this one has not come to: it is still in the template.
+            if sink.verified and sink.todo.digests:
+                known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}
+                self.kept = Kept(self._step, plan.state, plan.layout, known | sink.todo.digests)
 
     def _end_badly(self, exc: BaseException) -> None:
         """Note how it ended, tell the source where it still listens, pass nothing on any more."""
-        peer = self._peer
+        (peer,) = self._report.peers
         peer.reason = reason_of(exc)
         if self._relay is not None:
             self._relay.close()
         refused = peer.outcome == "refused"
-        if isinstance(exc, (TransferTimeout, Silence)):
-            peer.outcome = "timed out"
-        elif isinstance(exc, PeerFailure) and not isinstance(exc, _GaveUp):
-            peer.outcome = "dead"
-        elif not refused:
-            peer.outcome = "failed"
-        if self._talk is not None and self._lost is None and not isinstance(exc, _GaveUp):
-            # Who has been silent for so long will hardly answer now, and after the deadline there is no time.
-            is_late = isinstance(exc, (Silence, TransferTimeout))
-            patience = Patience(Deadline(HEARTBEAT if is_late else _LAST_WORDS))
-            try:
-                if not refused:
-                    self._talk.say(Frame.FAILED, patience, body=[peer.reason])
-                self._talk.connection.finish(patience)
-            except TransferError:
-                pass
+        peer.outcome = _outcome(exc, refused=refused)
+        if self._control is not None and self._control.lost is None and not isinstance(exc, GaveUp):
+            late = isinstance(exc, (Silence, TransferTimeout))
+            self._control.say_failed(peer.reason, refused=refused, late=late)
+
+
+def _outcome(exc: BaseException, *, refused: bool) -> Outcome:
+    """How a receive has ended that raised this."""
+    if isinstance(exc, (TransferTimeout, Silence)):
+        return "timed out"
+    if isinstance(exc, PeerFailure) and not isinstance(exc, GaveUp):
+        return "dead"
+    return "refused" if refused else "failed"

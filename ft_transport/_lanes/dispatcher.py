@@ -106,21 +106,20 @@ class Desk:
             self._supplies.pop(ident, None)
 
     def tick(self) -> None:
-        """Tell those who wait that somebody is here; called by the listener."""
+        """Tell those who wait that somebody is here; called by the listener.
+
+        They are taken out of line meanwhile, and told without the lock: a transfer may begin at any moment, and its
+        thread must neither wait for 256 sends nor speak on a connection that this one is speaking on.
+        """
         with self._lock:
+            told, self._waiting = self._waiting, []
+        there = [entry for entry in told if _is_told(entry[0])]
+        with self._lock:
+            newer, self._waiting = self._waiting, []
+            for talk, visit in there + newer:
+                if self._host is None or not self._host.receive_guest(talk, visit):
+                    self._wait(talk, visit)
             host = self._host
-            if host is not None:
-                self._let_in(host)
-            for entry in list(self._waiting):
-                talk, _ = entry
-                try:
-                    if not talk.connection.idle or not talk.connection.takes_more:
-                        raise TransferError("gone")
-                    # A frame of a few bytes into a buffer that has room does not block.
-                    talk.say(Frame.WAIT, Patience(Deadline(HEARTBEAT)))
-                except TransferError:
-                    self._waiting.remove(entry)
-                    talk.connection.close()
         if host is not None:
             host.tick()
 
@@ -131,3 +130,17 @@ class Desk:
             for talk, _ in self._waiting:
                 talk.connection.close()
             self._waiting.clear()
+
+
+def _is_told(talk: Talk) -> bool:
+    """Say that somebody is here; gives whether the other one is, too. Does not block; who is gone is closed."""
+    try:
+        # It has nothing to say yet: what can be read is the end of its connection, or a breach of the protocol.
+        if talk.connection.idle and talk.connection.takes_more:
+            # A frame of a few bytes into a buffer that has room does not block.
+            talk.say(Frame.WAIT, Patience(Deadline(HEARTBEAT)))
+            return True
+    except TransferError:
+        pass
+    talk.connection.close()
+    return False

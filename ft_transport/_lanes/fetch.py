@@ -9,12 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from ft_transport._lanes.chain import Route
-from ft_transport._lanes.protocol import Conversation, Frame, Role, encode
+from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
 from ft_transport._lanes.session import Talk
 from ft_transport._lanes.sink import Incurable, Sink
 from ft_transport._net.connection import Bell, Connection
@@ -30,26 +27,25 @@ __all__ = ["Fetcher"]
 
 logger = logging.getLogger("ft_transport")
 
-# Messages that one lane has asked for: while one is on its way, the next ones are asked for already.
+# Messages that one lane has asked for: while one is on its way, the next ones are asked for already. With two, the lane
+# would run dry whenever an answer's last byte and the next question cross; more only move the work away from lanes that
+# are quicker.
 _WINDOW = 3
 
 
 class Fetcher:
-    """The lanes to one supplier.
+    """The lanes to one supplier. All but the lanes themselves is for one thread.
 
     Args:
         sink: Where messages land.
         bell: Rung when a message has landed or a lane has ended.
-        options: How many lanes, and how long they may be silent.
+        options: How many lanes, and whether each message is worth a ring.
         attempt: As in every header.
         step: As in every header.
-        stream: The accelerator's stream to scatter in, None without one.
         num_messages: How many to fetch, over one lane; None for all that are left.
 
     Attributes:
-        nbytes: Bytes of the messages that have landed.
-        error: Why a lane has ended, the newest; None while all is well.
-        fatal: This side's own trouble.
+        error: Why a lane could not be opened or has ended, the newest; None while all is well.
     """
 
     def __init__(
@@ -59,24 +55,17 @@ class Fetcher:
         options: LaneOptions,
         attempt: int,
         step: int,
-        stream: Any = None,
         *,
         num_messages: int | None = None,
     ) -> None:
-        self.nbytes = 0
         self.error: TransferError | None = None
-        self.fatal: Exception | None = None
-        self.nbytes_wire = 0
         self._sink = sink
         self._bell = bell
         self._options = options
         self._attempt = attempt
         self._step = step
-        self._stream = stream
-        self._num_lanes = options.lanes if num_messages is None else 1
-        self._num_left = num_messages
-        self._lock = threading.Lock()
-        self._lanes: set[Connection] = set()
+        self._num_messages = num_messages
+        self._lanes: list[_Lane] = []
         self._crew = Crew()
         self._closing = False
 
@@ -88,7 +77,7 @@ class Fetcher:
         """
         first = encode(Frame.ATTACH, self._attempt, self._step, body=[route.ident])
         invitation = route.invitation
-        for _ in range(self._num_lanes):
+        for _ in range(self._options.lanes if self._num_messages is None else 1):
             own = patience(route.label)
             try:
                 connection = dial(invitation, first, own, contexts, route.label)
@@ -97,23 +86,44 @@ class Fetcher:
             except TransferError as exc:
                 self.error = exc
                 return
-            # What has answered once is all that is tried from now on.
+            # What has answered once is all that is tried from now on: the others may swallow what is sent to them.
             invitation = invitation._replace(addresses=(connection.address,))
-            with self._lock:
-                self._lanes.add(connection)
-            try:
-                self._crew.start("lane", self._run, connection, own)
-            except RuntimeError as exc:  # no more threads to be had
-                with self._lock:
-                    self._lanes.discard(connection)
-                connection.close()
-                self.error = LocalProtocolError(f"a lane cannot be served: {exc}")
+            if not self._start(connection, own):
                 return
+
+    def _start(self, connection: Connection, patience: Patience) -> bool:
+        """Have a lane run in a thread of its own; gives whether there is one."""
+        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
+        conversation.sent(Frame.ATTACH)
+        lane = _Lane(Talk(connection, conversation), self._sink, patience, self._num_messages)
+        self._lanes.append(lane)
+        try:
+            self._crew.start("lane", self._run, lane)
+        except RuntimeError as exc:  # no more threads to be had
+            lane.close()
+            self.error = LocalProtocolError(f"a lane cannot be served: {exc}")
+            return False
+        return True
 
     @property
     def alive(self) -> bool:
         """Whether a lane is open."""
-        return bool(self._lanes)
+        return any(lane.is_open for lane in self._lanes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the messages that have landed."""
+        return sum(lane.nbytes for lane in self._lanes)
+
+    @property
+    def nbytes_wire(self) -> int:
+        """All bytes of the lanes, in both directions."""
+        return sum(lane.talk.connection.nbytes_wire for lane in self._lanes)
+
+    @property
+    def fatal(self) -> Exception | None:
+        """This side's own trouble, which no other supplier would mend."""
+        return next((lane.fatal for lane in self._lanes if lane.fatal is not None), None)
 
     @property
     def hopeless(self) -> bool:
@@ -127,72 +137,106 @@ class Fetcher:
     def _close(self) -> None:
         self._closing = True
         self._sink.todo.wake()
-        with self._lock:
-            for connection in self._lanes:
-                connection.abort()
+        for lane in self._lanes:
+            lane.abort()
         self._crew.join()
 
-    def _run(self, connection: Connection, patience: Patience) -> None:
-        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
-        conversation.sent(Frame.ATTACH)
-        talk = Talk(connection, conversation)
-        bucket = Bucket(CPU, pinned=True)
+    def _run(self, lane: _Lane) -> None:
+        # A ring wakes up the thread that holds the conversation with the source. Once every few milliseconds would be
+        # nothing, but it would be once for each message, and the reader of progress is the only one to want it.
+        eager = self._options.progress is not None
         try:
-            if self._stream is not None:
-                torch.accelerator.set_stream(self._stream)
-            while self._ask(talk, bucket, patience):
-                self._hear(talk, bucket, patience)
+            self._sink.enter()
+            while lane.ask(lambda: self._closing):
+                lane.hear()
+                if eager or self._sink.todo.complete:
+                    self._bell.ring()
         except LocalProtocolError as exc:
-            self.fatal = self._sink.named(exc)
+            lane.fatal = self._sink.named(exc)
         except TransferError as exc:
             if not self._closing:
                 self.error = exc
         except Exception as exc:
-            self.fatal = exc
+            lane.fatal = exc
         finally:
-            self._sink.todo.give_back(conversation.asked)
-            with self._lock:
-                self._lanes.discard(connection)
-                self.nbytes_wire += connection.nbytes_wire
-            connection.close()
+            lane.close()
             self._bell.ring()
 
-    def _ask(self, talk: Talk, bucket: Bucket, patience: Patience) -> bool:
+
+class _Lane:
+    """One lane, for the thread that runs it; :meth:`abort` is for any.
+
+    Attributes:
+        talk: With the supplier.
+        nbytes: Bytes of the messages that have landed by it.
+        fatal: This side's own trouble on it.
+        is_open: False once its connection is closed.
+    """
+
+    def __init__(self, talk: Talk, sink: Sink, patience: Patience, num_messages: int | None) -> None:
+        self.talk = talk
+        self.nbytes = 0
+        self.fatal: Exception | None = None
+        self.is_open = True
+        self._sink = sink
+        self._patience = patience
+        self._num_left = num_messages
+        self._bucket = Bucket(CPU, pinned=True)
+        self._lock = threading.Lock()
+
+    def ask(self, stopped: Callable[[], bool]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
-        work, asked = self._sink.todo, talk.conversation.asked
+        work, asked = self._sink.todo, self.talk.conversation.asked
         while len(asked) < _WINDOW and self._num_left != 0:
-            message = work.take(lambda: self._closing, block=not asked)
+            message = work.take(stopped, block=not asked)
             if message is None:
                 break
             if self._num_left is not None:
                 self._num_left -= 1
             if not asked:
-                patience.moved()  # nothing was asked for: it was not the supplier's silence
-            claim = self._sink.claim(message, bucket)
-            if claim is not None:
-                talk.say(Frame.CHECK, patience, message, [claim])
-            else:
-                talk.say(Frame.REPAIR if work.was_damaged(message) else Frame.WANT, patience, message)
+                self._patience.moved()  # nothing was asked for: it was not the supplier's silence
+            self._ask_for(message)
         return bool(asked)
 
-    def _hear(self, talk: Talk, bucket: Bucket, patience: Patience) -> None:
-        header = talk.hear_header(patience)
-        number = header.number
-        if header.frame is Frame.MESSAGE:
-            try:
-                sound = self._sink.land(talk, header, bucket, patience)
-            except BaseException:
-                # It had begun to come and so is no longer among those asked for.
-                talk.conversation.asked.appendleft(number)
-                raise
-            if not sound:
-                self._sink.note_damage(number)
-            else:
-                with self._lock:
-                    self.nbytes += self._sink.sizes[number]
+    def _ask_for(self, message: int) -> None:
+        claim = self._sink.claim(message, self._bucket)
+        if claim is not None:
+            self.talk.say(Frame.CHECK, self._patience, message, [claim])
         else:
-            talk.hear_body(header, patience)
-            if header.frame is Frame.SAME:
-                self._sink.keep(number)
-        if self._options.progress is not None or self._sink.todo.complete:
-            self._bell.ring()
+            self.talk.say(Frame.WANT, self._patience, message)
+
+    def hear(self) -> None:
+        """Read one frame, and land the message if it is one."""
+        header = self.talk.hear_header(self._patience)
+        if header.frame is Frame.MESSAGE:
+            self._land(header)
+            return
+        self.talk.hear_body(header, self._patience)
+        if header.frame is Frame.SAME:
+            self._sink.keep(header.number)
+
+    def _land(self, header: Header) -> None:
+        number = header.number
+        try:
+            sound = self._sink.land(self.talk, header, self._bucket, self._patience)
+        except BaseException:
+            # It had begun to come and so is no longer among those asked for.
+            self.talk.conversation.asked.appendleft(number)
+            raise
+        if sound:
+            self.nbytes += self._sink.sizes[number]
+        else:
+            self._sink.note_damage(number)
+
+    def abort(self) -> None:
+        """Let whoever is in a call on it raise at once."""
+        with self._lock:  # else it could be closed just now, and the descriptor be somebody else's already
+            if self.is_open:
+                self.talk.connection.abort()
+
+    def close(self) -> None:
+        """Give back what was asked for and has not come, then the descriptor."""
+        self._sink.todo.give_back(self.talk.conversation.asked)
+        with self._lock:
+            self.is_open = False
+            self.talk.connection.close()

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 MAGIC = b"FTLN"
-VERSION = 1
+VERSION = 2
 # Magic, version, frame, attempt, step, number, bytes of the body, digest of the body, digest of all before it.
 _HEADER = struct.Struct("<4sBB2xIqQQQQ")
 _CHECKED = _HEADER.size - 8
@@ -55,7 +55,7 @@ HEADER_BYTES = _HEADER.size
 TRAILER = struct.Struct("<Q")
 
 # Bound what a peer can make us allocate, in bytes of a body; all but a manifest is read by a source, too. Reasons name
-# every path of a state: what goes beyond is cut by the one who gives them. READY has a bit for each message.
+# every path of a state: what goes beyond is cut by the one who gives them.
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_LONG_BODY_BYTES = 1 << 20
 MAX_BODY_BYTES = 64 << 10
@@ -88,10 +88,9 @@ class Frame(IntEnum):
     FAILED = 11
     ATTACH = 12
     WANT = 13
-    REPAIR = 14
-    CHECK = 15
-    MESSAGE = 16
-    SAME = 17
+    CHECK = 14
+    MESSAGE = 15
+    SAME = 16
 
 
 class State(Enum):
@@ -145,7 +144,6 @@ TABLE: dict[State, dict[tuple[Role, Frame], State]] = {
     },
     State.LANE: {
         (_D, Frame.WANT): State.LANE,
-        (_D, Frame.REPAIR): State.LANE,
         (_D, Frame.CHECK): State.LANE,
         (_S, Frame.MESSAGE): State.LANE,
         (_S, Frame.SAME): State.LANE,
@@ -154,7 +152,7 @@ TABLE: dict[State, dict[tuple[Role, Frame], State]] = {
     State.CLOSED: {},
 }
 
-_ASKS = (Frame.WANT, Frame.REPAIR, Frame.CHECK)
+_ASKS = (Frame.WANT, Frame.CHECK)
 _ANSWERS = (Frame.MESSAGE, Frame.SAME)
 
 # The body of each frame: the types of an array's entries, ``str`` for an array of any number of texts, None for none.
@@ -162,7 +160,7 @@ _ANSWERS = (Frame.MESSAGE, Frame.SAME)
 BODIES: dict[Frame, tuple[tuple[type, ...], ...] | type[str] | None] = {
     Frame.HELLO: ((bytes,), (str,)),
     Frame.WAIT: None,
-    Frame.READY: ((str,), (bytes,), (bytes,)),
+    Frame.READY: ((str,), (bytes,)),
     Frame.REFUSE: str,
     Frame.ROUTE: ((str, type(None)), (bytes,), (bytes,)),
     Frame.PROGRESS: None,
@@ -172,12 +170,11 @@ BODIES: dict[Frame, tuple[tuple[type, ...], ...] | type[str] | None] = {
     Frame.FAILED: str,
     Frame.ATTACH: ((bytes,),),
     Frame.WANT: None,
-    Frame.REPAIR: None,
     Frame.CHECK: ((int,),),
     Frame.SAME: None,
 }
 
-_LONG = (Frame.READY, Frame.REFUSE, Frame.FAILED)
+_LONG = (Frame.REFUSE, Frame.FAILED)
 
 
 def max_body_bytes(frame: Frame) -> int:
@@ -194,7 +191,7 @@ class Header(NamedTuple):
         frame: What it is.
         attempt: Which attempt of the destination this is, counted by it.
         step: The step that the destination asks for.
-        number: Of the message (WANT, REPAIR, CHECK, MESSAGE, SAME), or bytes that have landed (PROGRESS, DONE).
+        number: Of the message (WANT, CHECK, MESSAGE, SAME), or bytes that have landed (PROGRESS, DONE).
         nbytes: Length of the body.
         digest: Of the body; 0 for MESSAGE, whose digest follows its body.
     """

@@ -43,6 +43,8 @@ class Relay:
         ident: By which the next one asks for it.
     """
 
+    is_whole_offer = False  # what cannot be read here, the source still has
+
     def __init__(
         self,
         desk: Desk,
@@ -56,11 +58,9 @@ class Relay:
         rewrite: Rewrite | None = None,
     ) -> None:
         self.ident = secrets.token_bytes(16)
-        self.sizes = layout.sizes
         self.verified = verified
         # Training goes on with this memory once this side has the state, whatever the next one still reads.
         self.steady = verified
-        self.is_whole_offer = False
         self._desk = desk
         self._landing = landing
         self._work = work
@@ -72,6 +72,10 @@ class Relay:
         self._layout = layout
         self._supply = Supply(self, patience, stream)
         desk.register(self.ident, self._supply)
+
+    @property
+    def sizes(self) -> list[int]:
+        return self._layout.sizes
 
     def keep(self, message: int, data: torch.Tensor) -> None:
         """Copy a message that was staged, if there is room; the rewrite may have it already."""

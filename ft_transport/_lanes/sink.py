@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import Any
 
 import torch
 
@@ -47,10 +48,10 @@ class Sink:
         verified: Whether messages have digests.
         claims: Messages that may be here already, with their digests; None where it is still to be taken.
         rewrite: Keeps what forward may overwrite; None if nobody trains meanwhile.
+        stream: The accelerator's stream to scatter in, None without one.
 
     Attributes:
         relay: Passes on what has landed, None if nobody would ask.
-        sizes: Bytes of each message.
     """
 
     def __init__(
@@ -63,12 +64,13 @@ class Sink:
         *,
         verified: bool,
         rewrite: Rewrite | None = None,
+        stream: Any = None,
     ) -> None:
         self.todo = work
         self.relay: Relay | None = None
         self.verified = verified
-        self.sizes = layout.sizes
-        self._is_small = layout.is_small
+        self._layout = layout
+        self._stream = stream
         self._landing = landing
         self._report = report
         self._claims = claims
@@ -77,6 +79,16 @@ class Sink:
         self._counted: set[int] = set()  # messages that the report counts
         self._lock = threading.Lock()
 
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of each message."""
+        return self._layout.sizes
+
+    def enter(self) -> None:
+        """Called by each thread that lands messages, before it does."""
+        if self._stream is not None:
+            torch.accelerator.set_stream(self._stream)
+
     def fetch_written_again(self) -> bool:
         """Ask again for the large messages that forward has written to, to keep them; gives whether there are any."""
         written = self._rewrite.written() if self._rewrite is not None else []
@@ -84,13 +96,6 @@ class Sink:
             logger.info("forward has written to what had landed: %d messages are fetched again", len(written))
             self.todo.again(written)
         return bool(written)
-
-    def bitmap(self) -> bytes:
-        """Which messages may be here already: bit ``i % 8`` of byte ``i // 8``, the lowest bit first."""
-        bits = bytearray(-(-len(self.sizes) // 8))
-        for message in self._claims:
-            bits[message // 8] |= 1 << message % 8
-        return bytes(bits) if self._claims else b""
 
     def claim(self, message: int, bucket: Bucket) -> int | None:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
@@ -156,7 +161,7 @@ class Sink:
         return error
 
     def _take(self, message: int, bucket: Bucket) -> torch.Tensor:
-        taken = self._rewrite.take(message) if self._rewrite is not None and self._is_small(message) else None
+        taken = self._rewrite.take(message) if self._rewrite is not None and self._layout.is_small(message) else None
         if taken is None:
             bucket.reset(aligned(self.sizes[message]))
             taken = bucket.take(self.sizes[message])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,10 +40,12 @@ class Stock(Protocol):
         is_whole_offer: Whether a message that cannot be read ends the transfer, as the reader learns elsewhere.
     """
 
-    sizes: list[int]
     verified: bool
     steady: bool
     is_whole_offer: bool
+
+    @property
+    def sizes(self) -> Sequence[int]: ...
 
     def await_message(self, message: int) -> bool:
         """Wait for a message, no longer than a heartbeat; gives whether it is there."""

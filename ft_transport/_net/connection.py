@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 from ft_transport._net.stall import HEARTBEAT, Patience
-from ft_transport._net.zero_copy import SPLICE_FROM, Splicer
+from ft_transport._net.zero_copy import SPLICE_FROM, Splicer, new_splicer
 from ft_transport._process import keep_out_of_forks
 from ft_transport.errors import PeerFailure, TransferError
 
@@ -61,17 +61,8 @@ class Connection:
         self._can_splice = not self._tls
         self._can_read_much = not self._tls and not is_near(sock) and hasattr(select, "poll")
         # One for each direction: a heartbeat may be written while another thread reads.
-        self._readable, self._writable = select.poll(), select.poll()
-        self._readable.register(sock, select.POLLIN)
-        self._writable.register(sock, select.POLLOUT)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._tls:
-            sock.settimeout(HEARTBEAT.total_seconds())
-        else:
-            sock.setblocking(True)
-            tick = struct.pack("@ll", 0, int(HEARTBEAT.total_seconds() * 1e6))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+        self._readable, self._writable = _poll_for(sock, select.POLLIN), _poll_for(sock, select.POLLOUT)
+        _set_up(sock)
 
     def write(self, parts: Sequence[bytes | View], patience: Patience, *, more: bool = False) -> None:
         """Write all parts, one behind the other.
@@ -85,18 +76,13 @@ class Connection:
         After an error: some, all or none of it may have left.
         """
         views = [View(part) for part in parts if len(part)]
-        flags, wait = socket.MSG_MORE if more else 0, self._waits_by(self._writable)
+        flags, wait = socket.MSG_MORE if more else 0, _waits_by(self._writable, tls=self._tls)
+
+        def send() -> int:
+            return self._socket.send(views[0]) if self._tls else self._socket.sendmsg(views, (), flags)
+
         while views:
-            try:
-                wait()
-                written = self._socket.send(views[0]) if self._tls else self._socket.sendmsg(views, (), flags)
-            except (BlockingIOError, TimeoutError):
-                patience.check()
-                continue
-            except OSError as exc:
-                raise self._broken(exc) from None
-            patience.moved()
-            self.nbytes_wire += written
+            written = self._moved(send, wait, patience) or 0
             while views and written >= len(views[0]):
                 written -= len(views.pop(0))
             if written:
@@ -109,22 +95,17 @@ class Connection:
 
         It must stay as it is until the peer has read it, or this connection is closed.
         """
-        splicer, wait = self._have_splicer() if len(view) >= SPLICE_FROM else None, self._waits_by(self._writable)
+        splicer, wait = (
+            self._have_splicer() if len(view) >= SPLICE_FROM else None,
+            _waits_by(self._writable, tls=self._tls),
+        )
         while splicer is not None and (len(view) or not splicer.empty):
             if splicer.empty:
                 try:
                     view = view[splicer.fill(view) :]
                 except OSError:
                     break  # memory of a device, say
-            try:
-                wait()
-                self.nbytes_wire += splicer.drain(self._socket.fileno())
-            except BlockingIOError:
-                patience.check()
-                continue
-            except OSError as exc:
-                raise self._broken(exc) from None
-            patience.moved()
+            self._moved(functools.partial(splicer.drain, self._socket.fileno()), wait, patience)
             if len(view) or not splicer.empty:
                 patience.check()
         if len(view):
@@ -132,81 +113,62 @@ class Connection:
 
     def _have_splicer(self) -> Splicer | None:
         if self._can_splice and self._splicer is None:
-            try:
-                self._splicer = Splicer()
-            except OSError:
-                self._can_splice = False
+            self._splicer = new_splicer()
+            self._can_splice = self._splicer is not None
         return self._splicer
 
     def read_into(self, view: View, patience: Patience) -> None:
         """Fill ``view``; raises as :meth:`write`, and if the peer has closed the connection."""
         done = self._read_much(view, patience) if len(view) > _MUCH_BYTES and self._can_read_much else 0
-        wait = self._waits_by(self._readable)
+        flags, wait = 0 if self._tls else socket.MSG_WAITALL, _waits_by(self._readable, tls=self._tls)
         while done < len(view):
-            try:
-                wait()
-                # Never more than asked for, so nothing is left in a buffer of ours.
-                rest = view[done:]
-                count = self._socket.recv_into(rest, 0, 0 if self._tls else socket.MSG_WAITALL)
-            except (BlockingIOError, TimeoutError):
-                patience.check()
-                continue
-            except OSError as exc:
-                raise self._broken(exc) from None
-            done += self._note_read(count, patience)
+            # Never more than asked for, so nothing is left in a buffer of ours.
+            done += self._read_some(functools.partial(self._socket.recv_into, view[done:], 0, flags), wait, patience)
             if done < len(view):
                 patience.check()  # as in write
 
     def _read_much(self, view: View, patience: Patience) -> int:
         """Read all of ``view`` but less than :data:`_MUCH_BYTES`; gives how many bytes."""
-        if not self._wake_up_at(_MUCH_BYTES):
+        if not _wake_up_at(self._socket, _MUCH_BYTES):
             self._can_read_much = False
             return 0
-        poll, done = select.poll(), 0
-        poll.register(self._socket, select.POLLIN)
+        poll, done = _poll_for(self._socket, select.POLLIN), 0
+
+        def wait() -> None:
+            # What has come by then is read, however little: a peer that is slow is not silent.
+            poll.poll(HEARTBEAT.total_seconds() * 1000)
+
         try:
             while len(view) - done >= _MUCH_BYTES:
-                if not poll.poll(HEARTBEAT.total_seconds() * 1000):
-                    patience.check()
-                try:
-                    count = self._socket.recv_into(view[done:], 0, socket.MSG_DONTWAIT)
-                except BlockingIOError:
-                    continue
-                except OSError as exc:
-                    raise self._broken(exc) from None
-                done += self._note_read(count, patience)
+                some = functools.partial(self._socket.recv_into, view[done:], 0, socket.MSG_DONTWAIT)
+                done += self._read_some(some, wait, patience)
                 if done < len(view):
                     patience.check()  # there may be something to read each time, long after the deadline
         finally:
-            self._wake_up_at(1)
+            _wake_up_at(self._socket, 1)
         return done
 
-    def _waits_by(self, poll: select.poll) -> Callable[[], None]:
-        """What waits until at least a byte can be moved, where the call that moves it must not.
-
-        A call that moves none is begun anew, with the whole of the kernel's time-out, whenever a signal's handler has
-        run (PEP 475): with one every 100 ms it would never end. A poll's time goes on. Signals are for the main thread;
-        the lanes have threads of their own, and are spared the poll.
-
-        Raises:
-            BlockingIOError: By what is returned: none could for a heartbeat.
-        """
-        if self._tls or threading.get_ident() != threading.main_thread().ident:
-            return _at_once
-        return functools.partial(_await, poll)
-
-    def _wake_up_at(self, nbytes: int) -> bool:
-        try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
-        except OSError:
-            return False
-        return True
-
-    def _note_read(self, count: int, patience: Patience) -> int:
+    def _read_some(self, read: Callable[[], int], wait: Callable[[], None], patience: Patience) -> int:
+        count = self._moved(read, wait, patience)
         if count == 0:
             raise PeerFailure("the connection was closed by the peer")
-        patience.moved()
-        self.nbytes_wire += count
+        return count or 0
+
+    def _moved(self, move: Callable[[], int], wait: Callable[[], None], patience: Patience) -> int | None:
+        """Have the system move some bytes; gives how many, None if it could not for a heartbeat."""
+        try:
+            wait()
+            count = move()
+        except (BlockingIOError, TimeoutError):
+            # The kernel's own time-out is the first of these, TLS's the second. So is ETIMEDOUT, by which the kernel
+            # gives up a connection; it says so once, and the next call raises EPIPE.
+            patience.check()
+            return None
+        except OSError as exc:
+            raise PeerFailure(f"the connection broke: {type(exc).__name__}: {exc}") from None
+        if count:
+            patience.moved()
+            self.nbytes_wire += count
         return count
 
     def read(self, nbytes: int, patience: Patience) -> bytearray:
@@ -220,35 +182,23 @@ class Connection:
             data += step
         return data
 
-    def _broken(self, exc: OSError) -> PeerFailure:
-        return PeerFailure(f"the connection broke: {type(exc).__name__}: {exc}")
-
     @property
     def idle(self) -> bool:
         """Whether the peer has neither said anything nor closed its side."""
-        try:
-            socket.socket.recv(self._socket, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass
-        return False
+        return _is_idle(self._socket)
 
     @property
     def nbytes_arrived(self) -> int:
         """As ``nbytes_wire``, without what the peer's system has not taken yet; nearly, with TLS. Any thread."""
         try:
-            waiting = int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+            return self.nbytes_wire - _unsent_bytes(self._socket)
         except (OSError, ValueError):
-            waiting = 0  # it was closed just now
-        return self.nbytes_wire - waiting
+            return self.nbytes_wire  # it was closed just now
 
     @property
     def takes_more(self) -> bool:
         """Whether some more bytes can be written without waiting for the peer. Needs no descriptor of its own."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLOUT)
-        return bool(poll.poll(0))
+        return bool(_poll_for(self._socket, select.POLLOUT).poll(0))
 
     def pending(self) -> bool:
         """Whether bytes are here that a poll of the descriptor does not show."""
@@ -260,25 +210,20 @@ class Connection:
 
     def abort(self) -> None:
         """End the connection: whoever reads or writes it raises at once. Any thread."""
-        self._shut(socket.SHUT_RDWR)
+        _shut(self._socket, socket.SHUT_RDWR)
 
     def finish(self, patience: Patience) -> None:
         """Write no more, and wait until the peer has closed its side: what was written has arrived then. Never raises.
 
         Closing at once would make the system drop what the peer has not read yet, if the peer still writes.
         """
-        self._shut(socket.SHUT_WR)
+        _shut(self._socket, socket.SHUT_WR)
         try:
             while True:
                 self.read(1, patience)
                 patience.check()  # a peer that goes on talking is not waited for any longer
         except TransferError:
             pass
-
-    def _shut(self, how: int) -> None:
-        with contextlib.suppress(OSError):
-            # Not SSLSocket's own, after which a writer in another thread would go on in the clear.
-            socket.socket.shutdown(self._socket, how)
 
     def close(self) -> None:
         """Give the descriptor back. The owner only, once no thread uses it.
@@ -288,10 +233,79 @@ class Connection:
         splicer, self._splicer = self._splicer, None
         if splicer is not None:
             splicer.close()
-            if int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)), sys.byteorder):
-                # Some of it has not arrived: drop it, rather than send it once this side goes on.
+            if _unsent_bytes(self._socket):
+                # Some of it has not arrived: drop it (RST in the place of FIN), rather than send it once this side goes
+                # on, when the pages that the kernel refers to hold something else.
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
         self._socket.close()
+
+
+def _set_up(sock: socket.socket) -> None:
+    """Let its calls block, for a heartbeat at most."""
+    # A frame of a few bytes waits for nothing: Nagle's algorithm would hold it back until the one before is answered.
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if isinstance(sock, ssl.SSLSocket):
+        # Not the kernel's time-out: Python's ssl calls OpenSSL again and again when that has passed (CPython 3.11).
+        sock.settimeout(HEARTBEAT.total_seconds())
+        return
+    # Not settimeout: then the descriptor does not block, and each piece that has come wakes up the interpreter.
+    sock.setblocking(True)
+    tick = struct.pack("@ll", 0, int(HEARTBEAT.total_seconds() * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, tick)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, tick)
+    # SO_SNDBUF and SO_RCVBUF are left alone: to set one turns off the kernel's own tuning of it.
+
+
+def _poll_for(sock: socket.socket, events: int) -> select.poll:
+    poll = select.poll()
+    poll.register(sock, events)
+    return poll
+
+
+def _unsent_bytes(sock: socket.socket) -> int:
+    """How many bytes of what was written the peer's system has not acknowledged."""
+    return int.from_bytes(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+
+
+def _shut(sock: socket.socket, how: int) -> None:
+    with contextlib.suppress(OSError):
+        # Not SSLSocket's own, after which a writer in another thread would go on in the clear.
+        socket.socket.shutdown(sock, how)
+
+
+def _is_idle(sock: socket.socket) -> bool:
+    try:
+        # Not SSLSocket's own, which takes no flags: that there are bytes at all is what is asked.
+        socket.socket.recv(sock, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _wake_up_at(sock: socket.socket, nbytes: int) -> bool:
+    """Let a poll say that there is something to read once so many bytes are there; gives whether it can."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+    except OSError:
+        return False
+    return True
+
+
+def _waits_by(poll: select.poll, *, tls: bool) -> Callable[[], None]:
+    """What waits until at least a byte can be moved, where the call that moves it must not.
+
+    A call that moves none is begun anew, with the whole of the kernel's time-out, whenever a signal's handler has
+    run (PEP 475): with one every 100 ms it would never end. A poll's time goes on. Signals are for the main thread;
+    the lanes have threads of their own, and are spared the poll.
+
+    Raises:
+        BlockingIOError: By what is returned: none could for a heartbeat.
+    """
+    if tls or threading.get_ident() != threading.main_thread().ident:
+        return _at_once
+    return functools.partial(_await, poll)
 
 
 def _await(poll: select.poll) -> None:

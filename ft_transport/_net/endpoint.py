@@ -6,18 +6,19 @@ likeliest first: what the user has named, then what Gloo and NCCL have been told
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import re
 import socket
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import psutil
+
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Interface", "Invitation", "in_order", "interfaces", "resolve"]
 
-VERSION = 1
+VERSION = 2
 SECRET_BYTES = 32
 
 # Of an invitation: whoever dials tries one after the other, a moment apart, and the text stays a few kilobytes long.
@@ -123,50 +124,30 @@ def _nccl_takes(setting: str, name: str) -> bool:
     return hit is not excludes
 
 
-class _SockAddr(ctypes.Structure):
-    _fields_ = [("family", ctypes.c_ushort), ("data", ctypes.c_ubyte * 26)]
-
-
-class _IfAddrs(ctypes.Structure):
-    pass
-
-
-_IfAddrs._fields_ = [
-    ("next", ctypes.POINTER(_IfAddrs)),
-    ("name", ctypes.c_char_p),
-    ("flags", ctypes.c_uint),
-    ("addr", ctypes.POINTER(_SockAddr)),
-]
-
-_IFF_UP = 1
-
-
 def interfaces() -> list[Interface]:
-    """The addresses of this machine's interfaces that are up, in the system's order."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    head = ctypes.POINTER(_IfAddrs)()
-    if libc.getifaddrs(ctypes.byref(head)) != 0:
-        raise OSError(ctypes.get_errno(), "getifaddrs")
-    found = []
-    try:
-        entry = head
-        while entry:
-            each = entry.contents
-            if each.addr and each.flags & _IFF_UP and (address := _address(each.addr.contents)):
-                found.append(Interface(each.name.decode(), address))
-            entry = each.next
-    finally:
-        libc.freeifaddrs(head)
-    return found
+    """The addresses of this machine's interfaces that are up: IPv4 ones first, each in the system's order.
+
+    Raises:
+        OSError: They cannot be listed.
+    """
+    # psutil, since ifaddr does not tell which are up. Up (IFF_UP) is what somebody has said of it; psutil's own isup is
+    # IFF_RUNNING, that there is a link right now, which a bond's or a bridge's may lack for a moment.
+    up = {name for name, found in psutil.net_if_stats().items() if "up" in found.flags.split(",")}
+    found = psutil.net_if_addrs().items()
+    return [
+        Interface(name, _without_scope(entry.address))
+        for family in (socket.AF_INET, socket.AF_INET6)
+        for name, entries in found
+        # An address with a label of its own ("eth0:1") is on an interface that goes by the name before the colon.
+        if name.partition(":")[0] in up
+        for entry in entries
+        if entry.family is family
+    ]
 
 
-def _address(raw: _SockAddr) -> str:
-    data = bytes(raw.data)
-    if raw.family == socket.AF_INET:
-        return socket.inet_ntop(socket.AF_INET, data[2:6])
-    if raw.family == socket.AF_INET6:
-        return socket.inet_ntop(socket.AF_INET6, data[6:22])
-    return ""
+def _without_scope(address: str) -> str:
+    """A scope ("fe80::1%eth0") names an interface of this machine, and means nothing to another one."""
+    return address.partition("%")[0]
 
 
 def resolve(host: str) -> list[str]:
@@ -179,5 +160,4 @@ def resolve(host: str) -> list[str]:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError as exc:
         raise ValueError(f"host: {host!r} has no address: {exc}") from None
-    # A scope ("%eth0") means nothing to another machine.
-    return [str(ipaddress.ip_address(str(entry[4][0]).partition("%")[0])) for entry in found]
+    return [str(ipaddress.ip_address(_without_scope(str(entry[4][0])))) for entry in found]

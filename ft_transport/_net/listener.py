@@ -15,7 +15,7 @@ import ssl
 import threading
 from collections.abc import Callable, Generator
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ft_transport._deadline import Deadline
 from ft_transport._net.connection import Connection
@@ -33,6 +33,74 @@ T = TypeVar("T")
 
 # Handshakes under way at once; the oldest makes room, of those that have not shown yet that they know the secret.
 _MAX_HANDSHAKES = 64
+
+
+class _Handshakes:
+    """Those who have connected and not yet proved who they are: as many as there is room for, the oldest first.
+
+    Args:
+        selector: Waits for their sockets.
+        context: For TLS.
+        handshake: Makes a new one.
+    """
+
+    def __init__(
+        self, selector: selectors.BaseSelector, context: ssl.SSLContext | None, handshake: Callable[[], Any]
+    ) -> None:
+        self._selector = selector
+        self._context = context
+        self._handshake = handshake
+        self._greetings: dict[Greeting, None] = {}
+
+    def begin(self, sock: socket.socket, address: str) -> None:
+        """Take over a socket; makes room if there is none."""
+        if len(self._greetings) >= _MAX_HANDSHAKES:
+            self.make_room()
+        wrap = None
+        if self._context is not None:
+            wrap = partial(self._context.wrap_socket, server_side=True, do_handshake_on_connect=False)
+        greeting = Greeting(sock, address, self._handshake(), Deadline(HANDSHAKE), connecting=False, wrap=wrap)
+        self._greetings[greeting] = None
+        self._selector.register(sock, selectors.EVENT_READ, greeting)
+
+    def advance(self, greeting: Greeting) -> bool:
+        """Go on with one whose socket is ready; gives whether it is through, and the caller's from now on."""
+        if greeting not in self._greetings:
+            return False  # dismissed in this very round
+        try:
+            events = greeting.advance()
+        except Exception as exc:  # whatever a peer sends, or a context that cannot listen does: others are not to blame
+            self._dismiss(greeting)
+            logger.debug("%s is no peer: %s: %s", greeting.address, type(exc).__name__, printable(str(exc)))
+            return False
+        if events:
+            self._selector.modify(greeting.socket, events, greeting)
+            return False
+        del self._greetings[greeting]
+        self._selector.unregister(greeting.socket)
+        return True
+
+    def expire(self) -> None:
+        """Dismiss those who have had their time."""
+        for greeting in [greeting for greeting in self._greetings if greeting.limit.expired()]:
+            self._dismiss(greeting)
+
+    def make_room(self) -> None:
+        """Dismiss one, if there are any."""
+        if self._greetings:
+            # False comes before True, and the oldest before the others. So a flood of strangers never pushes out a peer
+            # that has knocked, and each of them costs the flood a connection.
+            self._dismiss(min(self._greetings, key=lambda greeting: greeting.known))
+
+    def close(self) -> None:
+        """Dismiss all."""
+        for greeting in list(self._greetings):
+            self._dismiss(greeting)
+
+    def _dismiss(self, greeting: Greeting) -> None:
+        del self._greetings[greeting]
+        self._selector.unregister(greeting.socket)
+        greeting.socket.close()
 
 
 class Listener(Generic[T]):
@@ -64,17 +132,14 @@ class Listener(Generic[T]):
         welcome: Callable[[Connection, T], None],
         tick: Callable[[], None],
     ) -> None:
-        self._secret = secret
-        self._context = context
-        self._first = first
         self._welcome = welcome
         self._tick = tick
-        self._greetings: dict[Greeting, None] = {}  # the oldest first
         self._socket = _listen(port)
         keep_out_of_forks(self._socket)
         self.port = int(self._socket.getsockname()[1])
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
+        self._handshakes = _Handshakes(self._selector, context, lambda: _handshake(secret, first))
         self._closing = False
         self._deaf = False
         self._wakeup, self._waker = socket.socketpair()
@@ -105,11 +170,10 @@ class Listener(Generic[T]):
                     if self._deaf:
                         self._selector.register(self._socket, selectors.EVENT_READ)
                         self._deaf = False
-                    self._guarded(self._expire)
+                    self._guarded(self._handshakes.expire)
                     self._guarded(self._tick)
         finally:
-            for greeting in list(self._greetings):
-                self._dismiss(greeting)
+            self._handshakes.close()
             self._selector.close()
             self._socket.close()
             self._wakeup.close()
@@ -123,39 +187,16 @@ class Listener(Generic[T]):
             # No descriptor to be had: those of strangers are the first to go. The selector would report who waits for
             # one again and again, so nobody is looked for until the next heartbeat.
             logger.warning("a connection could not be accepted: %s", exc)
-            self._make_room()
+            self._handshakes.make_room()
             self._selector.unregister(self._socket)
             self._deaf = True
             return
         sock.setblocking(False)
-        if len(self._greetings) >= _MAX_HANDSHAKES:
-            self._make_room()
-        wrap = None
-        if self._context is not None:
-            wrap = partial(self._context.wrap_socket, server_side=True, do_handshake_on_connect=False)
-        address = address.removeprefix("::ffff:")
-        greeting = Greeting(sock, address, self._handshake(), Deadline(HANDSHAKE), connecting=False, wrap=wrap)
-        self._greetings[greeting] = None
-        self._selector.register(sock, selectors.EVENT_READ, greeting)
-
-    def _handshake(self) -> Generator[bytes | int, bytes, T]:
-        yield from admit(self._secret)
-        return (yield from self._first())
+        self._handshakes.begin(sock, address.removeprefix("::ffff:"))
 
     def _advance(self, greeting: Greeting) -> None:
-        if greeting not in self._greetings:
-            return  # dismissed in this very round
-        try:
-            events = greeting.advance()
-        except Exception as exc:  # whatever a peer sends, or a context that cannot listen does: others are not to blame
-            self._dismiss(greeting)
-            logger.debug("%s is no peer: %s: %s", greeting.address, type(exc).__name__, printable(str(exc)))
+        if not self._handshakes.advance(greeting):
             return
-        if events:
-            self._selector.modify(greeting.socket, events, greeting)
-            return
-        del self._greetings[greeting]
-        self._selector.unregister(greeting.socket)
         try:
             connection = greeting.taken()
         except Exception:
@@ -175,19 +216,10 @@ class Listener(Generic[T]):
             with contextlib.suppress(Exception):  # a filter or handler of the user's
                 logger.exception("the listener goes on")
 
-    def _expire(self) -> None:
-        for greeting in [greeting for greeting in self._greetings if greeting.limit.expired()]:
-            self._dismiss(greeting)
 
-    def _make_room(self) -> None:
-        if self._greetings:
-            # False comes before True, and the oldest before the others.
-            self._dismiss(min(self._greetings, key=lambda greeting: greeting.known))
-
-    def _dismiss(self, greeting: Greeting) -> None:
-        del self._greetings[greeting]
-        self._selector.unregister(greeting.socket)
-        greeting.socket.close()
+def _handshake(secret: bytes, first: Callable[[], Generator[int, bytes, T]]) -> Generator[bytes | int, bytes, T]:
+    yield from admit(secret)
+    return (yield from first())
 
 
 def _listen(port: int) -> socket.socket:

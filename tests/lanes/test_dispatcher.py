@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Any
+
+import pytest
 
 from ft_transport._lanes.dispatcher import Desk
 from ft_transport._lanes.protocol import Frame, Header, Visit
+from ft_transport._lanes.session import Talk
 
 
 class Caller:
@@ -15,20 +19,62 @@ class Caller:
     address = "127.0.0.1"
     idle = takes_more = True
 
-    def __init__(self) -> None:
+    def __init__(self, while_told: Callable[[], object] | None = None) -> None:
         self.closed = False
+        self.written = 0
+        self._while_told = while_told
 
     def close(self) -> None:
         self.closed = True
+
+    def write(self, parts: Any, *_: Any) -> None:
+        self.written += 1
+        if self._while_told is not None:
+            self._while_told()
+
+
+class Transfer:
+    """One that takes everybody."""
+
+    def __init__(self) -> None:
+        self.taken: list[Any] = []
+
+    def receive_guest(self, talk: Talk, visit: Visit) -> bool:
+        self.taken.append(talk.connection)
+        return True
+
+    def tick(self) -> None:
+        pass
+
+
+def come(desk: Desk, caller: Any) -> None:
+    desk.welcome(caller, Visit(Header(Frame.HELLO, 1, 7), (secrets.token_bytes(16), "name")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["there", "gone"])
+def test_who_is_told_while_a_transfer_begins_is_let_in_afterwards(gone: bool) -> None:
+    desk, transfer = Desk(), Transfer()
+    talking = Caller(lambda: desk.open(transfer))
+    come(desk, talking)
+    talking.idle = not gone
+    desk.tick()
+    assert talking.closed is gone
+    assert transfer.taken == ([] if gone else [talking])
+
+
+def test_who_is_told_while_everything_is_closed_is_closed() -> None:
+    desk = Desk()
+    talking = Caller(desk.close_all)
+    come(desk, talking)
+    desk.tick()
+    assert talking.closed
 
 
 def test_how_many_wait_is_bounded_and_the_oldest_make_room() -> None:
     desk = Desk()
     callers = [Caller() for _ in range(1000)]
     for caller in callers:
-        visit = Visit(Header(Frame.HELLO, 1, 7), (secrets.token_bytes(16), "name"))  # type: ignore[arg-type]
-        connection: Any = caller
-        desk.welcome(connection, visit)
+        come(desk, caller)
     closed = [caller.closed for caller in callers]
     assert 0 < closed.count(False) <= 300
     assert closed == sorted(closed, reverse=True)

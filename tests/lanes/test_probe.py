@@ -8,13 +8,9 @@ from typing import Any
 
 import pytest
 
-from ft_transport._deadline import Deadline
-from ft_transport._lanes.chain import _AHEAD_BYTES, Guest, is_to_blame
 from ft_transport._lanes.probe import Trial
-from ft_transport._telemetry.report import PeerReport
 
 SOON, LATER = timedelta(milliseconds=20), timedelta(seconds=60)
-PAST = Deadline(timedelta(0))
 
 
 class Lanes:
@@ -91,36 +87,3 @@ def test_close_ends_what_is_under_way() -> None:
     found.close()
     found.close()
     assert tried.closed == 1
-
-
-def guest(nbytes: int, before: Guest | None = None, outcome: Any = "pending", settling: Deadline = PAST) -> Guest:
-    peer = PeerReport(-1, outcome=outcome, nbytes=nbytes)
-    return Guest(None, peer, None, before=before, settling=settling)  # type: ignore[arg-type]
-
-
-MUCH = 10 * _AHEAD_BYTES
-
-
-@pytest.mark.parametrize(
-    ("slow", "to_blame"),
-    [
-        (guest(1), True),
-        (guest(1, guest(MUCH)), True),
-        (guest(MUCH, guest(MUCH + 1, outcome="complete")), True),
-        (guest(MUCH, guest(MUCH + 1)), False),
-        (guest(1, guest(_AHEAD_BYTES)), False),
-        (guest(1, settling=Deadline(timedelta(days=1))), False),
-        (None, False),
-    ],
-    ids=[
-        "supplied by the source",
-        "its supplier is far ahead",
-        "its supplier has everything",
-        "it waits itself",
-        "on its way",
-        "has just got another supplier",
-        "is gone",
-    ],
-)
-def test_who_is_to_blame(slow: Guest | None, to_blame: bool) -> None:
-    assert is_to_blame(slow) is to_blame

@@ -8,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from golden import DATA, lane_frames, lane_frames_file
 from golden import LANE_BODIES as EXAMPLES
-from golden import lane_frames, lane_frames_file
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ft_transport._lanes.protocol import (
     BODIES,
     HEADER_BYTES,
+    MAGIC,
     MAX_BODY_BYTES,
     MAX_LONG_BODY_BYTES,
     MAX_MANIFEST_BYTES,
     TABLE,
     TRAILER,
+    VERSION,
     Conversation,
     Frame,
     Header,
@@ -71,6 +73,27 @@ def test_frames_are_written_and_read_as_they_were() -> None:
     assert TRAILER.unpack(data[-8:]) == (digest_bytes(payload),)
 
 
+VERSION_1 = [line.split() for line in (DATA / "lanes_v1_frames.txt").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("name", "data"), VERSION_1, ids=[name for name, _ in VERSION_1])
+def test_version_1_is_refused_by_name(name: str, data: str) -> None:
+    """Whatever it says: a frame of the same name may mean something else there."""
+    with pytest.raises(RemoteProtocolError, match="expected version 2 of the lanes' wire, got 1"):
+        decode_header(bytes.fromhex(data)[:HEADER_BYTES])
+
+
+@pytest.mark.parametrize(("name", "data"), lane_frames().items(), ids=list(lane_frames()))
+def test_version_1_refuses_this_one_by_name(name: str, data: bytes) -> None:
+    """It reads a header's magic and version before anything else, from where these are in its own frames."""
+    _, old = VERSION_1[0]
+    offset = len(MAGIC)
+    assert (bytes.fromhex(old)[:offset], bytes.fromhex(old)[offset]) == (MAGIC, 1)
+    assert (data[:offset], data[offset]) == (MAGIC, VERSION)
+    assert VERSION != 1
+    assert HEADER_BYTES == 52, "as many bytes as it waits for before it looks"
+
+
 def test_every_frame_has_an_example_and_a_body() -> None:
     assert set(EXAMPLES) | {Frame.MESSAGE} == set(Frame)
     assert set(BODIES) | {Frame.MANIFEST, Frame.MESSAGE} == set(Frame)
@@ -105,7 +128,7 @@ def test_garbage_is_no_header(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        (Header(Frame.READY, 1, 1, nbytes=1 << 21), "READY of 2097152 bytes"),
+        (Header(Frame.READY, 1, 1, nbytes=1 << 21), "READY of 2097152 bytes, at most 65536"),
         (Header(Frame.MANIFEST, 1, 1, nbytes=(256 << 20) + 1), "MANIFEST of"),
         (Header(Frame.REFUSE, 1, 1, nbytes=(1 << 20) + 1), "REFUSE of 1048577 bytes, at most 1048576"),
         (Header(Frame.FAILED, 1, 1, nbytes=256 << 20), "FAILED of"),
@@ -123,7 +146,8 @@ def test_headers_out_of_bounds(header: Header, reason: str) -> None:
     [
         (Frame.HELLO, ["i", "n"]),
         (Frame.HELLO, [b"i"]),
-        (Frame.READY, ["m", b"", 3]),
+        (Frame.READY, ["m", b"", b""]),
+        (Frame.READY, ["m", 3]),
         (Frame.ROUTE, [b"", b""]),
         (Frame.FAILED, "why"),
         (Frame.FAILED, [b"why"]),
@@ -228,7 +252,7 @@ def test_frames_that_cross_are_allowed_on_both_sides() -> None:
 
 def test_answers_come_in_the_order_of_the_questions() -> None:
     ends = both_in(State.LANE)
-    for number, frame in enumerate((Frame.WANT, Frame.CHECK, Frame.REPAIR)):
+    for number, frame in enumerate((Frame.WANT, Frame.CHECK, Frame.WANT)):
         deliver(ends, DESTINATION, frame, number)
     deliver(ends, SOURCE, Frame.WAIT)
     deliver(ends, SOURCE, Frame.MESSAGE, 0)

@@ -53,7 +53,7 @@ class Guest:
     def be_ready(self, relays: bool = True) -> Any:
         """Agree to the state; gives where to fetch it."""
         self.hear(Frame.MANIFEST)
-        body = [ELSEWHERE.encode(), self.relay, b""] if relays else ["", b"", b""]
+        body = [ELSEWHERE.encode(), self.relay] if relays else ["", b""]
         self.talk.say(Frame.READY, patience(), body=body)
         return self.hear(Frame.ROUTE)
 

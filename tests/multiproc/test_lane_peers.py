@@ -18,8 +18,8 @@ import torch
 
 from ft_transport import LocalProtocolError, PeerFailure
 from ft_transport._deadline import Deadline
-from ft_transport._lanes import dispatcher
-from ft_transport._lanes import source as _source
+from ft_transport._lanes import admission, dispatcher, serving
+from ft_transport._lanes import news as _news
 from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
 from ft_transport._lanes.session import Talk
 from ft_transport._net.dial import dial
@@ -129,7 +129,7 @@ def test_an_earlier_attempt_that_comes_late_does_not_cut_the_later_one(lanes: La
         with peer(source.metadata(), identity=b"i" * 16, attempt=1) as earlier:
             _, reasons = earlier.await_frame(Frame.FAILED)
             assert reasons == ("a later attempt has come before",)
-        later.say(Frame.READY, later.patience, body=["", b"", b""])
+        later.say(Frame.READY, later.patience, body=["", b""])
         later.await_frame(Frame.ROUTE)
 
 
@@ -143,7 +143,7 @@ def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lane
     with peer(source.metadata()) as first:
         first.await_frame(Frame.MANIFEST)
         of_another = lanes.transport().metadata() if metadata == "of another" else metadata
-        first.say(Frame.READY, first.patience, body=[of_another, ident, b""])
+        first.say(Frame.READY, first.patience, body=[of_another, ident])
         first.await_frame(Frame.ROUTE)
         assert lanes.destination(make_state(2)).start(source.metadata()).join().sound(state)
     source.disallow_checkpoint()
@@ -151,12 +151,12 @@ def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lane
 
 
 def test_a_route_that_nobody_can_read_is_answered(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_source, "_is_invitation", lambda metadata, ident: True)
+    monkeypatch.setattr(serving, "_is_invitation", lambda metadata, ident: True)
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
         first.await_frame(Frame.MANIFEST)
-        first.say(Frame.READY, first.patience, body=["nonsense", b"i" * 16, b""])
+        first.say(Frame.READY, first.patience, body=["nonsense", b"i" * 16])
         first.await_frame(Frame.ROUTE)
         destination = lanes.destination(make_state(2)).start(source.metadata()).join()
         assert destination.sound(state), destination.error
@@ -171,7 +171,7 @@ def guests() -> int:
 
 
 def test_so_many_are_served_at_once_and_the_others_wait(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_source, "SPARE_GUESTS", 3)
+    monkeypatch.setattr(admission, "SPARE_GUESTS", 3)
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     with contextlib.ExitStack() as stack:
@@ -188,7 +188,7 @@ def test_so_many_are_served_at_once_and_the_others_wait(lanes: Lanes, monkeypatc
 
 
 def test_so_many_conversations_of_one_transfer_and_no_more(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_source, "SPARE_CONVERSATIONS", 0)
+    monkeypatch.setattr(admission, "SPARE_CONVERSATIONS", 0)
     source = lanes.transport()
     source.send_checkpoint([1, 2, 3], STEP, envelope(make_state()), TIMEOUT)
     for identity in (b"a", b"b", b"a"):
@@ -230,13 +230,13 @@ class Slow:
 
 
 def test_an_event_callback_that_takes_its_time_holds_nobody(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_source, "_TELLING", timedelta(milliseconds=100))
+    monkeypatch.setattr(_news, "_TELLING", timedelta(milliseconds=100))
     slow, state = Slow(), make_state()
     source = lanes.transport(on_event=slow)
     # Nobody comes, so it is the listener that finds the first one over.
     source.send_checkpoint([1], STEP, envelope(state), timedelta(milliseconds=200))
     assert source._offer is not None
-    wait_until(lambda: source._offer._over)  # type: ignore[union-attr]
+    wait_until(lambda: source._offer.is_over)  # type: ignore[union-attr]
     early = lanes.destination(make_state(2)).start(source.metadata(), step=STEP + 1)
     time.sleep(1.5)  # more than the stall time-out
     source.disallow_checkpoint()

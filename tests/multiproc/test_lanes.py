@@ -414,7 +414,7 @@ def test_where_none_is_named_the_deadline_ends_the_offer(lanes: Lanes) -> None:
     source.send_checkpoint([], STEP, envelope(make_state()), timedelta(seconds=0.1))
     offer = source._offer
     assert offer is not None
-    wait_until(lambda: offer._over)
+    wait_until(lambda: offer.is_over)
 
 
 def test_a_transport_receives_from_itself(lanes: Lanes) -> None:
@@ -903,7 +903,7 @@ def test_a_chain_whose_middle_is_cut_off(lanes: Lanes) -> None:
         destinations.append(destination.start(metadata))
         offer = source._offer
         assert offer is not None
-        wait_until(lambda position=position, offer=offer: len(offer._chain) == position + 1)
+        wait_until(lambda position=position, offer=offer: len(offer._line._ready) == position + 1)
     wait_until(lambda: middle.nbytes > 4 * MIB)
     middle.cut()
     for destination in destinations:
@@ -1016,7 +1016,7 @@ def test_a_thousand_strangers(lanes: Lanes) -> None:
     while any(thread.is_alive() for thread in (*talking, *silent)):
         heal_once(step)
         step += 1
-        assert len(source._listener._greetings) <= 64
+        assert len(source._listener._handshakes._greetings) <= 64
     for thread in (*talking, *silent):
         thread.join()
     assert step > 4
@@ -1150,16 +1150,17 @@ def test_the_last_destination_for_which_there_is_no_thread(lanes: Lanes, monkeyp
 
 def test_a_pause_after_the_last_byte_is_no_silence(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without digests the source has the last word, and as long to say it as for any other."""
-    from ft_transport._lanes.source import Offer
+    from ft_transport._lanes.messages import SourceStock
 
-    check = Offer._check_unchanged
+    check = SourceStock.check_unchanged
 
-    def late(offer: Offer) -> None:
-        if all(peer.nbytes == offer.report.nbytes_total for peer in offer.report.peers):
+    def late(stock: SourceStock) -> None:
+        report = source.last_report
+        if report is not None and all(peer.nbytes == report.nbytes_total for peer in report.peers):
             time.sleep(1.3)
-        check(offer)
+        check(stock)
 
-    monkeypatch.setattr(Offer, "_check_unchanged", late)
+    monkeypatch.setattr(SourceStock, "check_unchanged", late)
     state = make_state()
     source = lanes.transport(verify=False, stall_timeout=timedelta(seconds=8))
     destination = lanes.destination(make_state(2), stall_timeout=timedelta(seconds=8)).start(source.metadata())

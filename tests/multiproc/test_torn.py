@@ -30,7 +30,7 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TornStateError
-from ft_transport._lanes.source import SourceStock
+from ft_transport._lanes.messages import SourceStock
 from ft_transport._options import Options
 from ft_transport._wire.layout import Limits
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ft_transport import LocalProtocolError, PeerFailure, TornStateError, TransferTimeout
-from ft_transport._lanes.destination import Reception
+from ft_transport._lanes.control import ControlConnection
 from ft_transport._lanes.protocol import Frame
 from ft_transport._lanes.session import Talk
 
@@ -155,13 +155,13 @@ def test_shadow_cannot_compare(lanes: Lanes) -> None:
 
 def change_at_the_end(patch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """When everything is there, and the destination is about to say so."""
-    say_done = Reception._say_done
+    say_done = ControlConnection.say_done
 
-    def changed(self: Reception, talk: Any, **options: Any) -> None:
+    def changed(self: ControlConnection, **options: Any) -> None:
         change()
-        say_done(self, talk, **options)
+        say_done(self, **options)
 
-    patch.setattr(Reception, "_say_done", changed)
+    patch.setattr(ControlConnection, "say_done", changed)
 
 
 @pytest.mark.parametrize("shadow", [False, True], ids=["in place", "shadow"])

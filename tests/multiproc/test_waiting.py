@@ -179,7 +179,7 @@ def test_a_step_after_everybody_was_served_voids_nothing(lanes: Lanes) -> None:
     source.send_checkpoint([1], STEP, envelope(trained.state_dict()), TIMEOUT)
     destination = lanes.destination(Trained(2).state_dict()).start(source.metadata())
     assert got(destination) == offered
-    wait_until(lambda: source._offer is not None and source._offer._over)
+    wait_until(lambda: source._offer is not None and source._offer.is_over)
     trained.optimizer.step()
     trained.weight.detach().add_(1)
     source.disallow_checkpoint()

@@ -212,7 +212,7 @@ def test_a_peer_that_is_gone_already() -> None:
 
 def test_a_system_that_cannot(pair: tuple[socket.socket, Connection], monkeypatch: pytest.MonkeyPatch) -> None:
     peer, connection = pair
-    monkeypatch.setattr(connection, "_wake_up_at", lambda nbytes: False)
+    monkeypatch.setattr("ft_transport._net.connection._wake_up_at", lambda sock, nbytes: False)
     data = noise(4 * MUCH)
     thread = threading.Thread(target=peer.sendall, args=(data,))
     thread.start()

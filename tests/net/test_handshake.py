@@ -1,4 +1,4 @@
-"""Metadata, the handshake without a socket, and the order of addresses."""
+"""The handshake, without a socket."""
 
 from __future__ import annotations
 
@@ -10,55 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ft_transport._lanes.protocol import Frame, Visit, encode, first_frame
-from ft_transport._net.endpoint import MAX_ADDRESSES, Interface, Invitation, in_order
 from ft_transport._net.handshake import admit, knock
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError
+from ft_transport.errors import RemoteProtocolError
 
 SECRET = bytes(range(32))
 HELLO = encode(Frame.HELLO, 1, 7, 0, [b"i" * 16, "name"])
-
-
-# ------------------------------------------------------------------------------------------ metadata
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_metadata_round_trip(tls: bool) -> None:
-    invitation = Invitation(("10.0.0.1", "fd00::2", "127.0.0.1", "::1"), 4711, SECRET, tls)
-    assert Invitation.decode(invitation.encode()) == invitation
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        "",
-        "<n/a>",
-        "http://host:1234/checkpoint/",
-        "ft-lanes://:1/1/" + "00" * 32,
-        "ft-lanes://10.0.0.1:1/1/" + "00" * 8,
-        "ft-lanes://10.0.0.1:0/1/" + "00" * 32,
-        "ft-lanes://10.0.0.1:70000/1/" + "00" * 32,
-        "ft-lanes://10.0.0.999:1/1/" + "00" * 32,
-        "ft-lanes://10.0.0.1:1/1/" + "00" * 32 + "\n",
-        None,
-        b"ft-lanes://10.0.0.1:1/1/" + b"00" * 32,
-    ],
-)
-def test_other_metadata_is_refused(metadata: Any) -> None:
-    with pytest.raises(RemoteProtocolError, match="metadata"):
-        Invitation.decode(metadata)
-
-
-def test_another_version_is_refused_by_name() -> None:
-    with pytest.raises(RemoteProtocolError, match="expected version 1 of the lanes, the source has 2"):
-        Invitation.decode("ft-lanes://10.0.0.1:1/2/" + "00" * 32)
-
-
-def test_the_secret_is_in_no_message() -> None:
-    metadata = Invitation(("10.0.0.1",), 4711, SECRET, False).encode()
-    for wrong in (metadata.replace("ft-lanes", "other"), metadata.replace("/1/", "/2/"), metadata + "x"):
-        with pytest.raises(RemoteProtocolError) as info:
-            Invitation.decode(wrong)
-        assert SECRET.hex()[:8] not in str(info.value)
 
 
 # ----------------------------------------------------------------------------------------- handshake
@@ -184,71 +140,3 @@ def test_only_small_first_frames_are_read(first: bytes) -> None:
     _, listener = meet(SECRET, SECRET, 1000)
     with pytest.raises(RemoteProtocolError, match="cannot come first"):
         listener.feed(first)
-
-
-# ----------------------------------------------------------------------------------------- addresses
-
-FOUND = [
-    Interface("lo", "127.0.0.1"),
-    Interface("eth0", "10.0.0.1"),
-    Interface("eth1", "10.1.0.1"),
-    Interface("ib0", "10.2.0.1"),
-    Interface("lo", "::1"),
-    Interface("eth0", "fd00::1"),
-    Interface("eth1", "fe80::1"),
-]
-OTHERS = ("10.0.0.1", "10.1.0.1", "10.2.0.1", "fd00::1", "127.0.0.1", "::1")
-
-
-@pytest.mark.parametrize(
-    ("hosts", "interface", "environ", "first"),
-    [
-        ([], None, {}, ()),
-        (["192.168.0.1"], None, {}, ("192.168.0.1",)),
-        ([], "eth1", {}, ("10.1.0.1", "fe80::1")),
-        ([], None, {"GLOO_SOCKET_IFNAME": "eth1"}, ("10.1.0.1", "fe80::1")),
-        ([], None, {"GLOO_SOCKET_IFNAME": "nothing, ib0"}, ("10.2.0.1",)),
-        ([], None, {"NCCL_SOCKET_IFNAME": "eth"}, ("10.0.0.1", "10.1.0.1", "fd00::1", "fe80::1")),
-        ([], None, {"NCCL_SOCKET_IFNAME": "=ib0"}, ("10.2.0.1",)),
-        ([], None, {"NCCL_SOCKET_IFNAME": "=ib"}, ()),
-        ([], None, {"NCCL_SOCKET_IFNAME": "^eth,lo"}, ("10.2.0.1",)),
-        (["h"], "ib0", {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "eth0"},
-         ("h", "10.2.0.1", "127.0.0.1", "::1", "10.0.0.1", "fd00::1")),
-    ],
-)  # fmt: skip
-def test_addresses_in_order(
-    hosts: list[str], interface: str | None, environ: dict[str, str], first: tuple[str, ...]
-) -> None:
-    expected = (*first, *(address for address in OTHERS if address not in first))
-    assert in_order(FOUND, hosts, interface, environ) == expected
-
-
-def test_an_interface_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match=r"interface: expected one of \['eth0', 'eth1', 'ib0', 'lo'\], got 'eth9'"):
-        in_order(FOUND, [], "eth9", {})
-
-
-MANY_IPV4 = [Interface(f"veth{i}", f"100.100.1{i // 100:02}.1{i % 100:02}") for i in range(300)]
-MANY_IPV6 = [Interface(f"veth{i}", f"2001:db8:1111:2222:3333:4444:5555:{0x1000 + i:x}") for i in range(300)]
-
-
-@pytest.mark.parametrize("found", [MANY_IPV4, MANY_IPV6[:150], [*MANY_IPV4, *MANY_IPV6]], ids=["IPv4", "IPv6", "both"])
-def test_the_metadata_of_a_host_with_many_addresses_can_be_read(found: list[Interface]) -> None:
-    addresses = in_order(found, ["192.168.0.1"], "veth149", {"GLOO_SOCKET_IFNAME": "veth77"})
-    invitation = Invitation(addresses, 4711, SECRET, True)
-    known = Invitation.decode(invitation.encode())
-    named = ("192.168.0.1", *(entry.address for name in ("veth149", "veth77") for entry in found if entry.name == name))
-    assert known == invitation._replace(addresses=addresses[:MAX_ADDRESSES])
-    assert known.addresses[: len(named)] == named
-    assert len(known.addresses) == MAX_ADDRESSES
-
-
-@pytest.mark.parametrize("found", [[], [Interface("eth0", "fe80::1"), Interface("eth1", "169.254.3.4")]])
-def test_a_host_that_nobody_could_reach(found: list[Interface]) -> None:
-    with pytest.raises(LocalProtocolError, match="could not be reached by anybody: no network interface is up"):
-        in_order(found, [], None, {})
-    assert in_order(found, ["10.0.0.1"], None, {}) == ("10.0.0.1",)
-
-
-def test_loopback_alone_is_an_address() -> None:
-    assert in_order([Interface("lo", "127.0.0.1")], [], None, {}) == ("127.0.0.1",)

@@ -14,7 +14,7 @@ import torch
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.session import _PIECE_BYTES
-from ft_transport._net import connection as _connection
+from ft_transport._net import zero_copy as _zero_copy
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import Patience
 from ft_transport._net.zero_copy import SPLICE_FROM, Splicer
@@ -96,7 +96,7 @@ def test_without_splice(pair: tuple[Connection, Connection], monkeypatch: pytest
     def refuse() -> Splicer:
         raise OSError("this system cannot splice")
 
-    monkeypatch.setattr(_connection, "Splicer", refuse)
+    monkeypatch.setattr(_zero_copy, "Splicer", refuse)
     ours, theirs = pair
     keep, view = state()
     thread = threading.Thread(target=ours.write_steady, args=(view, patience()))

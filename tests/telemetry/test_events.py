@@ -26,7 +26,7 @@ from ft_transport._telemetry.events import tell
 from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport
 
 SECRET = "5e" * 32
-METADATA = f"ft-lanes+tls://10.0.0.3,[fe80::1]:4711/1/{SECRET}"
+METADATA = f"ft-lanes+tls://10.0.0.3,[fe80::1]:4711/2/{SECRET}"
 
 
 class Lying:
@@ -75,7 +75,7 @@ def fail(logger: logging.Logger) -> None:
 )
 def test_the_secret_of_metadata_is_redacted(log: Callable[[logging.Logger], None]) -> None:
     text = redacted(log)
-    assert "ft-lanes+tls://10.0.0.3,[fe80::1]:4711/1/<secret>" in text
+    assert "ft-lanes+tls://10.0.0.3,[fe80::1]:4711/2/<secret>" in text
     assert SECRET not in text
 
 
@@ -95,7 +95,7 @@ def test_other_records_pass_unchanged_and_nothing_raises() -> None:
         one(name, 20, "f", 1, "a %s", ("b",), None),
         one(name, 20, "f", 1, "a %d", ("b",), None),  # does not take its arguments
         one(name, 20, "f", 1, 5, None, None),
-        one(name, 20, "f", 1, "ft-lanes://10.0.0.3:4711/1/", None, None),
+        one(name, 20, "f", 1, "ft-lanes://10.0.0.3:4711/2/", None, None),
     ]
     for record in records:
         before = dict(record.__dict__)

@@ -1,0 +1,102 @@
+"""The messages of a described state, for those who fetch them over lanes.
+
+Strategy: a source does not stop training, so what is read here may change underneath. Small tensors do, in forward, and
+are copied before ``send_checkpoint`` returns; large ones do only when an optimizer steps, which waits, or when somebody
+writes to them by hand, which is noticed (``_plan.unchanged``) and makes the whole offer void.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from ft_transport._options import CPU
+from ft_transport._plan.blocks import Held
+from ft_transport._plan.buffers import Bucket, aligned
+from ft_transport._plan.source import Outbound
+from ft_transport._wire.layout import SMALL_BYTES
+from ft_transport.errors import LocalProtocolError
+
+__all__ = ["SourceStock"]
+
+
+class SourceStock:
+    """The messages of a described state; see ``_lanes.supplier.Stock``.
+
+    The small ones are copied here and now: forward goes on meanwhile, and changes small buffers (BatchNorm).
+
+    Args:
+        outbound: The described state.
+        stream: The accelerator's stream to gather in, None without one.
+
+    Attributes:
+        frame: The manifest, as it travels.
+        error: Why the state is not what it was any more, once somebody has looked.
+    """
+
+    steady = is_whole_offer = True
+
+    def __init__(self, outbound: Outbound, stream: Any = None) -> None:
+        self.sizes = outbound.layout.sizes
+        self.verified = bool(outbound.header.digest)
+        self.frame = outbound.frame
+        self.stream = stream
+        self.error: LocalProtocolError | None = None
+        self._gone: LocalProtocolError | None = None
+        self._placement = outbound.placement
+        self._versions = outbound.versions
+        self._digests: dict[int, int] = {}
+        self._copies: dict[int, memoryview] = {}
+        small, room = [], SMALL_BYTES
+        for message in range(len(outbound.layout.messages)):
+            nbytes = aligned(self.sizes[message])
+            if outbound.layout.is_small(message) and nbytes <= room:
+                room -= nbytes
+                small.append(message)
+        self._bucket = Bucket(CPU)
+        self._bucket.reset(SMALL_BYTES - room)
+        for message in small:
+            self._copies[message] = self._placement.view(message, self._bucket)
+        self._versions.note_copied(self._copies)
+
+    def check_unchanged(self) -> None:
+        """Raises LocalProtocolError if the state has changed or moved since; see ``_plan.unchanged``."""
+        try:
+            self._placement.check()
+            if self._gone is not None:
+                raise self._gone
+            self._versions.check()
+        except LocalProtocolError as exc:
+            self.error = exc
+            raise
+
+    def here(self) -> AbstractContextManager[None]:
+        """Be one of the threads that serve it: an optimizer that steps in one of them does not wait for itself."""
+        return self._versions.here()
+
+    def within_step(self) -> bool:
+        """Whether the state may change before whoever offers it is drained; see ``_plan.unchanged``."""
+        return self._versions.within_step()
+
+    def release(self) -> None:
+        """Nothing is read any more: optimizers need not wait."""
+        self._versions.release()
+
+    def await_message(self, message: int) -> bool:
+        return True
+
+    def view(self, message: int, bucket: Bucket) -> memoryview:
+        copied = self._copies.get(message)
+        return self._placement.view(message, bucket) if copied is None else copied
+
+    def held(self, message: int) -> Held | None:
+        return self._placement.held(message) if message not in self._copies else None
+
+    def note_error(self, error: LocalProtocolError) -> None:
+        self._gone = error
+
+    def digest(self, message: int) -> int | None:
+        return self._digests.get(message)
+
+    def note_digest(self, message: int, digest: int) -> None:
+        self._digests.setdefault(message, digest)
