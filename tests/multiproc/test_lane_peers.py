@@ -235,8 +235,8 @@ def test_an_event_callback_that_takes_its_time_holds_nobody(lanes: Lanes, monkey
     source = lanes.transport(on_event=slow)
     # Nobody comes, so it is the listener that finds the first one over.
     source.send_checkpoint([1], STEP, envelope(state), timedelta(milliseconds=200))
-    assert source._offer is not None
-    wait_until(lambda: source._offer._over)  # type: ignore[union-attr]
+    assert source._serving.offer is not None
+    wait_until(lambda: source._serving.offer._over)  # type: ignore[union-attr]
     early = lanes.destination(make_state(2)).start(source.metadata(), step=STEP + 1)
     time.sleep(1.5)  # more than the stall time-out
     source.disallow_checkpoint()

@@ -412,7 +412,7 @@ def test_nobody_is_waited_for_where_none_is_named(lanes: Lanes) -> None:
 def test_where_none_is_named_the_deadline_ends_the_offer(lanes: Lanes) -> None:
     source = lanes.transport()
     source.send_checkpoint([], STEP, envelope(make_state()), timedelta(seconds=0.1))
-    offer = source._offer
+    offer = source._serving.offer
     assert offer is not None
     wait_until(lambda: offer._over)
 
@@ -901,7 +901,7 @@ def test_a_chain_whose_middle_is_cut_off(lanes: Lanes) -> None:
             if position == 1:
                 middle = mine
         destinations.append(destination.start(metadata))
-        offer = source._offer
+        offer = source._serving.offer
         assert offer is not None
         wait_until(lambda position=position, offer=offer: len(offer._chain) == position + 1)
     wait_until(lambda: middle.nbytes > 4 * MIB)
