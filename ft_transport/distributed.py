@@ -48,7 +48,7 @@ from ft_transport._telemetry.report import PeerReport, Role, TransferReport
 from ft_transport._transport import TransportBase
 from ft_transport._wire.frames import MAX_FRAME_BYTES
 from ft_transport._wire.layout import Limits, lay_out
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, reason_of
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended, reason_of
 
 __all__ = ["PGTransport"]
 
@@ -329,15 +329,13 @@ class PGTransport(TransportBase):
         with report.phase("agree"), no_collection():
             meta = _unpickle(data)
             if isinstance(meta, _Failure):
-                report.peers[0].outcome, report.peers[0].phase = "failed", "agree"
-                raise PeerFailure(f"the peer gave up: {meta.reason}")
+                raise ended(PeerFailure(f"the peer gave up: {meta.reason}", phase="agree"), "failed")
             manifest = _from_meta(meta)
             layout = lay_out(manifest, Limits())
             matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
             targets, disagreements = compare(manifest, matched, report)
             if disagreements:
-                report.peers[0].outcome, report.peers[0].phase = "refused", "agree"
-                raise RemoteProtocolError("; ".join(disagreements), phase="agree")
+                raise ended(RemoteProtocolError("; ".join(disagreements), phase="agree"), "refused")
             landing = Landing(
                 manifest,
                 layout,

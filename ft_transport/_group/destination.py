@@ -27,7 +27,7 @@ from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.digest import ALGORITHMS, digest_bytes, digest_message
 from ft_transport._wire.frames import Frame, Header, encode_frame
 from ft_transport._wire.layout import Layout, lay_out
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended
 
 __all__ = ["Received", "receive"]
 
@@ -142,10 +142,8 @@ def _agree(
         raise
     except Exception as exc:
         error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
-        control.send_frame(encode_frame(Frame.REFUSE, [error.message]))
-        control.flush()
-        control.refused = True
-        raise error from None
+        control.give_up(error.message, Frame.REFUSE)
+        raise ended(error, "refused") from None
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
     return header, layout, landing
 

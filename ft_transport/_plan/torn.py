@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from ft_transport._telemetry.report import TransferReport
+from ft_transport._telemetry.report import TransferReport, outcome_of
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TornStateError, reason_of
 
 __all__ = ["Attempt", "Guard"]
@@ -89,7 +89,7 @@ class Guard:
             self._heal(attempt.landing)
             self._refusals = 0
         except BaseException as exc:
-            if any(peer.outcome == "refused" for peer in report.peers):
+            if outcome_of(exc) == "refused" or any(peer.outcome == "refused" for peer in report.peers):
                 self._refusals += 1
                 if report.unfit or self._refusals >= MAX_REFUSALS:
                     self._refusal = reason_of(exc)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -25,6 +25,7 @@ __all__ = [
     "Progress",
     "ProgressCallback",
     "TransferReport",
+    "outcome_of",
     "shortened",
 ]
 
@@ -271,12 +272,23 @@ class TransferReport:
         last = max(self.began, key=self.began.__getitem__, default=peer.phase)
         peer.phase = getattr(error, "phase", "") or (last if peer.phase == "describe" else peer.phase)
         peer.reason = peer.reason or ("the call is over" if error is None else reason_of(error))
-        if isinstance(error, TransferTimeout):
-            peer.outcome = "timed out"
-        elif isinstance(error, PeerFailure):
-            peer.outcome = "dead"
-        else:
-            peer.outcome = "failed"
+        peer.outcome = outcome_of(error)
+
+
+def outcome_of(error: BaseException | None, *, cancelled: bool = False) -> Outcome:
+    """How the transfer with a peer has ended, by what it ended with.
+
+    Args:
+        error: None for one that the end of the call has cut short.
+        cancelled: Whether this side has cut the channel itself: then a channel that breaks says nothing of the peer.
+    """
+    if isinstance(error, TransferError) and error._outcome:
+        return cast(Outcome, error._outcome)
+    if isinstance(error, TransferTimeout):
+        return "timed out"
+    if isinstance(error, PeerFailure) and not cancelled:
+        return "dead"
+    return "failed"
 
 
 _TEXTS = frozenset({"reason", "address", "name"})

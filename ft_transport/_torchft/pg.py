@@ -172,8 +172,6 @@ class PGTransport(ManagedTransport[T]):
             reason = reason_of(exc)
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
                 deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
-            for peer in report.peers:
-                peer.outcome, peer.reason = "failed", reason
             for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
             raise
         try:

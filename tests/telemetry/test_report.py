@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from ft_transport._telemetry.events import transfer_event
-from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport
-from ft_transport.errors import LocalProtocolError, PeerFailure, TransferTimeout, printable, reason_of
+from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport, outcome_of
+from ft_transport.errors import (
+    LocalProtocolError,
+    PeerFailure,
+    RemoteProtocolError,
+    TransferTimeout,
+    ended,
+    printable,
+    reason_of,
+)
 
 
 def served() -> TransferReport:
@@ -45,6 +53,25 @@ def test_an_error_of_its_own_is_in_the_summary_and_is_called_by_its_public_name(
     other.finish(0.1, Hidden("gone"))
     assert ": 2.0 of 2.0 MB in 0.100 s" in other.summary()
     assert "PeerFailure" not in other.summary(), "a peer's reason says it already"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "cancelled"),
+    [
+        (TransferTimeout("late"), "timed out", "timed out"),
+        (PeerFailure("gone"), "dead", "failed"),
+        (ended(PeerFailure("it gave up"), "failed"), "failed", "failed"),
+        (ended(PeerFailure("silent"), "timed out"), "timed out", "timed out"),
+        (RemoteProtocolError("damaged"), "failed", "failed"),
+        (ended(RemoteProtocolError("not mine"), "refused"), "refused", "refused"),
+        (ValueError("of the user's"), "failed", "failed"),
+        (None, "failed", "failed"),
+    ],
+)
+def test_an_error_becomes_an_outcome(error: BaseException | None, outcome: str, cancelled: str) -> None:
+    assert outcome_of(error) == outcome
+    assert outcome_of(error, cancelled=True) == cancelled
+    assert outcome_of(pickle.loads(pickle.dumps(error))) == outcome
 
 
 @pytest.mark.parametrize(
