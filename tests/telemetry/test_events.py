@@ -283,6 +283,9 @@ def test_a_transfer_is_a_span_with_its_phases_below(exporter: InMemorySpanExport
     assert parent.attributes["ft_transport.outcome"] == "complete"
     assert parent.attributes["ft_transport.nbytes_in_place"] == 2_000_000
     assert parent.attributes["ft_transport.peer.address"] == "10.0.0.1"
+    own = {name for name in parent.attributes if not name.startswith("ft_transport.peer.")}
+    elsewhere = {name for name in FIELDS if name.startswith("seconds")} | {"event", "error", "error_type", "peers"}
+    assert own == {f"ft_transport.{name}" for name in FIELDS - elsewhere}
     assert parent.status.is_ok
     assert parent.end_time - parent.start_time == 1_000_000_000  # type: ignore[operator]
     assert begin <= parent.end_time <= time.time_ns()  # type: ignore[operator]
