@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 
 from ft_transport._telemetry.events import EventCallback
-from ft_transport._telemetry.report import Copies, OnMismatch, ProgressCallback
+from ft_transport._telemetry.report import Copies, OnMismatch, PhaseCallback, ProgressCallback
 from ft_transport._wire.digest import NUM_SAMPLES
 from ft_transport._wire.layout import Limits
 
@@ -48,6 +48,7 @@ class Options:
         on_mismatch: As a destination, what becomes of a leaf that does not fit the template's.
         copies: What is known of the callback that gives the template; None: that it gives no copies.
         shared: Whether the group moves all that it is given into shared memory.
+        on_phase: Called as each phase begins, with the report that it is of; for ``ft_transport.testing``.
     """
 
     device: torch.device
@@ -59,6 +60,7 @@ class Options:
     on_mismatch: OnMismatch = "fresh"
     copies: Copies | None = None
     shared: bool = False
+    on_phase: PhaseCallback | None = None
 
     def limits(self, nbytes: int) -> Limits:
         """How this side cuts the messages of a state of ``nbytes`` when it is the source."""

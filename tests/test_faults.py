@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -62,7 +63,6 @@ from ft_transport._group.destination import receive
 from ft_transport._group.fan_out import for_each
 from ft_transport._group.source import tell_failure
 from ft_transport._state.manifest import Manifest as EngineManifest
-from ft_transport._telemetry import report
 from ft_transport._wire.frames import Frame, encode_frame
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import FaultyChannel, memory_channels
@@ -119,11 +119,8 @@ def count_operations() -> tuple[Marked, Marked]:
         if isinstance(found, PeerReport):
             ends[1 - found.rank].engine_phase = phase
 
-    report.phase_watchers.append(watch)
-    try:
-        succeed(make(1), lambda: template, options=SMALL, channels=ends)  # type: ignore[arg-type]
-    finally:
-        report.phase_watchers.remove(watch)
+    options = dataclasses.replace(SMALL, on_phase=watch)
+    succeed(make(1), lambda: template, options=options, channels=ends)  # type: ignore[arg-type]
     return ends  # type: ignore[return-value]
 
 

@@ -68,15 +68,15 @@ def receive(
     (peer,) = report.peers
     control = Control(channel, options.device, deadline)
     try:
-        with peer.enter("agree", "destination"):
+        with peer.enter("agree", "destination", options.on_phase):
             header, layout, landing = _agree(control, step, state_dict, options, report, beside or set())
             rewrite = Rewrite(layout, landing) if beside is not None else None
             if attempt is not None:
                 attempt.landing = landing
-        with peer.enter("move", "destination"):
+        with peer.enter("move", "destination", options.on_phase):
             flights = _Flights(control, header, layout, landing, rewrite, options, report)
             flights.receive()
-        with peer.enter("verify", "destination"):
+        with peer.enter("verify", "destination", options.on_phase):
             # Nothing is under way any more: a source that gives up here need not break the channel.
             expected = control.recv_frame(Frame.DIGESTS)
             flights.confirm()
@@ -86,7 +86,7 @@ def receive(
             if rewrite is not None and beside is not None:
                 _check_unwritten(rewrite, beside)
             _say_done(control)
-        with peer.enter("rebuild", "destination"), no_collection():
+        with peer.enter("rebuild", "destination", options.on_phase), no_collection():
             report.torn = report.torn or landing.copies
             result = landing.rebuild()
             if landing.copies:

@@ -50,13 +50,13 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
     """
     control = Control(channel, outbound.options.device, deadline)
     try:
-        with peer.enter("agree", "source"):
+        with peer.enter("agree", "source", outbound.options.on_phase):
             control.send_frame(outbound.frame)
             if control.recv_frame(Frame.READY) != (digest_bytes(outbound.frame),):
                 raise RemoteProtocolError("the description of the state came damaged to the destination")
-        with peer.enter("move", "source"), outbound.versions.here():
+        with peer.enter("move", "source", outbound.options.on_phase), outbound.versions.here():
             _send(control, outbound, peer)
-        with peer.enter("verify", "source"):
+        with peer.enter("verify", "source", outbound.options.on_phase):
             _check_unchanged(control, outbound)
             control.send_frame(encode_frame(Frame.DIGESTS, outbound.digests()))
             control.recv_frame(Frame.DONE)

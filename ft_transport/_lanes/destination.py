@@ -185,15 +185,15 @@ class Reception:
         try:
             if self._cancelled:
                 raise LocalProtocolError(self._cancelled)
-            with peer.enter("agree", "destination"):
+            with peer.enter("agree", "destination", self._options.on_phase):
                 talk = self._call()
                 plan, sink = self._agree(talk, state_dict, earlier)
-            with peer.enter("move", "destination"):
+            with peer.enter("move", "destination", self._options.on_phase):
                 self._move(talk, plan, sink)
-            with peer.enter("verify", "destination"):
+            with peer.enter("verify", "destination", self._options.on_phase):
                 plan.landing.check()
                 self._say_done(talk, verified=sink.verified)
-            with peer.enter("rebuild", "destination"), no_collection():
+            with peer.enter("rebuild", "destination", self._options.on_phase), no_collection():
                 self._report.torn = self._report.torn or plan.landing.copies
                 state = plan.landing.rebuild()
                 if plan.landing.copies:

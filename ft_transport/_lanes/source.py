@@ -176,7 +176,7 @@ class Offer:
             LocalProtocolError: A leaf cannot travel. Destinations are let in, and told so.
         """
         try:
-            with self.report.phase("describe"):
+            with self.report.phase("describe", self._options.on_phase):
                 self._stream = settled_stream()
                 report = self.report
                 outbound = Outbound(state_dict, report.step, self._options, report, lambda reading: self.end_reading())
@@ -287,11 +287,11 @@ class Offer:
         peer, talk, patience = guest.peer, guest.talk, guest.patience
         if self._failure:
             raise _Failure(self._failure)
-        with peer.enter("agree", "source"):
+        with peer.enter("agree", "source", self._options.on_phase):
             relays = len(self.report.peers) if self._options.chain else 1
             talk.say(Frame.MANIFEST, patience, relays, self._frame)
             self._hear(guest, until=State.ROUTING)
-        with peer.enter("move", "source"):
+        with peer.enter("move", "source", self._options.on_phase):
             assert self._stock is not None, "only once nobody is served any more"
             guest.supply = Supply(self._stock, Patience(self._deadline), self._stream)
             self._desk.register(guest.ident, guest.supply)

@@ -22,6 +22,7 @@ __all__ = [
     "OnMismatch",
     "Outcome",
     "PeerReport",
+    "PhaseCallback",
     "Progress",
     "ProgressCallback",
     "TransferReport",
@@ -39,9 +40,6 @@ Outcome = Literal["pending", "complete", "refused", "failed", "dead", "timed out
 
 PHASES = ("describe", "agree", "move", "verify", "rebuild")
 
-# Called as a phase begins, with the report that it is of, in the thread that is in it. For ``ft_transport.testing``.
-phase_watchers: list[Callable[[PeerReport | TransferReport, str], None]] = []
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -55,6 +53,9 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+# Called as a phase begins, with the report that it is of, in the thread that is in it: to let things happen there. What
+# it raises ends the transfer, as an error of the phase's own would.
+PhaseCallback = Callable[["PeerReport | TransferReport", str], None]
 
 
 @dataclass
@@ -109,10 +110,10 @@ class PeerReport:
         return f"{called} at {self.address}" if self.address else called
 
     @contextmanager
-    def enter(self, phase: str, role: Role) -> Iterator[None]:
+    def enter(self, phase: str, role: Role, on_phase: PhaseCallback | None = None) -> Iterator[None]:
         """Be in ``phase``: add the time spent inside to its seconds, and mark it for ``torch.profiler``."""
         self.phase = phase
-        with _timed(self, phase, role):
+        with _timed(self, phase, role, on_phase):
             yield
 
 
@@ -243,9 +244,9 @@ class TransferReport:
         return "; ".join(causes)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, on_phase: PhaseCallback | None = None) -> Iterator[None]:
         """Add the time spent inside to ``seconds[name]`` and mark it for ``torch.profiler``."""
-        with _timed(self, name, self.role):
+        with _timed(self, name, self.role, on_phase):
             yield
 
     def finish(self, total_seconds: float, error: BaseException | None) -> bool:
@@ -325,12 +326,14 @@ def _public_name(error: BaseException) -> str:
 
 
 @contextmanager
-def _timed(report: PeerReport | TransferReport, phase: str, role: Role) -> Iterator[None]:
+def _timed(
+    report: PeerReport | TransferReport, phase: str, role: Role, on_phase: PhaseCallback | None
+) -> Iterator[None]:
     seconds, start = report.seconds, time.perf_counter()
     report.began.setdefault(phase, start)
     try:
-        for watcher in tuple(phase_watchers):
-            watcher(report, phase)
+        if on_phase is not None:
+            on_phase(report, phase)
         with torch.profiler.record_function(f"ft_transport::{role}::{phase}"):
             yield
     finally:

@@ -164,7 +164,7 @@ class PGTransport(ManagedTransport[T]):
         channels = [self._channel(peer.rank, lock) for peer in report.peers]
         try:
             self._guard.check_source()
-            with report.phase("describe"):
+            with report.phase("describe", self._options.on_phase):
                 outbound = Outbound(
                     state_dict, report.step, self._options, report, lambda reading: reading.await_release(deadline)
                 )
