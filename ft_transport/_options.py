@@ -41,7 +41,7 @@ class Options:
         device: Where messages live that the channel moves.
         verify: Whether the source sends digests of its messages: True of every byte, False none, None of every byte
             where there are cores to spare for it, else of a sample of large messages.
-        strict: Whether missing and unused template leaves are an error.
+        strict: Whether missing and unexpected keys are an error.
         progress: Called after each flight, from the thread that serves the peer.
         shadow: As a destination, receive beside the template, and copy into it once everything agrees.
         on_event: Called with the event of each transfer that is over.

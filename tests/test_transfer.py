@@ -332,8 +332,8 @@ def test_what_the_template_lacks_is_fresh_and_what_the_source_lacks_is_left_alon
     ends = succeed(state, lambda: template)
     report = ends.destination.report
     assert difference(ends.destination.result, state) == ""
-    assert report.missing == ["new"]
-    assert report.unused == ["old"]
+    assert report.unexpected_keys == ["new"]
+    assert report.missing_keys == ["old"]
     assert (report.nbytes_in_place, report.nbytes_fresh) == (16, 32)
     assert torch.equal(template["old"], torch.ones(3))
     assert template["lr"] == 0.1
@@ -344,8 +344,8 @@ def test_strict_refuses_both() -> None:
     template = {"a": noise(4, 3), "old": noise(3, 4)}
     before = snapshot(template)
     text = refused(transfer(state, lambda: template, destination_options=Options(CPU, strict=True)))
-    assert "new: expected in the template, source has it" in text
-    assert "old: expected from the source, template has it" in text
+    assert "new: unexpected key, expected in the template, source has it" in text
+    assert "old: missing key, expected from the source, template has it" in text
     assert snapshot(template) == before
 
 

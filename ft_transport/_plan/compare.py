@@ -69,7 +69,7 @@ def compare_all(manifest: Manifest, matched: dict[int, object], report: Transfer
             if reason:
                 disagreements[index] = reason
         elif leaf.views and matched:
-            report.missing.append(format_path(manifest.paths[index]))
+            report.unexpected_keys.append(format_path(manifest.paths[index]))
     extents = comparison.extents
     if disagreements:
         # What a part of a leaf has noted before another part disagreed.

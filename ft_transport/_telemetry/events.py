@@ -61,7 +61,7 @@ _AS_THEY_ARE = (
     "nbytes_kept", "in_place_share", "num_leaves", "num_messages", "num_repaired",
 )  # fmt: skip
 # Those of which the event has the number.
-_COUNTED = ("missing", "unused", "not_in_place", "mismatched", "peers")
+_COUNTED = ("unexpected_keys", "missing_keys", "not_in_place", "mismatched", "peers")
 
 
 def _peer(peer: PeerReport) -> Event:

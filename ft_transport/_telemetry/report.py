@@ -136,8 +136,9 @@ class TransferReport:
         seconds: Seconds in each phase; for a source, of the slowest destination.
         total_seconds: Seconds of the whole call.
         not_in_place: For each template leaf that could not take its bytes: path and reason.
-        missing: Paths that the source has and the template lacks; they were allocated.
-        unused: Paths that the template has and the source lacks; they were left alone.
+        unexpected_keys: Paths that the source has and the template lacks; they were allocated.
+        missing_keys: Paths that the template has and the source lacks; they were left alone. Both as
+            ``torch.nn.Module.load_state_dict`` means them.
         torn: Whether this transfer broke after the first byte had landed in the template.
         error: The error that ended the transfer, empty when there was none.
         nbytes_kept: Bytes that were in place already and did not travel.
@@ -162,8 +163,8 @@ class TransferReport:
     seconds: dict[str, float] = field(default_factory=dict)
     total_seconds: float = 0.0
     not_in_place: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    missing_keys: list[str] = field(default_factory=list)
     torn: bool = False
     error: str = ""
     nbytes_kept: int = 0
@@ -227,17 +228,18 @@ class TransferReport:
 
     def gaps(self) -> str:
         """What only one side has, and the likely cause; empty if there is nothing."""
+        unexpected, missing = self.unexpected_keys, self.missing_keys
         parts = []
-        if self.missing:
-            parts.append(f"the template lacks {_count(self.missing)}, first {self.missing[0]}")
-        if self.unused:
-            parts.append(f"the source lacks {_count(self.unused)} of the template, first {self.unused[0]}")
-        cause = _likely_cause(self.missing, self.unused)
+        if unexpected:
+            parts.append(f"unexpected keys: the template lacks {_count(unexpected)}, first {unexpected[0]}")
+        if missing:
+            parts.append(f"missing keys: the source lacks {_count(missing)} of the template, first {missing[0]}")
+        cause = _likely_cause(unexpected, missing)
         return "; ".join(parts) + (f": {cause}" if cause else "")
 
     def _causes(self) -> str:
         """Why not all has landed in place, as far as the template is the reason."""
-        causes = [self.gaps()] if self.missing else []
+        causes = [self.gaps()] if self.unexpected_keys else []
         for what, found in (("do not fit", self.mismatched), ("cannot be written to", self.not_in_place)):
             for path, reason in list(found.items())[:1]:
                 causes.append(f"{_count(found)} {what}, first {path}: {reason}")
@@ -308,13 +310,13 @@ _WRAPPERS = {
 _OPTIMIZER_STATE = re.compile(r"(?:^|\.)state\..+\.[^.]+$")
 
 
-def _likely_cause(missing: Sequence[str], unused: Sequence[str]) -> str:
+def _likely_cause(unexpected: Sequence[str], missing: Sequence[str]) -> str:
     """Why paths are on one side only, as people's states tell; empty if they do not."""
     for name, wrapper in _WRAPPERS.items():
-        theirs, ours = (any(name in path.split(".") for path in paths[:100]) for paths in (missing, unused))
+        theirs, ours = (any(name in path.split(".") for path in paths[:100]) for paths in (unexpected, missing))
         if theirs != ours:
             return f"{name}. on one side alone comes of {wrapper}"
-    if missing and _OPTIMIZER_STATE.search(missing[0]):
+    if unexpected and _OPTIMIZER_STATE.search(unexpected[0]):
         return "a fresh optimizer has no state before its first step"
     return ""
 

@@ -109,9 +109,8 @@ FIELDS = {
     "event", "role", "transport", "step", "outcome", "phase", "reason", "error", "error_type", "torn", "seconds",
     "seconds_describe", "seconds_agree", "seconds_move", "seconds_verify", "seconds_rebuild", "gigabytes_per_second",
     "nbytes_total", "nbytes_moved", "nbytes_wire", "nbytes_in_place", "nbytes_fresh", "nbytes_staged", "nbytes_kept",
-    "in_place_share", "num_leaves", "num_messages", "num_repaired", "num_missing", "num_unused", "num_not_in_place",
-    "num_mismatched",
-    "num_peers", "num_peers_complete", "peers",
+    "in_place_share", "num_leaves", "num_messages", "num_repaired", "num_unexpected_keys",
+    "num_missing_keys", "num_not_in_place", "num_mismatched", "num_peers", "num_peers_complete", "peers",
 }  # fmt: skip
 PEER_FIELDS = {
     "rank", "name", "address", "outcome", "phase", "reason", "nbytes", "nbytes_wire",
@@ -124,7 +123,7 @@ def received(error: BaseException | None = None) -> TransferReport:
     report = TransferReport("destination", "LaneTransport", 7, nbytes_total=3_000_000, num_leaves=4, num_messages=2)
     peer = PeerReport(1, "complete", "rebuild", 3_000_000, 3_000_200, address="10.0.0.1")
     report.nbytes_in_place, report.nbytes_fresh, report.nbytes_kept = 2_000_000, 900_000, 100_000
-    report.missing, report.num_repaired = ["a.b"], 1
+    report.unexpected_keys, report.num_repaired = ["a.b"], 1
     begin = time.perf_counter() - 1.0
     for phase, at, seconds in (("agree", 0.0, 0.2), ("move", 0.2, 0.5), ("verify", 0.7, 0.1), ("rebuild", 0.8, 0.2)):
         peer.began[phase], peer.seconds[phase] = begin + at, seconds
@@ -163,7 +162,7 @@ def test_an_event_has_the_documented_fields_and_is_json() -> None:
     assert event["seconds_move"] == 0.5
     assert event["seconds_describe"] == 0.0
     assert (event["nbytes_moved"], event["nbytes_total"], event["nbytes_kept"]) == (3_000_000, 3_000_000, 100_000)
-    assert (event["num_missing"], event["num_peers"], event["num_peers_complete"]) == (1, 1, 1)
+    assert (event["num_unexpected_keys"], event["num_peers"], event["num_peers_complete"]) == (1, 1, 1)
 
 
 def test_the_event_of_a_failure_says_what_and_where() -> None:

@@ -155,23 +155,24 @@ FRESH = "a fresh optimizer has no state before its first step"
 
 
 @pytest.mark.parametrize(
-    ("missing", "unused", "expected"),
+    ("unexpected", "missing", "expected"),
     [
         (["optim.state.0.exp_avg", "optim.state.0.step"], [], f"lacks 2 leaves, first optim.state.0.exp_avg: {FRESH}"),
         (["user.default.opt.state.layer.0.weight.exp_avg"], [], FRESH),
-        (["model.head.weight"], [], "the template lacks 1 leaf, first model.head.weight)"),
+        (["model.head.weight"], [], "unexpected keys: the template lacks 1 leaf, first model.head.weight)"),
         (["model._orig_mod.a"], ["model.a"], "first model.a: _orig_mod. on one side alone comes of torch.compile"),
         (["model.a"], ["model._orig_mod.a"], "_orig_mod. on one side alone comes of torch.compile"),
         (["model.a"], ["model.module.a"], "module. on one side alone comes of DistributedDataParallel"),
-        (["models.a"], ["model.a"], "first models.a; the source lacks 1 leaf of the template, first model.a)"),
+        (["models.a"], ["model.a"], "; missing keys: the source lacks 1 leaf of the template, first model.a)"),
         (["model.module.b"], ["model.module.c"], "first model.module.c)"),
     ],
 )
 def test_the_summary_names_the_first_path_and_the_likely_cause(
-    missing: list[str], unused: list[str], expected: str
+    unexpected: list[str], missing: list[str], expected: str
 ) -> None:
-    assert expected in landed(missing=missing, unused=unused)
-    assert "33% in place, 2.0 MB fresh (the template lacks" in landed(missing=missing, unused=unused)
+    text = landed(unexpected_keys=unexpected, missing_keys=missing)
+    assert expected in text
+    assert "33% in place, 2.0 MB fresh (unexpected keys: the template lacks" in text
 
 
 def test_the_summary_names_what_did_not_fit() -> None:
