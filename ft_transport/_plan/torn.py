@@ -119,7 +119,7 @@ class Guard:
         )
         self._unseen = True
 
-    def restored(self) -> None:
+    def mark_restored(self) -> None:
         """The whole template holds one state again, from elsewhere.
 
         Raises:
@@ -156,7 +156,7 @@ class Guard:
             raise TornStateError(
                 f"this replica holds a mix of two states, {why}: {self._cause}. Restart it "
                 "from the last durable checkpoint, or empty so that it heals from others. (Or load a whole state into "
-                "the template and call the transport's restored().)",
+                "the template and call the transport's mark_restored().)",
                 torn=True,
             )
 

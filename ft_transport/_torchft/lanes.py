@@ -149,8 +149,8 @@ class LaneTransport(ManagedTransport[T]):
         # The listener's thread knows the desk alone, so a transport that nobody holds any more can be collected.
         self._finalizer = weakref.finalize(self, _close, self._listener, self._self.desk)
 
-    def restored(self) -> None:
-        super().restored()
+    def mark_restored(self) -> None:
+        super().mark_restored()
         self._kept = None
 
     def metadata(self) -> str:

@@ -54,13 +54,13 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         self._changed: list[torch.Tensor] = []  # written to by a receive, and autograd does not know it yet
         self._rewrite: Rewrite | None = None
 
-    def restored(self) -> None:
+    def mark_restored(self) -> None:
         """Say that the whole template holds one state again, which came from elsewhere: a durable checkpoint.
 
         Raises:
             LocalProtocolError: A receive is under way.
         """
-        self._guard.restored()
+        self._guard.mark_restored()
         self._rewrite = None
 
     def capture_template(self) -> None:

@@ -345,7 +345,7 @@ def test_the_last_source_dies(transport: str, async_quorum: bool) -> None:
                 return
             assert isinstance(end["error"], TornStateError)
             assert end["error"].torn
-            for text in ("restored()", "durable checkpoint", f"a receive of step {AHEAD} broke off"):
+            for text in ("mark_restored()", "durable checkpoint", f"a receive of step {AHEAD} broke off"):
                 assert text in str(end["error"])
             assert end["votes"] == [False]  # the step whose receive failed, which torchft fails itself
             assert end["torn"] == [True, True]

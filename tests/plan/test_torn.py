@@ -67,7 +67,7 @@ EVENTS: dict[str, Callable[[Guard], None]] = {
     "complete": lambda guard: receive(guard, torn=True),
     "torn": lambda guard: receive(guard, torn=True, error=PeerFailure("lost")),
     "untouched": lambda guard: receive(guard, torn=False, error=PeerFailure("not there")),
-    "restored": Guard.restored,
+    "restored": Guard.mark_restored,
 }
 
 
@@ -94,14 +94,14 @@ def test_the_error_says_what_happened_and_what_to_do() -> None:
     with pytest.raises(TornStateError) as info:
         guard.check_step()
     assert info.value.torn
-    for text in ("a receive of step 7 broke off (the source is gone)", "durable checkpoint", "restored()"):
+    for text in ("a receive of step 7 broke off (the source is gone)", "durable checkpoint", "mark_restored()"):
         assert text in info.value.message
 
 
 def test_nothing_can_be_restored_during_a_receive() -> None:
     guard = Guard()
     with guard.receiving(TransferReport("destination", "test", 7)), pytest.raises(LocalProtocolError):
-        guard.restored()
+        guard.mark_restored()
 
 
 def test_an_interrupted_receive_is_torn_too() -> None:
@@ -228,7 +228,7 @@ def test_stops_before_the_step_unless_a_receive_was_tried() -> None:
             with pytest.raises(TornStateError):
                 pair.destination.disallow_checkpoint()
     pair.destination.shutdown()
-    pair.destination.restored()
+    pair.destination.mark_restored()
     pair.destination.disallow_checkpoint()
     assert pair.heal(large(2), back=True) == [None, None]
 
