@@ -42,7 +42,7 @@ class Options:
         verify: Whether the source sends digests of its messages: True of every byte, False none, None of every byte
             where there are cores to spare for it, else of a sample of large messages.
         strict: Whether missing and unexpected keys are an error.
-        progress: Called after each flight, from the thread that serves the peer.
+        on_progress: Called after each flight, from the thread that serves the peer.
         shadow: As a destination, receive beside the template, and copy into it once everything agrees.
         on_event: Called with the event of each transfer that is over.
         on_mismatch: As a destination, what becomes of a leaf that does not fit the template's.
@@ -54,7 +54,7 @@ class Options:
     device: torch.device
     verify: bool | None = None
     strict: bool = False
-    progress: ProgressCallback | None = None
+    on_progress: ProgressCallback | None = None
     shadow: bool = False
     on_event: EventCallback | None = None
     on_mismatch: OnMismatch = "fresh"

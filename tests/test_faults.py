@@ -397,7 +397,7 @@ def test_a_progress_callback_that_interrupts_ends_the_transfer_on_both_sides(rol
         if progress.role == role:
             raise KeyboardInterrupt
 
-    ends, template, before = run(options=SmallOptions(CPU, progress=callback))
+    ends, template, before = run(options=SmallOptions(CPU, on_progress=callback))
     mine, other = (ends.source, ends.destination) if role == "source" else (ends.destination, ends.source)
     assert isinstance(mine.error, KeyboardInterrupt)
     assert isinstance(other.error, PeerFailure)

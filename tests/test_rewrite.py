@@ -113,7 +113,7 @@ def writer(template: dict[str, Any], name: str) -> Callable[[Progress], None]:
 def test_a_large_tensor_that_forward_writes_while_it_lands() -> None:
     """Over a group its bytes are gone. The next receive knows, and lands there beside the template."""
     template = state(2)
-    pair = Pair(template, progress=writer(template, "layer 0"))
+    pair = Pair(template, on_progress=writer(template, "layer 0"))
     _, error = pair.heal(state(1))
     assert isinstance(error, LocalProtocolError)
     assert error.torn
@@ -147,7 +147,7 @@ def test_a_large_tensor_that_forward_writes_afterwards() -> None:
 
 def test_shadow_has_a_copy_of_all() -> None:
     template = state(2)
-    pair = Pair(template, shadow=True, progress=writer(template, "layer 0"))
+    pair = Pair(template, shadow=True, on_progress=writer(template, "layer 0"))
     assert pair.heal(state(1)) == [None, None]
     template["layer 2"][7] += 1
     commit(pair)

@@ -619,7 +619,7 @@ def test_the_reports() -> None:
 
 def test_progress_rises_to_the_total_on_both_sides() -> None:
     seen: list[Progress] = []
-    options = type("Watched", (type(SMALL),), {})(CPU, progress=seen.append)
+    options = type("Watched", (type(SMALL),), {})(CPU, on_progress=seen.append)
     state = STATES["large"](1)
     succeed(state, options=options)
     for role in ("source", "destination"):
@@ -636,7 +636,7 @@ def test_a_progress_callback_that_raises_does_not_end_the_transfer(caplog: pytes
 
     state = STATES["large"](1)
     with caplog.at_level(logging.ERROR, "ft_transport"):
-        ends = succeed(state, options=Options(CPU, progress=callback))
+        ends = succeed(state, options=Options(CPU, on_progress=callback))
     assert difference(ends.destination.result, state) == ""
     assert "the progress callback raised" in caplog.text
 

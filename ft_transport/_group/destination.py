@@ -329,7 +329,7 @@ class _Flights:
         (peer,) = self._report.peers
         peer.nbytes += sum(arrival.data.numel() for arrival in arrivals)
         progress = Progress("destination", self._header.step, peer.rank, peer.nbytes, self._layout.nbytes)
-        tell_progress(self._options.progress, progress)
+        tell_progress(self._options.on_progress, progress)
 
 
 # -------------------------------------------------------------------------------------------- verify

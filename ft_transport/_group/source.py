@@ -153,7 +153,7 @@ class _Flights:
             self._buckets.append(flight.bucket)
         peer.nbytes += sum(tensor.numel() for tensor in flight.tensors)
         progress = Progress("source", outbound.header.step, peer.rank, peer.nbytes, outbound.layout.nbytes)
-        tell_progress(outbound.options.progress, progress)
+        tell_progress(outbound.options.on_progress, progress)
 
 
 def tell_failure(channel: Channel, device: torch.device, deadline: Deadline, reason: str) -> None:

@@ -488,7 +488,7 @@ class Reception:
         if nbytes != self._told:
             self._told = nbytes
             now = Progress("destination", self._step, self._peer.rank, nbytes, self._report.nbytes_total)
-            tell_progress(self._options.progress, now)
+            tell_progress(self._options.on_progress, now)
 
     def _heartbeats(self, talk: Talk) -> AbstractContextManager[None]:
         """Say every now and then that this side is alive, while it is busy with something else."""

@@ -194,5 +194,5 @@ class Fetcher:
             talk.hear_body(header, patience)
             if header.frame is Frame.SAME:
                 self._sink.keep(number)
-        if self._options.progress is not None or self._sink.todo.complete:
+        if self._options.on_progress is not None or self._sink.todo.complete:
             self._bell.ring()

@@ -348,7 +348,7 @@ class Offer:
         if nbytes != peer.nbytes:
             peer.nbytes = nbytes
             now = Progress("source", self.report.step, peer.rank, nbytes, self.report.nbytes_total)
-            if self._options.progress is not None:
+            if self._options.on_progress is not None:
                 with self._changed:
                     is_new, self._news[id(peer)] = id(peer) not in self._news, now
                 if is_new:
@@ -358,7 +358,7 @@ class Offer:
         """Tell the newest that is known of a peer: a callback that takes its time misses what was between."""
         with self._changed:
             now = self._news.pop(peer)
-        tell_progress(self._options.progress, now)
+        tell_progress(self._options.on_progress, now)
 
     def _route(self, guest: Guest) -> None:
         """Tell a destination where to fetch: from the one before it in the chain, or from here."""

@@ -123,7 +123,7 @@ def watching(report: TransferReport, deadline: Deadline) -> AbstractContextManag
 
 
 def progress_bar(**options: Any) -> ProgressCallback:
-    """A callback for ``progress=`` that draws a bar for each peer with tqdm, which must be installed.
+    """A callback for ``on_progress=`` that draws a bar for each peer with tqdm, which must be installed.
 
     Args:
         options: For each ``tqdm.tqdm``, beside what is set here.

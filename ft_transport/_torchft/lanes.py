@@ -72,7 +72,7 @@ class LaneTransport(ManagedTransport[T]):
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
             not fit it.
-        progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
+        on_progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
             the optimizer may step. A receive that broke is not resumed then, but begins anew.
@@ -110,7 +110,7 @@ class LaneTransport(ManagedTransport[T]):
         skip_unchanged: bool = False,
         verify: bool = True,
         strict: bool = False,
-        progress: ProgressCallback | None = None,
+        on_progress: ProgressCallback | None = None,
         shadow: bool = False,
         on_event: EventCallback | None = None,
         on_mismatch: OnMismatch = "fresh",
@@ -126,7 +126,7 @@ class LaneTransport(ManagedTransport[T]):
             CPU,
             verify=verify,
             strict=strict,
-            progress=progress,
+            on_progress=on_progress,
             shadow=shadow,
             on_event=on_event,
             on_mismatch=on_mismatch,

@@ -50,7 +50,7 @@ class PGTransport(ManagedTransport[T]):
             and of one block in 32 of larger ones, because there the digests would take time from the transfer.
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
             not fit it.
-        progress: Called while bytes move, from the thread that moves them.
+        on_progress: Called while bytes move, from the thread that moves them.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
             the optimizer may step.
@@ -73,7 +73,7 @@ class PGTransport(ManagedTransport[T]):
         *,
         verify: bool | None = None,
         strict: bool = False,
-        progress: ProgressCallback | None = None,
+        on_progress: ProgressCallback | None = None,
         shadow: bool = False,
         on_event: EventCallback | None = None,
         on_mismatch: OnMismatch = "fresh",
@@ -82,7 +82,7 @@ class PGTransport(ManagedTransport[T]):
             torch.device(device),
             verify=verify,
             strict=strict,
-            progress=progress,
+            on_progress=on_progress,
             shadow=shadow,
             on_event=on_event,
             on_mismatch=on_mismatch,

@@ -99,8 +99,8 @@ class FaultyTransport(Faults):
         while isinstance(self._inner, FaultyTransport):
             self._inner = self._inner.transport
         options = self._inner._options
-        self._progress, self._on_phase = options.progress, options.on_phase
-        self._inner._options = dataclasses.replace(options, progress=self._on_progress, on_phase=self._in_phase)
+        self._progress, self._on_phase = options.on_progress, options.on_phase
+        self._inner._options = dataclasses.replace(options, on_progress=self._on_progress, on_phase=self._in_phase)
         if hasattr(self._inner, "_channel"):
             self._make_channel = self._inner._channel
             self._inner._channel = self._new_channel

@@ -251,7 +251,7 @@ def test_an_event_callback_that_takes_its_time_holds_nobody(lanes: Lanes, monkey
 
 def test_a_progress_callback_that_takes_its_time_holds_nobody(lanes: Lanes) -> None:
     slow, state = Slow(), make_state()
-    source = lanes.transport(progress=slow)
+    source = lanes.transport(on_progress=slow)
     proxy = lanes.proxy(source.metadata(), slowly(10))
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     destination = lanes.destination(make_state(2)).start(proxy.metadata).join()

@@ -764,7 +764,7 @@ def test_the_next_attempt_moves_only_the_rest(lanes: Lanes) -> None:
     total = sum(tensor.numel() for tensor in tensors(state))
     dying, healthy = lanes.transport(), lanes.transport()
     proxy = lanes.proxy(dying.metadata())
-    destination = lanes.destination(template, lanes=1, progress=cut_at(proxy, 0.9)).start(proxy.metadata)
+    destination = lanes.destination(template, lanes=1, on_progress=cut_at(proxy, 0.9)).start(proxy.metadata)
     dying.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     destination.join()
     assert isinstance(destination.error, PeerFailure)
@@ -793,7 +793,7 @@ def broken_heal(lanes: Lanes, state: dict[str, Any], template: dict[str, Any], s
     """A receive that breaks on the way; the next one has no progress callback and so does not."""
     source = lanes.transport()
     proxy = lanes.proxy(source.metadata())
-    destination = lanes.destination(template, lanes=1, progress=cut_at(proxy, share)).start(proxy.metadata)
+    destination = lanes.destination(template, lanes=1, on_progress=cut_at(proxy, share)).start(proxy.metadata)
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     destination.join()
     assert isinstance(destination.error, PeerFailure)

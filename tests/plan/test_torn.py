@@ -250,7 +250,7 @@ def test_torn_while_bytes_move() -> None:
     def progress(now: Progress) -> None:
         seen.append(pair.destination.torn)
 
-    pair = Pair(large(2), progress=progress)
+    pair = Pair(large(2), on_progress=progress)
     assert pair.heal(large(1)) == [None, None]
     assert seen
     assert all(seen)
