@@ -19,6 +19,7 @@ from torchft.checkpointing.transport import CheckpointTransport
 from ft_transport._options import Options
 from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.unchanged import watch_optimizers
 from ft_transport._process import undisturbed
 from ft_transport._torchft.manager import RegisteredState, calling_manager, goes_on_training
 from ft_transport._transport import TransportBase
@@ -47,6 +48,8 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
     def __init__(self, options: Options, state_dict: StateDict, timeout: timedelta) -> None:
         if isinstance(state_dict, str) and state_dict != "manager":
             raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
+        # Not with the first transfer: DiLoCo asks for that within a step of its optimizer, which would not be known.
+        watch_optimizers()
         self._registered = RegisteredState()
         super().__init__(options, self._registered if state_dict == "manager" else state_dict, timeout)
         self._captured: list[object] = []  # what capture_template() has found; empty without
