@@ -16,9 +16,9 @@ from datetime import timedelta
 
 from ft_transport._deadline import Deadline
 from ft_transport._options import Options
-from ft_transport._plan.torn import Guard
+from ft_transport._plan.torn import TornGuard
 from ft_transport._process import undisturbed
-from ft_transport._telemetry.events import tell
+from ft_transport._telemetry.events import publish
 from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import LocalProtocolError, TransferError
 
@@ -47,7 +47,7 @@ class TransportBase:
         self._state_dict = state_dict
         self._timeout = timeout
         self._busy = threading.Lock()
-        self._guard = Guard()
+        self._guard = TornGuard()
         self._last_report: TransferReport | None = None
 
     @property
@@ -114,11 +114,11 @@ class TransportBase:
 
     def _finish(self, report: TransferReport, start: float, error: BaseException | None) -> None:
         if report.finish(time.perf_counter() - start, error):
-            self._tell(report)
+            self._publish(report)
 
-    def _tell(self, report: TransferReport) -> None:
+    def _publish(self, report: TransferReport) -> None:
         """Tell how a transfer ended; never raises."""
-        tell(report, self._options.on_event)
+        publish(report, self._options.on_event)
 
     def _limit(self, timeout: timedelta) -> Deadline:
         """The deadline of a call that begins now."""

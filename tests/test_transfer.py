@@ -47,12 +47,12 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FRAME_TAG
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import for_each
+from ft_transport._group.fan_out import in_parallel
 from ft_transport._group.source import serve
 from ft_transport._options import Options
 from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.source import Outbound
-from ft_transport._telemetry.progress import tell_progress
+from ft_transport._telemetry.progress import report_progress
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import memory_channels
 
@@ -642,7 +642,7 @@ def test_a_progress_callback_that_raises_does_not_end_the_transfer(caplog: pytes
 
 
 def test_tell_progress_without_a_callback() -> None:
-    tell_progress(None, Progress("source", 1, 0, 1, 2))
+    report_progress(None, Progress("source", 1, 0, 1, 2))
 
 
 # ------------------------------------------------------------------------------------- two buckets a side
@@ -673,7 +673,7 @@ def test_for_each_gives_what_each_raised_in_order() -> None:
             raise KeyboardInterrupt
 
     channels = [memory_channels()[0] for _ in range(3)]
-    errors = for_each(channels, run)
+    errors = in_parallel(channels, run)
     assert errors[0] is None
     assert errors[1] is boom
     assert isinstance(errors[2], KeyboardInterrupt)
@@ -688,15 +688,15 @@ def test_for_each_where_the_stream_cannot_be_set(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.accelerator, "current_stream", object)
     monkeypatch.setattr(torch.accelerator, "set_stream", set_stream)
     seen: list[int] = []
-    errors = for_each([memory_channels()[0] for _ in range(2)], seen.append)
+    errors = in_parallel([memory_channels()[0] for _ in range(2)], seen.append)
     assert [str(error) for error in errors] == ["no such stream"] * 2
     assert not seen
 
 
 def test_for_each_of_none_and_of_one() -> None:
     seen: list[int] = []
-    assert for_each([], seen.append) == []
-    assert for_each([memory_channels()[0]], seen.append) == [None]
+    assert in_parallel([], seen.append) == []
+    assert in_parallel([memory_channels()[0]], seen.append) == [None]
     assert seen == [0]
 
 

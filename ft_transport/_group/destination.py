@@ -12,7 +12,7 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
-from ft_transport._group.fan_out import end_badly
+from ft_transport._group.fan_out import close_failed
 from ft_transport._options import NUM_BUCKETS, Options
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import Landing
@@ -21,7 +21,7 @@ from ft_transport._plan.template import fit
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._state.manifest import Manifest
-from ft_transport._telemetry.progress import tell_progress
+from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import Progress, TransferReport
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.digest import ALGORITHMS, digest_bytes, digest_message
@@ -74,7 +74,7 @@ def receive(
             if attempt is not None:
                 attempt.landing = landing
         with peer.enter("move", "destination", options.on_phase):
-            flights = _Flights(control, header, layout, landing, rewrite, options, report)
+            flights = _DestinationFlights(control, header, layout, landing, rewrite, options, report)
             flights.receive()
         with peer.enter("verify", "destination", options.on_phase):
             # Nothing is under way any more: a source that gives up here need not break the channel.
@@ -97,7 +97,7 @@ def receive(
             rewrite.note_digests(dict(enumerate(flights.digests)), header.digest, header.sample)
         return Received(result, landing.written(), rewrite)
     except BaseException as exc:
-        end_badly(control, peer, exc)
+        close_failed(control, peer, exc)
         # This replica will not take part in the step: break the group, so that nobody waits for it there.
         channel.abort()
         raise
@@ -202,7 +202,7 @@ class _Arrival(NamedTuple):
     work: Pending
 
 
-class _Flights:
+class _DestinationFlights:
     """The flights from the source.
 
     Attributes:
@@ -329,7 +329,7 @@ class _Flights:
         (peer,) = self._report.peers
         peer.nbytes += sum(arrival.data.numel() for arrival in arrivals)
         progress = Progress("destination", self._header.step, peer.rank, peer.nbytes, self._layout.nbytes)
-        tell_progress(self._options.on_progress, progress)
+        report_progress(self._options.on_progress, progress)
 
 
 # -------------------------------------------------------------------------------------------- verify

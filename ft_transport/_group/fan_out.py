@@ -14,15 +14,15 @@ import torch
 from ft_transport._group.channel import Channel
 from ft_transport._group.control import Control
 from ft_transport._telemetry.report import PeerReport, outcome_of
-from ft_transport._threads import Crew
+from ft_transport._threads import ThreadGroup
 from ft_transport.errors import PeerFailure, TransferTimeout, reason_of
 
-__all__ = ["end_badly", "for_each"]
+__all__ = ["close_failed", "in_parallel"]
 
 logger = logging.getLogger("ft_transport")
 
 
-def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
+def close_failed(control: Control, peer: PeerReport, exc: BaseException) -> None:
     """Note how a transfer ended, tell the peer where it still listens, leave nothing that could touch memory."""
     peer.reason = reason_of(exc)
     peer.outcome = outcome_of(exc, cancelled=control.channel.broken)
@@ -39,7 +39,7 @@ def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
 _NOBODY_LISTENS = (TransferTimeout, PeerFailure)
 
 
-def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[BaseException | None]:
+def in_parallel(channels: Sequence[Channel], run: Callable[[int], None]) -> list[BaseException | None]:
     """Run ``run(index)`` for every channel at once, each in its own thread; gives what each raised.
 
     A single channel is served in the caller's thread. The threads work on the caller's device and stream.
@@ -60,16 +60,16 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
         return errors
     stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
 
-    crew = Crew()
+    threads = ThreadGroup()
     try:
         for index, channel in enumerate(channels):
-            crew.start(f"rank{channel.peer_rank}", guarded, index, stream)
-        crew.attend()
+            threads.start(f"rank{channel.peer_rank}", guarded, index, stream)
+        threads.attend()
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.
         for channel in channels:
             channel.abort()
         raise
     finally:
-        crew.join()
+        threads.join()
     return errors

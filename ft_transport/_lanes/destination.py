@@ -39,9 +39,9 @@ from ft_transport._plan.template import fit
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._state.manifest import Manifest
-from ft_transport._telemetry.progress import tell_progress
+from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import Progress, TransferReport
-from ft_transport._threads import meanwhile
+from ft_transport._threads import periodically
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.frames import Frame as CodecFrame
 from ft_transport._wire.frames import Header as ManifestHeader
@@ -488,7 +488,7 @@ class Reception:
         if nbytes != self._told:
             self._told = nbytes
             now = Progress("destination", self._step, self._peer.rank, nbytes, self._report.nbytes_total)
-            tell_progress(self._options.on_progress, now)
+            report_progress(self._options.on_progress, now)
 
     def _heartbeats(self, talk: Talk) -> AbstractContextManager[None]:
         """Say every now and then that this side is alive, while it is busy with something else."""
@@ -500,7 +500,7 @@ class Reception:
                 return True  # whoever talks next finds out
             return False
 
-        return meanwhile(beat, HEARTBEAT, "heartbeat")
+        return periodically(beat, HEARTBEAT, "heartbeat")
 
     # --------------------------------------------------------------------------------------- end
 

@@ -23,7 +23,7 @@ from ft_transport._net.handshake_io import Contexts
 from ft_transport._net.stall import Patience, Silence
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.buffers import Bucket
-from ft_transport._threads import Crew, insist
+from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import LocalProtocolError, TransferError, TransferTimeout
 
 __all__ = ["Fetcher"]
@@ -77,7 +77,7 @@ class Fetcher:
         self._num_left = num_messages
         self._lock = threading.Lock()
         self._lanes: set[Connection] = set()
-        self._crew = Crew()
+        self._crew = ThreadGroup()
         self._closing = False
 
     def open(self, route: Route, contexts: Contexts | None, patience: Callable[[str], Patience]) -> None:
@@ -122,7 +122,7 @@ class Fetcher:
 
     def close(self) -> None:
         """End all lanes; when this returns, nothing lands any more. May be called twice."""
-        insist(self._close)
+        uninterrupted(self._close)
 
     def _close(self) -> None:
         self._closing = True

@@ -28,11 +28,11 @@ from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned, settled_stream
 from ft_transport._plan.source import Outbound
 from ft_transport._plan.unchanged import Versions
-from ft_transport._telemetry.events import tell
-from ft_transport._telemetry.progress import Watch, tell_progress
+from ft_transport._telemetry.events import publish
+from ft_transport._telemetry.progress import Watch, report_progress
 from ft_transport._telemetry.report import Outcome, PeerReport, Progress, TransferReport
 from ft_transport._telemetry.teller import Teller
-from ft_transport._threads import Crew, insist
+from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport._wire.layout import SMALL_BYTES
 from ft_transport.errors import (
     LocalProtocolError,
@@ -151,7 +151,7 @@ class Offer:
         self._expected = list(report.peers)
         self._guests: dict[bytes, Guest] = {}
         self._chain: list[Guest] = []
-        self._crew = Crew()
+        self._crew = ThreadGroup()
         self._over = False
         self._failure = ""
         self._error: LocalProtocolError | None = None  # the source's own, once destinations are served
@@ -358,7 +358,7 @@ class Offer:
         """Tell the newest that is known of a peer: a callback that takes its time misses what was between."""
         with self._changed:
             now = self._news.pop(peer)
-        tell_progress(self._options.on_progress, now)
+        report_progress(self._options.on_progress, now)
 
     def _route(self, guest: Guest) -> None:
         """Tell a destination where to fetch: from the one before it in the chain, or from here."""
@@ -387,7 +387,7 @@ class Offer:
         self._release()
         # If it has failed, the call has raised, and that was told.
         if not self._failure and self.report.finish(time.perf_counter() - self._begin, self._error):
-            self._teller.leave(partial(tell, self.report, self._options.on_event))
+            self._teller.leave(partial(publish, self.report, self._options.on_event))
 
     def tick(self) -> None:
         """End an offer whose deadline has passed and for which nobody has come; say how far the others are."""
@@ -441,7 +441,7 @@ class Offer:
 
     def close(self, wait: bool = True) -> None:
         """End what is still under way; when this returns, nothing reads the state. Raises nothing but Ctrl-C."""
-        insist(lambda: self._close(wait))
+        uninterrupted(lambda: self._close(wait))
 
     def _close(self, wait: bool) -> None:
         self._desk.close(self)

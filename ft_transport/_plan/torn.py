@@ -24,7 +24,7 @@ from typing import Protocol
 from ft_transport._telemetry.report import TransferReport, outcome_of
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TornStateError, reason_of
 
-__all__ = ["Attempt", "Guard"]
+__all__ = ["Attempt", "TornGuard"]
 
 # Leaves that a text names.
 _MAX_NAMED = 3
@@ -51,7 +51,7 @@ class Attempt:
 MAX_REFUSALS = 3
 
 
-class Guard:
+class TornGuard:
     """What a transport remembers of its receives.
 
     Threading: one receive at a time; :attr:`torn` may be read from any thread.

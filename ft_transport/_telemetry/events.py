@@ -14,7 +14,7 @@ from typing import Any
 from ft_transport._telemetry import otel
 from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport, shortened
 
-__all__ = ["PROGRESS", "TRANSFER", "EventCallback", "RedactSecrets", "log_event", "tell", "transfer_event"]
+__all__ = ["PROGRESS", "TRANSFER", "EventCallback", "RedactSecrets", "log_event", "publish", "transfer_event"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -88,7 +88,7 @@ def _outcome(report: TransferReport, worst: PeerReport | None) -> str:
     return worst.outcome if worst is not None and worst.outcome != "pending" else "failed"
 
 
-def tell(report: TransferReport, on_event: EventCallback | None) -> None:
+def publish(report: TransferReport, on_event: EventCallback | None) -> None:
     """Tell everybody who listens how a transfer ended. What a listener raises is logged; never raises.
 
     Args:

@@ -208,9 +208,9 @@ class LaneTransport(ManagedTransport[T]):
                 pass
         self._serving.end()
 
-    def _tell(self, report: TransferReport) -> None:
+    def _publish(self, report: TransferReport) -> None:
         # In the order of things: the end of an earlier transfer may still be on its way from the listener's thread.
-        self._teller.call(partial(super()._tell, report))
+        self._teller.call(partial(super()._publish, report))
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
         """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.

@@ -137,7 +137,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         """The step is about to be taken: let it be taken with the source's state, or not at all.
 
         Raises:
-            TornStateError, RemoteProtocolError: See ``Guard.check_step``.
+            TornStateError, RemoteProtocolError: See ``TornGuard.check_step``.
         """
         self._settle()
         changed, self._changed = self._changed, []

@@ -17,8 +17,8 @@ from torchft.process_group import ProcessGroup, ProcessGroupBaby
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, GroupChannel
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import for_each
-from ft_transport._group.source import LAST_WORDS, serve, tell_failure
+from ft_transport._group.fan_out import in_parallel
+from ft_transport._group.source import LAST_WORDS, send_failure, serve
 from ft_transport._options import Options
 from ft_transport._plan.source import Outbound
 from ft_transport._telemetry.events import EventCallback
@@ -172,10 +172,10 @@ class PGTransport(ManagedTransport[T]):
             reason = reason_of(exc)
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
                 deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
-            for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
+            in_parallel(channels, lambda i: send_failure(channels[i], device, deadline, reason))
             raise
         try:
-            errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+            errors = in_parallel(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
         finally:
             outbound.versions.release()
         _raise_own(channels, errors)

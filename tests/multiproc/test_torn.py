@@ -509,7 +509,7 @@ def leave_recording() -> list[tuple[str, int]]:
 @pytest.mark.timeout(60)
 @BOTH
 def test_the_calls_that_the_guard_rests_on(async_quorum: bool) -> None:
-    """If a new torchft changes this order, ``_plan.torn.Guard`` has to find another place to stop a torn replica."""
+    """If a new torchft changes this order, ``_plan.torn.TornGuard`` has to stop a torn replica elsewhere."""
     steps = [AHEAD, BEHIND]
     with lighthouse() as (address, _), replicas(steps, join_recording, address, async_quorum) as (ahead, behind):
 

@@ -26,7 +26,7 @@ from ft_transport import (
 )
 from ft_transport._group.channel import Channel
 from ft_transport._options import Options
-from ft_transport._plan.torn import Guard
+from ft_transport._plan.torn import TornGuard
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport.testing import FaultyChannel, memory_channels
 
@@ -36,7 +36,7 @@ SECOND = timedelta(seconds=1)
 # --------------------------------------------------------------------------------------- the guard
 
 
-def receive(guard: Guard, *, torn: bool, error: PeerFailure | None = None) -> None:
+def receive(guard: TornGuard, *, torn: bool, error: PeerFailure | None = None) -> None:
     report = TransferReport("destination", "test", 7)
     with contextlib.suppress(PeerFailure), guard.receiving(report):
         report.torn = torn
@@ -46,11 +46,11 @@ def receive(guard: Guard, *, torn: bool, error: PeerFailure | None = None) -> No
         report.torn = False
 
 
-def may_serve(guard: Guard) -> bool:
+def may_serve(guard: TornGuard) -> bool:
     return _allowed(guard.check_source)
 
 
-def may_step(guard: Guard) -> bool:
+def may_step(guard: TornGuard) -> bool:
     return _allowed(guard.check_step)
 
 
@@ -62,19 +62,19 @@ def _allowed(check: Callable[[], None]) -> bool:
     return True
 
 
-EVENTS: dict[str, Callable[[Guard], None]] = {
-    "quorum": Guard.begin_quorum,
+EVENTS: dict[str, Callable[[TornGuard], None]] = {
+    "quorum": TornGuard.begin_quorum,
     "complete": lambda guard: receive(guard, torn=True),
     "torn": lambda guard: receive(guard, torn=True, error=PeerFailure("lost")),
     "untouched": lambda guard: receive(guard, torn=False, error=PeerFailure("not there")),
-    "restored": Guard.mark_restored,
+    "restored": TornGuard.mark_restored,
 }
 
 
 @pytest.mark.parametrize("length", range(1, 5))
 def test_every_order_of_events(length: int) -> None:
     for events in itertools.product(EVENTS, repeat=length):
-        guard = Guard()
+        guard = TornGuard()
         torn, tried = False, False
         for event in events:
             EVENTS[event](guard)
@@ -87,7 +87,7 @@ def test_every_order_of_events(length: int) -> None:
 
 
 def test_the_error_says_what_happened_and_what_to_do() -> None:
-    guard = Guard()
+    guard = TornGuard()
     receive(guard, torn=True, error=PeerFailure("the source is gone"))
     receive(guard, torn=False, error=PeerFailure("nobody there"))
     guard.begin_quorum()
@@ -99,13 +99,13 @@ def test_the_error_says_what_happened_and_what_to_do() -> None:
 
 
 def test_nothing_can_be_restored_during_a_receive() -> None:
-    guard = Guard()
+    guard = TornGuard()
     with guard.receiving(TransferReport("destination", "test", 7)), pytest.raises(LocalProtocolError):
         guard.mark_restored()
 
 
 def test_an_interrupted_receive_is_torn_too() -> None:
-    guard, report = Guard(), TransferReport("destination", "test", 7)
+    guard, report = TornGuard(), TransferReport("destination", "test", 7)
     with contextlib.suppress(KeyboardInterrupt), guard.receiving(report):
         report.torn = True
         raise KeyboardInterrupt
@@ -291,7 +291,7 @@ def test_a_callback_is_asked_twice_once() -> None:
 # ------------------------------------------------------------------------------------- refusals
 
 
-def refuse(guard: Guard, *, unfit: bool) -> None:
+def refuse(guard: TornGuard, *, unfit: bool) -> None:
     report = TransferReport("destination", "test", 7, [PeerReport(0, "refused")])
     report.unfit = unfit
     with contextlib.suppress(LocalProtocolError), guard.receiving(report):
@@ -299,7 +299,7 @@ def refuse(guard: Guard, *, unfit: bool) -> None:
 
 
 def test_a_replica_that_refuses_what_it_will_refuse_again_is_stopped() -> None:
-    guard = Guard()
+    guard = TornGuard()
     refuse(guard, unfit=True)
     for _ in range(2):
         with pytest.raises(RemoteProtocolError, match="it does not fit"):
@@ -309,7 +309,7 @@ def test_a_replica_that_refuses_what_it_will_refuse_again_is_stopped() -> None:
 
 
 def test_a_replica_that_refuses_for_what_may_pass_is_stopped_in_the_end() -> None:
-    guard = Guard()
+    guard = TornGuard()
     for end in (receive, refuse):
         for _ in range(2):
             guard.begin_quorum()

@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from ft_transport import PeerFailure, RedactSecrets, TransferTimeout, transfer_event
 from ft_transport._telemetry import otel
-from ft_transport._telemetry.events import tell
+from ft_transport._telemetry.events import publish
 from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport
 
 SECRET = "5e" * 32
@@ -198,8 +198,8 @@ def test_a_report_is_finished_once() -> None:
 
 def test_the_log_record_carries_the_event(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "ft_transport"):
-        tell(received(), None)
-        tell(sent(), None)
+        publish(received(), None)
+        publish(sent(), None)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     for record, report in zip(caplog.records, (received(), sent()), strict=True):
         assert record.ft_transport["step"] == report.step  # type: ignore[attr-defined]
@@ -209,13 +209,13 @@ def test_the_log_record_carries_the_event(caplog: pytest.LogCaptureFixture) -> N
 
 def test_a_callback_gets_the_event_and_what_it_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     events: list[dict[str, Any]] = []
-    tell(received(), events.append)
+    publish(received(), events.append)
     assert [event["outcome"] for event in events] == ["complete"]
 
     def broken(event: dict[str, Any]) -> None:
         raise RuntimeError("on purpose")
 
-    tell(received(), broken)
+    publish(received(), broken)
     assert "the event callback raised" in caplog.text
     assert "on purpose" in caplog.text
 
@@ -229,7 +229,7 @@ def test_a_handler_that_raises_costs_nothing() -> None:
     logger.addHandler(handler)
     events: list[dict[str, Any]] = []
     try:
-        tell(sent(), events.append)
+        publish(sent(), events.append)
     finally:
         logger.removeHandler(handler)
     assert len(events) == 1
@@ -275,7 +275,7 @@ def spans(exporter: InMemorySpanExporter) -> tuple[ReadableSpan, list[ReadableSp
 
 def test_a_transfer_is_a_span_with_its_phases_below(exporter: InMemorySpanExporter) -> None:
     begin = time.time_ns()
-    tell(received(), None)
+    publish(received(), None)
     parent, phases = spans(exporter)
     assert parent.attributes is not None
     assert parent.attributes["ft_transport.step"] == 7
@@ -297,7 +297,7 @@ def test_a_transfer_is_a_span_with_its_phases_below(exporter: InMemorySpanExport
 
 
 def test_the_phases_of_several_peers_are_told_apart(exporter: InMemorySpanExporter) -> None:
-    tell(sent(), None)
+    publish(sent(), None)
     parent, phases = spans(exporter)
     assert not parent.status.is_ok
     assert len(phases) == 7
@@ -307,7 +307,7 @@ def test_the_phases_of_several_peers_are_told_apart(exporter: InMemorySpanExport
 
 
 def test_the_span_of_a_failure_has_the_error(exporter: InMemorySpanExporter) -> None:
-    tell(received(PeerFailure("the connection broke", step=7)), None)
+    publish(received(PeerFailure("the connection broke", step=7)), None)
     parent, _ = spans(exporter)
     assert not parent.status.is_ok
     assert "the connection broke" in str(parent.status.description)
@@ -333,7 +333,7 @@ def collected(reader: InMemoryMetricReader) -> dict[str, list[tuple[dict[str, An
 def change(reader: InMemoryMetricReader, report: TransferReport) -> dict[str, list[tuple[dict[str, Any], Any]]]:
     """What one transfer adds to each metric."""
     before = collected(reader)
-    tell(report, None)
+    publish(report, None)
     added: dict[str, list[tuple[dict[str, Any], Any]]] = {}
     for name, points in collected(reader).items():
         for marks, value in points:
@@ -382,7 +382,7 @@ def test_an_exporter_that_raises_costs_nothing(
     providers: tuple[TracerProvider, InMemoryMetricReader], exporter: InMemorySpanExporter
 ) -> None:
     providers[0].add_span_processor(SimpleSpanProcessor(_BrokenExporter()))
-    tell(received(), None)
+    publish(received(), None)
     assert len(exporter.get_finished_spans()) == 5
 
 
@@ -391,7 +391,7 @@ def test_a_provider_that_raises_is_logged(monkeypatch: pytest.MonkeyPatch, caplo
         raise RuntimeError("on purpose")
 
     monkeypatch.setattr(otel, "record", broken)
-    tell(received(), None)
+    publish(received(), None)
     assert "OpenTelemetry could not be told" in caplog.text
 
 
@@ -403,11 +403,11 @@ class Blocked:
         if name.split(".")[0] == "opentelemetry":
             raise ModuleNotFoundError(f"blocked: {name}", name=name)
 sys.meta_path.insert(0, Blocked())
-from ft_transport._telemetry.events import tell
+from ft_transport._telemetry.events import publish
 from ft_transport._telemetry.report import PeerReport, TransferReport
 report = TransferReport("source", "x", 1, [PeerReport(1, "complete")])
 report.finish(1.0, None)
-tell(report, lambda event: print(event["outcome"]))
+publish(report, lambda event: print(event["outcome"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.stdout, done.stderr) == ("complete\n", "")
