@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 
 from ft_transport._telemetry.events import EventCallback
-from ft_transport._telemetry.report import Copies, OnMismatch, ProgressCallback
+from ft_transport._telemetry.report import Copies, OnMismatch, PhaseCallback, ProgressCallback
 from ft_transport._wire.digest import NUM_SAMPLES
 from ft_transport._wire.layout import Limits
 
@@ -41,24 +41,26 @@ class Options:
         device: Where messages live that the channel moves.
         verify: Whether the source sends digests of its messages: True of every byte, False none, None of every byte
             where there are cores to spare for it, else of a sample of large messages.
-        strict: Whether missing and unused template leaves are an error.
-        progress: Called after each flight, from the thread that serves the peer.
+        strict: Whether missing and unexpected keys are an error.
+        on_progress: Called after each flight, from the thread that serves the peer.
         shadow: As a destination, receive beside the template, and copy into it once everything agrees.
         on_event: Called with the event of each transfer that is over.
         on_mismatch: As a destination, what becomes of a leaf that does not fit the template's.
         copies: What is known of the callback that gives the template; None: that it gives no copies.
         shared: Whether the group moves all that it is given into shared memory.
+        on_phase: Called as each phase begins, with the report that it is of; for ``ft_transport.testing``.
     """
 
     device: torch.device
     verify: bool | None = None
     strict: bool = False
-    progress: ProgressCallback | None = None
+    on_progress: ProgressCallback | None = None
     shadow: bool = False
     on_event: EventCallback | None = None
     on_mismatch: OnMismatch = "fresh"
     copies: Copies | None = None
     shared: bool = False
+    on_phase: PhaseCallback | None = None
 
     def limits(self, nbytes: int) -> Limits:
         """How this side cuts the messages of a state of ``nbytes`` when it is the source."""

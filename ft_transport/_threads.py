@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["Crew", "insist", "meanwhile"]
+__all__ = ["ThreadGroup", "periodically", "uninterrupted"]
 
 # A thread that was being started when Ctrl-C came runs by then, or never will.
 _BEGINNING = timedelta(seconds=1)
 
 
-class Crew:
+class ThreadGroup:
     """Some threads. Any thread may start one, and wait for all."""
 
     def __init__(self) -> None:
@@ -72,13 +72,13 @@ class Crew:
         Raises:
             KeyboardInterrupt: It came meanwhile. They are over.
         """
-        insist(self.attend)
+        uninterrupted(self.attend)
         for thread in self._threads:
             if thread.ident not in (None, threading.get_ident()):
                 thread.join()
 
 
-def insist(end: Callable[[], None]) -> None:
+def uninterrupted(end: Callable[[], None]) -> None:
     """Call what ends something; again, whenever Ctrl-C interrupts it.
 
     Raises:
@@ -96,12 +96,12 @@ def insist(end: Callable[[], None]) -> None:
 
 
 @contextmanager
-def meanwhile(call: Callable[[], bool | None], interval: timedelta, name: str) -> Iterator[None]:
+def periodically(call: Callable[[], bool | None], interval: timedelta, name: str) -> Iterator[None]:
     """Call something every so often while the block runs, from a thread that has ended when this does.
 
     Until it gives True; and where no thread is to be had, never.
     """
-    changed, over, crew = threading.Condition(), False, Crew()
+    changed, over, threads = threading.Condition(), False, ThreadGroup()
 
     def run() -> None:
         with changed:
@@ -111,10 +111,10 @@ def meanwhile(call: Callable[[], bool | None], interval: timedelta, name: str) -
 
     try:
         with suppress(RuntimeError):
-            crew.start(name, run)
+            threads.start(name, run)
         yield
     finally:
         over = True
         with changed:
             changed.notify_all()
-        crew.join()
+        threads.join()

@@ -16,7 +16,6 @@ import ctypes
 import io
 import logging
 import pickle
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -31,15 +30,14 @@ from ft_transport._group.channel import GroupChannel
 from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
 from ft_transport._group.one_way import description, land_all, note_state, post_and_wait
 from ft_transport._group.source import LAST_WORDS
-from ft_transport._options import CPU
+from ft_transport._options import CPU, Options
 from ft_transport._plan.blocks import storage_as
 from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.source import place
 from ft_transport._plan.template import match_template
-from ft_transport._plan.torn import Guard
-from ft_transport._process import no_collection, undisturbed
+from ft_transport._process import no_collection
 from ft_transport._state.classes import imported_class
 from ft_transport._state.describe import Tensors, describe
 from ft_transport._state.geometry import geometry, geometry_of
@@ -47,11 +45,11 @@ from ft_transport._state.kinds.base import VALUE, Part, Surroundings
 from ft_transport._state.manifest import Leaf, Manifest, Storage, View
 from ft_transport._state.pickles import Load
 from ft_transport._state.tree import LEAF, Node, Path, format_path
-from ft_transport._telemetry.events import tell
-from ft_transport._telemetry.report import PeerReport, TransferReport
+from ft_transport._telemetry.report import PeerReport, Role, TransferReport
+from ft_transport._transport import TransportBase
 from ft_transport._wire.frames import MAX_FRAME_BYTES
 from ft_transport._wire.layout import Limits, lay_out
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, reason_of
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended, reason_of
 
 __all__ = ["PGTransport"]
 
@@ -210,7 +208,7 @@ def _plain_path(path: Iterable[Any]) -> Path:
 # ----------------------------------------------------------------------------------------- transport
 
 
-class PGTransport:
+class PGTransport(TransportBase):
     """Sends and receives state dicts over a ``torch.distributed`` process group.
 
     Args:
@@ -229,17 +227,8 @@ class PGTransport:
         device: torch.device,
         state_dict: Callable[[], object] | None = None,
     ) -> None:
+        super().__init__(Options(torch.device(device)), state_dict, timeout)
         self._pg = pg
-        self._timeout = timeout
-        self._device = torch.device(device)
-        self._state_dict = state_dict
-        self.last_report: TransferReport | None = None
-        self._guard = Guard()
-
-    @property
-    def torn(self) -> bool:
-        """Whether the template holds a mix of two states, which it cannot send. The next complete receive heals it."""
-        return self._guard.torn
 
     def send_checkpoint(self, dst_ranks: list[int], state_dict: object) -> None:
         """Send ``state_dict`` to all ``dst_ranks`` at once.
@@ -256,39 +245,30 @@ class PGTransport:
 
         After an error: nothing reads the state any more; the group must be made anew.
         """
-        report = self._start("source", dst_ranks)
-        start, error = time.perf_counter(), None
-        try:
-            with undisturbed():
-                self._send(report, state_dict)
-        except BaseException as exc:
-            error = exc
-            raise
-        finally:
-            report.finish(time.perf_counter() - start, error)
-            error = None
-            tell(report, None)
+        report = self._report("source", dst_ranks)
+        with self._transfer(report):
+            self._send(report, state_dict)
 
     def _send(self, report: TransferReport, state_dict: object) -> None:
-        deadline = Deadline(self._timeout)
-        channels = [GroupChannel(self._pg, peer.rank, self._device) for peer in report.peers]
+        deadline, device = self._limit(self._timeout), self._options.device
+        channels = [GroupChannel(self._pg, peer.rank, device) for peer in report.peers]
         try:
             self._guard.check_source()
             with report.phase("describe"), no_collection():
                 meta, tensors = _describe(state_dict)
                 manifest = _from_meta(meta)
                 layout = lay_out(manifest, Limits())
-                placement = place(manifest, layout, tensors, self._device)
+                placement = place(manifest, layout, tensors, device)
                 data = _pickle(meta)
         except BaseException as exc:
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
                 deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
-            self._tell(channels, exc, deadline)
+            self._send_failure(channels, exc, deadline)
             raise
         note_state(report, manifest, layout)
         with report.phase("move"):
             try:
-                failed = post_and_wait(channels, data, layout, placement, self._device, deadline, report)
+                failed = post_and_wait(channels, data, layout, placement, device, deadline, report)
             except BaseException:
                 for channel in channels:
                     channel.abort()
@@ -300,10 +280,10 @@ class PGTransport:
         if failed:
             raise failed[0]
 
-    def _tell(self, channels: list[GroupChannel], exc: BaseException, deadline: Deadline) -> None:
+    def _send_failure(self, channels: list[GroupChannel], exc: BaseException, deadline: Deadline) -> None:
         """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
         data = pickle.dumps(_Failure(reason_of(exc)))
-        length, body = description(data, self._device)
+        length, body = description(data, self._options.device)
         for channel in channels:
             try:
                 for pending in [channel.send(length, CONTROL_TAG), channel.send(body, FRAME_TAG)]:
@@ -329,47 +309,38 @@ class PGTransport:
         After an error: nothing writes to the template any more; if ``error.torn``, it holds a mix of two states.
             The group must be made anew.
         """
-        report = self._start("destination", [src_rank])
-        start, error = time.perf_counter(), None
-        channel = GroupChannel(self._pg, src_rank, self._device)
-        try:
-            with self._guard.receiving(report), undisturbed():
+        report = self._report("destination", [src_rank])
+        with self._transfer(report), self._guard.receiving(report):
+            channel = GroupChannel(self._pg, src_rank, self._options.device)
+            try:
                 return self._recv(channel, report)
-        except BaseException as exc:
-            if isinstance(exc, TransferError):
-                exc.torn = self.torn
-            error = exc
-            channel.abort()
-            raise
-        finally:
-            channel.drop()
-            report.peers[0].nbytes_wire = channel.nbytes_wire
-            report.finish(time.perf_counter() - start, error)
-            error = None
-            tell(report, None)
+            except BaseException:
+                channel.abort()  # nothing else here tells the source that its state was not taken
+                raise
+            finally:
+                channel.drop()
+                report.peers[0].nbytes_wire = channel.nbytes_wire
 
     def _recv(self, channel: GroupChannel, report: TransferReport) -> object:
-        deadline = Deadline(self._timeout)
+        deadline, device = self._limit(self._timeout), self._options.device
         with report.phase("agree"):
             data = self._recv_description(channel, deadline)
         with report.phase("agree"), no_collection():
             meta = _unpickle(data)
             if isinstance(meta, _Failure):
-                report.peers[0].outcome, report.peers[0].phase = "failed", "agree"
-                raise PeerFailure(f"the peer gave up: {meta.reason}")
+                raise ended(PeerFailure(f"the peer gave up: {meta.reason}", phase="agree"), "failed")
             manifest = _from_meta(meta)
             layout = lay_out(manifest, Limits())
             matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
             targets, disagreements = compare(manifest, matched, report)
             if disagreements:
-                report.peers[0].outcome, report.peers[0].phase = "refused", "agree"
-                raise RemoteProtocolError("; ".join(disagreements), phase="agree")
+                raise ended(RemoteProtocolError("; ".join(disagreements), phase="agree"), "refused")
             landing = Landing(
                 manifest,
                 layout,
                 matched,
                 targets,
-                self._device,
+                device,
                 report,
                 fresh_device=CPU,
                 surroundings=_TRUSTING,
@@ -377,7 +348,7 @@ class PGTransport:
             note_state(report, manifest, layout)
         with report.phase("move"):
             report.torn = landing.in_place
-            land_all(channel, layout, landing, self._device, deadline)
+            land_all(channel, layout, landing, device, deadline)
             report.peers[0].nbytes = layout.nbytes
         with report.phase("rebuild"), no_collection():
             landing.check()
@@ -390,20 +361,19 @@ class PGTransport:
         return result
 
     def _recv_description(self, channel: GroupChannel, deadline: Deadline) -> bytes:
-        length = torch.zeros(1, dtype=torch.int64, device=self._device)
+        length = torch.zeros(1, dtype=torch.int64, device=self._options.device)
         channel.wait(channel.recv(length, CONTROL_TAG), deadline)
         nbytes = int(length.item())
         if not 0 < nbytes <= MAX_FRAME_BYTES:
             raise RemoteProtocolError(f"a description of {nbytes} bytes, expected 1 to {MAX_FRAME_BYTES}")
-        data = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        data = torch.empty(nbytes, dtype=torch.uint8, device=self._options.device)
         channel.wait(channel.recv(data, FRAME_TAG), deadline)
         local = data.cpu()
         return ctypes.string_at(local.data_ptr(), nbytes)
 
-    def _start(self, role: Any, ranks: Sequence[int]) -> TransferReport:
+    def _report(self, role: Role, ranks: Sequence[int]) -> TransferReport:
         report = TransferReport(role, f"distributed.{type(self).__name__}", None)
         report.peers = [PeerReport(rank) for rank in ranks]
-        self.last_report = report
         return report
 
 

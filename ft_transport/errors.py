@@ -7,7 +7,7 @@ boundaries.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "LocalProtocolError",
@@ -34,6 +34,9 @@ class TransferError(Exception):
         nbytes_done: Payload bytes that had been moved.
         nbytes_total: Payload bytes of the whole state, 0 while it is not known.
     """
+
+    # What a report says of the peer, where the class alone does not tell: see :func:`ended`.
+    _outcome = ""
 
     def __init__(
         self,
@@ -79,6 +82,23 @@ def _rebuild(cls: type[TransferError], fields: dict[str, Any]) -> TransferError:
     # OSError, a base of TransferTimeout, does not take them from __new__.
     error.args = (fields["message"],)
     error.__dict__.update(fields)
+    return error
+
+
+E = TypeVar("E", bound=TransferError)
+
+
+def ended(error: E, outcome: str) -> E:
+    """The error, which knows now how the transfer with the peer has ended.
+
+    A peer that gave up and one that is gone are the same to a caller, who takes another one: both are a
+    :class:`PeerFailure`. To whoever reads the report they are not, and no class is needed to tell them apart.
+
+    Args:
+        error: To be raised.
+        outcome: As in ``PeerReport``.
+    """
+    error._outcome = outcome
     return error
 
 

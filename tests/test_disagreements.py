@@ -253,8 +253,8 @@ def test_without_strict_missing_leaves_are_made_and_extra_ones_listed(wire: Wire
     outcome.check()
     check_values(outcome.result, state)
     assert outcome.report is not None
-    assert outcome.report.missing == ["missing.y"]
-    assert outcome.report.unused == ["extra.x"]
+    assert outcome.report.unexpected_keys == ["missing.y"]
+    assert outcome.report.missing_keys == ["extra.x"]
     assert not before.changed_outside(list(template["agrees"].values()))
 
 
@@ -266,7 +266,7 @@ def test_an_empty_slot_of_the_template_lacks_the_tensor(wire: Wire) -> None:
     outcome.check()
     check_values(outcome.result, state)
     assert outcome.report is not None
-    assert outcome.report.missing == ["slot", "deep.0"]
+    assert outcome.report.unexpected_keys == ["slot", "deep.0"]
     assert outcome.result["a"].data_ptr() == template["a"].data_ptr()
     text = str(refused(wire, {"a": noise(3, 3), "slot": None}, {"a": noise(3, 1), "slot": noise(4, 2)}).error)
     assert "slot: expected" in text
@@ -275,7 +275,7 @@ def test_an_empty_slot_of_the_template_lacks_the_tensor(wire: Wire) -> None:
 def test_strict_refuses_an_empty_slot(lines: dict[str, Wire]) -> None:
     template = template_with_neighbours(slot=None)
     outcome = refused(lines["PGTransport"], state_for(template, slot=noise(2, 3)), template, strict=True)
-    assert "slot: expected in the template, source has it" in str(outcome.error)
+    assert "slot: unexpected key, expected in the template, source has it" in str(outcome.error)
 
 
 # ------------------------------------------------------------------------------- a leaf that arrives fresh
@@ -347,7 +347,7 @@ def test_a_metric_that_grows_and_an_empty_blob(torchft_wire: Wire) -> None:
         "user.default.metric.seen.0": "expected float32 (7,), source has float32 (32,)",
         "user.default.metric._extra_state": "expected uint8 (0,), source has uint8 (170,)",
     }
-    assert report.missing == ["user.default.metric.seen.1"]
+    assert report.unexpected_keys == ["user.default.metric.seen.1"]
     assert report.nbytes_fresh == (32 + 7) * 4 + 170
     assert report.not_in_place == {}
 

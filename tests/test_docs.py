@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import ft_transport
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WORD = re.compile(r"\w+")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 
 
@@ -34,3 +37,8 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = [target for target in LINK.findall(page.read_text()) if "://" not in target]
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("public", ft_transport.__all__)
+def test_every_public_name_is_on_a_page(public: str) -> None:
+    assert any(public in WORD.findall(page.read_text()) for page in PAGES if page.parent.name == "docs")

@@ -308,7 +308,7 @@ def test_raise_in_a_phase_of_the_source(source: LaneTransport[Any]) -> None:
 
 def test_a_signal_comes_when_the_share_has_moved(source: LaneTransport[Any]) -> None:
     seen: list[Progress] = []
-    inner, _ = pair(source, progress=seen.append, lanes=1)
+    inner, _ = pair(source, on_progress=seen.append, lanes=1)
     told: list[str] = []
     got: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: got.append(len(seen)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -59,10 +60,9 @@ from ft_transport._group import control as _control
 from ft_transport._group.channel import Channel
 from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG, Control
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import for_each
-from ft_transport._group.source import tell_failure
+from ft_transport._group.fan_out import in_parallel
+from ft_transport._group.source import send_failure
 from ft_transport._state.manifest import Manifest as EngineManifest
-from ft_transport._telemetry import report
 from ft_transport._wire.frames import Frame, encode_frame
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import FaultyChannel, memory_channels
@@ -119,11 +119,8 @@ def count_operations() -> tuple[Marked, Marked]:
         if isinstance(found, PeerReport):
             ends[1 - found.rank].engine_phase = phase
 
-    report.phase_watchers.append(watch)
-    try:
-        succeed(make(1), lambda: template, options=SMALL, channels=ends)  # type: ignore[arg-type]
-    finally:
-        report.phase_watchers.remove(watch)
+    options = dataclasses.replace(SMALL, on_phase=watch)
+    succeed(make(1), lambda: template, options=options, channels=ends)  # type: ignore[arg-type]
     return ends  # type: ignore[return-value]
 
 
@@ -372,7 +369,7 @@ def test_ctrl_c_while_several_are_served_ends_all_of_them() -> None:
             threading.Event().wait(0.3)
 
     with pytest.raises(KeyboardInterrupt):
-        for_each(channels, serve)
+        in_parallel(channels, serve)
     assert threading.active_count() == before
     assert all(channel.broken for channel in channels)
 
@@ -400,7 +397,7 @@ def test_a_progress_callback_that_interrupts_ends_the_transfer_on_both_sides(rol
         if progress.role == role:
             raise KeyboardInterrupt
 
-    ends, template, before = run(options=SmallOptions(CPU, progress=callback))
+    ends, template, before = run(options=SmallOptions(CPU, on_progress=callback))
     mine, other = (ends.source, ends.destination) if role == "source" else (ends.destination, ends.source)
     assert isinstance(mine.error, KeyboardInterrupt)
     assert isinstance(other.error, PeerFailure)
@@ -457,7 +454,7 @@ def test_tell_failure_reaches_a_waiting_destination() -> None:
 
     thread = threading.Thread(target=destination)
     thread.start()
-    tell_failure(left, CPU, Deadline(timedelta(seconds=10)), "w: a sparse tensor cannot travel")
+    send_failure(left, CPU, Deadline(timedelta(seconds=10)), "w: a sparse tensor cannot travel")
     thread.join(10)
     (error,) = caught
     assert isinstance(error, PeerFailure)
@@ -469,7 +466,7 @@ def test_tell_failure_reaches_a_waiting_destination() -> None:
 def test_tell_failure_never_raises() -> None:
     left, _ = memory_channels()
     left.abort()
-    tell_failure(left, CPU, Deadline(timedelta(seconds=1)), "reason")
+    send_failure(left, CPU, Deadline(timedelta(seconds=1)), "reason")
     assert left.num_posted == 0
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import noise, snapshot
-from plan.test_torn import BETWEEN, Pair, large
+from helpers import CPU, noise, snapshot
+from plan.test_torn import BETWEEN, SECOND, Group, Pair, large
 
-from ft_transport import LocalProtocolError, PeerFailure, Progress, TornStateError
+from ft_transport import LocalProtocolError, PeerFailure, PGTransport, Progress, TornStateError
 
 STATE_BYTES = 100_000 * 4
 
@@ -113,7 +113,7 @@ def writer(template: dict[str, Any], name: str) -> Callable[[Progress], None]:
 def test_a_large_tensor_that_forward_writes_while_it_lands() -> None:
     """Over a group its bytes are gone. The next receive knows, and lands there beside the template."""
     template = state(2)
-    pair = Pair(template, progress=writer(template, "layer 0"))
+    pair = Pair(template, on_progress=writer(template, "layer 0"))
     _, error = pair.heal(state(1))
     assert isinstance(error, LocalProtocolError)
     assert error.torn
@@ -147,7 +147,7 @@ def test_a_large_tensor_that_forward_writes_afterwards() -> None:
 
 def test_shadow_has_a_copy_of_all() -> None:
     template = state(2)
-    pair = Pair(template, shadow=True, progress=writer(template, "layer 0"))
+    pair = Pair(template, shadow=True, on_progress=writer(template, "layer 0"))
     assert pair.heal(state(1)) == [None, None]
     template["layer 2"][7] += 1
     commit(pair)
@@ -241,7 +241,7 @@ def test_somebody_asks_for_the_metadata_in_mid_step() -> None:
 def test_the_template_of_the_manager() -> None:
     pair = Pair(None)
     template = {"default": state(2)}
-    pair.destination._state_dict = "manager"
+    pair.destination = PGTransport(Group(None, 1), 10 * SECOND, CPU, "manager")  # type: ignore[arg-type]
     sent = {"user": {"default": state(1)}, "torchft": {"step": 7}}
     found = heal_by_manager(
         pair, sent, _use_async_quorum=True, _user_state_dicts={"default": lambda: template["default"]}
@@ -288,5 +288,5 @@ def test_torn_until_what_was_torn_has_arrived() -> None:
     commit(pair)
     assert isinstance(pair.heal({"a": large(1), "ema": large(4)}, die_at=BETWEEN)[1], PeerFailure)
     assert pair.heal({"a": large(1)}, step=8) == [None, None]
-    pair.destination.restored()
+    pair.destination.mark_restored()
     commit(pair)

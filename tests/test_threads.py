@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from ft_transport._threads import Crew
+from ft_transport._threads import ThreadGroup
 
 
 @contextmanager
@@ -32,24 +32,24 @@ def interrupted(*seconds: float) -> Iterator[None]:
 
 
 def test_a_join_that_is_interrupted_waits_all_the_same() -> None:
-    crew, go_on, over = Crew(), threading.Event(), []
+    group, go_on, over = ThreadGroup(), threading.Event(), []
     for number in range(3):
-        crew.start("test", lambda number: go_on.wait(10) and over.append(number), number)
+        group.start("test", lambda number: go_on.wait(10) and over.append(number), number)
     threading.Timer(0.3, go_on.set).start()
     with interrupted(0.05, 0.05), pytest.raises(KeyboardInterrupt):
-        crew.join()
+        group.join()
     assert sorted(over) == [0, 1, 2]
-    crew.join()
+    group.join()
     assert not any(thread.name == "ft_transport-test" for thread in threading.enumerate())
 
 
 def test_attending_can_be_interrupted() -> None:
-    crew, go_on = Crew(), threading.Event()
-    crew.start("test", go_on.wait, 10)
+    group, go_on = ThreadGroup(), threading.Event()
+    group.start("test", go_on.wait, 10)
     with interrupted(0.05), pytest.raises(KeyboardInterrupt):
-        crew.attend()
+        group.attend()
     go_on.set()
-    crew.join()
+    group.join()
 
 
 def test_a_thread_that_was_being_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,13 +60,13 @@ def test_a_thread_that_was_being_started_is_waited_for(monkeypatch: pytest.Monke
         start(self)
         raise KeyboardInterrupt
 
-    crew, go_on = Crew(), threading.Event()
+    group, go_on = ThreadGroup(), threading.Event()
     monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        crew.start("test", lambda: go_on.wait(10) and over.append(1))
+        group.start("test", lambda: go_on.wait(10) and over.append(1))
     monkeypatch.undo()
     threading.Timer(0.1, go_on.set).start()
-    crew.join()
+    group.join()
     assert over == [1]
 
 
@@ -75,25 +75,25 @@ def test_a_thread_that_never_was_is_not_waited_for(error: BaseException, monkeyp
     def start(self: threading.Thread) -> None:
         raise error
 
-    crew = Crew()
+    group = ThreadGroup()
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(type(error)):
-        crew.start("test", lambda: None)
+        group.start("test", lambda: None)
     monkeypatch.undo()
-    crew.join()
+    group.join()
 
 
 def test_one_of_them_waits_for_the_others() -> None:
-    crew, seen, go_on = Crew(), [], threading.Event()
-    crew.start("test", lambda: go_on.wait(10) and seen.append(1))
-    crew.start("test", lambda: crew.join() or seen.append(2))  # type: ignore[func-returns-value]
+    group, seen, go_on = ThreadGroup(), [], threading.Event()
+    group.start("test", lambda: go_on.wait(10) and seen.append(1))
+    group.start("test", lambda: group.join() or seen.append(2))  # type: ignore[func-returns-value]
     go_on.set()
-    crew.join()
+    group.join()
     assert seen == [1, 2]
 
 
 def test_what_a_thread_raises_does_not_keep_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda args: None)
-    crew = Crew()
-    crew.start("test", lambda: 1 / 0)
-    crew.join()
+    group = ThreadGroup()
+    group.start("test", lambda: 1 / 0)
+    group.join()

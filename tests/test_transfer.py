@@ -47,12 +47,12 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FRAME_TAG
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import for_each
+from ft_transport._group.fan_out import in_parallel
 from ft_transport._group.source import serve
 from ft_transport._options import Options
 from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.source import Outbound
-from ft_transport._telemetry.progress import tell_progress
+from ft_transport._telemetry.progress import report_progress
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import memory_channels
 
@@ -332,8 +332,8 @@ def test_what_the_template_lacks_is_fresh_and_what_the_source_lacks_is_left_alon
     ends = succeed(state, lambda: template)
     report = ends.destination.report
     assert difference(ends.destination.result, state) == ""
-    assert report.missing == ["new"]
-    assert report.unused == ["old"]
+    assert report.unexpected_keys == ["new"]
+    assert report.missing_keys == ["old"]
     assert (report.nbytes_in_place, report.nbytes_fresh) == (16, 32)
     assert torch.equal(template["old"], torch.ones(3))
     assert template["lr"] == 0.1
@@ -344,8 +344,8 @@ def test_strict_refuses_both() -> None:
     template = {"a": noise(4, 3), "old": noise(3, 4)}
     before = snapshot(template)
     text = refused(transfer(state, lambda: template, destination_options=Options(CPU, strict=True)))
-    assert "new: expected in the template, source has it" in text
-    assert "old: expected from the source, template has it" in text
+    assert "new: unexpected key, expected in the template, source has it" in text
+    assert "old: missing key, expected from the source, template has it" in text
     assert snapshot(template) == before
 
 
@@ -619,7 +619,7 @@ def test_the_reports() -> None:
 
 def test_progress_rises_to_the_total_on_both_sides() -> None:
     seen: list[Progress] = []
-    options = type("Watched", (type(SMALL),), {})(CPU, progress=seen.append)
+    options = type("Watched", (type(SMALL),), {})(CPU, on_progress=seen.append)
     state = STATES["large"](1)
     succeed(state, options=options)
     for role in ("source", "destination"):
@@ -636,13 +636,13 @@ def test_a_progress_callback_that_raises_does_not_end_the_transfer(caplog: pytes
 
     state = STATES["large"](1)
     with caplog.at_level(logging.ERROR, "ft_transport"):
-        ends = succeed(state, options=Options(CPU, progress=callback))
+        ends = succeed(state, options=Options(CPU, on_progress=callback))
     assert difference(ends.destination.result, state) == ""
     assert "the progress callback raised" in caplog.text
 
 
 def test_tell_progress_without_a_callback() -> None:
-    tell_progress(None, Progress("source", 1, 0, 1, 2))
+    report_progress(None, Progress("source", 1, 0, 1, 2))
 
 
 # ------------------------------------------------------------------------------------- two buckets a side
@@ -673,7 +673,7 @@ def test_for_each_gives_what_each_raised_in_order() -> None:
             raise KeyboardInterrupt
 
     channels = [memory_channels()[0] for _ in range(3)]
-    errors = for_each(channels, run)
+    errors = in_parallel(channels, run)
     assert errors[0] is None
     assert errors[1] is boom
     assert isinstance(errors[2], KeyboardInterrupt)
@@ -688,15 +688,15 @@ def test_for_each_where_the_stream_cannot_be_set(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.accelerator, "current_stream", object)
     monkeypatch.setattr(torch.accelerator, "set_stream", set_stream)
     seen: list[int] = []
-    errors = for_each([memory_channels()[0] for _ in range(2)], seen.append)
+    errors = in_parallel([memory_channels()[0] for _ in range(2)], seen.append)
     assert [str(error) for error in errors] == ["no such stream"] * 2
     assert not seen
 
 
 def test_for_each_of_none_and_of_one() -> None:
     seen: list[int] = []
-    assert for_each([], seen.append) == []
-    assert for_each([memory_channels()[0]], seen.append) == [None]
+    assert in_parallel([], seen.append) == []
+    assert in_parallel([memory_channels()[0]], seen.append) == [None]
     assert seen == [0]
 
 

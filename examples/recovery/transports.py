@@ -38,8 +38,8 @@ def build_transport(
 
     progress = _ThrottledProgress(parent)
     if name == "lanes":
-        return ft_transport.LaneTransport(timeout, device, state_dict=state_dict, progress=progress)
-    return ft_transport.PGTransport(pg, timeout, device, state_dict=state_dict, progress=progress)
+        return ft_transport.LaneTransport(timeout, device, state_dict=state_dict, on_progress=progress)
+    return ft_transport.PGTransport(pg, timeout, device, state_dict=state_dict, on_progress=progress)
 
 
 def _envelope(user: StateDict) -> StateDict:

@@ -16,7 +16,7 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._wire.frames import MAX_FRAME_BYTES, Frame, decode_frame, encode_frame
-from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError
+from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError, ended
 
 __all__ = ["CONTROL_TAG", "FIRST_MESSAGE_TAG", "FRAME_TAG", "Control", "Posted"]
 
@@ -41,16 +41,14 @@ class Control:
 
     Attributes:
         peer_gave_up: Whether the peer has said that it will not go on.
-        refused: Whether the destination has said, on either side of the conversation, that it refuses the state.
-        gave_up: Whether this side has said, where the peer listens, that it will not go on.
+        is_over: Whether either side has said why it ends here, and the other one has taken it in: nobody listens.
     """
 
     def __init__(self, channel: Channel, device: torch.device, deadline: Deadline) -> None:
         self.channel = channel
         self.deadline = deadline
         self.peer_gave_up = False
-        self.refused = False
-        self.gave_up = False
+        self.is_over = False
         self._mid_frame = False
         self._device = device
         # Sends of frames, reclaimed when the peer has answered.
@@ -146,18 +144,18 @@ class Control:
         # Text alone: the text of anything else may be longer than its bytes, or nested too deep to be made.
         reasons = "; ".join(reason for reason in body if isinstance(reason, str)) if isinstance(body, tuple) else ""
         if kind is Frame.REFUSE:
-            self.refused = True
-            raise RemoteProtocolError(f"the destination refuses this state: {reasons}")
+            self.is_over = True
+            raise ended(RemoteProtocolError(f"the destination refuses this state: {reasons}"), "refused")
         if kind is Frame.FAILED:
             self.peer_gave_up = True
-            raise PeerFailure(f"the peer gave up: {reasons}")
+            raise ended(PeerFailure(f"the peer gave up: {reasons}"), "failed")
         raise RemoteProtocolError(f"a frame out of order: {kind.name}")
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, reason: str, kind: Frame = Frame.FAILED) -> None:
         """Tell the peer, which waits for a frame, why it will not come. The channel stays whole."""
-        self.send_frame(encode_frame(Frame.FAILED, [reason]))
+        self.send_frame(encode_frame(kind, [reason]))
         self.flush()
-        self.gave_up = True
+        self.is_over = True
 
     def last_words(self, reason: str) -> None:
         """Tell the peer why, if it still listens, and break the channel. Never raises."""

@@ -12,7 +12,7 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
-from ft_transport._group.fan_out import end_badly
+from ft_transport._group.fan_out import close_failed
 from ft_transport._options import NUM_BUCKETS, Options
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import Landing
@@ -21,13 +21,13 @@ from ft_transport._plan.template import fit
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._state.manifest import Manifest
-from ft_transport._telemetry.progress import tell_progress
+from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import Progress, TransferReport
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.digest import ALGORITHMS, digest_bytes, digest_message
 from ft_transport._wire.frames import Frame, Header, encode_frame
 from ft_transport._wire.layout import Layout, lay_out
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended
 
 __all__ = ["Received", "receive"]
 
@@ -68,15 +68,15 @@ def receive(
     (peer,) = report.peers
     control = Control(channel, options.device, deadline)
     try:
-        with peer.enter("agree", "destination"):
+        with peer.enter("agree", "destination", options.on_phase):
             header, layout, landing = _agree(control, step, state_dict, options, report, beside or set())
             rewrite = Rewrite(layout, landing) if beside is not None else None
             if attempt is not None:
                 attempt.landing = landing
-        with peer.enter("move", "destination"):
-            flights = _Flights(control, header, layout, landing, rewrite, options, report)
+        with peer.enter("move", "destination", options.on_phase):
+            flights = _DestinationFlights(control, header, layout, landing, rewrite, options, report)
             flights.receive()
-        with peer.enter("verify", "destination"):
+        with peer.enter("verify", "destination", options.on_phase):
             # Nothing is under way any more: a source that gives up here need not break the channel.
             expected = control.recv_frame(Frame.DIGESTS)
             flights.confirm()
@@ -86,7 +86,7 @@ def receive(
             if rewrite is not None and beside is not None:
                 _check_unwritten(rewrite, beside)
             _say_done(control)
-        with peer.enter("rebuild", "destination"), no_collection():
+        with peer.enter("rebuild", "destination", options.on_phase), no_collection():
             report.torn = report.torn or landing.copies
             result = landing.rebuild()
             if landing.copies:
@@ -97,7 +97,7 @@ def receive(
             rewrite.note_digests(dict(enumerate(flights.digests)), header.digest, header.sample)
         return Received(result, landing.written(), rewrite)
     except BaseException as exc:
-        end_badly(control, peer, exc)
+        close_failed(control, peer, exc)
         # This replica will not take part in the step: break the group, so that nobody waits for it there.
         channel.abort()
         raise
@@ -142,10 +142,8 @@ def _agree(
         raise
     except Exception as exc:
         error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
-        control.send_frame(encode_frame(Frame.REFUSE, [error.message]))
-        control.flush()
-        control.refused = True
-        raise error from None
+        control.give_up(error.message, Frame.REFUSE)
+        raise ended(error, "refused") from None
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
     return header, layout, landing
 
@@ -204,7 +202,7 @@ class _Arrival(NamedTuple):
     work: Pending
 
 
-class _Flights:
+class _DestinationFlights:
     """The flights from the source.
 
     Attributes:
@@ -331,7 +329,7 @@ class _Flights:
         (peer,) = self._report.peers
         peer.nbytes += sum(arrival.data.numel() for arrival in arrivals)
         progress = Progress("destination", self._header.step, peer.rank, peer.nbytes, self._layout.nbytes)
-        tell_progress(self._options.progress, progress)
+        report_progress(self._options.on_progress, progress)
 
 
 # -------------------------------------------------------------------------------------------- verify

@@ -13,38 +13,33 @@ import torch
 
 from ft_transport._group.channel import Channel
 from ft_transport._group.control import Control
-from ft_transport._telemetry.report import PeerReport
-from ft_transport._threads import Crew
+from ft_transport._telemetry.report import PeerReport, outcome_of
+from ft_transport._threads import ThreadGroup
 from ft_transport.errors import PeerFailure, TransferTimeout, reason_of
 
-__all__ = ["end_badly", "for_each"]
+__all__ = ["close_failed", "in_parallel"]
 
 logger = logging.getLogger("ft_transport")
 
 
-def end_badly(control: Control, peer: PeerReport, exc: BaseException) -> None:
+def close_failed(control: Control, peer: PeerReport, exc: BaseException) -> None:
     """Note how a transfer ended, tell the peer where it still listens, leave nothing that could touch memory."""
     peer.reason = reason_of(exc)
-    if isinstance(exc, TransferTimeout):
-        peer.outcome = "timed out"
-    elif control.peer_gave_up:
-        peer.outcome = "failed"
-        if peer.phase == "move":
+    peer.outcome = outcome_of(exc, cancelled=control.channel.broken)
+    if control.peer_gave_up:
+        # In mid-flight its receives are still posted, and so are this side's sends: what is in them may yet move.
+        if peer.phase == "move" and not isinstance(exc, TransferTimeout):
             control.await_closure()
-    elif isinstance(exc, PeerFailure):
-        peer.outcome = "failed" if control.channel.broken else "dead"
-    elif control.refused:
-        peer.outcome = "refused"
-    elif control.gave_up:
-        peer.outcome = "failed"
-    elif peer.phase == "rebuild":
-        peer.outcome = "failed"  # the source has its DONE and listens no more
-    else:
-        peer.outcome = "failed"
+    elif not (control.is_over or isinstance(exc, _NOBODY_LISTENS) or peer.phase == "rebuild"):
+        # In "rebuild" the source has its DONE, and listens no more.
         control.last_words(peer.reason)
 
 
-def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[BaseException | None]:
+# Who is out of time, or gone. After a wait that has expired every pair of the group is closed anyway.
+_NOBODY_LISTENS = (TransferTimeout, PeerFailure)
+
+
+def in_parallel(channels: Sequence[Channel], run: Callable[[int], None]) -> list[BaseException | None]:
     """Run ``run(index)`` for every channel at once, each in its own thread; gives what each raised.
 
     A single channel is served in the caller's thread. The threads work on the caller's device and stream.
@@ -65,16 +60,16 @@ def for_each(channels: Sequence[Channel], run: Callable[[int], None]) -> list[Ba
         return errors
     stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
 
-    crew = Crew()
+    threads = ThreadGroup()
     try:
         for index, channel in enumerate(channels):
-            crew.start(f"rank{channel.peer_rank}", guarded, index, stream)
-        crew.attend()
+            threads.start(f"rank{channel.peer_rank}", guarded, index, stream)
+        threads.attend()
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.
         for channel in channels:
             channel.abort()
         raise
     finally:
-        crew.join()
+        threads.join()
     return errors

@@ -18,7 +18,7 @@ from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.placement import Placement
 from ft_transport._state.manifest import Manifest
-from ft_transport._telemetry.report import TransferReport
+from ft_transport._telemetry.report import TransferReport, outcome_of
 from ft_transport._wire.layout import Layout
 from ft_transport.errors import TransferError
 
@@ -84,7 +84,7 @@ def post_and_wait(
     placement.check()
     for index, peer in enumerate(report.peers):
         exc = failed.get(index)
-        peer.outcome = "complete" if exc is None else "failed"
+        peer.outcome = "complete" if exc is None else outcome_of(exc)
         peer.reason = "" if exc is None else exc.message
         peer.nbytes = layout.nbytes if exc is None else 0
     return list(failed.values())

@@ -17,17 +17,17 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control, Posted
-from ft_transport._group.fan_out import end_badly
+from ft_transport._group.fan_out import close_failed
 from ft_transport._options import NUM_BUCKETS
 from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.source import Outbound
-from ft_transport._telemetry.progress import tell_progress
+from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import PeerReport, Progress
 from ft_transport._wire.digest import digest_bytes
 from ft_transport._wire.frames import Frame, encode_frame
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError
 
-__all__ = ["LAST_WORDS", "serve", "tell_failure"]
+__all__ = ["LAST_WORDS", "serve", "send_failure"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -50,19 +50,19 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
     """
     control = Control(channel, outbound.options.device, deadline)
     try:
-        with peer.enter("agree", "source"):
+        with peer.enter("agree", "source", outbound.options.on_phase):
             control.send_frame(outbound.frame)
             if control.recv_frame(Frame.READY) != (digest_bytes(outbound.frame),):
                 raise RemoteProtocolError("the description of the state came damaged to the destination")
-        with peer.enter("move", "source"), outbound.versions.here():
+        with peer.enter("move", "source", outbound.options.on_phase), outbound.versions.here():
             _send(control, outbound, peer)
-        with peer.enter("verify", "source"):
+        with peer.enter("verify", "source", outbound.options.on_phase):
             _check_unchanged(control, outbound)
             control.send_frame(encode_frame(Frame.DIGESTS, outbound.digests()))
             control.recv_frame(Frame.DONE)
         peer.outcome = "complete"
     except BaseException as exc:
-        end_badly(control, peer, exc)
+        close_failed(control, peer, exc)
         raise
     finally:
         channel.drop()
@@ -72,7 +72,7 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
 def _send(control: Control, outbound: Outbound, peer: PeerReport) -> None:
     lost: PeerFailure | None = None
     try:
-        _Flights(control, outbound, peer).send()
+        _SourceFlights(control, outbound, peer).send()
     except PeerFailure as exc:
         lost = exc
     try:
@@ -104,7 +104,7 @@ class _Flight(NamedTuple):
     bucket: Bucket | None
 
 
-class _Flights:
+class _SourceFlights:
     """The flights to one destination."""
 
     def __init__(self, control: Control, outbound: Outbound, peer: PeerReport) -> None:
@@ -154,10 +154,10 @@ class _Flights:
             self._buckets.append(flight.bucket)
         peer.nbytes += sum(tensor.numel() for tensor in flight.tensors)
         progress = Progress("source", outbound.header.step, peer.rank, peer.nbytes, outbound.layout.nbytes)
-        tell_progress(outbound.options.progress, progress)
+        report_progress(outbound.options.on_progress, progress)
 
 
-def tell_failure(channel: Channel, device: torch.device, deadline: Deadline, reason: str) -> None:
+def send_failure(channel: Channel, device: torch.device, deadline: Deadline, reason: str) -> None:
     """Send a destination, instead of the manifest, the reason why there will be none. Never raises."""
     control = Control(channel, device, deadline)
     try:

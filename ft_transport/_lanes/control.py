@@ -21,9 +21,9 @@ from ft_transport._lanes.session import Talk
 from ft_transport._net.connection import Bell
 from ft_transport._net.endpoint import Invitation
 from ft_transport._net.stall import HEARTBEAT, Patience
-from ft_transport._telemetry.progress import tell_progress
+from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import Progress, ProgressCallback, TransferReport
-from ft_transport._threads import meanwhile
+from ft_transport._threads import periodically
 from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
 
 __all__ = ["ControlConnection", "GaveUp", "Tally"]
@@ -58,7 +58,7 @@ class Tally:
         if nbytes != self._told:
             self._told = nbytes
             now = Progress("destination", report.step, report.peers[0].rank, nbytes, report.nbytes_total)
-            tell_progress(self._callback, now)
+            report_progress(self._callback, now)
 
 
 class ControlConnection:
@@ -192,7 +192,7 @@ class ControlConnection:
                 return True  # whoever talks next finds out
             return False
 
-        return meanwhile(beat, HEARTBEAT, "heartbeat") if self.lost is None else nullcontext()
+        return periodically(beat, HEARTBEAT, "heartbeat") if self.lost is None else nullcontext()
 
     # --------------------------------------------------------------------------------------- end
 

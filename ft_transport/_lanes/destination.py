@@ -263,16 +263,16 @@ class Reception:
 
     def _run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
         (peer,) = self._report.peers
-        with peer.enter("agree", "destination"):
+        with peer.enter("agree", "destination", self._options.on_phase):
             control = self._control = self._call()
             peer.address = control.talk.connection.address
             plan, sink = self._agree(control, state_dict, earlier)
-        with peer.enter("move", "destination"):
+        with peer.enter("move", "destination", self._options.on_phase):
             self._move(control, plan, sink)
-        with peer.enter("verify", "destination"):
+        with peer.enter("verify", "destination", self._options.on_phase):
             plan.landing.check()
             control.say_done(verified=sink.verified)
-        with peer.enter("rebuild", "destination"), no_collection():
+        with peer.enter("rebuild", "destination", self._options.on_phase), no_collection():
             state = self._rebuild(plan.landing)
         self._report.torn = False
         self.kept = None
@@ -303,7 +303,7 @@ class Reception:
         connection = dial(self._invitation, hello, Patience(deadline, options.stall, "the source"), self._me.contexts)
         conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
         conversation.sent(Frame.HELLO)
-        talk, tally = Talk(connection, conversation), Tally(self._report, options.progress)
+        talk, tally = Talk(connection, conversation), Tally(self._report, options.on_progress)
         return ControlConnection(talk, bell, self._invitation, deadline, options.stall, tally)
 
     def _agree(

@@ -20,7 +20,7 @@ from ft_transport._net.handshake_io import Contexts
 from ft_transport._net.stall import Patience, Silence
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.buffers import Bucket
-from ft_transport._threads import Crew, insist
+from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import LocalProtocolError, TransferError, TransferTimeout
 
 __all__ = ["Fetcher"]
@@ -66,7 +66,7 @@ class Fetcher:
         self._step = step
         self._num_messages = num_messages
         self._lanes: list[_Lane] = []
-        self._crew = Crew()
+        self._crew = ThreadGroup()
         self._closing = False
 
     def open(self, route: Route, contexts: Contexts | None, patience: Callable[[str], Patience]) -> None:
@@ -132,7 +132,7 @@ class Fetcher:
 
     def close(self) -> None:
         """End all lanes; when this returns, nothing lands any more. May be called twice."""
-        insist(self._close)
+        uninterrupted(self._close)
 
     def _close(self) -> None:
         self._closing = True
@@ -144,7 +144,7 @@ class Fetcher:
     def _run(self, lane: _Lane) -> None:
         # A ring wakes up the thread that holds the conversation with the source. Once every few milliseconds would be
         # nothing, but it would be once for each message, and the reader of progress is the only one to want it.
-        eager = self._options.progress is not None
+        eager = self._options.on_progress is not None
         try:
             self._sink.enter()
             while lane.ask(lambda: self._closing):

@@ -15,8 +15,8 @@ from functools import partial
 
 from ft_transport._deadline import Deadline
 from ft_transport._options import LaneOptions
-from ft_transport._telemetry.events import tell
-from ft_transport._telemetry.progress import Watch, tell_progress
+from ft_transport._telemetry.events import publish
+from ft_transport._telemetry.progress import Watch, report_progress
 from ft_transport._telemetry.report import PeerReport, Progress, TransferReport
 from ft_transport._telemetry.teller import Teller
 from ft_transport.errors import LocalProtocolError
@@ -57,7 +57,7 @@ class News:
         if nbytes == peer.nbytes:
             return
         peer.nbytes = nbytes
-        if self._options.progress is None:
+        if self._options.on_progress is None:
             return
         now = Progress("source", self._report.step, peer.rank, nbytes, total)
         with self._lock:
@@ -69,7 +69,7 @@ class News:
         """Tell the newest that is known of a peer: a callback that takes its time misses what was between."""
         with self._lock:
             now = self._untold.pop(peer)
-        tell_progress(self._options.progress, now)
+        report_progress(self._options.on_progress, now)
 
     def refused(self, name: str, address: str, reason: str) -> None:
         """Somebody was not let in."""
@@ -88,7 +88,7 @@ class News:
     def over(self, error: LocalProtocolError | None) -> None:
         """The transfer has ended; the report is complete when this returns."""
         if self._report.finish(time.perf_counter() - self._begin, error):
-            self._teller.leave(partial(tell, self._report, self._options.on_event))
+            self._teller.leave(partial(publish, self._report, self._options.on_event))
 
     def drain(self) -> None:
         """Wait until all of it is told, for a moment."""

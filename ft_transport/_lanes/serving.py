@@ -22,7 +22,7 @@ from ft_transport._lanes.session import Talk
 from ft_transport._lanes.supplier import Supply
 from ft_transport._net.endpoint import Invitation
 from ft_transport._net.stall import HEARTBEAT, Patience, Silence
-from ft_transport._telemetry.report import Outcome, TransferReport
+from ft_transport._telemetry.report import Outcome, PhaseCallback, TransferReport
 from ft_transport.errors import (
     PeerFailure,
     RemoteProtocolError,
@@ -94,10 +94,18 @@ class Serving:
         line: Where it stands behind others.
         desk: Leads its lanes here.
         news: Tells how far it is.
+        on_phase: As in ``Options``.
     """
 
     def __init__(
-        self, talk: Talk, state: DestinationState, patience: Patience, line: Line, desk: Desk, news: News
+        self,
+        talk: Talk,
+        state: DestinationState,
+        patience: Patience,
+        line: Line,
+        desk: Desk,
+        news: News,
+        on_phase: PhaseCallback | None = None,
     ) -> None:
         self.talk = talk
         self.state = state
@@ -105,6 +113,7 @@ class Serving:
         self._line = line
         self._desk = desk
         self._news = news
+        self._on_phase = on_phase
         self._supply: Supply | None = None
         self._has_all = False  # and the state had not changed: whatever happens now, it is not told to discard it
 
@@ -143,10 +152,10 @@ class Serving:
             raise _Failure(failure)
         assert stock is not None, "only once nobody is served any more"
         peer, talk, patience = self.state.peer, self.talk, self._patience
-        with peer.enter("agree", "source"):
+        with peer.enter("agree", "source", self._on_phase):
             talk.say(Frame.MANIFEST, patience, self._line.longest, stock.frame)
             self._hear(stock, until=State.ROUTING)
-        with peer.enter("move", "source"):
+        with peer.enter("move", "source", self._on_phase):
             self._supply = Supply(stock, Patience(patience.deadline), stock.stream)
             self._desk.register(self.state.ident, self._supply)
             while talk.conversation.state is State.ROUTING:

@@ -27,7 +27,7 @@ from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.source import Outbound
 from ft_transport._telemetry.report import Outcome, TransferReport
 from ft_transport._telemetry.teller import Teller
-from ft_transport._threads import Crew, insist
+from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import reason_of
 
 __all__ = ["Offer"]
@@ -61,7 +61,7 @@ class Offer:
         self._line = Line(report, self._options.chain, options.stall)
         self._news = News(report, options, deadline, teller)
         self._serving: dict[bytes, Serving] = {}  # by identity, the newest of each
-        self._crew = Crew()
+        self._crew = ThreadGroup()
         self._failure = ""
         self._stock: SourceStock | None = None
 
@@ -73,7 +73,7 @@ class Offer:
         """
         report = self.report
         try:
-            with report.phase("describe"):
+            with report.phase("describe", self._options.on_phase):
                 stream = settled_stream()
                 outbound = Outbound(state_dict, report.step, self._options, report, lambda reading: self.end_reading())
                 self._stock = SourceStock(outbound, stream)
@@ -106,7 +106,9 @@ class Offer:
             state = self._admission.admit(identity, attempt)
             state.peer.address, state.peer.name = talk.connection.address, str(name)
             patience = Patience(self._deadline, self._options.stall, "the destination")
-            serving = self._serving[identity] = Serving(talk, state, patience, self._line, self._desk, self._news)
+            serving = self._serving[identity] = Serving(
+                talk, state, patience, self._line, self._desk, self._news, self._options.on_phase
+            )
             self._start(serving)
         return True
 
@@ -190,7 +192,7 @@ class Offer:
 
     def close(self) -> None:
         """End what is still under way; when this returns, nothing reads the state. Raises nothing but Ctrl-C."""
-        insist(self._close)
+        uninterrupted(self._close)
 
     def _close(self) -> None:
         self._desk.close(self)

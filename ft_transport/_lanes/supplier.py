@@ -16,7 +16,7 @@ from ft_transport._net.connection import Connection
 from ft_transport._net.stall import HEARTBEAT, Patience
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned
-from ft_transport._threads import Crew, insist
+from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
 
 __all__ = ["Stock", "Supply"]
@@ -92,7 +92,7 @@ class Supply:
         self._changed = threading.Condition()
         self._closed = False
         self._lanes: set[Connection] = set()
-        self._crew = Crew()
+        self._crew = ThreadGroup()
 
     def attach(self, connection: Connection, header: Header) -> None:
         """Serve a lane, whose first frame was ``header``, in a thread of its own."""
@@ -199,7 +199,7 @@ class Supply:
 
     def close(self) -> None:
         """End all lanes. When this returns, no thread reads the stock any more. May be called twice."""
-        insist(self._close)
+        uninterrupted(self._close)
 
     def _close(self) -> None:
         with self._changed:

@@ -71,7 +71,7 @@ def compare_all(manifest: Manifest, matched: dict[int, object], report: Transfer
             if reason:
                 disagreements[index] = reason
         elif leaf.views and matched:
-            report.missing.append(format_path(manifest.paths[index]))
+            report.unexpected_keys.append(format_path(manifest.paths[index]))
     extents = comparison.extents
     if disagreements:
         # A leaf lands as a whole or not at all: half of a DTensor from the source and half from here would be a leaf

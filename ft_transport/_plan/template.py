@@ -98,13 +98,14 @@ def _fit(
     # Refused here is refused before a byte moves, so that the template is what it was, and the replica not torn.
     refused = _refused(manifest, matched, compared, on_mismatch, report)
     if strict:
-        refused += [f"{path}: expected in the template, source has it" for path in report.missing]
-        refused += [f"{path}: expected from the source, template has it" for path in report.unused]
+        unexpected, missing = report.unexpected_keys, report.missing_keys
+        refused += [f"{path}: unexpected key, expected in the template, source has it" for path in unexpected]
+        refused += [f"{path}: missing key, expected from the source, template has it" for path in missing]
     if refused:
         raise RemoteProtocolError("; ".join(refused))
     # Both at once is what a renamed module looks like. One of them alone is a model that has grown, or a source that
     # keeps an EMA.
-    if report.missing and report.unused:
+    if report.unexpected_keys and report.missing_keys:
         logger.warning("the template and the source's state differ in their leaves: %s", shortened(report.gaps()))
     _warn(manifest, compared, report)
     targets, new = compared.targets, set(compared.disagreements)
@@ -257,7 +258,7 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
         index = index_of.get(prefix + path)
         if index is None:
             # The template has it, and the source has not. torch calls that a missing key.
-            report.unused.append(format_path(prefix + path))
+            report.missing_keys.append(format_path(prefix + path))
         elif leaf is not None or not manifest.leaves[index].views:
             matched[index] = leaf
     return matched

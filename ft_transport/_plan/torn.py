@@ -21,10 +21,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from ft_transport._telemetry.report import TransferReport
+from ft_transport._telemetry.report import TransferReport, outcome_of
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TornStateError, reason_of
 
-__all__ = ["Attempt", "Guard"]
+__all__ = ["Attempt", "TornGuard"]
 
 # Leaves that a text names.
 _MAX_NAMED = 3
@@ -51,7 +51,7 @@ class Attempt:
 MAX_REFUSALS = 3
 
 
-class Guard:
+class TornGuard:
     """What a transport remembers of its receives.
 
     Threading: one receive at a time; :attr:`torn` may be read from any thread.
@@ -93,7 +93,7 @@ class Guard:
         except BaseException as exc:
             # A receive that the destination has refused has moved no byte. What counts is whether it will refuse the
             # next one as well.
-            if any(peer.outcome == "refused" for peer in report.peers):
+            if outcome_of(exc) == "refused" or any(peer.outcome == "refused" for peer in report.peers):
                 self._refusals += 1
                 if report.unfit or self._refusals >= MAX_REFUSALS:
                     self._refusal = reason_of(exc)
@@ -124,7 +124,7 @@ class Guard:
         )
         self._unseen = True
 
-    def restored(self) -> None:
+    def mark_restored(self) -> None:
         """The whole template holds one state again, from elsewhere.
 
         Raises:
@@ -163,7 +163,7 @@ class Guard:
             raise TornStateError(
                 f"this replica holds a mix of two states, {why}: {self._cause}. Restart it "
                 "from the last durable checkpoint, or empty so that it heals from others. (Or load a whole state into "
-                "the template and call the transport's restored().)",
+                "the template and call the transport's mark_restored().)",
                 torn=True,
             )
 

@@ -38,7 +38,7 @@ from ft_transport._state.tree import format_path
 from ft_transport._wire.layout import Layout
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Reading", "Versions"]
+__all__ = ["Reading", "Versions", "watch_optimizers"]
 
 # Paths that an error names: an optimizer that stepped too early changes all of them.
 _MAX_NAMED = 8
@@ -74,6 +74,7 @@ class Reading:
         self._changed = threading.Condition()
         self._over = False
         self._servers: set[int] = set()
+        watch_optimizers()
         _watch(self)
 
     def release(self) -> None:
@@ -278,6 +279,22 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             _stepping[begun:] = [entry for entry in _stepping[begun:] if entry[0] != own and entry[1]() is not None]
 
 
-# Here and not for each transfer: torch does not expect that hooks are added while another thread's optimizer steps.
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
+def watch_optimizers() -> None:
+    """From now on, be told of each step of every optimizer of this process. Once; any thread, as often as it likes.
+
+    Whoever reads is watched for at the latest when it begins. But a step that has begun before is not known, and DiLoCo
+    asks for its first quorum within one: whoever may be called by a Manager calls this when it is made.
+    """
+    global _is_told
+    if _is_told:
+        return
+    with _adding:
+        if not _is_told:
+            # Never again, nor taken back: torch goes through its global hooks without a lock, in every thread that
+            # steps, and raises there if one is added or removed meanwhile.
+            register_optimizer_step_pre_hook(_before_step)
+            register_optimizer_step_post_hook(_after_step)
+            _is_told = True
+
+
+_is_told = False

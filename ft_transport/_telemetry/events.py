@@ -14,7 +14,7 @@ from typing import Any
 from ft_transport._telemetry import otel
 from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport, shortened
 
-__all__ = ["PROGRESS", "TRANSFER", "EventCallback", "RedactSecrets", "log_event", "tell", "transfer_event"]
+__all__ = ["PROGRESS", "TRANSFER", "EventCallback", "RedactSecrets", "log_event", "publish", "transfer_event"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -35,41 +35,47 @@ def transfer_event(report: TransferReport) -> Event:
     all fields.
     """
     worst = _worst(report)
-    error_type, _, _ = report.error.partition(":")
-    num_complete = sum(peer.outcome == "complete" for peer in report.peers)
     return {
         "event": TRANSFER,
-        "role": report.role,
-        "transport": report.transport,
-        "step": report.step,
+        **_fields(report, ("role", "transport", "step")),
         "outcome": _outcome(report, worst),
         "phase": worst.phase if worst is not None else "",
         "reason": shortened(worst.reason) if worst is not None else "",
         "error": shortened(report.error),
-        "error_type": error_type,
+        "error_type": report.error.partition(":")[0],
         "torn": report.torn,
         "seconds": report.total_seconds,
-        **{f"seconds_{phase}": report.seconds.get(phase, 0.0) for phase in PHASES},
-        "gigabytes_per_second": report.gigabytes_per_second,
-        "nbytes_total": report.nbytes_total,
+        **_seconds(report),
+        **_fields(report, _AS_THEY_ARE),
         "nbytes_moved": sum(peer.nbytes for peer in report.peers),
-        "nbytes_wire": report.nbytes_wire,
-        "nbytes_in_place": report.nbytes_in_place,
-        "nbytes_fresh": report.nbytes_fresh,
-        "nbytes_staged": report.nbytes_staged,
-        "nbytes_kept": report.nbytes_kept,
-        "in_place_share": report.in_place_share,
-        "num_leaves": report.num_leaves,
-        "num_messages": report.num_messages,
-        "num_repaired": report.num_repaired,
-        "num_missing": len(report.missing),
-        "num_unused": len(report.unused),
-        "num_not_in_place": len(report.not_in_place),
-        "num_mismatched": len(report.mismatched),
-        "num_peers": len(report.peers),
-        "num_peers_complete": num_complete,
+        **{f"num_{name}": len(getattr(report, name)) for name in _COUNTED},
+        "num_peers_complete": sum(peer.outcome == "complete" for peer in report.peers),
         "peers": [_peer(peer) for peer in report.peers],
     }
+
+
+# Fields of a report that are in its event as they are. What is in neither tuple (paths, clocks) is for whoever holds
+# the report: an event is sent somewhere for each transfer, and a state may have twenty thousand paths.
+_AS_THEY_ARE = (
+    "gigabytes_per_second", "nbytes_total", "nbytes_wire", "nbytes_in_place", "nbytes_fresh", "nbytes_staged",
+    "nbytes_kept", "in_place_share", "num_leaves", "num_messages", "num_repaired",
+)  # fmt: skip
+# Those of which the event has the number.
+_COUNTED = ("unexpected_keys", "missing_keys", "not_in_place", "mismatched", "peers")
+
+
+def _peer(peer: PeerReport) -> Event:
+    fields = _fields(peer, ("rank", "name", "address", "outcome", "phase", "nbytes", "nbytes_wire"))
+    return {**fields, "reason": shortened(peer.reason), **_seconds(peer)}
+
+
+def _fields(report: TransferReport | PeerReport, names: tuple[str, ...]) -> Event:
+    return {name: getattr(report, name) for name in names}
+
+
+def _seconds(report: TransferReport | PeerReport) -> Event:
+    # Each phase, reached or not: whoever keeps events in a table has the same columns for all.
+    return {f"seconds_{phase}": report.seconds.get(phase, 0.0) for phase in PHASES}
 
 
 def _worst(report: TransferReport) -> PeerReport | None:
@@ -82,21 +88,7 @@ def _outcome(report: TransferReport, worst: PeerReport | None) -> str:
     return worst.outcome if worst is not None and worst.outcome != "pending" else "failed"
 
 
-def _peer(peer: PeerReport) -> Event:
-    return {
-        "rank": peer.rank,
-        "name": peer.name,
-        "address": peer.address,
-        "outcome": peer.outcome,
-        "phase": peer.phase,
-        "reason": shortened(peer.reason),
-        "nbytes": peer.nbytes,
-        "nbytes_wire": peer.nbytes_wire,
-        **{f"seconds_{phase}": peer.seconds.get(phase, 0.0) for phase in PHASES},
-    }
-
-
-def tell(report: TransferReport, on_event: EventCallback | None) -> None:
+def publish(report: TransferReport, on_event: EventCallback | None) -> None:
     """Tell everybody who listens how a transfer ended. What a listener raises is logged; never raises.
 
     Args:

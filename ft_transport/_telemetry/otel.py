@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport
+from ft_transport._telemetry.report import PHASES, TransferReport
 from ft_transport._version import __version__
 
 try:
@@ -39,22 +39,21 @@ def record(report: TransferReport, event: Mapping[str, Any]) -> None:
 
 # ---------------------------------------------------------------------------------------------- spans
 
-# Fields of the event that are attributes of the span, as they are.
-_SPAN_FIELDS = (
-    "role", "transport", "step", "outcome", "phase", "reason", "torn", "nbytes_total", "nbytes_moved", "nbytes_wire",
-    "nbytes_in_place", "nbytes_fresh", "nbytes_staged", "nbytes_kept", "gigabytes_per_second", "num_leaves",
-    "num_messages", "num_repaired", "num_missing", "num_not_in_place", "num_peers", "num_peers_complete",
-)  # fmt: skip
+# Fields of the event that a span has another place for: its name, its status, its children. Durations, too. All others
+# are its attributes.
+_ELSEWHERE = frozenset({"event", "error", "error_type", "peers"})
 
 
 def _record_spans(report: TransferReport, event: Mapping[str, Any]) -> None:
     tracer = trace.get_tracer(_NAME, __version__)
     end, now = time.time_ns(), time.perf_counter()
     start = end - _nanoseconds(report.total_seconds)
+    attributes = _attributes(
+        {name: event[name] for name in event if name not in _ELSEWHERE and not name.startswith("seconds")}
+    )
     # Those of the one peer belong to the transfer; those of several are told apart by their own.
-    attributes = _attributes({field: event[field] for field in _SPAN_FIELDS})
-    if len(report.peers) == 1:
-        attributes |= _peer_attributes(report.peers[0])
+    if len(event["peers"]) == 1:
+        attributes |= _peer_attributes(event["peers"][0])
     if event["error_type"]:
         attributes["error.type"] = event["error_type"]
     span = tracer.start_span("ft_transport.transfer", attributes=attributes, start_time=start)
@@ -63,8 +62,8 @@ def _record_spans(report: TransferReport, event: Mapping[str, Any]) -> None:
     context = trace.set_span_in_context(span)
     own = {name: seconds for name, seconds in report.seconds.items() if name in report.began}
     parts = [(report.began, own, _attributes({"role": report.role}))]
-    for peer in report.peers:
-        parts.append((peer.began, peer.seconds, _attributes({"role": report.role}) | _peer_attributes(peer)))
+    for peer, told in zip(report.peers, event["peers"], strict=True):
+        parts.append((peer.began, peer.seconds, _attributes({"role": report.role}) | _peer_attributes(told)))
     for began, seconds, marks in parts:
         for phase in PHASES:
             if phase in began:
@@ -83,9 +82,9 @@ def _attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {f"ft_transport.{name}": value for name, value in fields.items() if value is not None}
 
 
-def _peer_attributes(peer: PeerReport) -> dict[str, Any]:
-    fields = {"rank": peer.rank, "name": peer.name, "address": peer.address, "outcome": peer.outcome}
-    return {f"ft_transport.peer.{name}": value for name, value in fields.items() if value != ""}
+def _peer_attributes(peer: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("rank", "name", "address", "outcome")
+    return {f"ft_transport.peer.{name}": peer[name] for name in names if peer[name] != ""}
 
 
 # -------------------------------------------------------------------------------------------- metrics

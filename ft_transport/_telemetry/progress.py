@@ -17,9 +17,9 @@ from typing import Any
 from ft_transport._deadline import Deadline
 from ft_transport._telemetry.events import PROGRESS, log_event
 from ft_transport._telemetry.report import PeerReport, Progress, ProgressCallback, TransferReport
-from ft_transport._threads import meanwhile
+from ft_transport._threads import periodically
 
-__all__ = ["INTERVAL", "Watch", "progress_bar", "tell_progress", "watching"]
+__all__ = ["INTERVAL", "Watch", "progress_bar", "report_progress", "watching"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -119,11 +119,11 @@ def _of(done: int, total: int) -> str:
 
 def watching(report: TransferReport, deadline: Deadline) -> AbstractContextManager[None]:
     """Follow a transfer from a thread of its own, which has ended when this does."""
-    return meanwhile(Watch(report, deadline).tick, INTERVAL / 4, "progress")
+    return periodically(Watch(report, deadline).tick, INTERVAL / 4, "progress")
 
 
 def progress_bar(**options: Any) -> ProgressCallback:
-    """A callback for ``progress=`` that draws a bar for each peer with tqdm, which must be installed.
+    """A callback for ``on_progress=`` that draws a bar for each peer with tqdm, which must be installed.
 
     Args:
         options: For each ``tqdm.tqdm``, beside what is set here.
@@ -154,7 +154,7 @@ def progress_bar(**options: Any) -> ProgressCallback:
     return show
 
 
-def tell_progress(callback: ProgressCallback | None, progress: Progress) -> None:
+def report_progress(callback: ProgressCallback | None, progress: Progress) -> None:
     """Call the user's callback; what it raises does not end the transfer."""
     if callback is None:
         return

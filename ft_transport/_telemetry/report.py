@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -22,9 +22,11 @@ __all__ = [
     "OnMismatch",
     "Outcome",
     "PeerReport",
+    "PhaseCallback",
     "Progress",
     "ProgressCallback",
     "TransferReport",
+    "outcome_of",
     "shortened",
 ]
 
@@ -37,9 +39,6 @@ Role = Literal["source", "destination"]
 Outcome = Literal["pending", "complete", "refused", "failed", "dead", "timed out"]
 
 PHASES = ("describe", "agree", "move", "verify", "rebuild")
-
-# Called as a phase begins, with the report that it is of, in the thread that is in it. For ``ft_transport.testing``.
-phase_watchers: list[Callable[[PeerReport | TransferReport, str], None]] = []
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,9 @@ class Progress:
 
 
 ProgressCallback = Callable[[Progress], None]
+# Called as a phase begins, with the report that it is of, in the thread that is in it: to let things happen there. What
+# it raises ends the transfer, as an error of the phase's own would.
+PhaseCallback = Callable[["PeerReport | TransferReport", str], None]
 
 
 @dataclass
@@ -108,10 +110,10 @@ class PeerReport:
         return f"{called} at {self.address}" if self.address else called
 
     @contextmanager
-    def enter(self, phase: str, role: Role) -> Iterator[None]:
+    def enter(self, phase: str, role: Role, on_phase: PhaseCallback | None = None) -> Iterator[None]:
         """Be in ``phase``: add the time spent inside to its seconds, and mark it for ``torch.profiler``."""
         self.phase = phase
-        with _timed(self, phase, role):
+        with _timed(self, phase, role, on_phase):
             yield
 
 
@@ -134,8 +136,9 @@ class TransferReport:
         seconds: Seconds in each phase; for a source, of the slowest destination.
         total_seconds: Seconds of the whole call.
         not_in_place: For each template leaf that could not take its bytes: path and reason.
-        missing: Paths that the source has and the template lacks; they were allocated.
-        unused: Paths that the template has and the source lacks; they were left alone.
+        unexpected_keys: Paths that the source has and the template lacks; they were allocated.
+        missing_keys: Paths that the template has and the source lacks; they were left alone. Both as
+            ``torch.nn.Module.load_state_dict`` means them.
         torn: Whether this transfer broke after the first byte had landed in the template.
         error: The error that ended the transfer, empty when there was none.
         nbytes_kept: Bytes that were in place already and did not travel.
@@ -160,8 +163,8 @@ class TransferReport:
     seconds: dict[str, float] = field(default_factory=dict)
     total_seconds: float = 0.0
     not_in_place: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    missing_keys: list[str] = field(default_factory=list)
     torn: bool = False
     error: str = ""
     nbytes_kept: int = 0
@@ -225,26 +228,27 @@ class TransferReport:
 
     def gaps(self) -> str:
         """What only one side has, and the likely cause; empty if there is nothing."""
+        unexpected, missing = self.unexpected_keys, self.missing_keys
         parts = []
-        if self.missing:
-            parts.append(f"the template lacks {_count(self.missing)}, first {self.missing[0]}")
-        if self.unused:
-            parts.append(f"the source lacks {_count(self.unused)} of the template, first {self.unused[0]}")
-        cause = _likely_cause(self.missing, self.unused)
+        if unexpected:
+            parts.append(f"unexpected keys: the template lacks {_count(unexpected)}, first {unexpected[0]}")
+        if missing:
+            parts.append(f"missing keys: the source lacks {_count(missing)} of the template, first {missing[0]}")
+        cause = _likely_cause(unexpected, missing)
         return "; ".join(parts) + (f": {cause}" if cause else "")
 
     def _causes(self) -> str:
         """Why not all has landed in place, as far as the template is the reason."""
-        causes = [self.gaps()] if self.missing else []
+        causes = [self.gaps()] if self.unexpected_keys else []
         for what, found in (("do not fit", self.mismatched), ("cannot be written to", self.not_in_place)):
             for path, reason in list(found.items())[:1]:
                 causes.append(f"{_count(found)} {what}, first {path}: {reason}")
         return "; ".join(causes)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, on_phase: PhaseCallback | None = None) -> Iterator[None]:
         """Add the time spent inside to ``seconds[name]`` and mark it for ``torch.profiler``."""
-        with _timed(self, name, self.role):
+        with _timed(self, name, self.role, on_phase):
             yield
 
     def finish(self, total_seconds: float, error: BaseException | None) -> bool:
@@ -271,12 +275,23 @@ class TransferReport:
         last = max(self.began, key=self.began.__getitem__, default=peer.phase)
         peer.phase = getattr(error, "phase", "") or (last if peer.phase == "describe" else peer.phase)
         peer.reason = peer.reason or ("the call is over" if error is None else reason_of(error))
-        if isinstance(error, TransferTimeout):
-            peer.outcome = "timed out"
-        elif isinstance(error, PeerFailure):
-            peer.outcome = "dead"
-        else:
-            peer.outcome = "failed"
+        peer.outcome = outcome_of(error)
+
+
+def outcome_of(error: BaseException | None, *, cancelled: bool = False) -> Outcome:
+    """How the transfer with a peer has ended, by what it ended with.
+
+    Args:
+        error: None for one that the end of the call has cut short.
+        cancelled: Whether this side has cut the channel itself: then a channel that breaks says nothing of the peer.
+    """
+    if isinstance(error, TransferError) and error._outcome:
+        return cast(Outcome, error._outcome)
+    if isinstance(error, TransferTimeout):
+        return "timed out"
+    if isinstance(error, PeerFailure) and not cancelled:
+        return "dead"
+    return "failed"
 
 
 _TEXTS = frozenset({"reason", "address", "name"})
@@ -295,13 +310,13 @@ _WRAPPERS = {
 _OPTIMIZER_STATE = re.compile(r"(?:^|\.)state\..+\.[^.]+$")
 
 
-def _likely_cause(missing: Sequence[str], unused: Sequence[str]) -> str:
+def _likely_cause(unexpected: Sequence[str], missing: Sequence[str]) -> str:
     """Why paths are on one side only, as people's states tell; empty if they do not."""
     for name, wrapper in _WRAPPERS.items():
-        theirs, ours = (any(name in path.split(".") for path in paths[:100]) for paths in (missing, unused))
+        theirs, ours = (any(name in path.split(".") for path in paths[:100]) for paths in (unexpected, missing))
         if theirs != ours:
             return f"{name}. on one side alone comes of {wrapper}"
-    if missing and _OPTIMIZER_STATE.search(missing[0]):
+    if unexpected and _OPTIMIZER_STATE.search(unexpected[0]):
         return "a fresh optimizer has no state before its first step"
     return ""
 
@@ -313,12 +328,14 @@ def _public_name(error: BaseException) -> str:
 
 
 @contextmanager
-def _timed(report: PeerReport | TransferReport, phase: str, role: Role) -> Iterator[None]:
+def _timed(
+    report: PeerReport | TransferReport, phase: str, role: Role, on_phase: PhaseCallback | None
+) -> Iterator[None]:
     seconds, start = report.seconds, time.perf_counter()
     report.began.setdefault(phase, start)
     try:
-        for watcher in tuple(phase_watchers):
-            watcher(report, phase)
+        if on_phase is not None:
+            on_phase(report, phase)
         with torch.profiler.record_function(f"ft_transport::{role}::{phase}"):
             yield
     finally:

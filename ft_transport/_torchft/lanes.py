@@ -12,12 +12,11 @@ import secrets
 import ssl
 import threading
 import weakref
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from functools import partial
+from typing import Literal, TypeVar, cast
 
 import torch
-from torchft.checkpointing.transport import CheckpointTransport
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.destination import Reception, Self
@@ -28,15 +27,13 @@ from ft_transport._lanes.source import Offer
 from ft_transport._net.endpoint import SECRET_BYTES, Invitation, in_order, interfaces, resolve
 from ft_transport._net.listener import Listener
 from ft_transport._options import CPU, LaneOptions
-from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.resume import Kept
-from ft_transport._plan.rewrite import Rewrite
-from ft_transport._plan.torn import Guard
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 from ft_transport._telemetry.teller import Teller
-from ft_transport._transport import Asked, Call
+from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
+from ft_transport._transport import check_duration
 from ft_transport.errors import LocalProtocolError, TornStateError
 
 __all__ = ["LaneTransport"]
@@ -48,7 +45,7 @@ T = TypeVar("T")
 _SHUT_DOWN = "this transport has been shut down"
 
 
-class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
+class LaneTransport(ManagedTransport[T]):
     """Moves a healthy replica's state to recovering ones over TCP connections of its own, apart from training.
 
     The source does not wait: training goes on while the state is fetched from it, until
@@ -75,7 +72,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
             not fit it.
-        progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
+        on_progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
             the optimizer may step. A receive that broke is not resumed then, but begins anew.
@@ -94,11 +91,13 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         collected.
     """
 
+    _options: LaneOptions
+
     def __init__(
         self,
         timeout: timedelta,
         device: torch.device,
-        state_dict: Callable[[], object] | Literal["manager"] | None = None,
+        state_dict: StateDict = None,
         *,
         lanes: int = LaneOptions.lanes,
         host: str | None = None,
@@ -111,38 +110,23 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         skip_unchanged: bool = False,
         verify: bool = True,
         strict: bool = False,
-        progress: ProgressCallback | None = None,
+        on_progress: ProgressCallback | None = None,
         shadow: bool = False,
         on_event: EventCallback | None = None,
         on_mismatch: OnMismatch = "fresh",
     ) -> None:
-        for name, value in (("timeout", timeout), ("stall_timeout", stall_timeout)):
-            if value <= timedelta(0):
-                raise ValueError(f"{name}: expected more than 0 s, got {value.total_seconds():g} s")
+        check_duration("stall_timeout", stall_timeout)
         if type(lanes) is not int or not 1 <= lanes <= 16:
             raise ValueError(f"lanes: expected 1 to 16, got {lanes!r}")
-        if type(port) is not int or not 0 <= port < 1 << 16:
-            raise ValueError(f"port: expected 0 to 65535, got {port!r}")
-        if ssl_context is not None and not _are_two_contexts(ssl_context):
-            raise ValueError(f"ssl_context: expected two of ssl.SSLContext, got {ssl_context!r}")
-        if isinstance(state_dict, str) and state_dict != "manager":
-            raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
-        if strict and state_dict is None:
-            raise ValueError("strict: expected False without state_dict, which gives the template")
-        if on_mismatch not in ("fresh", "refuse") and not callable(on_mismatch):
-            raise ValueError(f"on_mismatch: expected 'fresh', 'refuse' or a function, got {on_mismatch!r}")
         if topology not in ("chain", "star"):
             raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
         if shadow and skip_unchanged:
             raise ValueError("skip_unchanged: expected False with shadow, which never looks at the template")
-        self._timeout = timeout
-        self._state_dict = state_dict
-        self._blocking = blocking
-        self._options = LaneOptions(
+        options = LaneOptions(
             CPU,
             verify=verify,
             strict=strict,
-            progress=progress,
+            on_progress=on_progress,
             shadow=shadow,
             on_event=on_event,
             on_mismatch=on_mismatch,
@@ -153,19 +137,11 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             chain=topology == "chain",
             skip_unchanged=skip_unchanged,
         )
-        self._busy = threading.Lock()
+        super().__init__(options, state_dict, timeout)
+        self._blocking = blocking
         self._teller = Teller()
-        self._guard = Guard()
-        self._last_report: TransferReport | None = None
-        self._changed: list[torch.Tensor] = []
-        self._captured: list[object] = []
-        self._manager: weakref.ref[Any] | None = None
-        self._from_manager = False
-        self._rewrite: Rewrite | None = None
-        self._offer: Offer | None = None
-        self._relay: Relay | None = None
-        self._reception: Reception | None = None
-        self._receiver = 0  # the thread that receives
+        self._serving = _Serving()
+        self._receiving: tuple[Reception, int] | None = None  # and the thread that receives
         self._is_shut_down = False
         self._kept: Kept | None = None
         self._attempts = 0
@@ -173,16 +149,8 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         # The listener's thread knows the desk alone, so a transport that nobody holds any more can be collected.
         self._finalizer = weakref.finalize(self, _close, self._listener, self._self.desk)
 
-    @property
-    def last_report(self) -> TransferReport | None:
-        """The report of the newest transfer, None before the first.
-
-        A source's is complete once :meth:`disallow_checkpoint` has returned.
-        """
-        return self._last_report
-
-    def restored(self) -> None:
-        super().restored()
+    def mark_restored(self) -> None:
+        super().mark_restored()
         self._kept = None
 
     def metadata(self) -> str:
@@ -203,38 +171,12 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Raises:
             TornStateError, RemoteProtocolError: As ``PGTransport.disallow_checkpoint``, after all that. Nothing else.
         """
-        changed, self._changed = self._changed, []
         try:
-            offer, relay = self._offer, self._relay
-            if offer is not None:
-                offer.drain()
-            if relay is not None:
-                relay.drain()
-            self._end()
+            self._serving.drain()
+            self._serving.end()
         except Exception:
             logger.exception("the transfer could not be ended as it should")
-        self._settle()
-        mark_changed(changed)
-        self._guard.check_step()
-
-    def _end(self, *, keep_offer: bool = False) -> None:
-        """End what an earlier call has left under way; nothing reads the state any more then."""
-        offer, relay = None if keep_offer else self._offer, self._relay
-        if offer is not None:
-            offer.close()
-        if relay is not None:
-            relay.close()
-        # Forgotten only now: Ctrl-C may have come.
-        if self._offer is offer:
-            self._offer = None
-        if self._relay is relay:
-            self._relay = None
-
-    def _end_all(self, is_receiving: bool) -> None:
-        if is_receiving:
-            with self._busy:  # until the receive has failed
-                pass
-        self._end()
+        self._before_step()
 
     def shutdown(self, wait: bool = True) -> None:
         """End every transfer and stop listening. May be called twice, and from any thread.
@@ -246,10 +188,11 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             wait: Return only when no thread is left, and nothing writes to the template any more.
         """
         self._is_shut_down = True
-        reception = self._reception
-        if reception is not None:
+        is_receiving = False
+        if (receiving := self._receiving) is not None:
+            reception, receiver = receiving
             reception.cancel(_SHUT_DOWN)
-        is_receiving = reception is not None and self._receiver != threading.get_ident()
+            is_receiving = receiver != threading.get_ident()  # not from a callback of the receive itself
         if wait:
             self._end_all(is_receiving)
         else:
@@ -258,6 +201,16 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         if wait:
             self._listener.join()
             self._teller.drain(Deadline(self._timeout))
+
+    def _end_all(self, is_receiving: bool) -> None:
+        if is_receiving:
+            with self._busy:  # until the receive has failed
+                pass
+        self._serving.end()
+
+    def _publish(self, report: TransferReport) -> None:
+        # In the order of things: the end of an earlier transfer may still be on its way from the listener's thread.
+        self._teller.call(partial(super()._publish, report))
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
         """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
@@ -289,15 +242,14 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("source", type(self).__name__, step)
-        with Call(self, report, goes_on=True, teller=self._teller):
+        with self._transfer(report, goes_on=True):
             if self._is_shut_down:
                 raise LocalProtocolError(_SHUT_DOWN)
-            self._end()
-            if len(set(dst_ranks)) != len(dst_ranks):
-                raise LocalProtocolError(f"ranks {dst_ranks}: expected each once")
+            self._serving.end()
+            check_distinct(dst_ranks)
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
-            deadline = Deadline(min(timeout, self._timeout))
-            offer = self._offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
+            deadline = self._limit(timeout)
+            offer = self._serving.offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
             try:
                 self._guard.check_source()
             except TornStateError as exc:
@@ -308,7 +260,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 try:
                     offer.drain()
                 finally:
-                    self._end()
+                    self._serving.end()
 
     def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
         """Receive the state dict of ``step`` from whoever gave ``metadata``.
@@ -340,20 +292,19 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("destination", type(self).__name__, step)
-        with Call(self, report, teller=self._teller), self._guard.receiving(report) as attempt:
-            self._rewrite = None
-            trains = self._trains_meanwhile()
+        with self._transfer(report), self._guard.receiving(report) as attempt:
+            trains = self._begin_receive()
             from_itself = metadata == self._self.metadata
-            self._end(keep_offer=from_itself)
+            self._serving.end(keep_offer=from_itself)
             report.peers = [PeerReport(src_rank)]
-            deadline = Deadline(min(timeout, self._timeout))
+            deadline = self._limit(timeout)
             self._attempts += 1
             invitation = Invitation.decode(metadata)
             reception = Reception(
                 invitation, step, self._attempts, self._self, self._options, deadline, report, attempt, trains=trains
             )
-            self._reception, self._receiver = reception, threading.get_ident()
-            if self._is_shut_down:
+            self._receiving = reception, threading.get_ident()
+            if self._is_shut_down:  # since when this receive has begun, so nobody has cancelled it
                 reception.cancel(_SHUT_DOWN)
             earlier, self._kept = self._kept, None
             try:
@@ -361,12 +312,46 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                     # What the template holds is what is sent, if this side is the source, too.
                     received = reception.run(None if from_itself else self._template(), earlier)
             finally:
-                self._reception, self._kept = None, reception.kept
-            self._changed, self._relay = received.written, received.relay
-            self._keep(received.rewrite)
-            if self._relay is not None:
-                self._relay.let_training_go_on()
+                self._receiving, self._kept = None, reception.kept
+            self._serving.relay = received.relay
+            self._end_receive(received.written, received.rewrite)
+            if received.relay is not None:
+                received.relay.let_training_go_on()
             return cast(T, received.state)
+
+
+class _Serving:
+    """What goes on when the call that has begun it is over.
+
+    Attributes:
+        offer: As the source.
+        relay: As a destination that passes the state on.
+    """
+
+    def __init__(self) -> None:
+        self.offer: Offer | None = None
+        self.relay: Relay | None = None
+
+    def drain(self) -> None:
+        """Wait until all is served that was begun, or its deadline has passed."""
+        offer, relay = self.offer, self.relay
+        if offer is not None:
+            offer.drain()
+        if relay is not None:
+            relay.drain()
+
+    def end(self, *, keep_offer: bool = False) -> None:
+        """End what an earlier call has left under way; nothing reads the state any more then."""
+        offer, relay = None if keep_offer else self.offer, self.relay
+        if offer is not None:
+            offer.close()
+        if relay is not None:
+            relay.close()
+        # Forgotten only now: Ctrl-C may have come. And not what another thread has begun meanwhile.
+        if self.offer is offer:
+            self.offer = None
+        if self.relay is relay:
+            self.relay = None
 
 
 def _are_two_contexts(found: object) -> bool:
@@ -379,7 +364,16 @@ def _listen(
     port: int,
     contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None,
 ) -> tuple[Self, Listener[Visit]]:
-    """Begin to listen, and say where."""
+    """Begin to listen, and say where.
+
+    Raises:
+        LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
+        ValueError: An argument is out of range, or there is no such host or interface.
+    """
+    if type(port) is not int or not 0 <= port < 1 << 16:
+        raise ValueError(f"port: expected 0 to 65535, got {port!r}")
+    if contexts is not None and not _are_two_contexts(contexts):
+        raise ValueError(f"ssl_context: expected two of ssl.SSLContext, got {contexts!r}")
     hosts = resolve(host) if host is not None else []
     try:
         addresses = in_order(interfaces(), hosts, interface, os.environ)

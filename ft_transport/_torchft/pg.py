@@ -8,43 +8,31 @@ configure every group anew.
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
-from torchft.checkpointing.transport import CheckpointTransport
 from torchft.process_group import ProcessGroup, ProcessGroupBaby
 
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import Channel, GroupChannel
 from ft_transport._group.destination import receive
-from ft_transport._group.fan_out import for_each
-from ft_transport._group.source import LAST_WORDS, serve, tell_failure
+from ft_transport._group.fan_out import in_parallel
+from ft_transport._group.source import LAST_WORDS, send_failure, serve
 from ft_transport._options import Options
-from ft_transport._plan.rebuild import mark_changed
-from ft_transport._plan.rewrite import Rewrite
 from ft_transport._plan.source import Outbound
-from ft_transport._plan.torn import Guard
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
-from ft_transport._transport import Asked, Call
-from ft_transport.errors import (
-    LocalProtocolError,
-    PeerFailure,
-    RemoteProtocolError,
-    TransferTimeout,
-    reason_of,
-)
+from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout, reason_of
 
 __all__ = ["PGTransport"]
 
 T = TypeVar("T")
 
 
-class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
+class PGTransport(ManagedTransport[T]):
     """Moves a healthy replica's state to recovering ones over the process group that the Manager has.
 
     A drop-in for ``torchft.checkpointing.pg_transport.PGTransport``.
@@ -62,7 +50,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             and of one block in 32 of larger ones, because there the digests would take time from the transfer.
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
             not fit it.
-        progress: Called while bytes move, from the thread that moves them.
+        on_progress: Called while bytes move, from the thread that moves them.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
             the optimizer may step.
@@ -81,51 +69,30 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         pg: ProcessGroup,
         timeout: timedelta,
         device: torch.device,
-        state_dict: Callable[[], object] | Literal["manager"] | None = None,
+        state_dict: StateDict = None,
         *,
         verify: bool | None = None,
         strict: bool = False,
-        progress: ProgressCallback | None = None,
+        on_progress: ProgressCallback | None = None,
         shadow: bool = False,
         on_event: EventCallback | None = None,
         on_mismatch: OnMismatch = "fresh",
     ) -> None:
-        if timeout <= timedelta(0):
-            raise ValueError(f"timeout: expected more than 0 s, got {timeout.total_seconds():g} s")
-        if isinstance(state_dict, str) and state_dict != "manager":
-            raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
-        if strict and state_dict is None:
-            raise ValueError("strict: expected False without state_dict, which gives the template")
-        if on_mismatch not in ("fresh", "refuse") and not callable(on_mismatch):
-            raise ValueError(f"on_mismatch: expected 'fresh', 'refuse' or a function, got {on_mismatch!r}")
-        self._pg = pg
-        self._timeout = timeout
-        self._state_dict = state_dict
-        self._options = Options(
+        options = Options(
             torch.device(device),
             verify=verify,
             strict=strict,
-            progress=progress,
+            on_progress=on_progress,
             shadow=shadow,
             on_event=on_event,
             on_mismatch=on_mismatch,
-            shared=isinstance(pg, ProcessGroupBaby) and torch.device(device).type == "cpu",
             copies=Copies(),
+            # A Baby group runs in a child: what it is given moves into memory that both share, for good.
+            shared=isinstance(pg, ProcessGroupBaby) and torch.device(device).type == "cpu",
         )
-        self._busy = threading.Lock()
-        self._guard = Guard()
-        self._last_report: TransferReport | None = None
-        self._changed: list[torch.Tensor] = []
-        self._captured: list[object] = []
-        self._manager: weakref.ref[Any] | None = None
-        self._from_manager = False
-        self._rewrite: Rewrite | None = None
+        super().__init__(options, state_dict, timeout)
+        self._pg = pg
         self._beside: set[str] = set()  # paths that forward has written to while they landed
-
-    @property
-    def last_report(self) -> TransferReport | None:
-        """The report of the newest transfer, None before the first. Complete once that call is over."""
-        return self._last_report
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side. The group is all that is needed, so: nothing.
@@ -151,10 +118,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 one would be too, and each fails the step of the healthy replicas. So with the third refusal in a row
                 for another reason of this side's. Raised again until the next quorum.
         """
-        self._settle()
-        changed, self._changed = self._changed, []
-        mark_changed(changed)
-        self._guard.check_step()
+        self._before_step()
 
     def shutdown(self, wait: bool = True) -> None:
         """Nothing to stop: no thread outlives a call. The group is the Manager's."""
@@ -186,10 +150,10 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("source", type(self).__name__, step)
-        with Call(self, report):
+        with self._transfer(report):
             _check_ranks(self._pg, dst_ranks)
             report.peers = [PeerReport(rank) for rank in dst_ranks]
-            deadline = Deadline(min(timeout, self._timeout))
+            deadline = self._limit(timeout)
             with watching(report, deadline):
                 self._send(report, state_dict, deadline)
 
@@ -200,7 +164,7 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         channels = [self._channel(peer.rank, lock) for peer in report.peers]
         try:
             self._guard.check_source()
-            with report.phase("describe"):
+            with report.phase("describe", self._options.on_phase):
                 outbound = Outbound(
                     state_dict, report.step, self._options, report, lambda reading: reading.await_release(deadline)
                 )
@@ -208,12 +172,10 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             reason = reason_of(exc)
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
                 deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
-            for peer in report.peers:
-                peer.outcome, peer.reason = "failed", reason
-            for_each(channels, lambda i: tell_failure(channels[i], device, deadline, reason))
+            in_parallel(channels, lambda i: send_failure(channels[i], device, deadline, reason))
             raise
         try:
-            errors = for_each(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+            errors = in_parallel(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
         finally:
             outbound.versions.release()
         _raise_own(channels, errors)
@@ -245,19 +207,17 @@ class PGTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         Threading: torchft's quorum thread; one call at a time.
         """
         report = TransferReport("destination", type(self).__name__, step)
-        with Call(self, report), self._guard.receiving(report) as attempt:
-            self._rewrite = None
-            beside = self._beside if self._trains_meanwhile() else None
+        with self._transfer(report), self._guard.receiving(report) as attempt:
+            beside = self._beside if self._begin_receive() else None
             _check_ranks(self._pg, [src_rank])
             report.peers = [PeerReport(src_rank)]
-            deadline = Deadline(min(timeout, self._timeout))
+            deadline = self._limit(timeout)
             channel = self._channel(src_rank)
             with watching(report, deadline):
                 received = receive(
                     channel, step, self._template(), self._options, deadline, report, attempt=attempt, beside=beside
                 )
-            self._changed = received.written
-            self._keep(received.rewrite)
+            self._end_receive(received.written, received.rewrite)
             return cast(T, received.state)
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
@@ -273,8 +233,7 @@ def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
             raise LocalProtocolError(f"rank {rank}: expected 0 to {size - 1}, the ranks of the group", peer_rank=rank)
         if rank == own:
             raise LocalProtocolError(f"rank {rank}: expected another rank than this replica's own", peer_rank=rank)
-    if len(set(ranks)) != len(ranks):
-        raise LocalProtocolError(f"ranks {ranks}: expected each once")
+    check_distinct(ranks)
 
 
 def _raise_own(channels: list[Channel], errors: list[BaseException | None]) -> None:

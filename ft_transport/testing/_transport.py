@@ -13,7 +13,6 @@ from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
 
 from ft_transport._group.channel import Channel
-from ft_transport._telemetry import report as _report
 from ft_transport._telemetry.report import PHASES, PeerReport, Progress, TransferReport
 from ft_transport.testing._channel import FaultyChannel
 from ft_transport.testing._faults import Faults
@@ -99,8 +98,9 @@ class FaultyTransport(Faults):
         self._inner = transport
         while isinstance(self._inner, FaultyTransport):
             self._inner = self._inner.transport
-        self._progress = self._inner._options.progress
-        self._inner._options = dataclasses.replace(self._inner._options, progress=self._on_progress)
+        options = self._inner._options
+        self._progress, self._on_phase = options.on_progress, options.on_phase
+        self._inner._options = dataclasses.replace(options, on_progress=self._on_progress, on_phase=self._in_phase)
         if hasattr(self._inner, "_channel"):
             self._make_channel = self._inner._channel
             self._inner._channel = self._new_channel
@@ -201,15 +201,15 @@ class FaultyTransport(Faults):
             dataclasses.replace(strike, share=drawn if strike.share is None else strike.share)
             for strike, drawn in zip(self._strikes, shares, strict=True)
         ]
-        _report.phase_watchers.append(self._in_phase)
 
     def _end(self) -> None:
         self._struck, self._due = False, []
-        if self._in_phase in _report.phase_watchers:
-            _report.phase_watchers.remove(self._in_phase)
 
     def _in_phase(self, report: PeerReport | TransferReport, phase: str) -> None:
-        mine = self._inner._last_report
+        if self._on_phase is not None:
+            self._on_phase(report, phase)
+        mine = self._inner.last_report
+        # A source over lanes may still serve a destination of the transfer before.
         if mine is not None and any(report is known for known in (mine, *mine.peers)):
             self._strike_at(lambda strike: strike.phase == phase and not strike.moving)
 

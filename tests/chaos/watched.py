@@ -91,12 +91,12 @@ class Watched(CheckpointTransport[dict[str, Any]]):
         if settings.transport == "lanes":
             stall = timedelta(seconds=settings.stall)
             self._inner = LaneTransport(
-                timeout, CPU, state_dict=template, stall_timeout=stall, progress=self._progress, host="127.0.0.1"
+                timeout, CPU, state_dict=template, stall_timeout=stall, on_progress=self._progress, host="127.0.0.1"
             )
             self.port = _port(self._inner.metadata())
             sockets.slow_down(self.port, settings.pace)
         else:
-            self._inner = PGTransport(group, timeout, CPU, state_dict=template, progress=self._progress)
+            self._inner = PGTransport(group, timeout, CPU, state_dict=template, on_progress=self._progress)
 
     def new_step(self) -> None:
         """Forget what the step before did."""

@@ -88,7 +88,7 @@ def test_a_peer_that_gave_up(instead_of: str) -> None:
     with pytest.raises(PeerFailure, match="the peer gave up: no room; sorry"):
         theirs.recv_frame(Frame.READY) if instead_of == "frame" else theirs.recv_signal(0)
     assert theirs.peer_gave_up
-    assert not theirs.refused
+    assert not theirs.is_over
 
 
 def test_a_refusal() -> None:
@@ -96,7 +96,7 @@ def test_a_refusal() -> None:
     ours.send_frame(encode_frame(Frame.REFUSE, ["w: expected this"]))
     with pytest.raises(RemoteProtocolError, match="the destination refuses this state: w: expected this"):
         theirs.recv_frame(Frame.READY)
-    assert theirs.refused
+    assert theirs.is_over
     assert not theirs.peer_gave_up
 
 

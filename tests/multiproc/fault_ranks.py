@@ -358,13 +358,13 @@ def _transport(case: Case, rank: int, template: Callable[[], object] | None) -> 
             topology=cast(Any, case.topology),
             stall_timeout=timedelta(seconds=STALL),
             blocking=True,
-            progress=_progress(case, rank),
+            on_progress=_progress(case, rank),
             on_mismatch="refuse",
         )
         made._options = SmallLaneOptions(**vars(made._options))
     else:
         group, progress = this_rank().group, _progress(case, rank)
-        made = PGTransport(group, case.timeout(rank), cpu, template, progress=progress, on_mismatch="refuse")
+        made = PGTransport(group, case.timeout(rank), cpu, template, on_progress=progress, on_mismatch="refuse")
         made._options = SmallOptions(**vars(made._options))
     this_rank().transport = made
     return _with_faults(case, rank, FaultyTransport(made, on_fault=lambda text: tell("fault")))

@@ -212,7 +212,7 @@ def test_the_template_of_the_manager_has_every_key(lighthouse: str, kind: str) -
             serving.join(TIMEOUT.total_seconds())
         assert torch.equal(added, torch.ones(1000))
         report = healed.transport.last_report
-        assert (report.in_place_share, report.missing, report.unused) == (1, [], [])
+        assert (report.in_place_share, report.unexpected_keys, report.missing_keys) == (1, [], [])
     finally:
         source.shutdown()
         healed.shutdown()

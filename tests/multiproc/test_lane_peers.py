@@ -235,8 +235,8 @@ def test_an_event_callback_that_takes_its_time_holds_nobody(lanes: Lanes, monkey
     source = lanes.transport(on_event=slow)
     # Nobody comes, so it is the listener that finds the first one over.
     source.send_checkpoint([1], STEP, envelope(state), timedelta(milliseconds=200))
-    assert source._offer is not None
-    wait_until(lambda: source._offer.is_over)  # type: ignore[union-attr]
+    assert source._serving.offer is not None
+    wait_until(lambda: source._serving.offer.is_over)  # type: ignore[union-attr]
     early = lanes.destination(make_state(2)).start(source.metadata(), step=STEP + 1)
     time.sleep(1.5)  # more than the stall time-out
     source.disallow_checkpoint()
@@ -251,7 +251,7 @@ def test_an_event_callback_that_takes_its_time_holds_nobody(lanes: Lanes, monkey
 
 def test_a_progress_callback_that_takes_its_time_holds_nobody(lanes: Lanes) -> None:
     slow, state = Slow(), make_state()
-    source = lanes.transport(progress=slow)
+    source = lanes.transport(on_progress=slow)
     proxy = lanes.proxy(source.metadata(), slowly(10))
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     destination = lanes.destination(make_state(2)).start(proxy.metadata).join()

@@ -412,7 +412,7 @@ def test_nobody_is_waited_for_where_none_is_named(lanes: Lanes) -> None:
 def test_where_none_is_named_the_deadline_ends_the_offer(lanes: Lanes) -> None:
     source = lanes.transport()
     source.send_checkpoint([], STEP, envelope(make_state()), timedelta(seconds=0.1))
-    offer = source._offer
+    offer = source._serving.offer
     assert offer is not None
     wait_until(lambda: offer.is_over)
 
@@ -764,7 +764,7 @@ def test_the_next_attempt_moves_only_the_rest(lanes: Lanes) -> None:
     total = sum(tensor.numel() for tensor in tensors(state))
     dying, healthy = lanes.transport(), lanes.transport()
     proxy = lanes.proxy(dying.metadata())
-    destination = lanes.destination(template, lanes=1, progress=cut_at(proxy, 0.9)).start(proxy.metadata)
+    destination = lanes.destination(template, lanes=1, on_progress=cut_at(proxy, 0.9)).start(proxy.metadata)
     dying.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     destination.join()
     assert isinstance(destination.error, PeerFailure)
@@ -793,7 +793,7 @@ def broken_heal(lanes: Lanes, state: dict[str, Any], template: dict[str, Any], s
     """A receive that breaks on the way; the next one has no progress callback and so does not."""
     source = lanes.transport()
     proxy = lanes.proxy(source.metadata())
-    destination = lanes.destination(template, lanes=1, progress=cut_at(proxy, share)).start(proxy.metadata)
+    destination = lanes.destination(template, lanes=1, on_progress=cut_at(proxy, share)).start(proxy.metadata)
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     destination.join()
     assert isinstance(destination.error, PeerFailure)
@@ -901,7 +901,7 @@ def test_a_chain_whose_middle_is_cut_off(lanes: Lanes) -> None:
             if position == 1:
                 middle = mine
         destinations.append(destination.start(metadata))
-        offer = source._offer
+        offer = source._serving.offer
         assert offer is not None
         wait_until(lambda position=position, offer=offer: len(offer._line._ready) == position + 1)
     wait_until(lambda: middle.nbytes > 4 * MIB)

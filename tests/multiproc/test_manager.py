@@ -336,5 +336,5 @@ def killed_replica_heals(
         assert heal["complete"]
         assert heal["in_place_share"] == 1.0
         assert heal["nbytes_fresh"] == 0
-        assert (heal["not_in_place"], heal["missing"]) == ({}, [])
+        assert (heal["not_in_place"], heal["unexpected_keys"]) == ({}, [])
     assert len({replica[rank]["digest"] for replica in results for rank in range(group_size)}) == group_size

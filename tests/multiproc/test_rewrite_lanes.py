@@ -54,7 +54,7 @@ def test_large_tensors_that_forward_writes_while_they_land(lanes: Lanes) -> None
         template["large"][0].add_(1)
 
     source = lanes.transport()
-    destination = Destination(lanes.transport(lambda: template, lanes=1, progress=write), template)
+    destination = Destination(lanes.transport(lambda: template, lanes=1, on_progress=write), template)
     destination.start(source.metadata())
     state = make_state()
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
@@ -95,7 +95,7 @@ def test_a_relay_passes_on_what_came(lanes: Lanes) -> None:
         template["small"]["bias 0"].zero_()
 
     source, state = lanes.transport(), make_state()
-    first = Destination(lanes.transport(lambda: template, progress=write), template)
+    first = Destination(lanes.transport(lambda: template, on_progress=write), template)
     second = lanes.destination(make_state(3))
     first.start(source.metadata())
     second.start(source.metadata())

@@ -345,7 +345,7 @@ def test_the_last_source_dies(transport: str, async_quorum: bool) -> None:
                 return
             assert isinstance(end["error"], TornStateError)
             assert end["error"].torn
-            for text in ("restored()", "durable checkpoint", f"a receive of step {AHEAD} broke off"):
+            for text in ("mark_restored()", "durable checkpoint", f"a receive of step {AHEAD} broke off"):
                 assert text in str(end["error"])
             assert end["votes"] == [False]  # the step whose receive failed, which torchft fails itself
             assert end["torn"] == [True, True]
@@ -509,7 +509,7 @@ def leave_recording() -> list[tuple[str, int]]:
 @pytest.mark.timeout(60)
 @BOTH
 def test_the_calls_that_the_guard_rests_on(async_quorum: bool) -> None:
-    """If a new torchft changes this order, ``_plan.torn.Guard`` has to find another place to stop a torn replica."""
+    """If a new torchft changes this order, ``_plan.torn.TornGuard`` has to stop a torn replica elsewhere."""
     steps = [AHEAD, BEHIND]
     with lighthouse() as (address, _), replicas(steps, join_recording, address, async_quorum) as (ahead, behind):
 

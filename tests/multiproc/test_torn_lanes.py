@@ -109,7 +109,7 @@ def test_restored_from_elsewhere(lanes: Lanes) -> None:
     for mine, saved in zip(tensors(destination.template), tensors(make_state(5)), strict=True):
         mine.copy_(saved)
     transport.metadata()
-    transport.restored()
+    transport.mark_restored()
     assert not transport.torn
     transport.disallow_checkpoint()
     # What the broken receive has left is not there any more, and is not counted on.

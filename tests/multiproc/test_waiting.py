@@ -130,8 +130,8 @@ def test_a_source_waits_no_longer_than_its_deadline(lanes: Lanes) -> None:
     destination = begun(lanes, source, gate)
     source.send_checkpoint([1], STEP, envelope(trained.state_dict()), TIMEOUT)
     assert gate.reached.wait(20)
-    assert source._offer is not None
-    source._offer._deadline.expire()
+    assert source._serving.offer is not None
+    source._serving.offer._deadline.expire()
     trained.optimizer.step()
     assert not torch.equal(trained.weight, before)
     report = source.last_report
@@ -179,7 +179,7 @@ def test_a_step_after_everybody_was_served_voids_nothing(lanes: Lanes) -> None:
     source.send_checkpoint([1], STEP, envelope(trained.state_dict()), TIMEOUT)
     destination = lanes.destination(Trained(2).state_dict()).start(source.metadata())
     assert got(destination) == offered
-    wait_until(lambda: source._offer is not None and source._offer.is_over)
+    wait_until(lambda: source._serving.offer is not None and source._serving.offer.is_over)
     trained.optimizer.step()
     trained.weight.detach().add_(1)
     source.disallow_checkpoint()

@@ -140,7 +140,7 @@ def prepare(megabytes: int, topology: str, source: bool, dies_at: float, stall: 
         topology=topology,  # type: ignore[arg-type]
         stall_timeout=stall,
         blocking=True,
-        progress=die if dies_at else None,
+        on_progress=die if dies_at else None,
     )
     return _transport.metadata()
 

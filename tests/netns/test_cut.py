@@ -47,7 +47,7 @@ def receive(metadata: str) -> tuple[float, TransferError | None, dict[str, Any],
             tell("moves", now.nbytes_done / now.nbytes_total)
 
         _transport = LaneTransport(
-            TIMEOUT, torch.device("cpu"), lambda: _template, stall_timeout=STALL, progress=progress
+            TIMEOUT, torch.device("cpu"), lambda: _template, stall_timeout=STALL, on_progress=progress
         )
     error = None
     try:

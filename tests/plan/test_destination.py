@@ -278,8 +278,8 @@ def test_a_subclass_in_the_template_is_left_alone() -> None:
 
 def test_missing_and_unused() -> None:
     _, report, _ = land({"a": noise(2, 1), "new": noise(2, 2), "n": 5}, {"a": noise(2, 3), "old": noise(2, 4)})
-    assert report.missing == ["new"]
-    assert report.unused == ["old"]
+    assert report.unexpected_keys == ["new"]
+    assert report.missing_keys == ["old"]
 
 
 def test_nothing_to_match_without_tensors() -> None:

@@ -26,7 +26,7 @@ from ft_transport import (
 )
 from ft_transport._group.channel import Channel
 from ft_transport._options import Options
-from ft_transport._plan.torn import Guard
+from ft_transport._plan.torn import TornGuard
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport.testing import FaultyChannel, memory_channels
 
@@ -36,7 +36,7 @@ SECOND = timedelta(seconds=1)
 # --------------------------------------------------------------------------------------- the guard
 
 
-def receive(guard: Guard, *, torn: bool, error: PeerFailure | None = None) -> None:
+def receive(guard: TornGuard, *, torn: bool, error: PeerFailure | None = None) -> None:
     report = TransferReport("destination", "test", 7)
     with contextlib.suppress(PeerFailure), guard.receiving(report):
         report.torn = torn
@@ -46,11 +46,11 @@ def receive(guard: Guard, *, torn: bool, error: PeerFailure | None = None) -> No
         report.torn = False
 
 
-def may_serve(guard: Guard) -> bool:
+def may_serve(guard: TornGuard) -> bool:
     return _allowed(guard.check_source)
 
 
-def may_step(guard: Guard) -> bool:
+def may_step(guard: TornGuard) -> bool:
     return _allowed(guard.check_step)
 
 
@@ -62,19 +62,19 @@ def _allowed(check: Callable[[], None]) -> bool:
     return True
 
 
-EVENTS: dict[str, Callable[[Guard], None]] = {
-    "quorum": Guard.begin_quorum,
+EVENTS: dict[str, Callable[[TornGuard], None]] = {
+    "quorum": TornGuard.begin_quorum,
     "complete": lambda guard: receive(guard, torn=True),
     "torn": lambda guard: receive(guard, torn=True, error=PeerFailure("lost")),
     "untouched": lambda guard: receive(guard, torn=False, error=PeerFailure("not there")),
-    "restored": Guard.restored,
+    "restored": TornGuard.mark_restored,
 }
 
 
 @pytest.mark.parametrize("length", range(1, 5))
 def test_every_order_of_events(length: int) -> None:
     for events in itertools.product(EVENTS, repeat=length):
-        guard = Guard()
+        guard = TornGuard()
         torn, tried = False, False
         for event in events:
             EVENTS[event](guard)
@@ -87,25 +87,25 @@ def test_every_order_of_events(length: int) -> None:
 
 
 def test_the_error_says_what_happened_and_what_to_do() -> None:
-    guard = Guard()
+    guard = TornGuard()
     receive(guard, torn=True, error=PeerFailure("the source is gone"))
     receive(guard, torn=False, error=PeerFailure("nobody there"))
     guard.begin_quorum()
     with pytest.raises(TornStateError) as info:
         guard.check_step()
     assert info.value.torn
-    for text in ("a receive of step 7 broke off (the source is gone)", "durable checkpoint", "restored()"):
+    for text in ("a receive of step 7 broke off (the source is gone)", "durable checkpoint", "mark_restored()"):
         assert text in info.value.message
 
 
 def test_nothing_can_be_restored_during_a_receive() -> None:
-    guard = Guard()
+    guard = TornGuard()
     with guard.receiving(TransferReport("destination", "test", 7)), pytest.raises(LocalProtocolError):
-        guard.restored()
+        guard.mark_restored()
 
 
 def test_an_interrupted_receive_is_torn_too() -> None:
-    guard, report = Guard(), TransferReport("destination", "test", 7)
+    guard, report = TornGuard(), TransferReport("destination", "test", 7)
     with contextlib.suppress(KeyboardInterrupt), guard.receiving(report):
         report.torn = True
         raise KeyboardInterrupt
@@ -228,7 +228,7 @@ def test_stops_before_the_step_unless_a_receive_was_tried() -> None:
             with pytest.raises(TornStateError):
                 pair.destination.disallow_checkpoint()
     pair.destination.shutdown()
-    pair.destination.restored()
+    pair.destination.mark_restored()
     pair.destination.disallow_checkpoint()
     assert pair.heal(large(2), back=True) == [None, None]
 
@@ -250,7 +250,7 @@ def test_torn_while_bytes_move() -> None:
     def progress(now: Progress) -> None:
         seen.append(pair.destination.torn)
 
-    pair = Pair(large(2), progress=progress)
+    pair = Pair(large(2), on_progress=progress)
     assert pair.heal(large(1)) == [None, None]
     assert seen
     assert all(seen)
@@ -291,7 +291,7 @@ def test_a_callback_is_asked_twice_once() -> None:
 # ------------------------------------------------------------------------------------- refusals
 
 
-def refuse(guard: Guard, *, unfit: bool) -> None:
+def refuse(guard: TornGuard, *, unfit: bool) -> None:
     report = TransferReport("destination", "test", 7, [PeerReport(0, "refused")])
     report.unfit = unfit
     with contextlib.suppress(LocalProtocolError), guard.receiving(report):
@@ -299,7 +299,7 @@ def refuse(guard: Guard, *, unfit: bool) -> None:
 
 
 def test_a_replica_that_refuses_what_it_will_refuse_again_is_stopped() -> None:
-    guard = Guard()
+    guard = TornGuard()
     refuse(guard, unfit=True)
     for _ in range(2):
         with pytest.raises(RemoteProtocolError, match="it does not fit"):
@@ -309,7 +309,7 @@ def test_a_replica_that_refuses_what_it_will_refuse_again_is_stopped() -> None:
 
 
 def test_a_replica_that_refuses_for_what_may_pass_is_stopped_in_the_end() -> None:
-    guard = Guard()
+    guard = TornGuard()
     for end in (receive, refuse):
         for _ in range(2):
             guard.begin_quorum()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +24,19 @@ from ft_transport._group.control import FIRST_MESSAGE_TAG
 from ft_transport._options import Options
 from ft_transport._plan import unchanged
 from ft_transport._plan.source import Outbound, place
-from ft_transport._plan.unchanged import Reading, Versions
+from ft_transport._plan.unchanged import Reading, Versions, watch_optimizers
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Limits, lay_out
 from ft_transport.testing import memory_channels
 
 LARGE = 100_000  # elements of four bytes, more than a small range
+
+
+@pytest.fixture(autouse=True)
+def _watched() -> None:
+    """As whoever makes a transport does, before anything steps."""
+    watch_optimizers()
 
 
 def versions(state: object) -> Versions:
@@ -513,3 +521,25 @@ def test_cost() -> None:
     start = time.process_time()
     Outbound(state, 7, options, TransferReport("source", "test", 7))
     assert min(spent) < 0.25 * (time.process_time() - start)
+
+
+def test_optimizers_are_watched_once_there_is_a_transport_and_not_before() -> None:
+    code = """
+import threading
+from datetime import timedelta
+import torch
+from torch.optim import optimizer
+import ft_transport, ft_transport.distributed, ft_transport.testing
+ft_transport.PGTransport, ft_transport.LaneTransport
+count = lambda: (len(optimizer._global_optimizer_pre_hooks), len(optimizer._global_optimizer_post_hooks))
+print(count())
+make = lambda: ft_transport.PGTransport(None, timedelta(seconds=1), torch.device("cpu"))
+threads = [threading.Thread(target=make) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(count())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.stdout, done.stderr) == ("(0, 0)\n(1, 1)\n", "")

@@ -22,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from ft_transport import PeerFailure, RedactSecrets, TransferTimeout, transfer_event
 from ft_transport._telemetry import otel
-from ft_transport._telemetry.events import tell
+from ft_transport._telemetry.events import publish
 from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport
 
 SECRET = "5e" * 32
@@ -109,9 +109,8 @@ FIELDS = {
     "event", "role", "transport", "step", "outcome", "phase", "reason", "error", "error_type", "torn", "seconds",
     "seconds_describe", "seconds_agree", "seconds_move", "seconds_verify", "seconds_rebuild", "gigabytes_per_second",
     "nbytes_total", "nbytes_moved", "nbytes_wire", "nbytes_in_place", "nbytes_fresh", "nbytes_staged", "nbytes_kept",
-    "in_place_share", "num_leaves", "num_messages", "num_repaired", "num_missing", "num_unused", "num_not_in_place",
-    "num_mismatched",
-    "num_peers", "num_peers_complete", "peers",
+    "in_place_share", "num_leaves", "num_messages", "num_repaired", "num_unexpected_keys",
+    "num_missing_keys", "num_not_in_place", "num_mismatched", "num_peers", "num_peers_complete", "peers",
 }  # fmt: skip
 PEER_FIELDS = {
     "rank", "name", "address", "outcome", "phase", "reason", "nbytes", "nbytes_wire",
@@ -124,7 +123,7 @@ def received(error: BaseException | None = None) -> TransferReport:
     report = TransferReport("destination", "LaneTransport", 7, nbytes_total=3_000_000, num_leaves=4, num_messages=2)
     peer = PeerReport(1, "complete", "rebuild", 3_000_000, 3_000_200, address="10.0.0.1")
     report.nbytes_in_place, report.nbytes_fresh, report.nbytes_kept = 2_000_000, 900_000, 100_000
-    report.missing, report.num_repaired = ["a.b"], 1
+    report.unexpected_keys, report.num_repaired = ["a.b"], 1
     begin = time.perf_counter() - 1.0
     for phase, at, seconds in (("agree", 0.0, 0.2), ("move", 0.2, 0.5), ("verify", 0.7, 0.1), ("rebuild", 0.8, 0.2)):
         peer.began[phase], peer.seconds[phase] = begin + at, seconds
@@ -163,7 +162,7 @@ def test_an_event_has_the_documented_fields_and_is_json() -> None:
     assert event["seconds_move"] == 0.5
     assert event["seconds_describe"] == 0.0
     assert (event["nbytes_moved"], event["nbytes_total"], event["nbytes_kept"]) == (3_000_000, 3_000_000, 100_000)
-    assert (event["num_missing"], event["num_peers"], event["num_peers_complete"]) == (1, 1, 1)
+    assert (event["num_unexpected_keys"], event["num_peers"], event["num_peers_complete"]) == (1, 1, 1)
 
 
 def test_the_event_of_a_failure_says_what_and_where() -> None:
@@ -199,8 +198,8 @@ def test_a_report_is_finished_once() -> None:
 
 def test_the_log_record_carries_the_event(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "ft_transport"):
-        tell(received(), None)
-        tell(sent(), None)
+        publish(received(), None)
+        publish(sent(), None)
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     for record, report in zip(caplog.records, (received(), sent()), strict=True):
         assert record.ft_transport["step"] == report.step  # type: ignore[attr-defined]
@@ -210,13 +209,13 @@ def test_the_log_record_carries_the_event(caplog: pytest.LogCaptureFixture) -> N
 
 def test_a_callback_gets_the_event_and_what_it_raises_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     events: list[dict[str, Any]] = []
-    tell(received(), events.append)
+    publish(received(), events.append)
     assert [event["outcome"] for event in events] == ["complete"]
 
     def broken(event: dict[str, Any]) -> None:
         raise RuntimeError("on purpose")
 
-    tell(received(), broken)
+    publish(received(), broken)
     assert "the event callback raised" in caplog.text
     assert "on purpose" in caplog.text
 
@@ -230,7 +229,7 @@ def test_a_handler_that_raises_costs_nothing() -> None:
     logger.addHandler(handler)
     events: list[dict[str, Any]] = []
     try:
-        tell(sent(), events.append)
+        publish(sent(), events.append)
     finally:
         logger.removeHandler(handler)
     assert len(events) == 1
@@ -276,13 +275,16 @@ def spans(exporter: InMemorySpanExporter) -> tuple[ReadableSpan, list[ReadableSp
 
 def test_a_transfer_is_a_span_with_its_phases_below(exporter: InMemorySpanExporter) -> None:
     begin = time.time_ns()
-    tell(received(), None)
+    publish(received(), None)
     parent, phases = spans(exporter)
     assert parent.attributes is not None
     assert parent.attributes["ft_transport.step"] == 7
     assert parent.attributes["ft_transport.outcome"] == "complete"
     assert parent.attributes["ft_transport.nbytes_in_place"] == 2_000_000
     assert parent.attributes["ft_transport.peer.address"] == "10.0.0.1"
+    own = {name for name in parent.attributes if not name.startswith("ft_transport.peer.")}
+    elsewhere = {name for name in FIELDS if name.startswith("seconds")} | {"event", "error", "error_type", "peers"}
+    assert own == {f"ft_transport.{name}" for name in FIELDS - elsewhere}
     assert parent.status.is_ok
     assert parent.end_time - parent.start_time == 1_000_000_000  # type: ignore[operator]
     assert begin <= parent.end_time <= time.time_ns()  # type: ignore[operator]
@@ -295,7 +297,7 @@ def test_a_transfer_is_a_span_with_its_phases_below(exporter: InMemorySpanExport
 
 
 def test_the_phases_of_several_peers_are_told_apart(exporter: InMemorySpanExporter) -> None:
-    tell(sent(), None)
+    publish(sent(), None)
     parent, phases = spans(exporter)
     assert not parent.status.is_ok
     assert len(phases) == 7
@@ -305,7 +307,7 @@ def test_the_phases_of_several_peers_are_told_apart(exporter: InMemorySpanExport
 
 
 def test_the_span_of_a_failure_has_the_error(exporter: InMemorySpanExporter) -> None:
-    tell(received(PeerFailure("the connection broke", step=7)), None)
+    publish(received(PeerFailure("the connection broke", step=7)), None)
     parent, _ = spans(exporter)
     assert not parent.status.is_ok
     assert "the connection broke" in str(parent.status.description)
@@ -331,7 +333,7 @@ def collected(reader: InMemoryMetricReader) -> dict[str, list[tuple[dict[str, An
 def change(reader: InMemoryMetricReader, report: TransferReport) -> dict[str, list[tuple[dict[str, Any], Any]]]:
     """What one transfer adds to each metric."""
     before = collected(reader)
-    tell(report, None)
+    publish(report, None)
     added: dict[str, list[tuple[dict[str, Any], Any]]] = {}
     for name, points in collected(reader).items():
         for marks, value in points:
@@ -380,7 +382,7 @@ def test_an_exporter_that_raises_costs_nothing(
     providers: tuple[TracerProvider, InMemoryMetricReader], exporter: InMemorySpanExporter
 ) -> None:
     providers[0].add_span_processor(SimpleSpanProcessor(_BrokenExporter()))
-    tell(received(), None)
+    publish(received(), None)
     assert len(exporter.get_finished_spans()) == 5
 
 
@@ -389,7 +391,7 @@ def test_a_provider_that_raises_is_logged(monkeypatch: pytest.MonkeyPatch, caplo
         raise RuntimeError("on purpose")
 
     monkeypatch.setattr(otel, "record", broken)
-    tell(received(), None)
+    publish(received(), None)
     assert "OpenTelemetry could not be told" in caplog.text
 
 
@@ -401,11 +403,11 @@ class Blocked:
         if name.split(".")[0] == "opentelemetry":
             raise ModuleNotFoundError(f"blocked: {name}", name=name)
 sys.meta_path.insert(0, Blocked())
-from ft_transport._telemetry.events import tell
+from ft_transport._telemetry.events import publish
 from ft_transport._telemetry.report import PeerReport, TransferReport
 report = TransferReport("source", "x", 1, [PeerReport(1, "complete")])
 report.finish(1.0, None)
-tell(report, lambda event: print(event["outcome"]))
+publish(report, lambda event: print(event["outcome"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
     assert (done.stdout, done.stderr) == ("complete\n", "")

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from ft_transport._telemetry.events import transfer_event
-from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport
-from ft_transport.errors import LocalProtocolError, PeerFailure, TransferTimeout, printable, reason_of
+from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport, outcome_of
+from ft_transport.errors import (
+    LocalProtocolError,
+    PeerFailure,
+    RemoteProtocolError,
+    TransferTimeout,
+    ended,
+    printable,
+    reason_of,
+)
 
 
 def served() -> TransferReport:
@@ -45,6 +53,25 @@ def test_an_error_of_its_own_is_in_the_summary_and_is_called_by_its_public_name(
     other.finish(0.1, Hidden("gone"))
     assert ": 2.0 of 2.0 MB in 0.100 s" in other.summary()
     assert "PeerFailure" not in other.summary(), "a peer's reason says it already"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome", "cancelled"),
+    [
+        (TransferTimeout("late"), "timed out", "timed out"),
+        (PeerFailure("gone"), "dead", "failed"),
+        (ended(PeerFailure("it gave up"), "failed"), "failed", "failed"),
+        (ended(PeerFailure("silent"), "timed out"), "timed out", "timed out"),
+        (RemoteProtocolError("damaged"), "failed", "failed"),
+        (ended(RemoteProtocolError("not mine"), "refused"), "refused", "refused"),
+        (ValueError("of the user's"), "failed", "failed"),
+        (None, "failed", "failed"),
+    ],
+)
+def test_an_error_becomes_an_outcome(error: BaseException | None, outcome: str, cancelled: str) -> None:
+    assert outcome_of(error) == outcome
+    assert outcome_of(error, cancelled=True) == cancelled
+    assert outcome_of(pickle.loads(pickle.dumps(error))) == outcome
 
 
 @pytest.mark.parametrize(
@@ -128,23 +155,24 @@ FRESH = "a fresh optimizer has no state before its first step"
 
 
 @pytest.mark.parametrize(
-    ("missing", "unused", "expected"),
+    ("unexpected", "missing", "expected"),
     [
         (["optim.state.0.exp_avg", "optim.state.0.step"], [], f"lacks 2 leaves, first optim.state.0.exp_avg: {FRESH}"),
         (["user.default.opt.state.layer.0.weight.exp_avg"], [], FRESH),
-        (["model.head.weight"], [], "the template lacks 1 leaf, first model.head.weight)"),
+        (["model.head.weight"], [], "unexpected keys: the template lacks 1 leaf, first model.head.weight)"),
         (["model._orig_mod.a"], ["model.a"], "first model.a: _orig_mod. on one side alone comes of torch.compile"),
         (["model.a"], ["model._orig_mod.a"], "_orig_mod. on one side alone comes of torch.compile"),
         (["model.a"], ["model.module.a"], "module. on one side alone comes of DistributedDataParallel"),
-        (["models.a"], ["model.a"], "first models.a; the source lacks 1 leaf of the template, first model.a)"),
+        (["models.a"], ["model.a"], "; missing keys: the source lacks 1 leaf of the template, first model.a)"),
         (["model.module.b"], ["model.module.c"], "first model.module.c)"),
     ],
 )
 def test_the_summary_names_the_first_path_and_the_likely_cause(
-    missing: list[str], unused: list[str], expected: str
+    unexpected: list[str], missing: list[str], expected: str
 ) -> None:
-    assert expected in landed(missing=missing, unused=unused)
-    assert "33% in place, 2.0 MB fresh (the template lacks" in landed(missing=missing, unused=unused)
+    text = landed(unexpected_keys=unexpected, missing_keys=missing)
+    assert expected in text
+    assert "33% in place, 2.0 MB fresh (unexpected keys: the template lacks" in text
 
 
 def test_the_summary_names_what_did_not_fit() -> None:

@@ -9,11 +9,12 @@ callers (a test, another library) there is None, and the caller decides what tha
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["calling_manager", "goes_on_training", "registered_state"]
+__all__ = ["RegisteredState", "calling_manager", "goes_on_training"]
 
 # Frames between a transport's method and the Manager's: wrappers, subclasses, profilers.
 _MAX_FRAMES = 32
@@ -51,16 +52,36 @@ def goes_on_training(manager: Any) -> bool:
         ) from None
 
 
-def registered_state(manager: Any) -> dict[str, object]:
-    """What each function gives that is registered with a Manager, by key, as the Manager itself would send it.
+class RegisteredState:
+    """Gives what each function gives that is registered with a Manager, by key, as the Manager itself would send it.
 
-    Raises:
-        LocalProtocolError: No Manager has called, or it is of a torchft that keeps them elsewhere.
+    That is the Manager that calls, else the newest that has: the application asks between two calls.
     """
-    try:
-        functions = dict(manager._user_state_dicts)
-    except AttributeError:
-        raise LocalProtocolError(
-            f"state_dict='manager': expected to be called by a Manager of torchft 0.2.0 or its like, got {manager!r}"
-        ) from None
-    return {key: function() for key, function in functions.items()}
+
+    def __init__(self) -> None:
+        # Not held: the Manager holds its transport, and neither should keep the other alive.
+        self._manager: weakref.ref[Any] | None = None
+
+    def note(self, manager: Any) -> None:
+        """A Manager has called; None for nobody."""
+        if manager is not None:
+            self._manager = weakref.ref(manager)
+
+    def __call__(self) -> dict[str, object]:
+        """The state, now.
+
+        Raises:
+            LocalProtocolError: No Manager has called, or it is of a torchft that keeps the functions elsewhere.
+        """
+        manager = calling_manager()
+        if manager is None and self._manager is not None:
+            manager = self._manager()
+        try:
+            # Asked anew each time: DiLoCo registers its fragments when the training has begun.
+            functions = dict(manager._user_state_dicts)
+        except AttributeError:
+            raise LocalProtocolError(
+                "state_dict='manager': expected to be called by a Manager of torchft 0.2.0 or its like, "
+                f"got {manager!r}"
+            ) from None
+        return {key: function() for key, function in functions.items()}

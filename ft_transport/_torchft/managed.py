@@ -1,0 +1,167 @@
+"""What both torchft transports share: what an application may ask, and what a Manager means by its calls.
+
+Strategy: torchft calls a transport in a fixed order, once in each step: ``metadata()`` before the quorum, then a send
+or a receive on the quorum's thread, then ``disallow_checkpoint()`` on the thread that trains, after the vote and before
+the optimizer steps. Neither the first nor the last is in a ``try`` of the Manager's: what they raise ends the process,
+so only a state that must not be trained with is worth it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+from torchft.checkpointing.transport import CheckpointTransport
+
+from ft_transport._options import Options
+from ft_transport._plan.rebuild import mark_changed
+from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.unchanged import watch_optimizers
+from ft_transport._process import undisturbed
+from ft_transport._torchft.manager import RegisteredState, calling_manager, goes_on_training
+from ft_transport._transport import TransportBase
+from ft_transport.errors import LocalProtocolError
+from ft_transport.state_digest import StateDigest, state_digest
+
+__all__ = ["ManagedTransport", "StateDict", "check_distinct"]
+
+logger = logging.getLogger("ft_transport")
+
+T = TypeVar("T")
+
+# What a constructor takes as ``state_dict``.
+StateDict = Callable[[], object] | Literal["manager"] | None
+
+
+class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[misc]
+    """A transport that a Manager calls.
+
+    Args:
+        options: The caller's choices.
+        state_dict: Gives the template; or ``"manager"``: all that is registered with the Manager that calls.
+        timeout: Upper bound of each transfer as a whole.
+    """
+
+    def __init__(self, options: Options, state_dict: StateDict, timeout: timedelta) -> None:
+        if isinstance(state_dict, str) and state_dict != "manager":
+            raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
+        # Not with the first transfer: DiLoCo asks for that within a step of its optimizer, which would not be known.
+        watch_optimizers()
+        self._registered = RegisteredState()
+        super().__init__(options, self._registered if state_dict == "manager" else state_dict, timeout)
+        self._captured: list[object] = []  # what capture_template() has found; empty without
+        self._from_manager = False
+        self._changed: list[torch.Tensor] = []  # written to by a receive, and autograd does not know it yet
+        self._rewrite: Rewrite | None = None
+
+    def mark_restored(self) -> None:
+        """Say that the whole template holds one state again, which came from elsewhere: a durable checkpoint.
+
+        Raises:
+            LocalProtocolError: A receive is under way.
+        """
+        self._guard.mark_restored()
+        self._rewrite = None
+
+    def capture_template(self) -> None:
+        """Take the template now, on the calling thread, and keep its tensors for all receives that follow.
+
+        Without, the ``state_dict`` function is called in each receive, on torchft's quorum thread; with an asynchronous
+        quorum that is under a running forward, which modules whose ``state_dict()`` moves their parameters (FSDP2,
+        which reshards) do not bear. Call it on the thread that trains, when the model is built, and again when tensors
+        have been replaced or added: after the optimizer's first step.
+
+        Raises:
+            ValueError: There is no ``state_dict`` function to call.
+        After an error: what was captured before is kept.
+        """
+        self._captured = [self._state()]
+
+    def state_digest(self, state_dict: object = None) -> StateDigest:
+        """Fingerprint a state, to compare it with other replicas'; see ``ft_transport.state_digest``.
+
+        Args:
+            state_dict: None for what the function gives that the constructor got.
+        """
+        return state_digest(self._state() if state_dict is None else state_dict)
+
+    def _state(self) -> object:
+        if self._state_dict is None:
+            raise ValueError("state_dict: expected one, since the transport was given no function that gives it")
+        return self._state_dict()
+
+    def _template(self) -> Callable[[], object] | None:
+        """What gives the template in a receive that is beginning."""
+        if self._captured:
+            (captured,) = self._captured
+            return lambda: captured
+        return self._state_dict
+
+    # ------------------------------------------------------------------- what the Manager's calls mean
+
+    def _begin_quorum(self) -> None:
+        """A Manager asks for the metadata: a new step begins. Somebody else may ask at any time, which means nothing.
+
+        Who never had a Manager is taken at its word.
+        """
+        manager = calling_manager()
+        if manager is not None:
+            goes_on_training(manager)  # one that does not say must not get as far as a heal
+            self._registered.note(manager)
+        if manager is not None or not self._from_manager:
+            self._guard.begin_quorum()
+
+    def _begin_receive(self) -> bool:
+        """Forget what was received before; gives whether the training thread goes on meanwhile."""
+        self._rewrite = None
+        manager = calling_manager()
+        self._from_manager = manager is not None
+        self._registered.note(manager)
+        return goes_on_training(manager)
+
+    def _end_receive(self, written: list[torch.Tensor], rewrite: Rewrite | None) -> None:
+        """Remember what has been received, until :meth:`_before_step`.
+
+        Args:
+            written: The template's tensors that hold a new value.
+            rewrite: Makes it the source's again; None if nobody trains meanwhile.
+        """
+        self._changed, self._rewrite = written, rewrite
+        if rewrite is not None:
+            rewrite.watch(self._settle)
+
+    def _before_step(self) -> None:
+        """The step is about to be taken: let it be taken with the source's state, or not at all.
+
+        Raises:
+            TornStateError, RemoteProtocolError: See ``TornGuard.check_step``.
+        """
+        self._settle()
+        changed, self._changed = self._changed, []
+        # Not when they landed: that is between forward and backward under async quorum, and backward, whose gradients
+        # torchft discards, would raise in the thread that trains.
+        mark_changed(changed)
+        self._guard.check_step()
+
+    def _settle(self) -> None:
+        """Make what was received the source's again, whatever forward has written. Never raises."""
+        rewrite, self._rewrite = self._rewrite, None
+        if rewrite is None:
+            return
+        try:
+            with undisturbed():
+                lost = rewrite.write()
+        except Exception as exc:
+            logger.exception("a received state could not be written again")
+            lost = [f"an unknown part of the state ({exc})"]
+        if lost:
+            self._guard.lose(lost)
+
+
+def check_distinct(ranks: list[int]) -> None:
+    """Raises LocalProtocolError if a rank is there twice: two threads would serve it on one channel."""
+    if len(set(ranks)) != len(ranks):
+        raise LocalProtocolError(f"ranks {ranks}: expected each once")
