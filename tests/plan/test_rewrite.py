@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import noise, snapshot
-from plan.test_torn import BETWEEN, Pair, large
 
 from ft_transport import LocalProtocolError, PeerFailure, Progress, TornStateError
+from plan.test_torn import BETWEEN, Pair, large
 
 STATE_BYTES = 100_000 * 4
 
