@@ -64,8 +64,8 @@ MUTANTS = [
     Mutant(
         "a staged message marks the replica torn",
         "_lanes/sink.py",
-        "            self._note_torn(message)\n            self._landing.scatter",
-        "            self._landing.scatter",
+        "            self._note_torn(message)\n            self._landing.placement.scatter",
+        "            self._landing.placement.scatter",
         LANES + "test_what_goes_through_a_bucket_tears_the_replica_too",
     ),
     Mutant(

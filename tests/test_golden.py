@@ -14,7 +14,7 @@ import torch
 from helpers import Config
 from hostile import ALLOWED, WARNINGS, land, process_group
 from torch.distributed.device_mesh import DeviceMesh
-from wire.test_frames import same
+from wire.manifests import same
 
 from ft_transport._state.describe import describe
 from ft_transport._state.kinds.base import Surroundings, unflatten_leaf

@@ -47,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.rank > arguments.receivers:
         parser.error(f"--rank {arguments.rank}: the ranks are 0 to {arguments.receivers}, see --receivers")
     options = _options(arguments)
+    # Never narrower than the table: rich would cut numbers off, and a log file, which has no width, counts as 80.
     console = Console(width=max(WIDTH, Console().width), highlight=False)
+    # Before anything runs: a folder that cannot be made should not cost half an hour of measuring first.
     arguments.output.mkdir(parents=True, exist_ok=True)
     try:
         return _run(arguments, options, console)
     except KeyboardInterrupt:
         console.print("interrupted")
+        # 128 + SIGINT, as a shell would say of a process that the signal has ended.
         return 130
 
 
@@ -74,6 +77,7 @@ def _run(arguments: argparse.Namespace, options: Options, console: Console) -> i
 def _place(arguments: argparse.Namespace) -> tuple[str, int, list[int]]:
     """Host and port of the store, and the ranks that run here."""
     if arguments.address is None:
+        # Port 0: the system chooses one that is free, so that two benchmarks on one machine do not meet.
         return "127.0.0.1", 0, list(range(1 + arguments.receivers))
     host, port = arguments.address
     return host, port, [arguments.rank]
@@ -89,6 +93,7 @@ def _show_turn(status: Status, options: Options) -> Callable[[Case, Turn], None]
 
 def _write(folder: Path, rows: list[Row], options: Options) -> None:
     # Not at the top: the worker processes import this module too, and have no use for it.
+    # It takes matplotlib half a second and 30 MB to be there, with which a worker's memory would then begin.
     from ft_transport.bench.plot import draw
 
     results = {
@@ -108,6 +113,7 @@ def environment() -> dict[str, Any]:
         "torchft": version("torchft"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
+        # Not os.cpu_count(): in a container or under taskset it counts cores that this process may not use.
         "cores": len(os.sched_getaffinity(0)),
         "command": shlex.join(["python", "-m", "ft_transport.bench", *sys.argv[1:]]),
     }
@@ -163,6 +169,7 @@ def _some_of(names: Sequence[str] | dict[str, Any]) -> Callable[[str], list[str]
         unknown = [name for name in chosen if name not in names]
         if unknown:
             raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are: {', '.join(names)}")
+        # A transport named twice would take two turns in a round under one name, and be its own neighbour.
         return list(dict.fromkeys(chosen))
 
     return parse
@@ -181,6 +188,7 @@ def _number(kind: type[int] | type[float], least: float, most: float = float("in
 
 
 def _address(text: str) -> tuple[str, int]:
+    # From the right: an IPv6 address has colons of its own.
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit():
         raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text}")

@@ -25,6 +25,8 @@ def differences(expected: dict[str, str], got: dict[str, str]) -> list[str]:
 
 def landed_in_place(template: object, state: object) -> tuple[int, int]:
     """How many tensors of ``state`` have the address of the template's at the same path, and of how many."""
+    # Addresses, not `is`: a transport may well give new tensor objects over the template's memory. One without
+    # elements has no memory to land in, and its address is 0 on both sides.
     own = dict(tensors(template))
     addresses = [(tensor.data_ptr(), own.get(path)) for path, tensor in tensors(state) if tensor.numel()]
     landed = sum(mine is not None and address == mine.data_ptr() for address, mine in addresses)
@@ -42,6 +44,8 @@ def distinct_nbytes(state: object) -> int:
             last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
             begin = tensor.data_ptr()
             ranges.append((begin, begin + (last + 1) * tensor.element_size()))
+    # Intervals in order of their begin: what lies before `reached` is counted. A sum over tensors would count a tied
+    # embedding twice, and a transport that sends it once would look faster than its network.
     nbytes, reached = 0, 0
     for begin, end in sorted(ranges):
         nbytes += max(0, end - max(begin, reached))
@@ -51,6 +55,8 @@ def distinct_nbytes(state: object) -> int:
 
 def storages(state: object) -> list[torch.Tensor]:
     """Each distinct storage of the state once, as flat uint8 tensors that share its memory, in path order."""
+    # By address: each call of `untyped_storage` gives a new Python object, so neither `is` nor a set tells storages
+    # apart.
     found: dict[int, torch.Tensor] = {}
     for _, tensor in tensors(state):
         storage = tensor.untyped_storage()
@@ -80,6 +86,9 @@ def _walk(node: object, path: str = "") -> Iterator[tuple[str, object]]:
 def _describe(node: object) -> str:
     kind = type(node).__name__
     if isinstance(node, torch.Tensor):
+        # As bytes: `torch.equal` says that NaN differs from itself and that 0.0 equals -0.0: the one would report a
+        # state that arrived whole, the other let a flipped sign pass. Strides are left out: a transport may make a
+        # tensor contiguous.
         flat = node.detach().contiguous().reshape(-1).view(torch.uint8)
         return f"{kind} {node.dtype} {tuple(node.shape)} {xxhash.xxh3_128_hexdigest(flat.numpy().data)}"
     if isinstance(node, dict | list | tuple):

@@ -41,11 +41,14 @@ def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
     height_of_panel = num_bars * _HEIGHT_OF_BAR + _HEIGHT_OF_TITLE
     width = _WIDTH_OF_NAMES + _WIDTH_OF_PANEL * len(modes)
     height = _TOP + height_of_panel * len(states) + _BOTTOM
+    # Without pyplot, which keeps every figure in a global list, and looks for a display.
     figure = Figure(figsize=(width, height), facecolor=PAPER)
     FigureCanvasAgg(figure)
     _head(figure, modes, width, height, subtitle)
     for down, state in enumerate(states):
         of_state = [row for row in rows if row.case.state == state]
+        # One scale for each state: upstream moves large tensors forty times as fast as 20,000 small ones, and on one
+        # axis the small ones' bars would be lines.
         scale = max((max(_rates(row)) for row in of_state if row.seconds), default=1.0) * _ROOM
         bottom = height - _TOP - (down + 1) * height_of_panel
         _state_title(figure, state, of_state, (bottom + height_of_panel - 0.34) / height)
@@ -75,6 +78,8 @@ def _state_title(figure: Figure, state: str, rows: Sequence[Row], y: float) -> N
 
 
 def _panel(axes: Any, rows: Sequence[Row], scale: float, names: bool) -> None:
+    # From 0, or lengths would not be speeds. Upside down: matplotlib counts upwards, a list is read downwards. No
+    # ticks: each bar has its number behind it.
     axes.set(xlim=(0, scale), ylim=(len(rows) - 0.5, -0.5), xticks=[], facecolor=PAPER)
     axes.set_yticks(range(len(rows)), [row.transport for row in rows] if names else [], size=8.5, color=INK)
     axes.tick_params(length=0)
@@ -89,6 +94,7 @@ def _bar(axes: Any, y: int, row: Row, scale: float) -> None:
     gap = scale * 0.012
     if not row.seconds:
         color = FAINT if row.status == "unsupported" else WRONG_COLOR
+        # Why one has failed is in the table: an error of three lines has no room here.
         text = row.note if row.status == "unsupported" else row.status
         axes.text(gap, y, text, va="center", size=8, color=color, style="italic")
         return
@@ -96,11 +102,14 @@ def _bar(axes: Any, y: int, row: Row, scale: float) -> None:
     axes.barh(y, row.gigabytes_per_second, height=0.74, color=_color(row))
     axes.plot([slowest, fastest], [y, y], color=INK, linewidth=0.8, alpha=0.7, solid_capstyle="butt")
     weight = "bold" if row.transport in OURS else "normal"
+    # Behind the thin line, not the bar: text over a line cannot be read.
     axes.text(fastest + gap, y, _label(row), va="center", size=8, color=INK, weight=weight)
 
 
 def _label(row: Row) -> str:
     if row.status == "WRONG":
+        # No speed: a transport that loses bytes is quick, and a reader who does not see red would take it for the
+        # best.
         return "WRONG"
     parts = [describe_rate(row.gigabytes_per_second), describe_seconds(row.median_seconds)]
     if row.ratio is not None and row.transport != row.reference:

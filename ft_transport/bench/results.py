@@ -48,6 +48,7 @@ class Sample:
     def from_json(text: str | bytes) -> Sample:
         """The inverse of :meth:`to_json`."""
         fields = json.loads(text)
+        # JSON has no tuples, and gives a list back.
         return Sample(**{**fields, "in_place": tuple(fields["in_place"])})
 
 
@@ -113,6 +114,7 @@ class Row:
                 "max_seconds": max(self.seconds),
                 "gigabytes_per_second": self.gigabytes_per_second,
             }
+        # Flat, so that a data frame or jq takes it as it is; every sample is in it, for whoever doubts a median.
         return {**fields.pop("case"), **fields.pop("size"), **fields, **spread}
 
 
@@ -122,12 +124,18 @@ def summarise(case: Case, transport: str, size: Size, samples: list[list[Sample]
     Args:
         samples: By round, the warm-up first, then by rank.
     """
+    # The first transfer pays for what later ones find there: connections, threads, memory of the transport's own.
     counted = samples[1:]
     row = Row(case, transport, "equal", size, samples=samples)
+    # The slowest receiver, since the step goes on when all are healed. Not the source: some sends return when the
+    # kernel has the last bytes (up to 2 MiB were seen to count as sent to a receiver that was frozen), others when
+    # they arrived.
     row.seconds = [max(sample.seconds for sample in turn if sample.rank) for turn in counted]
+    # Times have noise on both sides, so they get a median. Bytes of others on the interface only add: so the least.
     row.nbytes_wire = min(_known(sample.nbytes_wire for turn in counted for sample in turn), default=None)
     row.nbytes_memory_source = _middle([_most(turn, source=True) for turn in counted])
     row.nbytes_memory_receiver = _middle([_most(turn, source=False) for turn in counted])
+    # The warm-up too: a state that arrives wrong the first time is wrong.
     received = [sample for turn in samples for sample in turn if sample.rank]
     if case.mode == "in-place":
         row.in_place_share = min(_share(*sample.in_place) for sample in received)
@@ -145,16 +153,20 @@ def compare(rows: Sequence[Row], reference: str, ours: Sequence[str]) -> None:
     """
     correct = [row for row in rows if row.status == "equal"]
     peers = sorted((row for row in correct if row.transport not in ours), key=lambda row: row.median_seconds)
+    # Only those that were correct: to be faster than a transport which delivers something else is no merit.
     base = next((row for row in peers if row.transport == reference), peers[0] if peers else None)
     for row in correct:
         if base is not None:
             row.reference = base.transport
+            # Median of ratios, not ratio of medians: what slows the machine down for a minute hits both of one round
+            # and cancels.
             row.ratio = median(other / own for other, own in zip(base.seconds, row.seconds, strict=True))
 
 
 def exit_status(rows: Sequence[Row]) -> int:
     """1 if a state arrived wrong, else 3 if a transport failed, else 0."""
     statuses = {row.status for row in rows}
+    # Wrong bytes outweigh a failure. Not 2: that is argparse's, for a command line which it does not understand.
     return 1 if "WRONG" in statuses else 3 if "failed" in statuses else 0
 
 

@@ -55,6 +55,7 @@ class Site:
     """
 
     def __init__(self, address: tuple[str, int], ranks: Sequence[int], world_size: int, folder: Path) -> None:
+        # Also rank 0's own workers go through the network to it, so that one machine and two run the same code.
         host, port = address
         self.ranks = ranks
         self.folder = folder
@@ -64,6 +65,7 @@ class Site:
         )
         self.address = (host, self.store.port)
         for rank in ranks:
+            # Workers append to it, one after another, so what an earlier run has left would stay in front.
             self.log(rank).unlink(missing_ok=True)
 
     def log(self, rank: int) -> Path:
@@ -80,6 +82,8 @@ class _Workers:
     """The worker processes of one attempt on this machine. None is left after ``with``."""
 
     def __init__(self, site: Site, job: Job) -> None:
+        # Not fork: this process has threads of the store and of rich, and a fork copies the locks they hold but not
+        # the threads.
         context = multiprocessing.get_context("forkserver")
         # Forked from a process that has imported torch and done nothing else: as clean as a new one, and seconds
         # sooner there.
@@ -100,12 +104,15 @@ class _Workers:
     def __exit__(self, cls: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
         for process in self._processes.values():
             if process.pid is not None:
+                # SIGKILL, since a rank that hangs in gloo is in C++ and comes to no handler of Python's; nor does one
+                # that is stopped.
                 process.kill()
                 process.join()
 
     def tell_deaths(self) -> None:
         """Put into the store which workers have ended other than well."""
         for rank, process in self._processes.items():
+            # Neither None, which is still running, nor 0.
             if process.exitcode and rank not in self._told:
                 self._told.add(rank)
                 how = f"{_describe_exit(process.exitcode)}, see rank{rank}.log"
@@ -160,6 +167,8 @@ class Watch:
             self._on_turn(self._job.case, self.turn)
             self._take()
         waited = time.monotonic() - self._since
+        # One rank's failure is seen at once, its cause often on another: "connection closed by peer" is told first,
+        # and why the peer closed it a moment later. Both belong into the row's note.
         if deaths or self._errors():
             time.sleep(GRACE_SECONDS)
             self._take()
@@ -224,6 +233,8 @@ def follow(site: Site) -> None:
             site.store.add("left", 1)
             return
         with _Workers(site, Job.from_json(text)) as workers:
+            # `check` and a sleep, not `wait`: the store's wait is in C++, and Ctrl-C would do nothing until it has
+            # timed out.
             while not site.store.check([f"{attempt}/over"]):
                 time.sleep(POLL_SECONDS)
                 workers.tell_deaths()
@@ -247,6 +258,8 @@ def _run_case(site: Site, options: Options, case: Case, attempt: int, on_turn: O
             break
         culprit = watch.turn.transport
         rows[culprit] = Row(case, culprit, "failed", note=watch.failure)
+        # What the others had measured before goes too: half of their rounds beside a transport that was failing are no
+        # fair sample. A case so ends after as many attempts as there are transports at the latest.
         able = [name for name in able if name != culprit]
     compare(list(rows.values()), REFERENCE, OURS)
     return attempt, list(rows.values())
@@ -276,6 +289,7 @@ def _run_attempt(site: Site, job: Job, on_turn: OnTurn) -> Watch:
                 time.sleep(POLL_SECONDS)
                 workers.tell_deaths()
                 watch.poll()
+            # Only then: after a failure somebody may hang, and is killed on the way out.
             if not watch.failure:
                 workers.join()
         finally:
@@ -291,6 +305,8 @@ def _dismiss_followers(site: Site, attempt: int) -> None:
     """Say that the run is over, and keep the store until all have heard it."""
     site.store.set(f"job/{attempt}", "null")
     limit = time.monotonic() + GRACE_SECONDS
+    # The store lives in this process: to leave first would show the followers an error of the store in place of the
+    # end.
     while site.others and site.store.add("left", 0) < len(site.others) and time.monotonic() < limit:
         time.sleep(POLL_SECONDS)
 

@@ -24,6 +24,7 @@ def build(name: str, scale: float, step: int) -> State:
     """The state ``name`` with its sizes shrunk by ``scale``, values not set yet, in the Manager's envelope."""
     return {
         "user": {"default": STATES[name](scale)},
+        # Two values that are no tensors: a transport that drops or mixes them up trains on from a wrong step.
         "torchft": {"step": step, "batches_committed": 2 * step},
     }
 
@@ -32,6 +33,8 @@ def fill_random(state: State, seed: int) -> None:
     """Fill every storage with random bits: each float pattern occurs, NaN too. The same seed, the same bytes."""
     generator = torch.Generator().manual_seed(seed)
     for storage in storages(state):
+        # Eight bytes at a time: at 1.5 GB, a draw for each byte takes many times as long. As integers, because a
+        # random float is never NaN or denormal, and these are what a copy by value may change.
         whole = storage.numel() // 8 * 8
         storage[:whole].view(torch.int64).random_(generator=generator)
         storage[whole:].random_(0, 256, generator=generator)
@@ -60,12 +63,14 @@ def _tiny(scale: float) -> State:
 
 def _views(scale: float) -> State:
     """16 views, side by side, of one storage of 134 MB."""
+    # What a fused or flattened optimizer holds. Who serialises each view's whole storage sends it 16 times over.
     whole = torch.empty(16, _scaled(2 * 2**20, scale))
     return {f"view{i}": row for i, row in enumerate(whole)}
 
 
 def _gpt2_adam(scale: float) -> State:
     """GPT-2 small and its Adam. The head is the embedding itself, as in the model, so its bytes are there once."""
+    # Each dimension shrinks, so the bytes of a matrix do with the square; the number of tensors stays as in the model.
     shapes = {name: tuple(_scaled(dim, scale) for dim in shape) for name, shape in _gpt2_shapes().items()}
     model = {name: torch.empty(shape) for name, shape in shapes.items()}
     adam = {
@@ -73,6 +78,8 @@ def _gpt2_adam(scale: float) -> State:
         for i, shape in enumerate(shapes.values())
     }
     group = {"lr": 6e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "params": list(adam)}
+    # Last, after the optimizer was made from the shapes: a tied weight has one momentum, as `parameters()` names it
+    # once.
     model["lm_head.weight"] = model["transformer.wte.weight"]
     return {"model": model, "optimizer": {"state": adam, "param_groups": [group]}}
 

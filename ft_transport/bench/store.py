@@ -22,6 +22,7 @@ def barrier(store: Store, name: str, world_size: int) -> None:
     Raises:
         RuntimeError: The store's own time-out passed.
     """
+    # Not a barrier of torch's: that needs a group, and a group that a broken transport has wedged would hold this up.
     if store.add(f"{name}/count", 1) == world_size:
         store.set(f"{name}/full", SET)
     store.wait([f"{name}/full"])
@@ -34,6 +35,7 @@ def poll_until(store: Store, keys: list[str], seconds: float) -> None:
         TimeoutError: After ``seconds``.
     """
     limit = time.monotonic() + seconds
+    # A clock of its own, since the store's time-out is made for ranks in mid-transfer, not for a machine yet to start.
     while keys and not store.check(keys):
         if time.monotonic() > limit:
             raise TimeoutError(f"no {', '.join(keys)} after {seconds:g} s: does the bench run on every machine?")

@@ -88,6 +88,7 @@ class TorchftSubject:
         self._transport.disallow_checkpoint()
 
     def close(self) -> None:
+        # The transport first: a group that is shut down under a pending receive goes on to write into its tensor.
         self._transport.shutdown(wait=True)
         if self._group is not None:
             self._group.shutdown()
@@ -125,6 +126,8 @@ class SubjectKind:
 
 def _over_torchft(transport: Callable[..., CheckpointTransport[Any]]) -> SubjectKind:
     def make(connection: Connection) -> Subject:
+        # One for each transport: a wait that times out closes every pair of its gloo group, also those of a neighbour
+        # on it.
         group = ProcessGroupGloo(timeout=connection.timeout)
         group.configure(connection.address, str(connection.rank), connection.rank, connection.world_size)
         made = transport(group, connection.timeout, CPU, state_dict=connection.template)
@@ -143,6 +146,7 @@ def _over_lanes(**options: Any) -> SubjectKind:
 
 def _over_distributed(transport: Callable[..., Any]) -> SubjectKind:
     def make(connection: Connection) -> Subject:
+        # Once in a process, by whoever comes first. `new_group` then gives each its own pairs.
         if not dist.is_initialized():
             dist.init_process_group(
                 "gloo",
@@ -161,6 +165,7 @@ def _over_http(num_chunks: int) -> SubjectKind:
     def make(connection: Connection) -> Subject:
         return TorchftSubject(HTTPTransport(connection.timeout, num_chunks), connection.timeout)
 
+    # It builds the state from the stream that it fetches, and has no argument for where to put it.
     return SubjectKind(make, in_place=False)
 
 
@@ -172,6 +177,7 @@ SUBJECTS: dict[str, SubjectKind] = {
     "ft_transport.distributed": _over_distributed(ft_transport.distributed.PGTransport),
     "torchft PGTransport": _over_torchft(TorchftPGTransport),
     "torch _pg_transport": _over_distributed(TorchPGTransport),
+    # Without chunks, as the Manager makes it; with eight, since parallel requests are the one knob it has for speed.
     "torchft HTTP": _over_http(num_chunks=0),
     "torchft HTTP x8": _over_http(num_chunks=8),
 }

@@ -64,6 +64,7 @@ def render(rows: Sequence[Row]) -> RenderableType:
     for row in rows:
         *numbers, status = cells(row)
         table.add_row(*numbers, Text(status, style=_STYLES[row.status]), style=_style(row))
+    # Each note once: when the network is down, all transports say the same.
     notes: dict[str, list[Row]] = {}
     for row in rows:
         if row.note:
@@ -76,6 +77,8 @@ def cells(row: Row) -> list[str]:
     """One row's text in each of ``COLUMNS``."""
     if not row.seconds:
         return [row.transport, *["-"] * (len(COLUMNS) - 2), row.status]
+    # Above 1 what a transport adds (or sends twice), below 1 what it leaves out: the one column that no machine
+    # changes.
     share = row.nbytes_wire / row.size.nbytes if row.nbytes_wire is not None and row.size.nbytes else None
     return [
         row.transport,

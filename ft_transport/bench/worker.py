@@ -34,6 +34,8 @@ def run_rank(job: Job, rank: int, address: tuple[str, int], log: str) -> None:
         address: Host and port of the store.
         log: File that takes what this process would print.
     """
+    # A terminal sends Ctrl-C to the whole process group, and a worker that raises in mid-transfer would be told as the
+    # failure of the transport whose turn it is.
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent has it too, and ends this process.
     _leave_with_parent()
     _print_to(log)
@@ -44,6 +46,9 @@ def run_rank(job: Job, rank: int, address: tuple[str, int], log: str) -> None:
     for turn in job.turns:
         sample = worker.take(turn)
         store.set(f"sample/{turn.index}/{rank}", sample.to_json())
+        # After the sample is in the store: the supervisor sees the death at any moment from here on, and looks for its
+        # cause.
+        # Once the sample is in the store: from here on the supervisor may see a death, and looks for its cause there.
         if sample.error:
             # Not by way of the interpreter's end: the threads of a broken group may never join.
             os._exit(1)
@@ -70,12 +75,14 @@ class _Worker:
             state = build(self._job.case.state, self._job.scale, STEP)
             fill_random(state, self._job.seed)
             return state
+        # Never the source's values: a transport that moves nothing would then be told as equal.
         return build(self._job.case.state, self._job.scale, step=0) if self._in_place else {}
 
     def _publish(self) -> None:
         state = self._state
         size = Size(distinct_nbytes(state), sum(1 for _ in tensors(state)), len(storages(state)))
         self._store.set("size", json.dumps(dataclasses.asdict(size)))
+        # Digests and not the state: sent by way of the store it would be the very transfer that is to be checked.
         self._store.set("fingerprint", json.dumps(fingerprint(state)))
 
     def take(self, turn: Turn) -> Sample:
@@ -111,6 +118,7 @@ class _Worker:
         return self._subjects[transport]
 
     def _serve(self, subject: Subject, turn: Turn, sample: Sample) -> None:
+        # In each turn anew, as before each quorum: an HTTP server or a listener may have another address by then.
         self._store.set(f"metadata/{turn.index}", subject.metadata())
         receivers = list(range(1, self._job.world_size))
         free_memory()
@@ -137,13 +145,20 @@ class _Worker:
         """Begin together with the other ranks; measure what is inside; leave when all are done."""
         memory = MemoryPeak()
         barrier(self._store, f"begin/{turn.index}", self._job.world_size)
+        # After the barrier, which ends on all ranks within a millisecond. Whoever measured from its own begin of the
+        # turn would measure how long the others had filled and freed memory.
         start = time.perf_counter()
         yield
+        # The clock first, then memory: to read /proc takes longer than a tiny state. If the transfer raises, neither
+        # is taken and no second barrier entered, so the others' wait ends by the store's time-out or by the
+        # supervisor.
         sample.seconds = time.perf_counter() - start
         sample.nbytes_memory = memory.extra_nbytes()
         barrier(self._store, f"end/{turn.index}", self._job.world_size)
 
     def _check(self, received: object, sample: Sample) -> None:
+        # After the last barrier, outside of all that is measured: to read 1.5 GB once more is a tenth of a quick
+        # transfer.
         sample.wrong = differences(self._expected, fingerprint(received))[:10]
         if self._in_place:
             sample.in_place = landed_in_place(self._state, received)
@@ -151,6 +166,8 @@ class _Worker:
 
 def _print_to(log: str) -> None:
     """Send this process's output, also that of C++ code, to a file."""
+    # The descriptors, not sys.stdout: gloo's complaints come from C++, and would tear the table that is being drawn.
+    # To append, since the workers of the next attempt write to the same file.
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
@@ -159,10 +176,14 @@ def _print_to(log: str) -> None:
 
 def _leave_with_parent() -> None:
     """End this process when its parent is gone, even if that was killed and this one hangs in a transfer."""
+    # Not PR_SET_PDEATHSIG: the kernel's parent of this process is the fork server, not the process that watches over
+    # it.
     parent = multiprocessing.parent_process()
     if parent is not None:
 
         def leave() -> None:
+            # A thread of its own: it waits on a pipe without the GIL, and so wakes also while the main thread hangs in
+            # gloo.
             parent.join()
             os._exit(1)
 

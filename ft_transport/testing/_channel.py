@@ -62,8 +62,11 @@ class FaultyChannel(Faults):
         return super().duplicate(message, times=times)
 
     def send(self, tensor: torch.Tensor, tag: int) -> Pending:
+        # Counted before anything else, so that `die_at(n)` strikes at the same place whatever other faults there are.
         tag = self._count(tensor, tag)
         if self._at("corrupt_at"):
+            # A copy: the source's own tensor, which it serves again to the next destination, shall not be the one that
+            # is wrong.
             tensor = tensor.clone()
             tensor.view(torch.uint8)[0] ^= 1
         times = 1
@@ -83,6 +86,8 @@ class FaultyChannel(Faults):
     def _damage(self, tensor: torch.Tensor, fault: Fault) -> torch.Tensor:
         data = bytes(tensor.cpu().view(torch.uint8).tolist())
         # A shorter message leaves the rest of the receive as it was.
+        # Of the same length: a gloo receive that meets a shorter message completes without error and keeps its old
+        # tail, so what arrives would depend on what the memory held before. With zeros each run is the same.
         found = damaged(data, (0, 0), fault, self._random).ljust(len(data), b"\0")
         return torch.frombuffer(bytearray(found), dtype=torch.uint8).view(tensor.dtype).to(tensor.device)
 
@@ -100,9 +105,13 @@ class FaultyChannel(Faults):
         if raising is not None and raising.error is not None:
             raise raising.error
         if self._at("die_at") or any(fault.nbytes < self._nbytes for fault in self._after("drop_after")):
+            # Posts nothing and does not raise here: a killed process raises nothing either. Posting to a pair that is
+            # closed does, in the next line of the caller, as it would after a peer's death.
             self._channel.abort()
         frozen = [fault for fault in self._after("freeze_at") if fault.operation <= operation]
         frozen += [fault for fault in self._after("freeze_after") if fault.nbytes < self._nbytes]
+        # Posted all the same, so that this end waits on an operation as it does when the peer is stopped: gloo notices
+        # nothing of a SIGSTOP, and the wait ends by its time-out alone.
         return tag + _NOWHERE if frozen else tag
 
     @property
@@ -127,6 +136,8 @@ class FaultyChannel(Faults):
         assert pending.tensor is not None
         late = pending.tensor.numel() * pending.tensor.element_size() / rate if rate else 0.0
         if late := late + self._amount("delay"):
+            # Not longer than the budget: what is tested is a slow network, and the wait that then times out is the
+            # channel's.
             threading.Event().wait(min(late, deadline.remaining().total_seconds()))
         self._channel.wait(pending, deadline)
 

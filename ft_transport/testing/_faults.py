@@ -40,6 +40,7 @@ class Fault:
         """Whether it happens now; counts it."""
         if self.times == 0:
             return False
+        # -1 stays -1: without end.
         self.times -= self.times > 0
         return True
 
@@ -56,6 +57,8 @@ class Faults:
 
     def __init__(self, *, seed: int = 0) -> None:
         self._faults: list[Fault] = []
+        # Its own generator: whoever draws from the global one, a sampler or dropout, would change which bit is
+        # flipped.
         self._random = random.Random(seed)
 
     def _add(self: F, fault: Fault) -> F:
@@ -69,6 +72,7 @@ class Faults:
             nbytes: Of all connections together; with ``lanes``, of each.
             lanes: Cut only the first so many connections that get so far, and let new ones in. 0 cuts all, for good.
         """
+        # `times` counts down with each lane that is cut; `amount` keeps whether lanes are counted one by one.
         return self._add(Fault("drop_after", nbytes=nbytes, times=lanes or -1, amount=float(lanes)))
 
     def freeze_after(self: F, nbytes: int) -> F:
@@ -102,6 +106,7 @@ class Faults:
     def _amount(self, what: str) -> float:
         """The seconds of all delays together, or the lowest of all rates; 0 for none."""
         amounts = [fault.amount for fault in self._faults if fault.what == what]
+        # As of links one after another: latencies add up, the narrowest sets the rate.
         return (sum(amounts) if what == "delay" else min(amounts)) if amounts else 0.0
 
     def _of(self, message: Message) -> list[Fault]:
@@ -122,11 +127,15 @@ def damaged(data: bytes, content: tuple[int, int], fault: Fault, chosen: random.
         chosen: Chooses the bit.
     """
     if fault.what == "corrupt":
+        # In the content where there is one: a flipped bit of a header is refused as nonsense, and the digest, which is
+        # what `corrupt` is there to try, is never asked.
         begin, end = content if content[0] < content[1] else (0, len(data))
         changed = bytearray(data)
+        # One bit: what a bad memory cell does, and what TCP's 16 bit sum misses when a second one cancels it.
         changed[chosen.randrange(begin, end)] ^= 1 << chosen.randrange(8)
         return bytes(changed)
     if fault.what == "truncate":
+        # At least one byte is left, or it would be a message that is missing, which is another fault.
         return data[: max(1, len(data) - fault.nbytes)]
     assert fault.what == "duplicate"
     return data + data

@@ -66,11 +66,14 @@ class FaultProxy(Faults):
         self._frozen = False
         self._over = threading.Event()
         self._lock = threading.Lock()
+        # Only its `elapsed` is used: one class reads the clock, and a time-out of 0 never decides anything here.
         self._clock = Deadline(timedelta(0))
         self._free_at = 0.0  # when the throttled link has passed on what it has taken
         self._sockets: list[socket.socket] = []
+        # Loopback only: whatever passes is a state dict, and no fault is worth offering it to the network.
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         port = self._listener.getsockname()[1]
+        # The secret stays the source's: the proxy passes the handshake on and does not take part in it.
         self.metadata = self._target._replace(addresses=("127.0.0.1",), port=port).encode()
         self._threads = [threading.Thread(target=self._accept, name="fault proxy", daemon=True)]
         self._threads[0].start()
@@ -88,10 +91,14 @@ class FaultProxy(Faults):
         self._over.set()
         with self._lock:
             for end in (self._listener, *self._sockets):
+                # `shutdown` and not `close`: a close does not wake the thread that is blocked in a read or accept of
+                # this socket, and its number may be another file's by the time that thread goes on.
                 _shut(end)
 
     def freeze(self) -> None:
         """Let nothing pass any more, and close nothing, as a network that is cut or a process that is stopped."""
+        # The sockets stay open and the kernel goes on to acknowledge what fits into its buffers, as with a stopped
+        # process: a peer sees no error, only that nothing comes.
         self._frozen = True
 
     def close(self) -> None:
@@ -118,6 +125,7 @@ class FaultProxy(Faults):
             with self._lock:
                 self._sockets += [near, far]
                 number, self.num_connections = self.num_connections, self.num_connections + 1
+                # Cut while it was dialled: `cut` has walked through the list without these two.
                 if self._over.is_set():
                     _shut(near)
             for direction, source, target in (("up", near, far), ("down", far, near)):
@@ -130,6 +138,8 @@ class FaultProxy(Faults):
         for address in self._target.addresses:
             with contextlib.suppress(OSError):
                 far = socket.create_connection((address, self._target.port), timeout=3)
+                # The time-out was for the connect. Left on, a pause in the transfer would look like a connection that
+                # broke.
                 far.settimeout(None)
                 return far
         return None
@@ -139,6 +149,7 @@ class FaultProxy(Faults):
         now, rate = self._clock.elapsed(), self._amount("throttle")
         if rate:
             with self._lock:
+                # One clock for all connections, both ways: a link is as wide as it is, however many lanes share it.
                 self._free_at = now = max(now, self._free_at) + nbytes / rate
         return now + self._amount("delay")
 
@@ -149,6 +160,7 @@ class FaultProxy(Faults):
             if fault.what not in ("drop_after", "freeze_after"):
                 continue
             alone = fault.what == "drop_after" and fault.amount > 0  # of each connection
+            # To the byte, so that a test can cut inside of a header, of a digest, or of the last message.
             left = max(0, fault.nbytes - (position if alone else self._nbytes_down))
             if left < passing and fault.due():
                 passing, then = left, "end" if alone else {"drop_after": "cut", "freeze_after": "freeze"}[fault.what]
@@ -192,6 +204,8 @@ class _Pump:
         wait = max(0.0, late[0][0] - proxy._clock.elapsed()) if late else None
         if wait == 0:
             return self._pass_on(late.popleft()[1])
+        # Reads no more while so much is held back: the sender's window then fills, and it slows down as on a real slow
+        # link.
         if self._ended or self._late_bytes >= _MAX_LATE_BYTES:
             proxy._over.wait(wait)
         elif selector.select(wait):
@@ -199,6 +213,7 @@ class _Pump:
         return True
 
     def _take(self, data: bytes) -> bool:
+        # The other side has closed. What is still late goes out first: TCP delivers what was sent before a FIN.
         if not data:
             self._ended = True
             return True
@@ -221,6 +236,7 @@ class _Pump:
         if self._direction == "down":
             with proxy._lock:
                 count, then = proxy._passing(self._passed, count)
+        # Outside of the lock, as it blocks for as long as the peer does not read.
         self._target.sendall(data[:count])
         self._passed += count
         proxy.nbytes += count

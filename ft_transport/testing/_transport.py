@@ -127,6 +127,8 @@ class FaultyTransport(Faults):
 
         def act() -> None:
             os.kill(os.getpid(), number)
+            # The kernel may deliver it to another thread, and this one would go on to send until that one stops the
+            # process.
             threading.Event().wait(_MOMENT)
 
         return self._strike(_Strike(number.name, phase, share, phase == "move", act))
@@ -190,6 +192,7 @@ class FaultyTransport(Faults):
         if self._role not in (None, role):
             return
         self.num_transfers += 1
+        # In this order: `at` first would skip the draw, and shift what all later transfers draw.
         chosen = self._random.random() < self._chance and self._at in (None, self.num_transfers)
         # Drawn whether they are needed or not, so that each transfer has its own place in the sequence.
         shares = [self._random.random() for _ in self._strikes]
@@ -221,6 +224,7 @@ class FaultyTransport(Faults):
 
     def _strike_at(self, wanted: Callable[[_Strike], bool]) -> None:
         with self._lock:
+            # Taken off the list before it acts: what raises must not strike again while the error is on its way out.
             now = [strike for strike in self._due if wanted(strike)]
             self._due = [strike for strike in self._due if strike not in now]
             # The threads of other destinations get no further meanwhile.

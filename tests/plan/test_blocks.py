@@ -1,20 +1,16 @@
-"""Blocks, buckets, copies of any strides, and fresh memory."""
+"""Bytes of tensors of any strides: copied, read in pieces, and never where the memory has gone."""
 
 from __future__ import annotations
 
-import gc
-import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, noise, raw_bytes
+from helpers import noise, raw_bytes, succeed
 from states import DTYPES
 
+from ft_transport._options import Options
 from ft_transport._plan.blocks import Block, Held, Places, copy_blocks, copy_elements, held, storage_as
-from ft_transport._plan.buffers import Arena, Bucket, aligned, allocate
-from ft_transport._process import no_collection, physical_bytes, room
 from ft_transport._state.describe import describe
 from ft_transport.errors import LocalProtocolError
 
@@ -97,181 +93,6 @@ def test_a_storage_as_another_dtype() -> None:
         storage_as(torch.ones(2).as_subclass(type("Sub", (torch.Tensor,), {})), torch.uint8)
 
 
-def test_allocate() -> None:
-    assert allocate(0, CPU).numel() == 0
-    assert allocate(5, CPU).dtype == torch.uint8
-    with pytest.raises(MemoryError, match=f"no room for {1 << 60} bytes"):
-        allocate(1 << 60, CPU)
-    assert physical_bytes() > 1 << 20
-
-
-VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-VERSION_2 = ("memory.max", "memory.current", "inactive_file")
-
-
-def cgroups(root: Path, version: int, path: str, limits: dict[str, tuple[object, int, int]], mounted: str = "/") -> str:
-    """A tree as the kernel shows it: for each folder below the mount, limit, bytes in use, bytes of page cache."""
-    mount = "/sys/fs/cgroup" if version == 2 else "/sys/fs/cgroup/memory"
-    kind = "cgroup2 cgroup2 rw" if version == 2 else "cgroup cgroup rw,memory"
-    (root / "proc/self").mkdir(parents=True)
-    lines = f"0::{path}" if version == 2 else f"9:name=systemd:/\n5:cpu:/other\n4:hugetlb,memory:{path}\n0::/"
-    (root / "proc/self/cgroup").write_text(f"{lines}\n")
-    (root / "proc/self/mountinfo").write_text(
-        f"31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755\n"
-        f"33 31 0:30 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n"
-        f"35 31 0:32 {mounted} {mount} rw,relatime shared:9 - {kind}\n"
-    )
-    limit_file, current_file, cache = VERSION_2 if version == 2 else VERSION_1
-    for below, (limit, used, cached) in limits.items():
-        folder = root / mount.lstrip("/") / below
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / limit_file).write_text(f"{limit}\n")
-        (folder / current_file).write_text(f"{used}\n")
-        (folder / "memory.stat").write_text(f"anon 1\n{cache} {cached}\nshmem 5\n")
-    return str(root)
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_limit_of_a_memory_cgroup_counts(version: int, tmp_path: Path) -> None:
-    none = "max" if version == 2 else (1 << 63) - 4096
-    root = cgroups(tmp_path, version, "/job/task", {"job/task": (1 << 20, 600_000, 100_000), "job": (none, 0, 0)})
-    assert physical_bytes(root) == 1 << 20
-    # The page cache is given back before anybody is killed.
-    assert room(root).nbytes == (1 << 20) - 500_000
-    assert f"cgroup/{'memory/' if version == 1 else ''}job/task has left" in room(root).of
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_least_of_a_cgroup_and_its_ancestors_counts(version: int, tmp_path: Path) -> None:
-    limits = {"a/b/c": (5 << 20, 0, 0), "a/b": (6 << 20, 6 << 20, 0), "a": (4 << 20, 1 << 20, 0)}
-    root = cgroups(tmp_path, version, "/a/b/c", limits)
-    assert physical_bytes(root) == 4 << 20
-    assert room(root).nbytes == 0  # a brother of c has taken what b may have
-
-
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(
-    ("path", "mounted"), [("/docker/x/y", "/docker/x"), ("/docker/x/y", "/"), ("/../../host", "/")]
-)
-def test_in_a_container_only_a_part_of_the_tree_is_mounted(
-    path: str, mounted: str, version: int, tmp_path: Path
-) -> None:
-    root = cgroups(tmp_path, version, path, {"": (3 << 20, 1 << 20, 0)}, mounted)
-    assert room(root).nbytes == 2 << 20
-
-
-@pytest.mark.parametrize("text", [None, "", "damaged", "0::", "4:memory:/gone\n0::/gone", "x:y:z\n1"])
-def test_without_a_limit_the_machine_counts(text: str | None, tmp_path: Path) -> None:
-    root = cgroups(tmp_path, 2, "/a", {"a": (1 << 60, 0, 0)})
-    if text is not None:
-        (tmp_path / "proc/self/cgroup").write_text(text)
-    (tmp_path / "proc/self/mountinfo").write_text(
-        "35 31 0:32 / /sys rw -\n1\n36 31 0:32 / /sys/fs/cgroup rw - cgroup2\n"
-    )
-    assert physical_bytes(root) == room(root).nbytes == physical_bytes(str(tmp_path / "none"))
-    assert room(root).of == "this machine has"
-
-
-def test_storages_from_an_arena_are_apart_aligned_and_of_their_own_size() -> None:
-    arena = Arena()
-    sizes = [300_001, 5, 40 << 20, 30 << 20, 256 << 10, 100 << 20]
-    taken = [arena.allocate(nbytes) for nbytes in sizes]
-    assert [tensor.untyped_storage().nbytes() for tensor in taken] == sizes
-    for value, tensor in enumerate(taken):
-        tensor.fill_(value)
-    assert all(bool((tensor == value).all()) for value, tensor in enumerate(taken))
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in taken)
-    assert taken[0].data_ptr() % (2 << 20) == 0
-
-
-def test_the_memory_of_an_arena_lives_as_long_as_what_is_in_it() -> None:
-    arena = Arena()
-    first, second = arena.allocate(1 << 20), arena.allocate(1 << 20)
-    first.fill_(3)
-    del arena, second
-    gc.collect()
-    assert bool((first == 3).all())
-
-
-def test_an_arena_without_room() -> None:
-    with pytest.raises(MemoryError, match="no room for"):
-        Arena().allocate(1 << 60)
-
-
-@pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 64), (63, 64), (64, 64), (65, 128)])
-def test_aligned(nbytes: int, expected: int) -> None:
-    assert aligned(nbytes) == expected
-
-
-def test_takes_from_a_bucket_are_apart_and_aligned() -> None:
-    bucket = Bucket(CPU)
-    bucket.reset(aligned(10) + aligned(64) + aligned(1))
-    takes = [bucket.take(nbytes) for nbytes in (10, 64, 1)]
-    first = takes[0].data_ptr()
-    assert [take.data_ptr() - first for take in takes] == [0, 64, 128]
-    assert [take.numel() for take in takes] == [10, 64, 1]
-
-
-def test_a_bucket_is_reused_and_grows() -> None:
-    bucket = Bucket(CPU)
-    bucket.reset(128)
-    first = bucket.take(64).data_ptr()
-    bucket.reset(64)
-    assert bucket.take(64).data_ptr() == first
-    bucket.reset(1024)
-    assert bucket.take(1024).numel() == 1024
-    bucket.reset(0)
-
-
-def test_a_bucket_gives_no_more_than_asked_for() -> None:
-    bucket = Bucket(CPU)
-    with pytest.raises(AssertionError):
-        bucket.take(1)
-    bucket.reset(64)
-    bucket.take(64)
-    with pytest.raises(AssertionError):
-        bucket.take(1)
-
-
-def test_the_collector_is_as_it_was_afterwards() -> None:
-    assert gc.isenabled()
-    with no_collection():
-        assert not gc.isenabled()
-        with no_collection():
-            assert not gc.isenabled()
-        assert not gc.isenabled()
-    assert gc.isenabled()
-    with pytest.raises(ValueError, match="inside"), no_collection():
-        raise ValueError("inside")
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        with no_collection():
-            pass
-        assert not gc.isenabled()
-    finally:
-        gc.enable()
-
-
-def test_the_collector_is_held_back_until_the_last_thread_is_done() -> None:
-    inside, leave = threading.Event(), threading.Event()
-
-    def other() -> None:
-        with no_collection():
-            inside.set()
-            leave.wait(10)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    inside.wait(10)
-    with no_collection():
-        pass
-    assert not gc.isenabled()
-    leave.set()
-    thread.join(10)
-    assert gc.isenabled()
-
-
 MOVES: dict[str, Callable[[torch.Tensor], object]] = {
     "exchanged": lambda tensor: setattr(tensor, "data", torch.zeros_like(tensor)),
     "set": lambda tensor: tensor.set_(torch.zeros(3)),  # type: ignore[call-overload]
@@ -325,3 +146,24 @@ def test_memory_that_is_taken_away_between_two_reads_is_not_read_again(move: Cal
             part.check()
     assert len(pieces) == 1
     assert len(pieces[0]) == 199_998
+
+
+QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
+
+
+OF_A_BYTE = {dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype) and dtype.itemsize == 1}
+
+
+@pytest.mark.parametrize("dtype", sorted(OF_A_BYTE - QUANTIZED, key=str), ids=str)
+def test_every_dtype_of_a_byte_is_copied_bit_for_bit(dtype: torch.dtype) -> None:
+    """Through shadow memory, and where one source tensor is two of the template's."""
+    whole = torch.arange(256, dtype=torch.uint8).view(dtype)
+    for source, options in (
+        ({"w": whole}, Options(torch.device("cpu"), shadow=True)),
+        ({"w": whole, "x": whole.view(16, 16)}, None),
+    ):
+        mine = {name: torch.zeros(tensor.shape, dtype=torch.uint8).view(dtype) for name, tensor in source.items()}
+        ends = succeed(source, lambda mine=mine: mine, destination_options=options)
+        for name, tensor in source.items():
+            assert ends.destination.result[name] is mine[name]
+            assert raw_bytes(mine[name]) == raw_bytes(tensor)

@@ -1,8 +1,6 @@
-"""How a state fits a template, where each byte lands, and what comes out, without a wire."""
+"""Where each byte lands, and what comes out, without a wire."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,48 +8,13 @@ from helpers import CPU, difference, noise, raw_bytes, snapshot, storage_bytes, 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_transport import RemoteProtocolError, TransferReport
-from ft_transport._plan.buffers import Bucket
+from ft_transport import TransferReport
 from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import Landing
-from ft_transport._plan.rebuild import mark_changed
-from ft_transport._plan.source import place
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
-from ft_transport._wire.layout import Limits, lay_out
-
-LIMITS = Limits(message_bytes=256, flight_bytes=256, pack_below=64, pack_from=3, window=2)
-
-
-def land(state: object, template: object = None, limits: Limits = LIMITS) -> tuple[Any, TransferReport, Landing]:
-    """Move a state into a template message by message, in this thread."""
-    report = TransferReport("destination", "test", 1)
-    manifest, tensors = describe(state)
-    layout = lay_out(manifest, limits)
-    matched = match_template(manifest, template, report) if template is not None else {}
-    targets, disagreements = compare(manifest, matched, report)
-    assert disagreements == []
-    landing = Landing(manifest, layout, matched, targets, CPU, report)
-    source = place(manifest, layout, tensors, CPU)
-    for message in range(len(layout.messages)):
-        bucket = Bucket(CPU)
-        bucket.reset(source.staged_bytes(range(message, message + 1)))
-        data = source.bytes_of(message, bucket)
-        assert data.numel() == layout.sizes[message]
-        target = landing.placement.direct(message)
-        if target is None:
-            landing.placement.scatter(message, data.clone())
-        else:
-            assert target.numel() == layout.sizes[message]
-            target.copy_(data)
-    return landing.rebuild(), report, landing
-
-
-def disagreements(state: object, template: object) -> list[str]:
-    report = TransferReport("destination", "test", 1)
-    manifest, _ = describe(state)
-    return compare(manifest, match_template(manifest, template, report), report)[1]
-
+from ft_transport._wire.layout import lay_out
+from plan.landing import LIMITS, land
 
 # --------------------------------------------------------------------------------- any state, any template
 
@@ -148,39 +111,7 @@ def test_a_part_of_a_whole_into_templates_of_other_strides() -> None:
     assert difference(result, state) == ""
 
 
-def test_ties_that_begin_alike_but_run_in_another_order() -> None:
-    """Element by element the template shares other memory than the source: one would overwrite the other."""
-    base, mine = noise(4, 1), noise(4, 2)
-    state = {"a": base.view(2, 2), "b": base[1:3]}
-    result, report, _ = land(state, {"a": mine.view(2, 2).t(), "b": mine[1:3]})
-    assert difference(result, state) == ""
-    assert set(report.not_in_place) == {"a", "b"}
-
-
-def test_equal_ties_of_other_strides_still_land_in_place() -> None:
-    base, mine = noise((3, 4), 1), noise((4, 3), 2).t()
-    state = {"a": base, "b": base}
-    result, report, _ = land(state, {"a": mine, "b": mine})
-    assert difference(result, state) == ""
-    assert result["a"] is mine
-    assert report.in_place_share == 0.0 or report.nbytes_in_place == 48
-
-
 # ----------------------------------------------------------------------------------------------- pieces
-
-
-def test_a_range_lands_directly_where_strides_agree() -> None:
-    template = {"a": noise(100, 2), "b": noise((4, 5), 3)}
-    report = TransferReport("destination", "test", 1)
-    manifest, _ = describe({"a": noise(100, 1), "b": noise((5, 4), 4).t()})
-    layout = lay_out(manifest, LIMITS)
-    matched = match_template(manifest, template, report)
-    landing = Landing(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
-    assert landing.in_place
-    direct = [landing.placement.direct(message) for message in range(len(layout.messages))]
-    assert direct[0] is not None
-    assert direct[0].data_ptr() == template["a"].data_ptr()
-    assert direct[-1] is None, "other strides go through a bucket"
 
 
 def test_planning_touches_nothing() -> None:
@@ -214,86 +145,7 @@ def test_more_than_the_machine_has_is_refused_before_it_is_asked_for() -> None:
         Landing(manifest, lay_out(manifest, LIMITS), {}, {}, CPU, TransferReport("destination", "test", 1))
 
 
-def test_mark_changed_bumps_the_version_of_what_has_one() -> None:
-    plain = torch.zeros(2)
-    with torch.inference_mode():
-        inference = torch.zeros(2)
-    version = plain._version
-    mark_changed([plain, inference])
-    assert plain._version == version + 1
-
-
-def test_landing_itself_does_not_tell_autograd() -> None:
-    weight, strided = torch.nn.Parameter(torch.zeros(3)), torch.zeros(4, 3).t()
-    versions = weight._version, strided._version
-    _, _, landing = land([noise(3, 1), noise((3, 4), 2)], [weight, strided])
-    assert (weight._version, strided._version) == versions
-    assert {id(tensor) for tensor in landing.written()} == {id(weight), id(strided)}
-
-
 # --------------------------------------------------------------------------------------------- template
-
-
-def test_each_disagreement_is_one_line_with_expected_and_got() -> None:
-    state = {"a": noise(2, 1), "b": {"c": noise((2, 3), 2, torch.bfloat16)}, "d": 1, "e": noise(1, 3)}
-    template = {"a": noise(3, 1), "b": {"c": noise((2, 3), 2)}, "d": noise((), 3), "e": "text"}
-    assert disagreements(state, template) == [
-        "a: expected float32 (3,), source has float32 (2,)",
-        "b.c: expected float32 (2, 3), source has bfloat16 (2, 3)",
-        "d: expected tensor float32 (), source has a plain int",
-        "e: expected a plain str, source has tensor float32 (1,)",
-    ]
-
-
-def test_plain_values_never_disagree() -> None:
-    assert disagreements({"a": 1, "w": noise(1, 1)}, {"a": "text", "w": noise(1, 2)}) == []
-
-
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (lambda: torch.zeros(1, 3).expand(2, 3), "overlaps itself"),
-        (lambda: torch.zeros(10).as_strided((2, 3), (2, 1)), "overlaps itself"),
-        (lambda: torch.zeros(2, 3, dtype=torch.complex64).conj(), "lazy conjugate"),
-    ],
-)
-def test_template_leaves_that_cannot_be_written_are_named_and_left_alone(make: Any, why: str) -> None:
-    mine = make()
-    state = {"a": noise((2, 3), 1, mine.dtype), "b": noise(2, 2)}
-    result, report, _ = land(state, {"a": mine, "b": noise(2, 3)})
-    assert difference(result, state) == ""
-    assert why in report.not_in_place["a"]
-    assert result["a"] is not mine
-
-
-def test_a_subclass_in_the_template_is_left_alone() -> None:
-    class Sub(torch.Tensor):
-        pass
-
-    mine = torch.zeros(3).as_subclass(Sub)
-    result, report, _ = land({"a": noise(3, 1), "b": noise(1, 2)}, {"a": mine, "b": noise(1, 3)})
-    assert type(result["a"]) is torch.Tensor
-    assert "Sub" in report.not_in_place["a"]
-
-
-def test_missing_and_unused() -> None:
-    _, report, _ = land({"a": noise(2, 1), "new": noise(2, 2), "n": 5}, {"a": noise(2, 3), "old": noise(2, 4)})
-    assert report.unexpected_keys == ["new"]
-    assert report.missing_keys == ["old"]
-
-
-def test_nothing_to_match_without_tensors() -> None:
-    report = TransferReport("destination", "test", 1)
-    manifest, _ = describe({"lr": 1})
-    assert match_template(manifest, {"other": 2}, report) == {}
-    assert match_template(manifest, {}, report) == {}
-
-
-def test_what_is_no_envelope_has_one_place_only() -> None:
-    """Without ``torchft`` beside it, ``user`` is a key like any other."""
-    manifest, _ = describe({"user": {"default": {"w": noise(2, 1)}}})
-    with pytest.raises(RemoteProtocolError, match="matches nothing"):
-        match_template(manifest, {"w": noise(2, 2)}, TransferReport("destination", "test", 1))
 
 
 def test_the_helper_sees_neighbours() -> None:

@@ -1,4 +1,4 @@
-"""Flatten and build again."""
+"""Nesting: flattened, named, and built again."""
 
 from __future__ import annotations
 
@@ -209,19 +209,3 @@ def test_dataclasses_come_back_with_every_attribute() -> None:
     again: Any = unflatten(nodes, leaves)
     assert again == [settings, Frozen(4)]
     assert again[0].added == 5
-
-
-@pytest.mark.parametrize(
-    "nodes",
-    [
-        [],
-        [LEAF, LEAF],
-        [Node("list", 2), LEAF],
-        [Node("list", 1), LEAF, LEAF],
-        [Node("list", 1 << 60), LEAF],
-        [Node("list", 1)] * 1100 + [LEAF],
-    ],
-)
-def test_nodes_of_a_peer_that_are_not_one_tree(nodes: list[Node]) -> None:
-    with pytest.raises(ValueError, match="tree"):
-        check_tree(nodes)

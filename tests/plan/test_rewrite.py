@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import CPU, noise, snapshot
-from plan.test_torn import BETWEEN, SECOND, Group, Pair, large
 
 from ft_transport import LocalProtocolError, PeerFailure, PGTransport, Progress, TornStateError
+from plan.test_torn import BETWEEN, SECOND, Group, Pair, large
 
 STATE_BYTES = 100_000 * 4
 

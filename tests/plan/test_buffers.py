@@ -1,0 +1,81 @@
+"""Fresh memory, arenas, and buckets."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from helpers import CPU
+
+from ft_transport._plan.buffers import Arena, Bucket, aligned, allocate
+from ft_transport._process import physical_bytes
+
+
+def test_allocate() -> None:
+    assert allocate(0, CPU).numel() == 0
+    assert allocate(5, CPU).dtype == torch.uint8
+    with pytest.raises(MemoryError, match=f"no room for {1 << 60} bytes"):
+        allocate(1 << 60, CPU)
+    assert physical_bytes() > 1 << 20
+
+
+def test_storages_from_an_arena_are_apart_aligned_and_of_their_own_size() -> None:
+    arena = Arena()
+    sizes = [300_001, 5, 40 << 20, 30 << 20, 256 << 10, 100 << 20]
+    taken = [arena.allocate(nbytes) for nbytes in sizes]
+    assert [tensor.untyped_storage().nbytes() for tensor in taken] == sizes
+    for value, tensor in enumerate(taken):
+        tensor.fill_(value)
+    assert all(bool((tensor == value).all()) for value, tensor in enumerate(taken))
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in taken)
+    assert taken[0].data_ptr() % (2 << 20) == 0
+
+
+def test_the_memory_of_an_arena_lives_as_long_as_what_is_in_it() -> None:
+    arena = Arena()
+    first, second = arena.allocate(1 << 20), arena.allocate(1 << 20)
+    first.fill_(3)
+    del arena, second
+    gc.collect()
+    assert bool((first == 3).all())
+
+
+def test_an_arena_without_room() -> None:
+    with pytest.raises(MemoryError, match="no room for"):
+        Arena().allocate(1 << 60)
+
+
+@pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 64), (63, 64), (64, 64), (65, 128)])
+def test_aligned(nbytes: int, expected: int) -> None:
+    assert aligned(nbytes) == expected
+
+
+def test_takes_from_a_bucket_are_apart_and_aligned() -> None:
+    bucket = Bucket(CPU)
+    bucket.reset(aligned(10) + aligned(64) + aligned(1))
+    takes = [bucket.take(nbytes) for nbytes in (10, 64, 1)]
+    first = takes[0].data_ptr()
+    assert [take.data_ptr() - first for take in takes] == [0, 64, 128]
+    assert [take.numel() for take in takes] == [10, 64, 1]
+
+
+def test_a_bucket_is_reused_and_grows() -> None:
+    bucket = Bucket(CPU)
+    bucket.reset(128)
+    first = bucket.take(64).data_ptr()
+    bucket.reset(64)
+    assert bucket.take(64).data_ptr() == first
+    bucket.reset(1024)
+    assert bucket.take(1024).numel() == 1024
+    bucket.reset(0)
+
+
+def test_a_bucket_gives_no_more_than_asked_for() -> None:
+    bucket = Bucket(CPU)
+    with pytest.raises(AssertionError):
+        bucket.take(1)
+    bucket.reset(64)
+    bucket.take(64)
+    with pytest.raises(AssertionError):
+        bucket.take(1)

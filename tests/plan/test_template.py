@@ -1,0 +1,31 @@
+"""Which place of the template is which of the state's."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import noise
+
+from ft_transport import RemoteProtocolError, TransferReport
+from ft_transport._plan.template import match_template
+from ft_transport._state.describe import describe
+from plan.landing import land
+
+
+def test_missing_and_unused() -> None:
+    _, report, _ = land({"a": noise(2, 1), "new": noise(2, 2), "n": 5}, {"a": noise(2, 3), "old": noise(2, 4)})
+    assert report.unexpected_keys == ["new"]
+    assert report.missing_keys == ["old"]
+
+
+def test_nothing_to_match_without_tensors() -> None:
+    report = TransferReport("destination", "test", 1)
+    manifest, _ = describe({"lr": 1})
+    assert match_template(manifest, {"other": 2}, report) == {}
+    assert match_template(manifest, {}, report) == {}
+
+
+def test_what_is_no_envelope_has_one_place_only() -> None:
+    """Without ``torchft`` beside it, ``user`` is a key like any other."""
+    manifest, _ = describe({"user": {"default": {"w": noise(2, 1)}}})
+    with pytest.raises(RemoteProtocolError, match="matches nothing"):
+        match_template(manifest, {"w": noise(2, 2)}, TransferReport("destination", "test", 1))
