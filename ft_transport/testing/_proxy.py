@@ -31,6 +31,29 @@ _PIECE_BYTES = 1 << 16
 _MAX_LATE_BYTES = 8 << 20
 
 
+class _Link:
+    """When the bytes of all connections have passed a link of some width."""
+
+    def __init__(self) -> None:
+        # Only its `elapsed` is used: one class reads the clock, and a time-out of 0 never decides anything here.
+        self._clock = Deadline(timedelta(0))
+        self._lock = threading.Lock()
+        self._free_at = 0.0  # when it has passed on what it has taken
+
+    def now(self) -> float:
+        """Seconds since it was made."""
+        return self._clock.elapsed()
+
+    def passed(self, nbytes: int, rate: float) -> float:
+        """When bytes that come now are through; at once if there is no rate."""
+        if not rate:
+            return self.now()
+        with self._lock:
+            # One clock for all connections, both ways: a link is as wide as it is, however many lanes share it.
+            self._free_at = max(self.now(), self._free_at) + nbytes / rate
+            return self._free_at
+
+
 class FaultProxy(Faults):
     """Stands between a :class:`~ft_transport.LaneTransport` and those who fetch from it.
 
@@ -66,16 +89,14 @@ class FaultProxy(Faults):
         self._frozen = False
         self._over = threading.Event()
         self._lock = threading.Lock()
-        # Only its `elapsed` is used: one class reads the clock, and a time-out of 0 never decides anything here.
-        self._clock = Deadline(timedelta(0))
-        self._free_at = 0.0  # when the throttled link has passed on what it has taken
-        self._sockets: list[socket.socket] = []
+        self._link = _Link()
         # Loopback only: whatever passes is a state dict, and no fault is worth offering it to the network.
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        port = self._listener.getsockname()[1]
+        listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self._sockets = [listener]
+        port = listener.getsockname()[1]
         # The secret stays the source's: the proxy passes the handshake on and does not take part in it.
         self.metadata = self._target._replace(addresses=("127.0.0.1",), port=port).encode()
-        self._threads = [threading.Thread(target=self._accept, name="fault proxy", daemon=True)]
+        self._threads = [threading.Thread(target=self._accept, args=(listener,), name="fault proxy", daemon=True)]
         self._threads[0].start()
 
     def __enter__(self: P) -> P:
@@ -90,7 +111,7 @@ class FaultProxy(Faults):
         """Cut every connection, as the death of the process behind would, and take no new one."""
         self._over.set()
         with self._lock:
-            for end in (self._listener, *self._sockets):
+            for end in self._sockets:
                 # `shutdown` and not `close`: a close does not wake the thread that is blocked in a read or accept of
                 # this socket, and its number may be another file's by the time that thread goes on.
                 _shut(end)
@@ -107,15 +128,15 @@ class FaultProxy(Faults):
         self._threads[0].join()
         for thread in self._threads[1:]:
             thread.join()
-        for end in (self._listener, *self._sockets):
+        for end in self._sockets:
             end.close()
 
     # ---------------------------------------------------------------------------------------- inside
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         while not self._over.is_set():
             try:
-                near, _ = self._listener.accept()
+                near, _ = listener.accept()
             except OSError:
                 return
             far = self._dial()
@@ -146,12 +167,7 @@ class FaultProxy(Faults):
 
     def _due(self, nbytes: int) -> float:
         """When bytes that come now pass on."""
-        now, rate = self._clock.elapsed(), self._amount("throttle")
-        if rate:
-            with self._lock:
-                # One clock for all connections, both ways: a link is as wide as it is, however many lanes share it.
-                self._free_at = now = max(now, self._free_at) + nbytes / rate
-        return now + self._amount("delay")
+        return self._link.passed(nbytes, self._amount("throttle")) + self._amount("delay")
 
     def _passing(self, position: int, nbytes: int) -> tuple[int, str]:
         """How many of these bytes pass to the destination, and what happens then: "cut", "freeze", "end" or nothing."""
@@ -201,7 +217,7 @@ class _Pump:
             proxy._over.wait()
         if proxy._over.is_set() or (self._ended and not late):
             return False
-        wait = max(0.0, late[0][0] - proxy._clock.elapsed()) if late else None
+        wait = max(0.0, late[0][0] - proxy._link.now()) if late else None
         if wait == 0:
             return self._pass_on(late.popleft()[1])
         # Reads no more while so much is held back: the sender's window then fills, and it slows down as on a real slow

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -48,6 +48,50 @@ class _Strike:
     act: Callable[[], None]
 
 
+class _Strikes:
+    """What a process does to itself in those of its transfers that are chosen.
+
+    Args:
+        on_fault: Called with a line of text before each.
+
+    Attributes:
+        planned: All, for each such transfer.
+    """
+
+    def __init__(self, on_fault: Callable[[str], None] | None) -> None:
+        self.planned: list[_Strike] = []
+        self._on_fault = on_fault
+        self._due: list[_Strike] = []
+        self._where = ""
+        self._lock = threading.Lock()
+
+    def begin(self, where: str, shares: Sequence[float]) -> None:
+        """A transfer that is chosen begins; a strike without a share gets the one that was drawn for it."""
+        self._where = where
+        self._due = [
+            dataclasses.replace(strike, share=drawn if strike.share is None else strike.share)
+            for strike, drawn in zip(self.planned, shares, strict=True)
+        ]
+
+    def end(self) -> None:
+        """It is over."""
+        self._due = []
+
+    def strike(self, wanted: Callable[[_Strike], bool]) -> None:
+        """Carry out those that are due now."""
+        with self._lock:
+            # Taken off the list before it acts: what raises must not strike again while the error is on its way out.
+            now = [strike for strike in self._due if wanted(strike)]
+            self._due = [strike for strike in self._due if strike not in now]
+            # The threads of other destinations get no further meanwhile.
+            for strike in now:
+                text = f"{self._where}: {strike.what} in {strike.phase}"
+                logger.warning("fault: %s", text)
+                if self._on_fault is not None:
+                    self._on_fault(text)
+                strike.act()
+
+
 class FaultyTransport(Faults):
     """Passes every call on to a transport, some of whose transfers have the faults that it is given.
 
@@ -84,23 +128,17 @@ class FaultyTransport(Faults):
         super().__init__(seed=seed)
         self.transport = transport
         self.num_transfers = 0
-        self._at = at
-        self._chance = chance
-        self._role = role
-        self._on_fault = on_fault
-        self._strikes: list[_Strike] = []
-
-        self._due: list[_Strike] = []
+        self._chosen = at, chance, role
+        self._strikes = _Strikes(on_fault)
         self._struck = False
-        self._where = ""
-        self._lock = threading.Lock()
         # Through wrappers around wrappers.
         self._inner = transport
         while isinstance(self._inner, FaultyTransport):
             self._inner = self._inner.transport
-        options = self._inner._options
-        self._progress, self._on_phase = options.on_progress, options.on_phase
-        self._inner._options = dataclasses.replace(options, on_progress=self._on_progress, on_phase=self._in_phase)
+        self._options = self._inner._options
+        self._inner._options = dataclasses.replace(
+            self._options, on_progress=self._on_progress, on_phase=self._in_phase
+        )
         if hasattr(self._inner, "_channel"):
             self._make_channel = self._inner._channel
             self._inner._channel = self._new_channel
@@ -152,7 +190,7 @@ class FaultyTransport(Faults):
     def _strike(self: T, strike: _Strike) -> T:
         if strike.phase not in PHASES:
             raise ValueError(f"phase: expected one of {', '.join(PHASES)}, got {strike.phase!r}")
-        self._strikes.append(strike)
+        self._strikes.planned.append(strike)
         return self
 
     # ------------------------------------------------------------------------------------------- calls
@@ -189,51 +227,35 @@ class FaultyTransport(Faults):
 
     def _begin(self, role: str, step: int) -> None:
         self._end()
-        if self._role not in (None, role):
+        at, chance, of_role = self._chosen
+        if of_role not in (None, role):
             return
         self.num_transfers += 1
         # In this order: `at` first would skip the draw, and shift what all later transfers draw.
-        chosen = self._random.random() < self._chance and self._at in (None, self.num_transfers)
+        chosen = self._random.random() < chance and at in (None, self.num_transfers)
         # Drawn whether they are needed or not, so that each transfer has its own place in the sequence.
-        shares = [self._random.random() for _ in self._strikes]
-        if not chosen:
-            return
-        self._struck = True
-        self._where = f"transfer {self.num_transfers} ({role}, step {step})"
-        self._due = [
-            dataclasses.replace(strike, share=drawn if strike.share is None else strike.share)
-            for strike, drawn in zip(self._strikes, shares, strict=True)
-        ]
+        shares = [self._random.random() for _ in self._strikes.planned]
+        if chosen:
+            self._struck = True
+            self._strikes.begin(f"transfer {self.num_transfers} ({role}, step {step})", shares)
 
     def _end(self) -> None:
-        self._struck, self._due = False, []
+        self._struck = False
+        self._strikes.end()
 
     def _in_phase(self, report: PeerReport | TransferReport, phase: str) -> None:
-        if self._on_phase is not None:
-            self._on_phase(report, phase)
+        if self._options.on_phase is not None:
+            self._options.on_phase(report, phase)
         mine = self._inner.last_report
         # A source over lanes may still serve a destination of the transfer before.
         if mine is not None and any(report is known for known in (mine, *mine.peers)):
-            self._strike_at(lambda strike: strike.phase == phase and not strike.moving)
+            self._strikes.strike(lambda strike: strike.phase == phase and not strike.moving)
 
     def _on_progress(self, progress: Progress) -> None:
-        if self._progress is not None:
-            self._progress(progress)
+        if self._options.on_progress is not None:
+            self._options.on_progress(progress)
         done, total = progress.nbytes_done, progress.nbytes_total
-        self._strike_at(lambda strike: strike.moving and done >= (strike.share or 0.0) * total)
-
-    def _strike_at(self, wanted: Callable[[_Strike], bool]) -> None:
-        with self._lock:
-            # Taken off the list before it acts: what raises must not strike again while the error is on its way out.
-            now = [strike for strike in self._due if wanted(strike)]
-            self._due = [strike for strike in self._due if strike not in now]
-            # The threads of other destinations get no further meanwhile.
-            for strike in now:
-                text = f"{self._where}: {strike.what} in {strike.phase}"
-                logger.warning("fault: %s", text)
-                if self._on_fault is not None:
-                    self._on_fault(text)
-                strike.act()
+        self._strikes.strike(lambda strike: strike.moving and done >= (strike.share or 0.0) * total)
 
     def _new_channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
         channel: Channel = self._make_channel(rank, lock)
