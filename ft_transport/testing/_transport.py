@@ -135,10 +135,8 @@ class FaultyTransport(Faults):
         self._inner = transport
         while isinstance(self._inner, FaultyTransport):
             self._inner = self._inner.transport
-        self._options = self._inner._options
-        self._inner._options = dataclasses.replace(
-            self._options, on_progress=self._on_progress, on_phase=self._in_phase
-        )
+        self._theirs = self._inner._options
+        self._inner._options = dataclasses.replace(self._theirs, on_progress=self._on_progress, on_phase=self._in_phase)
         if hasattr(self._inner, "_channel"):
             self._make_channel = self._inner._channel
             self._inner._channel = self._new_channel
@@ -244,16 +242,16 @@ class FaultyTransport(Faults):
         self._strikes.end()
 
     def _in_phase(self, report: PeerReport | TransferReport, phase: str) -> None:
-        if self._options.on_phase is not None:
-            self._options.on_phase(report, phase)
+        if self._theirs.on_phase is not None:
+            self._theirs.on_phase(report, phase)
         mine = self._inner.last_report
         # A source over lanes may still serve a destination of the transfer before.
         if mine is not None and any(report is known for known in (mine, *mine.peers)):
             self._strikes.strike(lambda strike: strike.phase == phase and not strike.moving)
 
     def _on_progress(self, progress: Progress) -> None:
-        if self._options.on_progress is not None:
-            self._options.on_progress(progress)
+        if self._theirs.on_progress is not None:
+            self._theirs.on_progress(progress)
         done, total = progress.nbytes_done, progress.nbytes_total
         self._strikes.strike(lambda strike: strike.moving and done >= (strike.share or 0.0) * total)
 
