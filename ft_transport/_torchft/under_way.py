@@ -61,7 +61,7 @@ class Serving:
     def finish(self) -> None:
         """Wait until all is served that was begun, or its deadline has passed; then :meth:`end`.
 
-        Never raises: the Manager's call that leads here is in no ``try``, and a trainer shall not end for a socket's sake.
+        Never raises: the Manager's call that leads here is in no ``try``, and no socket is worth a training process.
         """
         offer, relay = self.offer, self.relay
         try:
