@@ -105,7 +105,7 @@ MUTANTS = [
     ),
     Mutant(
         "a relay is drained in disallow_checkpoint",
-        "_torchft/lanes.py",
+        "_torchft/under_way.py",
         "relay.drain()",
         "pass",
         LANES + "test_a_relay_waits_for_who_fetches_from_it",

@@ -69,12 +69,12 @@ def receive(
     control = Control(channel, options.device, deadline)
     try:
         with peer.enter("agree", "destination", options.on_phase):
-            header, layout, landing = _agree(control, step, state_dict, options, report, beside or set())
-            rewrite = Rewrite(layout, landing) if beside is not None else None
+            plan = _agree(control, step, state_dict, options, report, beside)
+            header, landing, rewrite = plan.header, plan.landing, plan.rewrite
             if attempt is not None:
                 attempt.landing = landing
         with peer.enter("move", "destination", options.on_phase):
-            flights = _DestinationFlights(control, header, layout, landing, rewrite, options, report)
+            flights = _DestinationFlights(control, plan, options, report)
             flights.receive()
         with peer.enter("verify", "destination", options.on_phase):
             # Nothing is under way any more: a source that gives up here need not break the channel.
@@ -123,21 +123,30 @@ class Received(NamedTuple):
 # --------------------------------------------------------------------------------------------- agree
 
 
+class _Plan(NamedTuple):
+    """What both sides have agreed on."""
+
+    header: Header
+    layout: Layout
+    landing: Landing
+    rewrite: Rewrite | None
+
+
 def _agree(
     control: Control,
     step: int | None,
     state_dict: Callable[[], object] | None,
     options: Options,
     report: TransferReport,
-    beside: set[str],
-) -> tuple[Header, Layout, Landing]:
+    beside: set[str] | None,
+) -> _Plan:
     data = control.recv_bytes()
     try:
         with no_collection():
             manifest, header = decode_manifest(control.check(Frame.MANIFEST, data))
             _check_header(header, step)
             layout = lay_out(manifest, header.limits)
-            landing = _plan(manifest, layout, state_dict, options, report, beside)
+            landing = _landing(manifest, layout, state_dict, options, report, beside or set())
     except PeerFailure:
         raise
     except Exception as exc:
@@ -145,7 +154,7 @@ def _agree(
         control.give_up(error.message, Frame.REFUSE)
         raise ended(error, "refused") from None
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
-    return header, layout, landing
+    return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None)
 
 
 def _check_header(header: Header, step: int | None) -> None:
@@ -155,7 +164,7 @@ def _check_header(header: Header, step: int | None) -> None:
         raise RemoteProtocolError(f"expected a digest of {', '.join(ALGORITHMS)}, source has {header.digest!r}")
 
 
-def _plan(
+def _landing(
     manifest: Manifest,
     layout: Layout,
     state_dict: Callable[[], object] | None,
@@ -212,19 +221,13 @@ class _DestinationFlights:
     def __init__(
         self,
         control: Control,
-        header: Header,
-        layout: Layout,
-        landing: Landing,
-        rewrite: Rewrite | None,
+        plan: _Plan,
         options: Options,
         report: TransferReport,
     ) -> None:
         self.digests: list[int] = []
         self._control = control
-        self._header = header
-        self._layout = layout
-        self._landing = landing
-        self._rewrite = rewrite
+        self._header, self._layout, self._landing, self._rewrite = plan
         self._options = options
         self._report = report
         self._buckets = [Bucket(options.device) for _ in range(NUM_BUCKETS)]

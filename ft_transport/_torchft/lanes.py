@@ -5,16 +5,16 @@ See ``pg.py`` for how torchft's Manager calls it.
 
 from __future__ import annotations
 
-import logging
 import os
 import platform
 import secrets
 import ssl
 import threading
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Literal, TypeVar, cast
+from typing import Literal, TypeVar
 
 import torch
 
@@ -22,27 +22,23 @@ from ft_transport._deadline import Deadline
 from ft_transport._lanes.destination import Reception, Self
 from ft_transport._lanes.dispatcher import Desk
 from ft_transport._lanes.protocol import Visit, first_frame
-from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.source import Offer
 from ft_transport._net.endpoint import SECRET_BYTES, Invitation, in_order, interfaces, resolve
 from ft_transport._net.listener import Listener
 from ft_transport._options import CPU, LaneOptions
-from ft_transport._plan.resume import Kept
+from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 from ft_transport._telemetry.teller import Teller
-from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
+from ft_transport._torchft.managed import Arrived, ManagedTransport, StateDict, check_distinct
+from ft_transport._torchft.under_way import SHUT_DOWN, Receiving, Serving
 from ft_transport._transport import check_duration
-from ft_transport.errors import LocalProtocolError, TornStateError
+from ft_transport.errors import LocalProtocolError
 
 __all__ = ["LaneTransport"]
 
-logger = logging.getLogger("ft_transport")
-
 T = TypeVar("T")
-
-_SHUT_DOWN = "this transport has been shut down"
 
 
 class LaneTransport(ManagedTransport[T]):
@@ -54,9 +50,7 @@ class LaneTransport(ManagedTransport[T]):
     Args:
         timeout: Upper bound of each transfer as a whole; the shorter of this and the Manager's own counts.
         device: Where received leaves live that the template lacks and that were on an accelerator at the source.
-        state_dict: Gives the template, whose tensors receive the state in place. Pass the function that the
-            Manager gets as ``state_dict``, or one that returns a dict of them by registered key; ``"manager"`` gives
-            all that is registered with the Manager that calls, keys that are added later (DiLoCo's fragments) among it.
+        state_dict, strict, on_mismatch: As for ``PGTransport``.
         lanes: TCP connections that this side opens for the bytes of a state, 1 to 16.
         host: Name or address that others reach this process at; tried before all others.
         interface: Network interface that others reach this process at; tried next. Then those of
@@ -70,18 +64,10 @@ class LaneTransport(ManagedTransport[T]):
         blocking: :meth:`send_checkpoint` returns only when every destination is served or has failed.
         skip_unchanged: As a destination, compare the template with the source's state first, and move what differs.
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
-        strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
-            not fit it.
         on_progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
-        shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
-            nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
-            the optimizer may step. A receive that broke is not resumed then, but begins anew.
-        on_event: Called with a dict when a transfer is over; see ``docs/operations.md``. What it raises is logged. A
-            source's is called from a thread of its own, for which :meth:`disallow_checkpoint` waits two seconds.
-        on_mismatch: What becomes of a leaf whose shape, dtype or kind is not the template's. ``"fresh"``: it is new,
-            the template's own is left alone, and ``load_state_dict`` judges. ``"refuse"``: the state is refused. Or a
-            function of the path, what was expected and what the source has, which returns one of these. A state none of
-            whose tensors fits is refused in any case.
+        shadow: As for ``PGTransport``. A receive that broke is not resumed then, but begins anew.
+        on_event: As for ``PGTransport``; but a source's is called from a thread of its own, for which
+            :meth:`disallow_checkpoint` waits two seconds.
 
     Raises:
         LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
@@ -115,13 +101,8 @@ class LaneTransport(ManagedTransport[T]):
         on_event: EventCallback | None = None,
         on_mismatch: OnMismatch = "fresh",
     ) -> None:
-        check_duration("stall_timeout", stall_timeout)
-        if type(lanes) is not int or not 1 <= lanes <= 16:
-            raise ValueError(f"lanes: expected 1 to 16, got {lanes!r}")
         if topology not in ("chain", "star"):
             raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
-        if shadow and skip_unchanged:
-            raise ValueError("skip_unchanged: expected False with shadow, which never looks at the template")
         options = LaneOptions(
             CPU,
             verify=verify,
@@ -137,21 +118,19 @@ class LaneTransport(ManagedTransport[T]):
             chain=topology == "chain",
             skip_unchanged=skip_unchanged,
         )
+        _check(options)
         super().__init__(options, state_dict, timeout)
         self._blocking = blocking
         self._teller = Teller()
-        self._serving = _Serving()
-        self._receiving: tuple[Reception, int] | None = None  # and the thread that receives
-        self._is_shut_down = False
-        self._kept: Kept | None = None
-        self._attempts = 0
+        self._serving = Serving()
+        self._receiving = Receiving()
         self._self, self._listener = _listen(host, interface, port, ssl_context)
         # The listener's thread knows the desk alone, so a transport that nobody holds any more can be collected.
         self._finalizer = weakref.finalize(self, _close, self._listener, self._self.desk)
 
     def mark_restored(self) -> None:
         super().mark_restored()
-        self._kept = None
+        self._receiving.kept = None
 
     def metadata(self) -> str:
         """What the Manager hands to the recovering side: addresses, port, and a secret. Keep it out of logs.
@@ -171,11 +150,7 @@ class LaneTransport(ManagedTransport[T]):
         Raises:
             TornStateError, RemoteProtocolError: As ``PGTransport.disallow_checkpoint``, after all that. Nothing else.
         """
-        try:
-            self._serving.drain()
-            self._serving.end()
-        except Exception:
-            logger.exception("the transfer could not be ended as it should")
+        self._serving.finish()
         self._before_step()
 
     def shutdown(self, wait: bool = True) -> None:
@@ -187,26 +162,16 @@ class LaneTransport(ManagedTransport[T]):
         Args:
             wait: Return only when no thread is left, and nothing writes to the template any more.
         """
-        self._is_shut_down = True
-        is_receiving = False
-        if (receiving := self._receiving) is not None:
-            reception, receiver = receiving
-            reception.cancel(_SHUT_DOWN)
-            is_receiving = receiver != threading.get_ident()  # not from a callback of the receive itself
+        is_receiving = self._receiving.shut_down()
+        end = partial(_end_all, self._serving, self._busy if is_receiving else nullcontext())
         if wait:
-            self._end_all(is_receiving)
+            end()
         else:
-            threading.Thread(target=self._end_all, args=(is_receiving,), name="ft_transport-end", daemon=True).start()
+            threading.Thread(target=end, name="ft_transport-end", daemon=True).start()
         self._finalizer()
         if wait:
             self._listener.join()
             self._teller.drain(Deadline(self._timeout))
-
-    def _end_all(self, is_receiving: bool) -> None:
-        if is_receiving:
-            with self._busy:  # until the receive has failed
-                pass
-        self._serving.end()
 
     def _publish(self, report: TransferReport) -> None:
         # In the order of things: the end of an earlier transfer may still be on its way from the listener's thread.
@@ -243,115 +208,51 @@ class LaneTransport(ManagedTransport[T]):
         """
         report = TransferReport("source", type(self).__name__, step)
         with self._transfer(report, goes_on=True):
-            if self._is_shut_down:
-                raise LocalProtocolError(_SHUT_DOWN)
+            if self._receiving.is_shut_down:
+                raise LocalProtocolError(SHUT_DOWN)
             self._serving.end()
             check_distinct(dst_ranks)
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
             deadline = self._limit(timeout)
-            offer = self._serving.offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
-            try:
-                self._guard.check_source()
-            except TornStateError as exc:
-                offer.refuse(exc.message)
-                raise
-            offer.open(state_dict)
-            if self._blocking or offer.within_step():
-                try:
-                    offer.drain()
-                finally:
-                    self._serving.end()
+            offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
+            self._serving.serve(offer, state_dict, self._guard, blocking=self._blocking)
 
-    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
-        """Receive the state dict of ``step`` from whoever gave ``metadata``.
+    def _receive(
+        self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
+    ) -> Arrived:
+        from_itself = metadata == self._self.metadata
+        self._serving.end(keep_offer=from_itself)
+        report.peers = [PeerReport(src_rank)]
+        number, invitation, step = self._receiving.next_attempt(), Invitation.decode(metadata), report.step
+        assert step is not None, "torchft always gives one"
+        reception = Reception(
+            invitation, step, number, self._self, self._options, deadline, report, attempt, trains=trains
+        )
+        with watching(report, deadline):
+            # What the template holds is what is sent, if this side is the source, too.
+            received = self._receiving.run(reception, None if from_itself else self._template())
+        self._serving.relay = received.relay
+        return Arrived(received.state, received.written, received.rewrite)
 
-        Tensors land in the template given to the constructor where shape, dtype and layout agree with the
-        sender's; other leaves are new. The result aliases the template. What an earlier receive of the same step has
-        left in the template is compared and not moved again.
-
-        Args:
-            src_rank: Replica rank of the source, for the report.
-            metadata: What the source's ``metadata()`` returned. This transport's own: all leaves are new then.
-            step: Step that both sides must agree on.
-            timeout: Upper bound of the whole call.
-
-        Returns:
-            State dict with the sender's nesting. It may be read for another destination until
-            :meth:`disallow_checkpoint` has returned, or until an optimizer is about to step on it, which waits for
-            that. Within an optimizer's step, this waits for it.
-
-        Raises:
-            TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.
-            PeerFailure: The source is gone, silent for too long, has gone on to a later step, or gave up and said why.
-            RemoteProtocolError: The source sent a state that does not fit the template (every path
-                is listed; the template is untouched), or bytes that never agree with their digests.
-            LocalProtocolError: This side has no room, or was shut down.
-
-        After an error: nothing reads or writes the template any more. If ``error.torn``, it holds a mix of two
-            states, and this replica cannot serve or commit until it has healed.
-        Threading: torchft's quorum thread; one call at a time.
-        """
-        report = TransferReport("destination", type(self).__name__, step)
-        with self._transfer(report), self._guard.receiving(report) as attempt:
-            trains = self._begin_receive()
-            from_itself = metadata == self._self.metadata
-            self._serving.end(keep_offer=from_itself)
-            report.peers = [PeerReport(src_rank)]
-            deadline = self._limit(timeout)
-            self._attempts += 1
-            invitation = Invitation.decode(metadata)
-            reception = Reception(
-                invitation, step, self._attempts, self._self, self._options, deadline, report, attempt, trains=trains
-            )
-            self._receiving = reception, threading.get_ident()
-            if self._is_shut_down:  # since when this receive has begun, so nobody has cancelled it
-                reception.cancel(_SHUT_DOWN)
-            earlier, self._kept = self._kept, None
-            try:
-                with watching(report, deadline):
-                    # What the template holds is what is sent, if this side is the source, too.
-                    received = reception.run(None if from_itself else self._template(), earlier)
-            finally:
-                self._receiving, self._kept = None, reception.kept
-            self._serving.relay = received.relay
-            self._end_receive(received.written, received.rewrite)
-            if received.relay is not None:
-                received.relay.let_training_go_on()
-            return cast(T, received.state)
+    def _end_receive(self, arrived: Arrived) -> None:
+        super()._end_receive(arrived)
+        if (relay := self._serving.relay) is not None:
+            relay.let_training_go_on()
 
 
-class _Serving:
-    """What goes on when the call that has begun it is over.
+def _end_all(serving: Serving, receive_is_over: AbstractContextManager[object]) -> None:
+    with receive_is_over:
+        pass
+    serving.end()
 
-    Attributes:
-        offer: As the source.
-        relay: As a destination that passes the state on.
-    """
 
-    def __init__(self) -> None:
-        self.offer: Offer | None = None
-        self.relay: Relay | None = None
-
-    def drain(self) -> None:
-        """Wait until all is served that was begun, or its deadline has passed."""
-        offer, relay = self.offer, self.relay
-        if offer is not None:
-            offer.drain()
-        if relay is not None:
-            relay.drain()
-
-    def end(self, *, keep_offer: bool = False) -> None:
-        """End what an earlier call has left under way; nothing reads the state any more then."""
-        offer, relay = None if keep_offer else self.offer, self.relay
-        if offer is not None:
-            offer.close()
-        if relay is not None:
-            relay.close()
-        # Forgotten only now: Ctrl-C may have come. And not what another thread has begun meanwhile.
-        if self.offer is offer:
-            self.offer = None
-        if self.relay is relay:
-            self.relay = None
+def _check(options: LaneOptions) -> None:
+    check_duration("stall_timeout", options.stall)
+    # One lane more costs a thread on each side; sixteen are far more than fill any link.
+    if type(options.lanes) is not int or not 1 <= options.lanes <= 16:
+        raise ValueError(f"lanes: expected 1 to 16, got {options.lanes!r}")
+    if options.shadow and options.skip_unchanged:
+        raise ValueError("skip_unchanged: expected False with shadow, which never looks at the template")
 
 
 def _are_two_contexts(found: object) -> bool:

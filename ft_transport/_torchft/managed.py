@@ -9,24 +9,28 @@ so only a state that must not be trained with is worth it.
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torchft.checkpointing.transport import CheckpointTransport
 
+from ft_transport._deadline import Deadline
 from ft_transport._options import Options
 from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.torn import Attempt
 from ft_transport._plan.unchanged import watch_optimizers
 from ft_transport._process import undisturbed
+from ft_transport._telemetry.report import TransferReport
 from ft_transport._torchft.manager import RegisteredState, calling_manager, goes_on_training
 from ft_transport._transport import TransportBase
 from ft_transport.errors import LocalProtocolError
 from ft_transport.state_digest import StateDigest, state_digest
 
-__all__ = ["ManagedTransport", "StateDict", "check_distinct"]
+__all__ = ["Arrived", "ManagedTransport", "StateDict", "check_distinct"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -34,6 +38,20 @@ T = TypeVar("T")
 
 # What a constructor takes as ``state_dict``.
 StateDict = Callable[[], object] | Literal["manager"] | None
+
+
+class Arrived(NamedTuple):
+    """A received state.
+
+    Attributes:
+        state: The state dict.
+        written: The template's tensors that hold a new value; autograd has not been told of it.
+        rewrite: Makes it the source's again before the optimizer steps; None if nobody trains meanwhile.
+    """
+
+    state: object
+    written: list[torch.Tensor]
+    rewrite: Rewrite | None
 
 
 class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[misc]
@@ -100,6 +118,49 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
             return lambda: captured
         return self._state_dict
 
+    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+        """Receive the state dict of ``step`` from replica ``src_rank``.
+
+        Tensors land in the template given to the constructor where shape, dtype and layout agree with the
+        sender's; other leaves are new. The result aliases the template. Over lanes what an earlier receive of the same
+        step has left in the template is compared and not moved again.
+
+        Args:
+            src_rank: Replica rank of the source in the configured process group; over lanes for the report alone.
+            metadata: What the source's ``metadata()`` returned. A ``LaneTransport``'s own: all leaves are new then.
+            step: Step that both sides must agree on.
+            timeout: Upper bound of the whole call.
+
+        Returns:
+            State dict with the sender's nesting. Over lanes it may be read for another destination until
+            :meth:`disallow_checkpoint` has returned, or until an optimizer is about to step on it, which waits for
+            that. Within an optimizer's step, this waits for it.
+
+        Raises:
+            TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.
+            PeerFailure: The source is gone, or gave up and said why; over lanes also: it has been silent for too long,
+                or has gone on to a later step.
+            RemoteProtocolError: The source sent another step, a state that does not fit the template (every path
+                is listed; the template is untouched), or bytes that do not agree with their digests.
+            LocalProtocolError: ``src_rank`` is not in the group, or this side has no room, or was shut down.
+
+        After an error: nothing reads or writes the template any more. If ``error.torn``, it holds a mix of two states,
+            and this replica cannot serve or commit until it has healed. A group must be configured anew.
+        Threading: torchft's quorum thread; one call at a time.
+        """
+        report = TransferReport("destination", type(self).__name__, step)
+        with self._transfer(report), self._guard.receiving(report) as attempt:
+            trains = self._begin_receive()
+            arrived = self._receive(report, src_rank, metadata, self._limit(timeout), attempt, trains)
+            self._end_receive(arrived)
+            return cast(T, arrived.state)
+
+    @abstractmethod
+    def _receive(
+        self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
+    ) -> Arrived:
+        """Move a state here; ``trains`` says whether the training thread goes on meanwhile."""
+
     # ------------------------------------------------------------------- what the Manager's calls mean
 
     def _begin_quorum(self) -> None:
@@ -122,16 +183,11 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         self._registered.note(manager)
         return goes_on_training(manager)
 
-    def _end_receive(self, written: list[torch.Tensor], rewrite: Rewrite | None) -> None:
-        """Remember what has been received, until :meth:`_before_step`.
-
-        Args:
-            written: The template's tensors that hold a new value.
-            rewrite: Makes it the source's again; None if nobody trains meanwhile.
-        """
-        self._changed, self._rewrite = written, rewrite
-        if rewrite is not None:
-            rewrite.watch(self._settle)
+    def _end_receive(self, arrived: Arrived) -> None:
+        """Remember what has been received, until :meth:`_before_step`."""
+        self._changed, self._rewrite = arrived.written, arrived.rewrite
+        if arrived.rewrite is not None:
+            arrived.rewrite.watch(self._settle)
 
     def _before_step(self) -> None:
         """The step is about to be taken: let it be taken with the source's state, or not at all.

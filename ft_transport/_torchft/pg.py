@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torchft.process_group import ProcessGroup, ProcessGroupBaby
@@ -21,10 +21,11 @@ from ft_transport._group.fan_out import in_parallel
 from ft_transport._group.source import LAST_WORDS, send_failure, serve
 from ft_transport._options import Options
 from ft_transport._plan.source import Outbound
+from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
-from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
+from ft_transport._torchft.managed import Arrived, ManagedTransport, StateDict, check_distinct
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout, reason_of
 
 __all__ = ["PGTransport"]
@@ -180,45 +181,23 @@ class PGTransport(ManagedTransport[T]):
             outbound.versions.release()
         _raise_own(channels, errors)
 
-    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
-        """Receive the state dict of ``step`` from replica ``src_rank``.
-
-        Tensors land in the template given to the constructor where shape, dtype and layout agree with the
-        sender's; other leaves are new. The result aliases the template.
-
-        Args:
-            src_rank: Replica rank of the source in the configured process group.
-            metadata: What the source's ``metadata()`` returned.
-            step: Step that both sides must agree on.
-            timeout: Upper bound of the whole call.
-
-        Returns:
-            State dict with the sender's nesting.
-
-        Raises:
-            TransferTimeout: The deadline passed; ``phase`` and ``nbytes_done`` say where.
-            PeerFailure: The source is gone, or gave up and said why.
-            RemoteProtocolError: The source sent another step, a state that does not fit the template (every path
-                is listed; the template is untouched), or bytes that do not agree with their digests.
-            LocalProtocolError: ``src_rank`` is not in the group, or this side has no room.
-
-        After an error: nothing writes to the template any more. If ``error.torn``, it holds a mix of two states,
-            and this replica cannot serve or commit until it has healed. The group must be configured anew.
-        Threading: torchft's quorum thread; one call at a time.
-        """
-        report = TransferReport("destination", type(self).__name__, step)
-        with self._transfer(report), self._guard.receiving(report) as attempt:
-            beside = self._beside if self._begin_receive() else None
-            _check_ranks(self._pg, [src_rank])
-            report.peers = [PeerReport(src_rank)]
-            deadline = self._limit(timeout)
-            channel = self._channel(src_rank)
-            with watching(report, deadline):
-                received = receive(
-                    channel, step, self._template(), self._options, deadline, report, attempt=attempt, beside=beside
-                )
-            self._end_receive(received.written, received.rewrite)
-            return cast(T, received.state)
+    def _receive(
+        self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
+    ) -> Arrived:
+        _check_ranks(self._pg, [src_rank])
+        report.peers = [PeerReport(src_rank)]
+        with watching(report, deadline):
+            received = receive(
+                self._channel(src_rank),
+                report.step,
+                self._template(),
+                self._options,
+                deadline,
+                report,
+                attempt=attempt,
+                beside=self._beside if trains else None,
+            )
+        return Arrived(*received)
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
         return GroupChannel(self._pg, rank, self._options.device, lock)

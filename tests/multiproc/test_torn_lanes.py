@@ -113,7 +113,7 @@ def test_restored_from_elsewhere(lanes: Lanes) -> None:
     assert not transport.torn
     transport.disallow_checkpoint()
     # What the broken receive has left is not there any more, and is not counted on.
-    assert transport._kept is None
+    assert transport._receiving.kept is None
     assert again(lanes, destination, make_state()).sound(make_state())
     assert destination.report.nbytes_kept == 0
 

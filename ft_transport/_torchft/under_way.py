@@ -1,0 +1,135 @@
+"""What goes on over lanes beside the thread that trains: what is served when the call has returned, and a receive that
+somebody else may end.
+
+Strategy: the calls that begin these, and those that end them, come from several threads: torchft's quorum thread, the
+one that trains, and whoever shuts the transport down. So each of them is ended by a copy of the reference, and only
+then forgotten.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from ft_transport._lanes.destination import Received, Reception
+from ft_transport._lanes.relay import Relay
+from ft_transport._lanes.source import Offer
+from ft_transport._plan.resume import Kept
+from ft_transport._plan.torn import TornGuard
+from ft_transport.errors import TornStateError
+
+__all__ = ["SHUT_DOWN", "Receiving", "Serving"]
+
+logger = logging.getLogger("ft_transport")
+
+SHUT_DOWN = "this transport has been shut down"
+
+
+class Serving:
+    """What goes on when the call that has begun it is over.
+
+    Attributes:
+        offer: As the source.
+        relay: As a destination that passes the state on.
+    """
+
+    def __init__(self) -> None:
+        self.offer: Offer | None = None
+        self.relay: Relay | None = None
+
+    def serve(self, offer: Offer, state_dict: object, guard: TornGuard, *, blocking: bool) -> None:
+        """Offer a state. Returns when it is served if that is asked for, or if it may change before :meth:`finish`.
+
+        Raises:
+            TornStateError: It is a mix. Destinations are told.
+            LocalProtocolError: A leaf cannot travel. As above.
+        """
+        self.offer = offer
+        try:
+            guard.check_source()
+        except TornStateError as exc:
+            offer.refuse(exc.message)
+            raise
+        offer.open(state_dict)
+        if blocking or offer.within_step():
+            try:
+                offer.drain()
+            finally:
+                self.end()
+
+    def finish(self) -> None:
+        """Wait until all is served that was begun, or its deadline has passed; then :meth:`end`.
+
+        Never raises: the Manager's call that leads here is in no ``try``, and no socket is worth a training process.
+        """
+        offer, relay = self.offer, self.relay
+        try:
+            if offer is not None:
+                offer.drain()
+            if relay is not None:
+                relay.drain()
+            self.end()
+        except Exception:
+            logger.exception("the transfer could not be ended as it should")
+
+    def end(self, *, keep_offer: bool = False) -> None:
+        """End what an earlier call has left under way; nothing reads the state any more then."""
+        offer, relay = None if keep_offer else self.offer, self.relay
+        if offer is not None:
+            offer.close()
+        if relay is not None:
+            relay.close()
+        # Forgotten only now: Ctrl-C may have come, and whoever calls next must find what still reads. And not what
+        # another thread has begun meanwhile.
+        if self.offer is offer:
+            self.offer = None
+        if self.relay is relay:
+            self.relay = None
+
+
+class Receiving:
+    """The receives of one transport, one at a time.
+
+    Attributes:
+        kept: What one that broke has left in the template, for the next one; else None.
+        is_shut_down: Whether there will be no more.
+    """
+
+    def __init__(self) -> None:
+        self.kept: Kept | None = None
+        self.is_shut_down = False
+        self._num_attempts = 0
+        self._running: tuple[Reception, int] | None = None  # and the thread that it runs in
+
+    def next_attempt(self) -> int:
+        """The number of a receive that is beginning.
+
+        The source tells by it which of two conversations of one destination is the later one: that of an earlier
+        receive, which is over here, may reach it after that of this one.
+        """
+        self._num_attempts += 1
+        return self._num_attempts
+
+    def run(self, reception: Reception, template: Callable[[], object] | None) -> Received:
+        """Receive."""
+        self._running = reception, threading.get_ident()
+        if self.is_shut_down:  # since this call has begun, so nobody has cancelled it
+            reception.cancel(SHUT_DOWN)
+        earlier, self.kept = self.kept, None
+        try:
+            return reception.run(template, earlier)
+        finally:
+            self._running, self.kept = None, reception.kept
+
+    def shut_down(self) -> bool:
+        """Let the receive that is under way fail within a moment; gives whether there is one to wait for.
+
+        In the thread of that receive, which a user's callback may call this from, there is none.
+        """
+        self.is_shut_down = True
+        if self._running is None:
+            return False
+        reception, thread = self._running
+        reception.cancel(SHUT_DOWN)
+        return thread != threading.get_ident()
