@@ -48,6 +48,7 @@ class TransferError(Exception):
         nbytes_total: int = 0,
     ) -> None:
         message = printable(message)  # it may quote a peer
+        # The text alone is what BaseException keeps: all fields are in __dict__, from where pickle and copy take them.
         super().__init__(message)
         self.message = message
         self.phase = phase
@@ -65,6 +66,7 @@ class TransferError(Exception):
             f"{self.nbytes_done} of {self.nbytes_total} bytes" if self.nbytes_total else "",
             "this replica is torn" if self.torn else "",
         ]
+        # Part of the text, because the text is what torchft logs of what a transport raises.
         context = ", ".join(part for part in where if part)
         return f"{self.message} [{context}]" if context else self.message
 
@@ -76,6 +78,7 @@ class TransferError(Exception):
 def _rebuild(cls: type[TransferError], fields: dict[str, Any]) -> TransferError:
     error = cls.__new__(cls)
     # OSError, a base of TransferTimeout, does not take them from __new__.
+    # Not by calling the class: a subclass of the user's may want other arguments.
     error.args = (fields["message"],)
     error.__dict__.update(fields)
     return error
@@ -94,6 +97,7 @@ def ended(error: E, outcome: str) -> E:
         error: To be raised.
         outcome: As in ``PeerReport``.
     """
+    # An attribute of the instance, so it crosses process boundaries with the others.
     error._outcome = outcome
     return error
 
@@ -128,6 +132,7 @@ def printable(text: str) -> str:
 
     All that a peer may have chosen comes through here on its way into an error, a report or a log.
     """
+    # Almost always: nothing is built then.
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
