@@ -23,6 +23,7 @@ class ThreadGroup:
     """Some threads. Any thread may start one, and wait for all."""
 
     def __init__(self) -> None:
+        # One condition for "it has begun" and "it is over": both are rare, and whoever waits looks again.
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._working: set[threading.Thread] = set()
@@ -44,8 +45,10 @@ class ThreadGroup:
                     self._working.discard(thread)
                     self._changed.notify_all()
 
+        # Daemons, so that an interpreter that ends is not held up by a peer that is slow. Calls join them all the same.
         thread = threading.Thread(target=work, name=f"ft_transport-{name}", daemon=True)
         with self._changed:
+            # Before it begins: whoever waits for all must see it even if Ctrl-C comes within start().
             self._threads.append(thread)
             self._working.add(thread)
         try:
@@ -62,6 +65,7 @@ class ThreadGroup:
 
     def attend(self) -> None:
         """Wait until all others are over, or Ctrl-C comes."""
+        # A callback of the user's may run in one of them, and call what ends them all: it cannot wait for itself.
         own = threading.get_ident()
         with self._changed:
             self._changed.wait_for(lambda: all(thread.ident in (None, own) for thread in self._working))
@@ -74,6 +78,7 @@ class ThreadGroup:
         """
         uninterrupted(self.attend)
         for thread in self._threads:
+            # None: its start was interrupted, and it has never run. join() would raise.
             if thread.ident not in (None, threading.get_ident()):
                 thread.join()
 
@@ -84,11 +89,14 @@ def uninterrupted(end: Callable[[], None]) -> None:
     Raises:
         KeyboardInterrupt: It came meanwhile. What had to end has ended.
     """
+    # Only KeyboardInterrupt: it comes from outside, at any instruction. Whatever else ends with an error ends for a
+    # reason of its own.
     interrupt: KeyboardInterrupt | None = None
     while True:
         try:
             end()
             break
+        # The newest; they are all the same to who pressed the keys.
         except KeyboardInterrupt as exc:
             interrupt = exc
     if interrupt is not None:
@@ -105,6 +113,7 @@ def periodically(call: Callable[[], bool | None], interval: timedelta, name: str
 
     def run() -> None:
         with changed:
+            # A condition and no sleep, so the block does not wait for the interval when it is over.
             while not changed.wait_for(lambda: over, interval.total_seconds()):
                 if call():
                     return
@@ -114,6 +123,7 @@ def periodically(call: Callable[[], bool | None], interval: timedelta, name: str
             threads.start(name, run)
         yield
     finally:
+        # Set without the lock, which the thread holds while it calls: it is seen at the latest after that.
         over = True
         with changed:
             changed.notify_all()

@@ -38,6 +38,8 @@ class TransportBase:
     """
 
     def __init__(self, options: Options, state_dict: Callable[[], object] | None, timeout: timedelta) -> None:
+        # Checked once, here, where the caller's own line is in the traceback; not in a transfer, whose errors become a
+        # failed step.
         check_duration("timeout", timeout)
         if options.strict and state_dict is None:
             raise ValueError("strict: expected False without state_dict, which gives the template")
@@ -46,6 +48,8 @@ class TransportBase:
         self._options = options
         self._state_dict = state_dict
         self._timeout = timeout
+        # Not reentrant: a callback of a transfer that begins another one on the same transport is told so, and does not
+        # find the first one's state half changed.
         self._busy = threading.Lock()
         self._guard = TornGuard()
         self._last_report: TransferReport | None = None
@@ -88,6 +92,7 @@ class TransportBase:
         try:
             try:
                 with undisturbed():
+                    # Also of a call that fails at once: what it says is why.
                     self._last_report = report
                     yield
             finally:
@@ -108,6 +113,7 @@ class TransportBase:
 
     def _end(self, report: TransferReport, start: float, error: TransferError) -> TransferError:
         _fill_in(error, report)
+        # As it is when everything is over; whoever raised could not know yet.
         error.torn = self._guard.torn
         self._finish(report, start, error)
         return error
@@ -135,8 +141,10 @@ def _fill_in(error: TransferError, report: TransferReport) -> None:
     """Say where in the transfer an error happened, as far as the one who raised it did not."""
     if error.step is None:
         error.step = report.step
+    # With several destinations the first that was not served: a source's error names one of them, its report all.
     worst = next((peer for peer in report.peers if peer.outcome != "complete"), None)
     if worst is not None:
+        # Whoever raised knows better, if it said.
         error.phase = error.phase or worst.phase
         if error.peer_rank is None:
             error.peer_rank = worst.rank

@@ -117,6 +117,8 @@ def _cast_tensor(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _prepare_tensor(tensor: torch.Tensor) -> tuple[torch.Tensor, _TensorMeta]:
     """The bytes of a tensor's whole storage, and what describes the tensor as a view of them."""
+    # Upstream's own function, by name and result: programs that use it (and the shared tests) describe single tensors
+    # with it.
     view = View(0, geometry_of(tensor), int(tensor.storage_offset()))
     return _cast_tensor(tensor, torch.uint8), _tensor_meta(view, tensor.untyped_storage().nbytes(), None)
 
@@ -171,7 +173,9 @@ def _from_meta(meta: _StateDictMeta) -> Manifest:
 
     def view(tensor: _TensorMeta) -> View:
         storage = -1
+        # What has no elements has no bytes, and two such tensors may claim one storage of any size.
         if 0 not in tensor.shape:
+            # Upstream's code says of no tensors that they share memory: each has a storage of its own, then.
             key: object = ("own", id(tensor)) if tensor.storage is None else tensor.storage
             storage, _ = storages.setdefault(key, (len(storages), Storage(tensor.nbytes, "cpu")))
         shape = geometry(tensor.dtype, tuple(tensor.shape), tuple(tensor.stride))
@@ -187,6 +191,7 @@ def _from_meta(meta: _StateDictMeta) -> Manifest:
             leaves.append(Leaf(VALUE, (), leaf))
     paths = [_plain_path(path) for path in meta.paths]
     found = [storage for _, storage in storages.values()]
+    # Of upstream's own code, again: its nesting is torch's, and its paths are pytree's entries.
     if isinstance(meta.treespec, pytree.TreeSpec):
         return Manifest([LEAF] * len(leaves), leaves, found, paths=paths, treespec=meta.treespec)
     nodes = [LEAF if node == LEAF else node for node in meta.treespec]  # the one object, which is quick to tell
@@ -197,6 +202,7 @@ def _plain_path(path: Iterable[Any]) -> Path:
     """A path of keys, from one of pytree's entries (``MappingKey``, ``SequenceKey``, ``GetAttrKey``)."""
     plain = []
     for entry in path:
+        # Of pytree's entry classes alone: a user's key may well be an object that has a ``name``.
         for name in ("key", "idx", "name"):
             if type(entry).__module__ == pytree.__name__ and hasattr(entry, name):
                 entry = getattr(entry, name)
@@ -227,6 +233,7 @@ class PGTransport(TransportBase):
         device: torch.device,
         state_dict: Callable[[], object] | None = None,
     ) -> None:
+        # Nothing to choose here, as in upstream's API.
         super().__init__(Options(torch.device(device)), state_dict, timeout)
         self._pg = pg
 
@@ -277,16 +284,21 @@ class PGTransport(TransportBase):
                 for channel, peer in zip(channels, report.peers, strict=True):
                     channel.drop()
                     peer.nbytes_wire = channel.nbytes_wire
+        # All the others are served first. One that has failed has broken the group, so the call raises, unlike that of
+        # torchft's transports: without answers this side is the only one to notice.
         if failed:
             raise failed[0]
 
     def _send_failure(self, channels: list[GroupChannel], exc: BaseException, deadline: Deadline) -> None:
         """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
         data = pickle.dumps(_Failure(reason_of(exc)))
+        # A destination waits for a description and nothing else. Over this wire there is no other way to tell it that
+        # none will come than to send one that says so.
         length, body = description(data, self._options.device)
         for channel in channels:
             try:
                 for pending in [channel.send(length, CONTROL_TAG), channel.send(body, FRAME_TAG)]:
+                    # One after the other: they have the deadline together.
                     channel.wait(pending, deadline)
             except TransferError as error:
                 logger.warning("rank %d could not be told: %s", channel.peer_rank, error)
@@ -326,6 +338,7 @@ class PGTransport(TransportBase):
         with report.phase("agree"):
             data = self._recv_description(channel, deadline)
         with report.phase("agree"), no_collection():
+            # Every class is allowed, and runs its own code: see the top of this file.
             meta = _unpickle(data)
             if isinstance(meta, _Failure):
                 raise ended(PeerFailure(f"the peer gave up: {meta.reason}", phase="agree"), "failed")
@@ -335,6 +348,8 @@ class PGTransport(TransportBase):
             targets, disagreements = compare(manifest, matched, report)
             if disagreements:
                 raise ended(RemoteProtocolError("; ".join(disagreements), phase="agree"), "refused")
+            # Planned as a whole, as the other transports do: the template is not touched before every leaf has its
+            # place.
             landing = Landing(
                 manifest,
                 layout,
@@ -348,30 +363,41 @@ class PGTransport(TransportBase):
             note_state(report, manifest, layout)
         with report.phase("move"):
             report.torn = landing.in_place
+            # Nothing is compared afterwards: this wire has no digests, as upstream's has none.
             land_all(channel, layout, landing, device, deadline)
             report.peers[0].nbytes = layout.nbytes
         with report.phase("rebuild"), no_collection():
             landing.check()
             report.torn = report.torn or landing.copies
+            # The user's classes are built here. What they raise ends the receive, and leaves the template torn if bytes
+            # are in it.
             result = landing.rebuild()
             landing.check()
+            # At once, unlike under torchft: here the caller decides when to receive, and no backward of another thread
+            # is under way.
             mark_changed(landing.written())
         report.torn = False
         report.peers[0].outcome = "complete"
         return result
 
     def _recv_description(self, channel: GroupChannel, deadline: Deadline) -> bytes:
+        # Two messages, as upstream sends them: gloo ends the process whose receive is shorter than the message, so the
+        # length comes first.
         length = torch.zeros(1, dtype=torch.int64, device=self._options.device)
         channel.wait(channel.recv(length, CONTROL_TAG), deadline)
         nbytes = int(length.item())
+        # Whoever sends may run code here anyway; the bound is for a wire that carries something else (another program
+        # on this group), whose first eight bytes would be taken for a size.
         if not 0 < nbytes <= MAX_FRAME_BYTES:
             raise RemoteProtocolError(f"a description of {nbytes} bytes, expected 1 to {MAX_FRAME_BYTES}")
         data = torch.empty(nbytes, dtype=torch.uint8, device=self._options.device)
         channel.wait(channel.recv(data, FRAME_TAG), deadline)
+        # Of a group whose messages live on an accelerator.
         local = data.cpu()
         return ctypes.string_at(local.data_ptr(), nbytes)
 
     def _report(self, role: Role, ranks: Sequence[int]) -> TransferReport:
+        # With the module's name: two of this package's transports are called PGTransport.
         report = TransferReport(role, f"distributed.{type(self).__name__}", None)
         report.peers = [PeerReport(rank) for rank in ranks]
         return report
@@ -381,6 +407,7 @@ def _pickle(meta: _StateDictMeta) -> bytes:
     try:
         return pickle.dumps(meta)
     except Exception as exc:  # the classes' own code, which may raise anything
+        # Only now that it has failed: to try each leaf takes as long as to pickle the state.
         bad = [path for path, leaf in zip(meta.paths, meta.non_tensor_leaves, strict=True) if not _can_be_pickled(leaf)]
         paths = ", ".join(map(format_path, bad)) or "a key"
         raise LocalProtocolError(f"{paths}: a plain value cannot be pickled: {exc}", phase="describe") from exc
@@ -396,6 +423,7 @@ def _can_be_pickled(value: object) -> bool:
 
 def _unpickle(data: bytes) -> _StateDictMeta | _Failure:
     meta = pickle.loads(data)
+    # Both ends must be of this package or of upstream; anything else that unpickles is somebody else's message.
     if not isinstance(meta, (_StateDictMeta, _Failure)):
         raise RemoteProtocolError(f"expected a description of a state, got {type(meta).__name__}")
     return meta

@@ -52,6 +52,7 @@ class TransferError(Exception):
         # Here, once, rather than wherever a text of a peer's gets into a message: a terminal's escape sequences end up
         # in logs, and in terminals.
         message = printable(message)  # it may quote a peer
+        # The text alone is what BaseException keeps: all fields are in __dict__, from where pickle and copy take them.
         super().__init__(message)
         self.message = message
         self.phase = phase
@@ -69,6 +70,7 @@ class TransferError(Exception):
             f"{self.nbytes_done} of {self.nbytes_total} bytes" if self.nbytes_total else "",
             "this replica is torn" if self.torn else "",
         ]
+        # Part of the text, because the text is what torchft logs of what a transport raises.
         context = ", ".join(part for part in where if part)
         return f"{self.message} [{context}]" if context else self.message
 
@@ -80,6 +82,7 @@ class TransferError(Exception):
 def _rebuild(cls: type[TransferError], fields: dict[str, Any]) -> TransferError:
     error = cls.__new__(cls)
     # OSError, a base of TransferTimeout, does not take them from __new__.
+    # Not by calling the class: a subclass of the user's may want other arguments.
     error.args = (fields["message"],)
     error.__dict__.update(fields)
     return error
@@ -98,6 +101,7 @@ def ended(error: E, outcome: str) -> E:
         error: To be raised.
         outcome: As in ``PeerReport``.
     """
+    # An attribute of the instance, so it crosses process boundaries with the others.
     error._outcome = outcome
     return error
 
@@ -132,6 +136,7 @@ def printable(text: str) -> str:
 
     All that a peer may have chosen comes through here on its way into an error, a report or a log.
     """
+    # Almost always: nothing is built then.
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)

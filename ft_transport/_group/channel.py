@@ -29,6 +29,7 @@ _NEVER = (1 << 30) - 1
 class Pending:
     """One posted operation. Holds its tensor and its ``Work`` until it was waited for or dropped."""
 
+    # One for each operation that is under way, of which a window of small messages has thousands.
     __slots__ = ("tensor", "work")
 
     def __init__(self, work: Any, tensor: torch.Tensor) -> None:
@@ -106,6 +107,8 @@ class GroupChannel:
         return self._post("recv", tensor, tag)
 
     def _post(self, operation: str, tensor: torch.Tensor, tag: int) -> Pending:
+        # A send of gloo is a rendezvous: what the tensor holds when the peer posts its receive is what arrives, and its
+        # Work holds the group. So neither is let go of before it was waited for, or the pair is closed.
         error = work = None
         try:
             with self._lock:
@@ -114,16 +117,23 @@ class GroupChannel:
             error = [self._translate(exc, None)]
         if error is not None:
             _raise_alone(error)
+        # A Work that is dropped while the group lives wedges its pair, and a thread of gloo spins on a core from then
+        # on.
         pending = Pending(work, tensor)
         self._posted.append(pending)
         self.nbytes_wire += tensor.numel() * tensor.element_size()
         return pending
 
     def wait(self, pending: Pending, deadline: Deadline) -> None:
+        # Once and no more: a second wait on a finished Work waits for a second completion, which does not come,
+        # expires, and closes every pair of the group.
         self._posted.remove(pending)
         error = None
         try:
             with self._lock:
+                # No way to poll: is_completed() says False until somebody waits, and a short wait that expires closes
+                # every pair. What remains is never below a millisecond: gloo takes 0 for "none given", which is its own
+                # minute.
                 pending.work.wait(deadline.remaining())
         except Exception as exc:
             error = [self._translate(exc, deadline)]
@@ -134,9 +144,13 @@ class GroupChannel:
 
     def _translate(self, exc: Exception, deadline: Deadline | None) -> TransferError:
         text = f"{type(exc).__name__}: {exc}".splitlines()[0]
+        # Gloo knows no classes of errors. This text is of a wait that has expired, "Timed out waiting 100ms for recv
+        # operation to complete"; that of a peer that went away is "Connection closed by peer".
         if deadline is not None and (deadline.expired() or "imed out waiting" in text):
             self.broken = True
             return TransferTimeout(f"timed out after {deadline.timeout.total_seconds():g} s")
+        # Somebody else's wait on this group has expired: "Application timeout caused pair closure". It looks like a
+        # peer that is gone, and is none.
         if "pair closure" in text or isinstance(exc, TimeoutError) or "imed out" in text:
             self.broken = True
             return PeerFailure(
@@ -155,6 +169,9 @@ class GroupChannel:
         self.broken = True
         try:
             with self._lock:
+                # Neither abort() nor configure() of a group wakes who waits, or stops what is posted: a message that is
+                # under way lands in the user's tensor afterwards, in silence. Only the end of the pair does, and this
+                # is the way to end it that gloo has: when a wait expires, every pair closes.
                 # The shortest wait that gloo does not take for "none": when it expires, every pair closes.
                 never = torch.empty(1, dtype=torch.int64, device=self._device)
                 self._pg.recv([never], self.peer_rank, tag=_NEVER).wait(MIN_WAIT)

@@ -20,6 +20,8 @@ from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError,
 
 __all__ = ["CONTROL_TAG", "FIRST_MESSAGE_TAG", "FRAME_TAG", "Control", "Posted"]
 
+# Gloo matches by tag, whatever the order. torchft's torchcomms group drops tags, so each side also posts in the order
+# in which the other one does.
 CONTROL_TAG = 1
 FRAME_TAG = 2
 FIRST_MESSAGE_TAG = 3
@@ -56,7 +58,9 @@ class Control:
 
     def send_frame(self, data: bytes) -> None:
         """Send a frame; :meth:`flush`, or the next frame received, confirms that it has left."""
+        # A copy, because torch warns of memory that cannot be written to, and bytes cannot.
         body = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device)
+        # If one of the three cannot be posted the peer has half a frame, and waits for the other half.
         self._mid_frame = True
         self._unconfirmed += [
             self._send_number(len(data)),
@@ -107,6 +111,8 @@ class Control:
     def expect(self) -> Posted:
         """Post the receive of the next control message."""
         number = torch.zeros(1, dtype=torch.int64, device=self._device)
+        # Posted and not yet waited for: a receive that is pending when the peer dies raises within a tenth of a second.
+        # One of a large message, of which some bytes have come, does not.
         return number, self.channel.recv(number, CONTROL_TAG)
 
     def recv_signal(self, expected: int, posted: Posted | None = None) -> None:
@@ -130,18 +136,23 @@ class Control:
     def _recv_body(self, nbytes: int) -> bytes:
         if nbytes > MAX_FRAME_BYTES:
             raise RemoteProtocolError(f"a frame of {nbytes} bytes, at most {MAX_FRAME_BYTES} are accepted")
+        # Only now, since the number is the peer's. It must be exact: a receive that is shorter than the message ends
+        # the process (SIGABRT), and one that is longer leaves its tail as it was, without an error.
         body = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         pending = self.channel.recv(body, FRAME_TAG)
+        # Behind the body, and small: once it is here, so is the body, and if the peer dies before, it raises.
         again = self._take(self.expect())
         self.channel.wait(pending, self.deadline)
         if again != nbytes:
             raise RemoteProtocolError(f"a frame of {nbytes} bytes ends with {again}")
+        # bytes(tensor) would make a Python number of every byte first.
         local = body.cpu()
         return ctypes.string_at(local.data_ptr(), nbytes)
 
     def _fail(self, kind: Frame, body: Any) -> None:
         """Raise what a REFUSE or FAILED frame says; anything else is out of order."""
         # Text alone: the text of anything else may be longer than its bytes, or nested too deep to be made.
+        # A peer of another version, or another mind, may send anything in the place of a list of texts.
         reasons = "; ".join(reason for reason in body if isinstance(reason, str)) if isinstance(body, tuple) else ""
         if kind is Frame.REFUSE:
             self.is_over = True
@@ -153,6 +164,7 @@ class Control:
 
     def give_up(self, reason: str, kind: Frame = Frame.FAILED) -> None:
         """Tell the peer, which waits for a frame, why it will not come. The channel stays whole."""
+        # Not the channel's end: a refused destination and one that was told can go on with the same group.
         self.send_frame(encode_frame(kind, [reason]))
         self.flush()
         self.is_over = True

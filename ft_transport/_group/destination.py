@@ -69,6 +69,7 @@ def receive(
     control = Control(channel, options.device, deadline)
     try:
         with peer.enter("agree", "destination", options.on_phase):
+            # The template is untouched until here, whatever goes wrong, so a refusal costs this replica nothing.
             plan = _agree(control, step, state_dict, options, report, beside)
             header, landing, rewrite = plan.header, plan.landing, plan.rewrite
             if attempt is not None:
@@ -78,6 +79,7 @@ def receive(
             flights.receive()
         with peer.enter("verify", "destination", options.on_phase):
             # Nothing is under way any more: a source that gives up here need not break the channel.
+            # Also where there are no digests: it says that the state has not changed at the source while it was sent.
             expected = control.recv_frame(Frame.DIGESTS)
             flights.confirm()
             if header.digest:
@@ -87,10 +89,13 @@ def receive(
                 _check_unwritten(rewrite, beside)
             _say_done(control)
         with peer.enter("rebuild", "destination", options.on_phase), no_collection():
+            # From here on copies go into the template, if it was received beside it: a class whose code raises in the
+            # middle of that leaves a mix.
             report.torn = report.torn or landing.copies
             result = landing.rebuild()
             if landing.copies:
                 landing.check()  # once more: it was written to
+        # Whole again. What follows only keeps the books.
         report.torn = False
         peer.outcome = "complete"
         if rewrite is not None and header.digest:
@@ -147,12 +152,17 @@ def _agree(
             _check_header(header, step)
             layout = lay_out(manifest, header.limits)
             landing = _landing(manifest, layout, state_dict, options, report, beside or set())
+    # Nobody to refuse anything to.
     except PeerFailure:
         raise
     except Exception as exc:
+        # Whatever it is: the template's own code runs in here, and the source waits for an answer, for as long as its
+        # deadline.
         error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
         control.give_up(error.message, Frame.REFUSE)
         raise ended(error, "refused") from None
+    # The digest of the manifest goes back with it: both sides derive all messages from that, and one flipped bit in it
+    # would have them receive what was not sent.
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
     return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None)
 
@@ -160,6 +170,7 @@ def _agree(
 def _check_header(header: Header, step: int | None) -> None:
     if header.step != step:
         raise RemoteProtocolError(f"expected step {step}, source has step {header.step}")
+    # By name, since this version cannot compute what it does not know. None at all is the source's choice.
     if header.digest and header.digest not in ALGORITHMS:
         raise RemoteProtocolError(f"expected a digest of {', '.join(ALGORITHMS)}, source has {header.digest!r}")
 
@@ -230,6 +241,8 @@ class _DestinationFlights:
         self._header, self._layout, self._landing, self._rewrite = plan
         self._options = options
         self._report = report
+        # As many as flights may be filled at once: with no bucket free the next flight is not posted, and its signal
+        # not awaited.
         self._buckets = [Bucket(options.device) for _ in range(NUM_BUCKETS)]
         self._moving: deque[tuple[list[_Arrival], Bucket | None]] = deque()
         self._answers: deque[Pending] = deque()
@@ -238,13 +251,17 @@ class _DestinationFlights:
     def receive(self) -> None:
         """Receive all flights."""
         for flight in range(len(self._layout.flights)):
+            # Ahead, so that the bytes of the next flights find their receives: one that is not posted stops the pair.
             self._post_ahead(flight)
             self._control.recv_signal(flight)
             arrivals, bucket = self._moving.popleft()
             for arrival in arrivals:
                 self._control.channel.wait(arrival.work, self._control.deadline)
+            # What is staged must be read now: its bucket takes the next flight.
             digests = [self._digest(arrival) if arrival.staged else None for arrival in arrivals]
             self._unstage(arrivals, bucket)
+            # As soon as may be, since the source waits for it to send another one. What was not read yet is read
+            # meanwhile.
             self._answer(flight)
             # Memory of its own can be read while the next flights are under way, a bucket could not.
             self._post_ahead(flight + 1)
@@ -266,6 +283,7 @@ class _DestinationFlights:
             messages = self._layout.flights[self._next]
             targets = [self._landing.placement.direct(message) for message in messages]
             staged = [m for m, target in zip(messages, targets, strict=True) if target is None]
+            # Not waited for: the flights that hold the buckets are landed by this same thread.
             if staged and not self._buckets:
                 return
             bucket = self._buckets.pop() if staged else None
@@ -276,6 +294,7 @@ class _DestinationFlights:
             self._next += 1
 
     def _post(self, messages: range, targets: list[torch.Tensor | None], bucket: Bucket | None) -> None:
+        # With the post and not with the arrival: from now on gloo may write, whether anybody waits or not.
         self._report.torn = self._report.torn or self._landing.in_place
         arrivals, _ = self._moving[-1]
         for message, target in zip(messages, targets, strict=True):
@@ -292,6 +311,7 @@ class _DestinationFlights:
     def _unstage(self, arrivals: list[_Arrival], bucket: Bucket | None) -> None:
         for arrival in arrivals:
             if arrival.staged:
+                # Unverified, as everything that lands in place is: the replica counts as torn until all digests agree.
                 self._landing.placement.scatter(arrival.message, arrival.data)
                 self._report.nbytes_staged += arrival.data.numel()
         if bucket is not None:
@@ -302,6 +322,8 @@ class _DestinationFlights:
         if self._rewrite is None:
             return bucket
         staged = [arrival for arrival in arrivals if arrival.staged]
+        # Small ones alone may be written by forward without tearing anything (BatchNorm's statistics): with their bytes
+        # kept they are the source's again before the optimizer steps.
         small = [arrival for arrival in staged if self._layout.is_small(arrival.message)]
         if len(small) == len(staged) and self._rewrite.keep_if_room({each.message: each.data for each in small}):
             return Bucket(self._options.device)  # the memory of the old one is kept as it is
@@ -314,6 +336,7 @@ class _DestinationFlights:
 
     def _answer(self, flight: int) -> None:
         self._answers.append(self._control.send_signal(flight))
+        # Else there would be one Work for each flight until the end: a state of a terabyte has sixteen thousand.
         if len(self._answers) > self._header.limits.window:
             # The source has sent the flight that just landed only after it had this answer.
             self._control.channel.wait(self._answers.popleft(), self._control.deadline)
@@ -321,6 +344,8 @@ class _DestinationFlights:
     def _digest(self, arrival: _Arrival) -> int:
         if not self._header.digest:
             return 0
+        # Memory of the template may be taken away meanwhile (untyped_storage().resize_(0)), and reading it would end
+        # the process. So it is read while it is held.
         held = None if arrival.staged else self._landing.placement.held(arrival.message)
         try:
             return digest_message(arrival.data, self._header.digest, self._header.sample, held)
@@ -342,6 +367,7 @@ def _verify(digests: list[int], expected: Any) -> None:
     if not isinstance(expected, tuple) or len(expected) != len(digests):
         got = f"{len(expected)} of them" if isinstance(expected, tuple) else type(expected).__name__
         raise RemoteProtocolError(f"expected the digests of {len(digests)} messages, got {got}")
+    # All are compared, and not up to the first: how many differ tells a flipped bit from a state that has changed.
     damaged = [m for m, (mine, theirs) in enumerate(zip(digests, expected, strict=True)) if mine != theirs]
     if damaged:
         raise RemoteProtocolError(
@@ -354,6 +380,7 @@ def _check_unwritten(rewrite: Rewrite, beside: set[str]) -> None:
     """Refuse what forward has written to: the source's bytes of it are gone, and its conversation is at its end."""
     written = rewrite.paths(rewrite.written())
     if written:
+        # Remembered for this transport's life: the same buffers are written by each forward.
         beside.update(written)
         raise LocalProtocolError(
             f"forward has written to {', '.join(written[:_MAX_NAMED])} while the state landed there. The next receive "

@@ -24,6 +24,7 @@ logger = logging.getLogger("ft_transport")
 
 def close_failed(control: Control, peer: PeerReport, exc: BaseException) -> None:
     """Note how a transfer ended, tell the peer where it still listens, leave nothing that could touch memory."""
+    # Before anything is said to the peer: that may take its time, and whoever looks at the report sees why.
     peer.reason = reason_of(exc)
     peer.outcome = outcome_of(exc, cancelled=control.channel.broken)
     if control.peer_gave_up:
@@ -55,6 +56,7 @@ def in_parallel(channels: Sequence[Channel], run: Callable[[int], None]) -> list
             # A traceback kept here would keep the frames of this thread, and with them the group.
             errors[index] = exc.with_traceback(None)
 
+    # The common case costs no thread; and if this is the main one, Ctrl-C, which Python raises there alone, reaches it.
     if len(channels) == 1:
         guarded(0)
         return errors
@@ -63,11 +65,14 @@ def in_parallel(channels: Sequence[Channel], run: Callable[[int], None]) -> list
     threads = ThreadGroup()
     try:
         for index, channel in enumerate(channels):
+            # torch keeps device and stream for each thread: without this a copy to the host would run on the default
+            # stream, beside what has filled the tensor.
             threads.start(f"rank{channel.peer_rank}", guarded, index, stream)
         threads.attend()
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.
         for channel in channels:
+            # So that every thread that waits is woken, by its pair that closes.
             channel.abort()
         raise
     finally:

@@ -47,6 +47,8 @@ def post_and_wait(
     report: TransferReport,
 ) -> list[TransferError]:
     """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
+    # Not the engine of ``source.py``: upstream's API has a destination that says nothing, so there are no answers to
+    # wait for, no digests to compare, and no flights.
     buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
     sends: list[list[Pending]] = [[] for _ in channels]
     failed: dict[int, TransferError] = {}
@@ -55,6 +57,7 @@ def post_and_wait(
         for index, channel in enumerate(channels):
             if index not in failed:
                 try:
+                    # The same tensor to all: they only read it.
                     sends[index].append(channel.send(tensor, tag))
                 except TransferError as exc:
                     failed[index] = exc
@@ -67,6 +70,7 @@ def post_and_wait(
                 except TransferError as exc:
                     failed[index] = exc
 
+    # Two messages, as upstream's code has them: its receiver has to know how much to receive.
     length, body = description(data, device)
     post(length, CONTROL_TAG)
     post(body, FRAME_TAG)
@@ -81,8 +85,11 @@ def post_and_wait(
             report.nbytes_staged += layout.sizes[message]
         post(placement.bytes_of(message, bucket), FIRST_MESSAGE_TAG + message)
     settle()
+    # After the last wait: until then somebody may have exchanged the memory that was sent (``.data =``).
     placement.check()
     for index, peer in enumerate(report.peers):
+        # What has left is all that is known here. A destination that refuses breaks the group, which shows as a failing
+        # send, or, if everything had left by then, not at all.
         exc = failed.get(index)
         peer.outcome = "complete" if exc is None else outcome_of(exc)
         peer.reason = "" if exc is None else exc.message
@@ -93,6 +100,7 @@ def post_and_wait(
 def land_all(channel: GroupChannel, layout: Layout, landing: Landing, device: torch.device, deadline: Deadline) -> None:
     """Receive all messages; what is staged waits for its bucket."""
     buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
+    # Receives in the source's order, since without answers nothing else says which message comes next.
     posted: list[tuple[int, torch.Tensor, bool, Pending]] = []
 
     def settle() -> None:
@@ -104,6 +112,7 @@ def land_all(channel: GroupChannel, layout: Layout, landing: Landing, device: to
 
     num_staged = 0
     for message in range(len(layout.messages)):
+        # None for what must go through a bucket: packed small ranges, strided ones, another device.
         data = landing.placement.direct(message)
         staged = data is None
         if data is None:

@@ -52,13 +52,18 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
     try:
         with peer.enter("agree", "source", outbound.options.on_phase):
             control.send_frame(outbound.frame)
+            # What came back is of what has arrived. If the description was damaged on the way both would lay out other
+            # messages, and gloo ends the process whose receive is too short.
             if control.recv_frame(Frame.READY) != (digest_bytes(outbound.frame),):
                 raise RemoteProtocolError("the description of the state came damaged to the destination")
         with peer.enter("move", "source", outbound.options.on_phase), outbound.versions.here():
             _send(control, outbound, peer)
         with peer.enter("verify", "source", outbound.options.on_phase):
+            # Before the digests go: a destination that has them and finds them right takes the state for whole.
             _check_unchanged(control, outbound)
             control.send_frame(encode_frame(Frame.DIGESTS, outbound.digests()))
+            # A send that is finished is not one that has arrived: up to 2 MiB sit in socket buffers of a frozen
+            # destination. Only its word is.
             control.recv_frame(Frame.DONE)
         peer.outcome = "complete"
     except BaseException as exc:
@@ -74,6 +79,7 @@ def _send(control: Control, outbound: Outbound, peer: PeerReport) -> None:
     try:
         _SourceFlights(control, outbound, peer).send()
     except PeerFailure as exc:
+        # Not raised in here: as the context of what follows it would keep frames, and they Works, and these the group.
         lost = exc
     try:
         if lost is not None:
@@ -119,6 +125,7 @@ class _SourceFlights:
         landed = 0
         for flight, messages in enumerate(self._outbound.layout.flights):
             staged_bytes = self._outbound.placement.staged_bytes(messages)
+            # Both limits are waits for an answer. A destination that is slow so holds up this thread, and nobody else.
             while len(self._moving) == self._outbound.header.limits.window or (staged_bytes and not self._buckets):
                 self._land(landed)
                 landed += 1
@@ -129,6 +136,7 @@ class _SourceFlights:
 
     def _post(self, flight: int, messages: range, staged_bytes: int) -> None:
         channel, outbound = self._control.channel, self._outbound
+        # Only what is staged needs one; a flight of large tensors goes out of the state's own memory.
         bucket = self._buckets.pop() if staged_bytes else None
         if bucket is not None:
             bucket.reset(staged_bytes)
@@ -139,15 +147,19 @@ class _SourceFlights:
         works = [
             channel.send(tensor, FIRST_MESSAGE_TAG + message) for message, tensor in zip(messages, tensors, strict=True)
         ]
+        # Behind the flight's messages, and small: it is what the destination waits for, and what raises if this side
+        # dies.
         works.append(self._control.send_signal(flight))
         self._moving.append(_Flight(messages, tensors, works, answer, bucket))
 
     def _land(self, number: int) -> None:
         """Wait for the answer to the oldest flight, and take its memory back."""
         flight, outbound, peer = self._moving.popleft(), self._outbound, self._peer
+        # While the answer is on its way: the digests cost nothing where there is a core to spare.
         for message, tensor in zip(flight.messages, flight.tensors, strict=True):
             outbound.note_digest(message, tensor)
         self._control.recv_signal(number, flight.answer)
+        # They are over, as the answer says; but a Work must be waited for before it may be dropped.
         for work in flight.works:
             self._control.channel.wait(work, self._control.deadline)
         if flight.bucket is not None:
@@ -161,9 +173,11 @@ def send_failure(channel: Channel, device: torch.device, deadline: Deadline, rea
     """Send a destination, instead of the manifest, the reason why there will be none. Never raises."""
     control = Control(channel, device, deadline)
     try:
+        # In the place of the manifest, so that the destination learns it at once and not at its deadline.
         control.send_frame(encode_frame(Frame.FAILED, [reason]))
         control.flush()
     except TransferError as exc:
+        # Whoever cannot be told finds out at its deadline; the state's owner has a reason of its own to raise.
         logger.warning("rank %d could not be told: %s", channel.peer_rank, exc)
     finally:
         channel.drop()

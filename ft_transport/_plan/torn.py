@@ -73,6 +73,7 @@ class TornGuard:
         # Read without a lock, from the training thread, while the quorum thread fills the report in. Both are one
         # assignment; and a replica is torn from a moment before the first byte lands, never after.
         report = self._report
+        # While a receive runs its report says so, which whoever moves bytes fills in: no call for each message.
         return self._torn or (report is not None and report.torn)
 
     def begin_quorum(self) -> None:
@@ -88,6 +89,8 @@ class TornGuard:
         self._tried, self._report = True, report
         try:
             yield attempt
+            # Only when the block has ended without an error: a receive that has everything and then fails to build a
+            # leaf leaves the template a mix.
             self._heal(attempt.landing)
             self._refusals = 0
         except BaseException as exc:
@@ -95,14 +98,19 @@ class TornGuard:
             # next one as well.
             if outcome_of(exc) == "refused" or any(peer.outcome == "refused" for peer in report.peers):
                 self._refusals += 1
+                # A template of another shape does not change by itself. No room, or a callback that raised, may be over
+                # in the next step.
                 if report.unfit or self._refusals >= MAX_REFUSALS:
                     self._refusal = reason_of(exc)
             if report.torn:
                 step = "" if report.step is None else f" of step {report.step}"
+                # All that were to land there, and not those that have: which bytes have come nobody knows when a pair
+                # breaks.
                 paths = attempt.landing.paths_in_place() if attempt.landing is not None else set()
                 self._tear(f"a receive{step} broke off ({reason_of(exc)})", paths)
             raise
         finally:
+            # The plan holds the template, and an error that somebody keeps holds this frame.
             self._report = attempt.landing = None
 
     def _heal(self, landing: _Landing | None) -> None:
@@ -122,6 +130,7 @@ class TornGuard:
             f"forward has written to {_some(set(paths))} after the state had landed there; shadow=True keeps a copy",
             set(paths),
         )
+        # The Manager takes the heal for done, and will not ask for another one.
         self._unseen = True
 
     def mark_restored(self) -> None:
@@ -130,6 +139,7 @@ class TornGuard:
         Raises:
             LocalProtocolError: A receive is under way.
         """
+        # It would be torn again a moment later, by bytes that are under way.
         if self._report is not None:
             raise LocalProtocolError("a receive is under way; restore the template when it is over")
         self._torn, self._unseen, self._paths, self._cause = False, False, set(), ""
@@ -158,6 +168,8 @@ class TornGuard:
                 f"this replica cannot take the state of the others, and would only fail their steps: {self._refusal}",
                 torn=self.torn,
             )
+        # A receive that was tried and failed has failed the step: the Manager does not let the optimizer step, and
+        # finds this replica behind in the next quorum. To stop here would end a process that can still be healed.
         if self.torn and (self._unseen or not self._tried):
             why = "which the Manager takes for healed" if self._unseen else "and nobody was left to heal it"
             raise TornStateError(
@@ -169,5 +181,6 @@ class TornGuard:
 
 
 def _some(paths: set[str]) -> str:
+    # Sorted, so that the same trouble has the same text each time it is logged.
     named = sorted(paths)[:_MAX_NAMED]
     return ", ".join(named) + (f" and {len(paths) - len(named)} more" if len(paths) > len(named) else "")

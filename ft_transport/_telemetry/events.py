@@ -34,6 +34,8 @@ def transfer_event(report: TransferReport) -> Event:
     reached has 0 seconds, and a source's are those of its slowest destination. ``docs/operations.md`` has the table of
     all fields.
     """
+    # The first, as in the error: what a table of transfers is grouped by should not depend on which of two destinations
+    # was slower to fail.
     worst = _worst(report)
     return {
         "event": TRANSFER,
@@ -85,6 +87,7 @@ def _worst(report: TransferReport) -> PeerReport | None:
 def _outcome(report: TransferReport, worst: PeerReport | None) -> str:
     if report.complete:
         return "complete"
+    # A call may fail for no peer's sake: before there was one, or with all of them still waiting.
     return worst.outcome if worst is not None and worst.outcome != "pending" else "failed"
 
 
@@ -95,8 +98,11 @@ def publish(report: TransferReport, on_event: EventCallback | None) -> None:
         report: Of a transfer that is over.
         on_event: The caller's callback.
     """
+    # Made once, for all: a filter that changes a record's event changes it for those after it, too, as with any
+    # logging.
     event = transfer_event(report)
     complete = event["outcome"] == "complete"
+    # First the log, which is the least likely to raise or to take its time, and last what may send it over a network.
     log_event(logging.INFO if complete else logging.WARNING, report.summary(), event)
     if on_event is not None:
         _guarded("the event callback raised; the transfer is not affected", on_event, event)
@@ -144,9 +150,12 @@ class RedactSecrets(logging.Filter):
 
 
 def _redact(record: logging.LogRecord) -> None:
+    # A copy, since formatters add fields (``message``, ``asctime``) to the same dict.
     for name, value in list(record.__dict__.items()):
         if isinstance(value, str) and _METADATA.search(value):
             setattr(record, name, _METADATA.sub(_REDACTED, value))
+    # The traceback's text is made by the first formatter, and kept in the record for the others. Made here it can be
+    # redacted; the exception itself cannot, and is dropped then.
     if record.exc_info and record.exc_info[0] is not None and not record.exc_text:
         text = logging.Formatter().formatException(record.exc_info)
         if _METADATA.search(text):
@@ -155,6 +164,7 @@ def _redact(record: logging.LogRecord) -> None:
     if record.args:
         message = record.getMessage()
         if _METADATA.search(message):
+            # The arguments are gone with that: one of them was the secret.
             record.msg, record.args = _METADATA.sub(_REDACTED, message), None
 
 

@@ -46,6 +46,7 @@ _ELSEWHERE = frozenset({"event", "error", "error_type", "peers"})
 
 def _record_spans(report: TransferReport, event: Mapping[str, Any]) -> None:
     tracer = trace.get_tracer(_NAME, __version__)
+    # Both clocks at one moment: what is subtracted afterwards is measured on the second one alone.
     end, now = time.time_ns(), time.perf_counter()
     start = end - _nanoseconds(report.total_seconds)
     attributes = _attributes(
@@ -66,6 +67,7 @@ def _record_spans(report: TransferReport, event: Mapping[str, Any]) -> None:
         parts.append((peer.began, peer.seconds, _attributes({"role": report.role}) | _peer_attributes(told)))
     for began, seconds, marks in parts:
         for phase in PHASES:
+            # A phase that was not reached has no span, rather than one of no length.
             if phase in began:
                 # Never outside of its parent: what is added up afterwards may be rounded.
                 first = max(start, end - _nanoseconds(now - began[phase]))
@@ -133,6 +135,7 @@ def _record_metrics(report: TransferReport, event: Mapping[str, Any]) -> None:
     to.duration.record(report.total_seconds, outcome)
     for phase, seconds in report.seconds.items():
         to.phase_duration.record(seconds, {**marks, "ft_transport.phase": phase})
+    # Counters, so that rates and sums over many processes are the collector's business.
     to.payload.add(event["nbytes_moved"], marks)
     to.wire.add(event["nbytes_wire"], marks)
     if report.num_repaired:

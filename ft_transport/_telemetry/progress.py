@@ -48,6 +48,7 @@ class Watch:
     def __init__(self, report: TransferReport, deadline: Deadline) -> None:
         self._report = report
         self._deadline = deadline
+        # The deadline's clock is the call's: nothing here reads another one.
         self._begin = deadline.elapsed()
         self._next = self._begin + INTERVAL.total_seconds()
         self._seen: dict[int, _Seen] = {}
@@ -62,8 +63,11 @@ class Watch:
         now = self._deadline.elapsed()
         if now < self._next:
             return
+        # From now and not from when it was due: after a stall of the whole process one line is enough.
         self._next = now + INTERVAL.total_seconds()
+        # A copy: a source over lanes replaces an entry when a destination comes again.
         for peer in list(self._report.peers):
+            # Those that are served have their line in the summary.
             if peer.outcome == "pending":
                 # The peer is kept, so its id is not given to another one meanwhile.
                 seen = self._seen.setdefault(id(peer), _Seen(peer, self._begin))
@@ -73,11 +77,13 @@ class Watch:
     def _look(self, peer: PeerReport, seen: _Seen, now: float) -> tuple[int, str, dict[str, Any]]:
         report = self._report
         total, done = report.nbytes_total, peer.nbytes + report.nbytes_kept
+        # Since the line before, and not since the begin: a transfer that has come to a crawl shall look like one.
         speed = (done - seen.nbytes) / (now - seen.at) if now > seen.at else 0.0
         if done != seen.nbytes:
             seen.moved_at = now
         stalled = now - seen.moved_at
         seen.nbytes, seen.at = done, now
+        # None and not infinity, which JSON has no word for.
         left = (total - done) / speed if speed else None
         where = "to" if report.role == "source" else "from"
         step = "" if report.step is None else f"step {report.step} "
@@ -99,6 +105,8 @@ class Watch:
             "seconds_stalled": stalled,
             "seconds_to_deadline": self._deadline.remaining().total_seconds(),
         }
+        # A warning only while bytes should move: describing a state or building it again takes seconds, too, and moves
+        # none.
         is_stalled = bool(stalled) and done < total and peer.phase == "move"
         return logging.WARNING if is_stalled else logging.INFO, f"{step}{where} {peer.label}: {says}", event
 
@@ -113,6 +121,7 @@ class Watch:
 
 
 def _of(done: int, total: int) -> str:
+    # One unit for both numbers, and for the transfer's whole life.
     unit, name = (1e9, "GB") if total >= 1e9 else (1e6, "MB")
     return f"{done / unit:.1f} of {total / unit:.1f} {name}"
 
@@ -131,6 +140,7 @@ def progress_bar(**options: Any) -> ProgressCallback:
     Raises:
         ImportError: tqdm is not installed: ``pip install ft_transport[progress]``.
     """
+    # Here, since tqdm is no dependency of ours.
     from tqdm import tqdm
 
     bars: dict[tuple[str, int | None, int], Any] = {}
@@ -140,8 +150,10 @@ def progress_bar(**options: Any) -> ProgressCallback:
         key = now.role, now.step, now.peer_rank
         where = "to" if now.role == "source" else "from"
         step = "" if now.step is None else f"step {now.step} "
+        # A source calls from the threads of all its destinations.
         with lock:
             bar = bars.get(key)
+            # The same peer and step again: a receive that broke and was begun anew counts from the start.
             if bar is None or bar.total != now.nbytes_total or bar.n > now.nbytes_done:
                 if bar is not None:
                     bar.close()
@@ -149,6 +161,7 @@ def progress_bar(**options: Any) -> ProgressCallback:
                 bar = bars[key] = tqdm(total=now.nbytes_total, **how)
             bar.update(now.nbytes_done - bar.n)
             if now.nbytes_done >= now.nbytes_total:
+                # Or a training of a week would hold a bar for each heal.
                 bars.pop(key).close()
 
     return show

@@ -32,12 +32,15 @@ __all__ = [
 
 # What becomes of a leaf that does not fit the template's; a function gets its path, what was expected, and what the
 # source has.
+# "fresh" leaves the judgement to load_state_dict, which names what does not fit as its users know it.
 Mismatch = Literal["fresh", "refuse"]
 OnMismatch = Mismatch | Callable[[str, str, str], Mismatch]
 
+# As peers and events name them, in full: a "sender" of the state is a receiver of answers.
 Role = Literal["source", "destination"]
 Outcome = Literal["pending", "complete", "refused", "failed", "dead", "timed out"]
 
+# In their order. Not all are of each side: a source has nothing to rebuild, a destination nothing to describe.
 PHASES = ("describe", "agree", "move", "verify", "rebuild")
 
 
@@ -101,17 +104,20 @@ class PeerReport:
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What the peer may have chosen is shown in logs, events and spans.
+        # At each assignment, so that nobody who fills in a report has to think of it.
         object.__setattr__(self, name, printable(value) if name in _TEXTS else value)
 
     @property
     def label(self) -> str:
         """The peer in a few words."""
+        # Over lanes a source with several destinations does not know their ranks, but each says its name.
         called = f"rank {self.rank}" if self.rank >= 0 or not self.name else self.name
         return f"{called} at {self.address}" if self.address else called
 
     @contextmanager
     def enter(self, phase: str, role: Role, on_phase: PhaseCallback | None = None) -> Iterator[None]:
         """Be in ``phase``: add the time spent inside to its seconds, and mark it for ``torch.profiler``."""
+        # Stays when the phase is left: where a transfer has ended is where it was last.
         self.phase = phase
         with _timed(self, phase, role, on_phase):
             yield
@@ -173,8 +179,9 @@ class TransferReport:
     began: dict[str, float] = field(default_factory=dict)
     mismatched: dict[str, str] = field(default_factory=dict)
 
-    _finished = False  # no field: it is nobody else's
-    unfit = False  # nor this: whether the state was refused because the template cannot take it
+    # Without annotations, so that they are no fields: as_dict() and pickles do not have them.
+    _finished = False
+    unfit = False  # whether the state was refused because the template cannot take it
 
     @property
     def complete(self) -> bool:
@@ -184,6 +191,8 @@ class TransferReport:
     @property
     def gigabytes_per_second(self) -> float:
         """Payload bytes of one peer's transfer by the seconds of the whole call, in GB/s (10^9 bytes)."""
+        # Of one peer, not of all: what the link, the disk or the state's owner sees as the speed of a heal. A source
+        # with three destinations moves three times as much.
         nbytes = max((peer.nbytes for peer in self.peers), default=0)
         return nbytes / self.total_seconds / 1e9 if self.total_seconds else 0.0
 
@@ -209,11 +218,14 @@ class TransferReport:
             f"{peer.label} {peer.outcome}" + (f" ({peer.phase}: {shortened(peer.reason)})" if peer.reason else "")
             for peer in self.peers
         )
+        # Only those that were reached, in the order of PHASES, which is that of time.
         phases = " ".join(f"{name} {self.seconds[name]:.3f}" for name in PHASES if name in self.seconds)
         landed, size = "", _megabytes(self.nbytes_total)
+        # Of a failed transfer how far it came is what people ask for first.
         if not self.complete:
             moved = max((peer.nbytes for peer in self.peers), default=0) + self.nbytes_kept
             size = f"{moved / 1e6:.1f} of {size}"
+        # Until it is complete the report says where bytes shall land, not where they have.
         if self.role == "destination" and not self.error:
             landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
             if self.in_place_share < 1 and (causes := self._causes()):
@@ -240,6 +252,7 @@ class TransferReport:
     def _causes(self) -> str:
         """Why not all has landed in place, as far as the template is the reason."""
         causes = [self.gaps()] if self.unexpected_keys else []
+        # One of each: the first path is enough to see what was forgotten. All of them are in the report.
         for what, found in (("do not fit", self.mismatched), ("cannot be written to", self.not_in_place)):
             for path, reason in list(found.items())[:1]:
                 causes.append(f"{_count(found)} {what}, first {path}: {reason}")
@@ -253,6 +266,7 @@ class TransferReport:
 
     def finish(self, total_seconds: float, error: BaseException | None) -> bool:
         """Sum up over the peers, once the call is over; False, and nothing changes, if that was done before."""
+        # Over lanes two threads may find that it is over: the one that called, and the listener's.
         if self._finished:
             return False
         self._finished = True
@@ -261,10 +275,13 @@ class TransferReport:
         for peer in self.peers:
             if peer.outcome == "pending":
                 self._end(peer, error)
+            # Whoever noted the outcome left the reason to the error that it raised.
             elif peer.outcome != "complete" and not peer.reason and error is not None:
                 peer.reason = reason_of(error)
+        # Summed up here and not while bytes move: many threads fill in peers, and each has one of its own.
         self.nbytes_wire = sum(peer.nbytes_wire for peer in self.peers)
         for name in PHASES:
+            # They run side by side, so the slowest is how long the call was in that phase.
             slowest = max((peer.seconds.get(name, 0.0) for peer in self.peers), default=0.0)
             if slowest or name in self.seconds:
                 self.seconds[name] = self.seconds.get(name, 0.0) + slowest
@@ -272,6 +289,8 @@ class TransferReport:
 
     def _end(self, peer: PeerReport, error: BaseException | None) -> None:
         """Note what the end of the call was for a peer whose transfer was under way, or had not begun."""
+        # A peer whose own transfer had not begun is told by the phase that all share: the description failed, and so
+        # did all of them.
         last = max(self.began, key=self.began.__getitem__, default=peer.phase)
         peer.phase = getattr(error, "phase", "") or (last if peer.phase == "describe" else peer.phase)
         peer.reason = peer.reason or ("the call is over" if error is None else reason_of(error))
@@ -312,10 +331,12 @@ _OPTIMIZER_STATE = re.compile(r"(?:^|\.)state\..+\.[^.]+$")
 
 def _likely_cause(unexpected: Sequence[str], missing: Sequence[str]) -> str:
     """Why paths are on one side only, as people's states tell; empty if they do not."""
+    # A name that only one side has in its paths: that side's model is wrapped, and the other one's is not.
     for name, wrapper in _WRAPPERS.items():
         theirs, ours = (any(name in path.split(".") for path in paths[:100]) for paths in (unexpected, missing))
         if theirs != ours:
             return f"{name}. on one side alone comes of {wrapper}"
+    # What most people meet first: torch makes an optimizer's state with its first step.
     if unexpected and _OPTIMIZER_STATE.search(unexpected[0]):
         return "a fresh optimizer has no state before its first step"
     return ""
@@ -323,6 +344,7 @@ def _likely_cause(unexpected: Sequence[str], missing: Sequence[str]) -> str:
 
 def _public_name(error: BaseException) -> str:
     """The name of an error's class; of one of ours, the one that callers know it by."""
+    # What callers can name in an ``except``.
     public = (cls.__name__ for cls in type(error).__mro__ if cls.__module__ == TransferError.__module__)
     return next(public, type(error).__name__)
 
@@ -332,10 +354,12 @@ def _timed(
     report: PeerReport | TransferReport, phase: str, role: Role, on_phase: PhaseCallback | None
 ) -> Iterator[None]:
     seconds, start = report.seconds, time.perf_counter()
+    # The first time counts for spans: a phase that is entered again goes on.
     report.began.setdefault(phase, start)
     try:
         if on_phase is not None:
             on_phase(report, phase)
+        # Costs a microsecond or two where no profiler runs, and there are five for each transfer.
         with torch.profiler.record_function(f"ft_transport::{role}::{phase}"):
             yield
     finally:
@@ -344,6 +368,7 @@ def _timed(
 
 def shortened(text: str) -> str:
     """A text for people: of twenty thousand paths that disagree the first few say it all."""
+    # The error keeps all of it, for whoever compares two states by it.
     rest = len(text) - _MAX_SHOWN
     return text if rest <= 0 else f"{text[:_MAX_SHOWN]}… and {rest} characters more, which are in the error"
 

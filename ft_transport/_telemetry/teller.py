@@ -41,6 +41,8 @@ class Teller:
         """Call it here and now; if others wait to be called, let it be called after them instead, in another thread."""
         with self._changed:
             self._calls.append(call)
+            # Whoever may call here does, so that what a caller is told of its own transfer has been told when the call
+            # returns. But never before what was left earlier.
             is_next = not self._caller and len(self._calls) == 1
             if not is_next:
                 self._begin()
@@ -60,6 +62,7 @@ class Teller:
         if self._caller == own:
             self._make_calls(is_caller=True)
         with self._changed:
+            # Python's locks take no longer time-out: they raise OverflowError.
             seconds = min(limit.remaining().total_seconds(), threading.TIMEOUT_MAX)
             idle = self._changed.wait_for(lambda: not self._caller and not self._calls, seconds)
             thread = self._thread
@@ -72,6 +75,7 @@ class Teller:
         if self._caller or not self._calls:
             return
         thread = threading.Thread(target=self._run, name="ft_transport-telling", daemon=True)
+        # Before it runs, so that nobody begins a second one.
         self._caller = _NOBODY_YET
         try:
             thread.start()
@@ -84,6 +88,7 @@ class Teller:
 
     def _run(self) -> None:
         with self._changed:
+            # Ctrl-C came while this thread was being started, and somebody else makes the calls now.
             if self._caller not in (0, _NOBODY_YET):
                 return
             self._caller = threading.get_ident()
@@ -95,10 +100,12 @@ class Teller:
                 with self._changed:
                     if not self._calls:
                         return
+                    # Out of the list first: a call that raises is not made again.
                     call = self._calls.popleft()
                 try:
                     call()
                 except BaseException as exc:
+                    # In a thread of its own there is nobody to raise it to.
                     if is_caller and not isinstance(exc, Exception):
                         raise  # Ctrl-C
                     with contextlib.suppress(Exception):  # a filter or handler of the user's

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.destination import Reception, Self
+from ft_transport._lanes.destination import Self
 from ft_transport._lanes.dispatcher import Desk
 from ft_transport._lanes.protocol import Visit, first_frame
 from ft_transport._lanes.source import Offer
@@ -48,9 +48,8 @@ class LaneTransport(ManagedTransport[T]):
     :meth:`disallow_checkpoint`. The process group is never touched.
 
     Args:
-        timeout: Upper bound of each transfer as a whole; the shorter of this and the Manager's own counts.
+        timeout, state_dict, strict, on_mismatch: As for ``PGTransport``.
         device: Where received leaves live that the template lacks and that were on an accelerator at the source.
-        state_dict, strict, on_mismatch: As for ``PGTransport``.
         lanes: TCP connections that this side opens for the bytes of a state, 1 to 16.
         host: Name or address that others reach this process at; tried before all others.
         interface: Network interface that others reach this process at; tried next. Then those of
@@ -73,11 +72,8 @@ class LaneTransport(ManagedTransport[T]):
         LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
         ValueError: An argument is out of range, or there is no such host or interface.
 
-    Threading: one call at a time; torchft uses its quorum thread. Listens until :meth:`shutdown`, or until it is
-        collected.
+    Threading: one call at a time. Listens until :meth:`shutdown`, or until it is collected.
     """
-
-    _options: LaneOptions
 
     def __init__(
         self,
@@ -101,8 +97,6 @@ class LaneTransport(ManagedTransport[T]):
         on_event: EventCallback | None = None,
         on_mismatch: OnMismatch = "fresh",
     ) -> None:
-        if topology not in ("chain", "star"):
-            raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
         options = LaneOptions(
             CPU,
             verify=verify,
@@ -118,9 +112,11 @@ class LaneTransport(ManagedTransport[T]):
             chain=topology == "chain",
             skip_unchanged=skip_unchanged,
         )
-        _check(options)
+        _check(options, topology)
         super().__init__(options, state_dict, timeout)
+        self._options: LaneOptions = options
         self._blocking = blocking
+        # Calls the user's code in the place of the listener's thread, whose silence is taken for the source's death.
         self._teller = Teller()
         self._serving = Serving()
         self._receiving = Receiving()
@@ -130,6 +126,7 @@ class LaneTransport(ManagedTransport[T]):
 
     def mark_restored(self) -> None:
         super().mark_restored()
+        # What is left of a broken receive is not in the template any more.
         self._receiving.kept = None
 
     def metadata(self) -> str:
@@ -138,6 +135,8 @@ class LaneTransport(ManagedTransport[T]):
         torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
         """
         self._begin_quorum()
+        # The same for the transport's whole life: torchft asks before the quorum, when nobody knows yet whether there
+        # will be a transfer, so it cannot describe one.
         return self._self.metadata
 
     def disallow_checkpoint(self) -> None:
@@ -163,11 +162,13 @@ class LaneTransport(ManagedTransport[T]):
             wait: Return only when no thread is left, and nothing writes to the template any more.
         """
         is_receiving = self._receiving.shut_down()
+        # Whoever receives holds the lock until the receive has failed; only then nothing writes to the template.
         end = partial(_end_all, self._serving, self._busy if is_receiving else nullcontext())
         if wait:
             end()
         else:
             threading.Thread(target=end, name="ft_transport-end", daemon=True).start()
+        # Also where nobody waits: from now on no visitor is let in.
         self._finalizer()
         if wait:
             self._listener.join()
@@ -181,8 +182,7 @@ class LaneTransport(ManagedTransport[T]):
         """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
 
         Small tensors are copied before this returns, so forward may change buffers. A destination that dies, refuses,
-        fails or is slow costs the others nothing and raises nothing anywhere: ``last_report`` and the log say what
-        became of each.
+        fails or is slow costs the others nothing and raises nothing anywhere: ``last_report`` says what became of it.
 
         Args:
             dst_ranks: Replica ranks of the destinations. Lanes do not know which destination is which rank: if there is
@@ -212,7 +212,10 @@ class LaneTransport(ManagedTransport[T]):
                 raise LocalProtocolError(SHUT_DOWN)
             self._serving.end()
             check_distinct(dst_ranks)
+            # Whoever comes proves that it knows the secret, not which rank it is: torchft hands the same metadata to
+            # all. With one there is nothing to mistake.
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
+            # It is the transfer's, and goes on when this has returned: an offer that nobody comes for ends then.
             deadline = self._limit(timeout)
             offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
             self._serving.serve(offer, state_dict, self._guard, blocking=self._blocking)
@@ -221,12 +224,11 @@ class LaneTransport(ManagedTransport[T]):
         self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
     ) -> Arrived:
         from_itself = metadata == self._self.metadata
+        # A relay of an earlier receive still reads the template that this one is about to write.
         self._serving.end(keep_offer=from_itself)
         report.peers = [PeerReport(src_rank)]
-        number, invitation, step = self._receiving.next_attempt(), Invitation.decode(metadata), report.step
-        assert step is not None, "torchft always gives one"
-        reception = Reception(
-            invitation, step, number, self._self, self._options, deadline, report, attempt, trains=trains
+        reception = self._receiving.begin(
+            Invitation.decode(metadata), self._self, self._options, deadline, report, attempt, trains=trains
         )
         with watching(report, deadline):
             # What the template holds is what is sent, if this side is the source, too.
@@ -246,7 +248,9 @@ def _end_all(serving: Serving, receive_is_over: AbstractContextManager[object]) 
     serving.end()
 
 
-def _check(options: LaneOptions) -> None:
+def _check(options: LaneOptions, topology: str) -> None:
+    if topology not in ("chain", "star"):
+        raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
     check_duration("stall_timeout", options.stall)
     # One lane more costs a thread on each side; sixteen are far more than fill any link.
     if type(options.lanes) is not int or not 1 <= options.lanes <= 16:
@@ -271,15 +275,20 @@ def _listen(
         LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
         ValueError: An argument is out of range, or there is no such host or interface.
     """
+    # type and not isinstance: True is an int.
     if type(port) is not int or not 0 <= port < 1 << 16:
         raise ValueError(f"port: expected 0 to 65535, got {port!r}")
     if contexts is not None and not _are_two_contexts(contexts):
         raise ValueError(f"ssl_context: expected two of ssl.SSLContext, got {contexts!r}")
+    # First what can be said of the arguments, so that a wrong one is a ValueError, whatever this machine's network is
+    # like.
     hosts = resolve(host) if host is not None else []
     try:
         addresses = in_order(interfaces(), hosts, interface, os.environ)
     except OSError as exc:
         raise LocalProtocolError(f"the addresses of this machine cannot be listed: {exc}") from None
+    # New for each transport, and never written down: it goes to the other replicas by way of torchft's servers, in the
+    # metadata.
     secret = secrets.token_bytes(SECRET_BYTES)
     desk = Desk()
     try:
@@ -287,10 +296,12 @@ def _listen(
     except OSError as exc:
         raise LocalProtocolError(f"cannot listen on port {port}: {exc}") from None
     metadata = Invitation(addresses, listener.port, secret, contexts is not None).encode()
+    # For people alone, in the source's report.
     name = f"{platform.node()} pid {os.getpid()}"
     return Self(secrets.token_bytes(16), name, metadata, desk, contexts), listener
 
 
 def _close(listener: Listener[Visit], desk: Desk) -> None:
+    # No waiting in here: where the transport was forgotten this runs wherever its last reference went.
     listener.close()
     desk.close_all()

@@ -70,6 +70,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         watch_optimizers()
         self._registered = RegisteredState()
         super().__init__(options, self._registered if state_dict == "manager" else state_dict, timeout)
+        # A list, since a template may be None.
         self._captured: list[object] = []  # what capture_template() has found; empty without
         self._from_manager = False
         self._changed: list[torch.Tensor] = []  # written to by a receive, and autograd does not know it yet
@@ -104,6 +105,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         Args:
             state_dict: None for what the function gives that the constructor got.
         """
+        # The template is what this replica trains with, so its digest is the replica's.
         return state_digest(self._state() if state_dict is None else state_dict)
 
     def _state(self) -> object:
@@ -114,6 +116,8 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
     def _template(self) -> Callable[[], object] | None:
         """What gives the template in a receive that is beginning."""
         if self._captured:
+            # The tensors and not the function: called here, under a running forward, FSDP2's state_dict() would
+            # reshard, and break the thread that trains.
             (captured,) = self._captured
             return lambda: captured
         return self._state_dict
@@ -150,6 +154,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         """
         report = TransferReport("destination", type(self).__name__, step)
         with self._transfer(report), self._guard.receiving(report) as attempt:
+            # Before anything else can fail: whether this call came from a Manager counts also where it fails.
             trains = self._begin_receive()
             arrived = self._receive(report, src_rank, metadata, self._limit(timeout), attempt, trains)
             self._end_receive(arrived)
@@ -172,6 +177,9 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         if manager is not None:
             goes_on_training(manager)  # one that does not say must not get as far as a heal
             self._registered.note(manager)
+        # A test, or a probe of the application, between two steps must not make a torn replica look as if nobody had
+        # tried to heal it. But where receives come without a Manager (another library calls as torchft does), whoever
+        # asks begins a step.
         if manager is not None or not self._from_manager:
             self._guard.begin_quorum()
 
@@ -187,6 +195,8 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         """Remember what has been received, until :meth:`_before_step`."""
         self._changed, self._rewrite = arrived.written, arrived.rewrite
         if arrived.rewrite is not None:
+            # From now on an optimizer that is about to step settles it first: with streaming DiLoCo the inner one steps
+            # before the Manager calls disallow_checkpoint().
             arrived.rewrite.watch(self._settle)
 
     def _before_step(self) -> None:
@@ -200,6 +210,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         # Not when they landed: that is between forward and backward under async quorum, and backward, whose gradients
         # torchft discards, would raise in the thread that trains.
         mark_changed(changed)
+        # Last: all that was under way is over, whether this raises or not.
         self._guard.check_step()
 
     def _settle(self) -> None:
@@ -211,7 +222,10 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
             with undisturbed():
                 lost = rewrite.write()
         except Exception as exc:
+            # Not raised: this runs in an optimizer's hook or between vote and step, where what is raised ends the
+            # process. The guard stops the replica by name.
             logger.exception("a received state could not be written again")
+            # The replica counts as torn: nobody can say which bytes are the source's any more.
             lost = [f"an unknown part of the state ({exc})"]
         if lost:
             self._guard.lose(lost)

@@ -22,8 +22,10 @@ _MAX_FRAMES = 32
 
 def calling_manager() -> Any:
     """The Manager that has called, directly or through wrappers; None if nobody of that kind has."""
+    # Costs microseconds, in calls that move a state or ask for a quorum.
     frame = sys._getframe(1)
     for _ in range(_MAX_FRAMES):
+        # By name and not by class: nothing here imports torchft's Manager, and a subclass of the user's calls super().
         if frame.f_globals.get("__name__") == "torchft.manager":
             return frame.f_locals.get("self")
         if frame.f_back is None:
@@ -44,6 +46,8 @@ def goes_on_training(manager: Any) -> bool:
     if manager is None:
         return True
     try:
+        # Private: no public name says it. An attribute that is missing is an error and no default, for either default
+        # would be wrong for half of the users, in silence.
         return bool(manager._use_async_quorum)
     except AttributeError:
         raise LocalProtocolError(

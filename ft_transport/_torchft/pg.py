@@ -93,6 +93,7 @@ class PGTransport(ManagedTransport[T]):
         )
         super().__init__(options, state_dict, timeout)
         self._pg = pg
+        # Lives as long as the transport: a model's forward writes to the same buffers in every step.
         self._beside: set[str] = set()  # paths that forward has written to while they landed
 
     def metadata(self) -> str:
@@ -101,6 +102,7 @@ class PGTransport(ManagedTransport[T]):
         torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
         """
         self._begin_quorum()
+        # torchft's own transport over a group says the same: what a Manager shows in its logs is then alike for both.
         return "<n/a>"
 
     def disallow_checkpoint(self) -> None:
@@ -152,6 +154,8 @@ class PGTransport(ManagedTransport[T]):
         """
         report = TransferReport("source", type(self).__name__, step)
         with self._transfer(report):
+            # Before anything is posted: a send to a rank that is out of range ends the process with torchft's group
+            # (SIGSEGV).
             _check_ranks(self._pg, dst_ranks)
             report.peers = [PeerReport(rank) for rank in dst_ranks]
             deadline = self._limit(timeout)
@@ -162,23 +166,37 @@ class PGTransport(ManagedTransport[T]):
         # A Baby group answers on one pipe: calls from several threads would read each other's answers.
         lock = threading.Lock() if isinstance(self._pg, ProcessGroupBaby) else None
         device = self._options.device
+        # New ones for each transfer: the Manager has configured the group anew since, and what an old one had posted is
+        # gone with the old pairs.
         channels = [self._channel(peer.rank, lock) for peer in report.peers]
         try:
             self._guard.check_source()
             with report.phase("describe", self._options.on_phase):
                 outbound = Outbound(
-                    state_dict, report.step, self._options, report, lambda reading: reading.await_release(deadline)
+                    # An optimizer that is about to write what is read waits until it is read no more, or the deadline
+                    # is over: this call returns only then, so nobody else can end it.
+                    state_dict,
+                    report.step,
+                    self._options,
+                    report,
+                    lambda reading: reading.await_release(deadline),
                 )
         except BaseException as exc:
             reason = reason_of(exc)
+            # The destinations wait for a manifest. Told now they fail within a moment, else at their deadline, and a
+            # step of the whole job with them.
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
                 deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
             in_parallel(channels, lambda i: send_failure(channels[i], device, deadline, reason))
             raise
         try:
+            # Described once, read by all of them; each has its own place in it, and its own buckets.
             errors = in_parallel(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
         finally:
+            # Optimizers that wait for the end of this may step now. Also after an error: nothing is read any more.
             outbound.versions.release()
+        # What a destination has done to itself is not raised: torchft would not commit this step here while the other
+        # destinations do, and in the next quorum the source would be healed from them.
         _raise_own(channels, errors)
 
     def _receive(
@@ -204,6 +222,7 @@ class PGTransport(ManagedTransport[T]):
 
 
 def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
+    # At each call: the Manager configures the group anew for each quorum, and numbers the replicas anew.
     size = pg.size()
     # torchft's wrappers know their rank only since they were configured; rank() of their base class is always 0.
     own = getattr(pg, "_rank", None)
@@ -217,8 +236,11 @@ def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
 
 def _raise_own(channels: list[Channel], errors: list[BaseException | None]) -> None:
     """Raise what is this side's own trouble; a destination's is in its report."""
+    # This side's first: a state that cannot travel, or that has changed, is why the destinations failed.
     own = [error for error in errors if error is not None and not isinstance(error, _PEERS)]
     broken = [error for channel, error in zip(channels, errors, strict=True) if channel.broken and error is not None]
+    # A deadline that has passed explains what came after it: it has closed every pair of the group, and the other
+    # destinations' threads have seen nothing but that.
     broken.sort(key=lambda error: not isinstance(error, TransferTimeout))
     for error in own + broken:
         raise error

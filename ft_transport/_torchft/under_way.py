@@ -12,11 +12,15 @@ import logging
 import threading
 from collections.abc import Callable
 
-from ft_transport._lanes.destination import Received, Reception
+from ft_transport._deadline import Deadline
+from ft_transport._lanes.destination import Received, Reception, Self
 from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.source import Offer
+from ft_transport._net.endpoint import Invitation
+from ft_transport._options import LaneOptions
 from ft_transport._plan.resume import Kept
-from ft_transport._plan.torn import TornGuard
+from ft_transport._plan.torn import Attempt, TornGuard
+from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import TornStateError
 
 __all__ = ["SHUT_DOWN", "Receiving", "Serving"]
@@ -49,9 +53,12 @@ class Serving:
         try:
             guard.check_source()
         except TornStateError as exc:
+            # Destinations wait for this step's state: told why there is none they fail within a moment.
             offer.refuse(exc.message)
             raise
         offer.open(state_dict)
+        # DiLoCo asks for the quorum in a hook behind its inner optimizer's step, and writes parameters through
+        # ``.data`` as soon as that returns: nothing may read them by then.
         if blocking or offer.within_step():
             try:
                 offer.drain()
@@ -102,20 +109,31 @@ class Receiving:
         self._num_attempts = 0
         self._running: tuple[Reception, int] | None = None  # and the thread that it runs in
 
-    def next_attempt(self) -> int:
-        """The number of a receive that is beginning.
-
-        The source tells by it which of two conversations of one destination is the later one: that of an earlier
-        receive, which is over here, may reach it after that of this one.
-        """
+    def begin(
+        self,
+        invitation: Invitation,
+        local: Self,
+        options: LaneOptions,
+        deadline: Deadline,
+        report: TransferReport,
+        attempt: Attempt,
+        *,
+        trains: bool,
+    ) -> Reception:
+        """A receive, which :meth:`run` runs; see ``_lanes/destination.py``."""
+        # By this number the source tells which of two conversations with one destination is the later one: that of an
+        # earlier receive, which is over here, may reach it after this one's.
         self._num_attempts += 1
-        return self._num_attempts
+        number, step = self._num_attempts, report.step
+        assert step is not None, "torchft always gives one"
+        return Reception(invitation, step, number, local, options, deadline, report, attempt, trains=trains)
 
     def run(self, reception: Reception, template: Callable[[], object] | None) -> Received:
         """Receive."""
         self._running = reception, threading.get_ident()
         if self.is_shut_down:  # since this call has begun, so nobody has cancelled it
             reception.cancel(SHUT_DOWN)
+        # For this attempt alone, whatever becomes of it: it says itself what is left afterwards.
         earlier, self.kept = self.kept, None
         try:
             return reception.run(template, earlier)
@@ -128,8 +146,11 @@ class Receiving:
         In the thread of that receive, which a user's callback may call this from, there is none.
         """
         self.is_shut_down = True
-        if self._running is None:
+        # Read once: the receive may end at any moment, in its own thread.
+        running = self._running
+        if running is None:
             return False
-        reception, thread = self._running
+        reception, thread = running
         reception.cancel(SHUT_DOWN)
+        # Else the callback that has called this would wait for the call that it is in.
         return thread != threading.get_ident()
