@@ -41,10 +41,9 @@ class Rights(enum.Flag):
 
 NATIVE: list[Any] = [
     None, True, -(1 << 63), (1 << 64) - 1, 1 << 64, -(1 << 200), 1.5, float("inf"), "\udcff", b"\x00", (1, (2,)),
-    [1, [2]],
-    {1: "a", (2, 3): None}, {1, "a"}, frozenset({1}), bytearray(b"x"), 1 - 2j, slice(1, None, 2), range(3, 9, 2),
-    ..., torch.Size([2, 3]), torch.bfloat16, torch.device("cuda", 1), torch.sparse_coo, torch.channels_last,
-    torch.per_tensor_affine, datetime.date(2026, 1, 2), datetime.time(1, 2, 3, 4, fold=1),
+    [1, [2]], {1: "a", (2, 3): None}, {1, "a"}, frozenset({1}), bytearray(b"x"), 1 - 2j, slice(1, None, 2),
+    range(3, 9, 2), ..., torch.Size([2, 3]), torch.bfloat16, torch.device("cuda", 1), torch.sparse_coo,
+    torch.channels_last, torch.per_tensor_affine, datetime.date(2026, 1, 2), datetime.time(1, 2, 3, 4, fold=1),
     datetime.datetime(2026, 1, 2, 3, tzinfo=datetime.timezone(datetime.timedelta(hours=2), "X")),
     datetime.datetime(2026, 1, 2, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")), datetime.timedelta(-1, 5, 7),
     decimal.Decimal("1.10"), fractions.Fraction(1, 3), uuid.UUID(int=5), pathlib.Path("/a"),

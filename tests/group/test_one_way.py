@@ -1,0 +1,90 @@
+"""A state over a group that answers nothing."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, difference, group_channels, noise
+
+from ft_transport import PeerFailure, TransferReport
+from ft_transport._deadline import Deadline
+from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
+from ft_transport._group.one_way import description, land_all, note_state, post_and_wait
+from ft_transport._plan.destination import Landing
+from ft_transport._plan.source import place
+from ft_transport._state.describe import describe
+from ft_transport._telemetry.report import PeerReport
+from ft_transport._wire.layout import Limits, lay_out
+
+LIMITS = Limits(message_bytes=256, flight_bytes=256, pack_below=64, pack_from=3, window=2)
+
+
+def deadline() -> Deadline:
+    return Deadline(timedelta(seconds=10))
+
+
+def run(state: object, *, break_before: int | None = None) -> tuple[Any, list[Any], TransferReport]:
+    """The state that arrives, what went wrong at the source, and its report."""
+    _, (near, far) = group_channels()
+    manifest, tensors = describe(state)
+    layout = lay_out(manifest, LIMITS)
+    report = TransferReport("source", "test", None, [PeerReport(1)])
+    note_state(report, manifest, layout)
+    received = TransferReport("destination", "test", None, [PeerReport(0)])
+    landing = Landing(manifest, layout, {}, {}, CPU, received)
+    result: list[object] = []
+
+    def receive() -> None:
+        length, data = torch.zeros(1, dtype=torch.int64), torch.zeros(4, dtype=torch.uint8)
+        for tensor, tag in ((length, CONTROL_TAG), (data, FRAME_TAG)):
+            far.wait(far.recv(tensor, tag), deadline())
+        assert (length.item(), bytes(data.tolist())) == (4, b"text")
+        if break_before is not None:
+            far.abort()
+            return
+        land_all(far, layout, landing, CPU, deadline())
+        result.append(landing.rebuild())
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    placement = place(manifest, layout, tensors, CPU)
+    errors = post_and_wait([near], b"text", layout, placement, CPU, deadline(), report)
+    thread.join(10)
+    return (result or [None])[0], errors, report
+
+
+def test_more_staged_messages_than_there_are_buckets() -> None:
+    """Each bucket is used again and again, and never before what it held has left."""
+    state = {
+        "large": noise(1000, 1),
+        "gaps": [noise((16, 8), i)[:, :4] for i in range(9)],
+        "small": [noise(3, 20 + i) for i in range(40)],
+        "step": 7,
+    }
+    result, errors, report = run(state)
+    assert difference(result, state) == ""
+    assert errors == []
+    assert report.nbytes_staged == 9 * 256 + 40 * 12
+    (peer,) = report.peers
+    assert (peer.outcome, peer.nbytes) == ("complete", report.nbytes_total)
+
+
+def test_a_destination_that_goes_is_the_error_and_nothing_more_is_posted_to_it() -> None:
+    _, errors, report = run({"w": [noise(1000, i) for i in range(8)]}, break_before=0)
+    (error,) = errors
+    assert isinstance(error, PeerFailure)
+    (peer,) = report.peers
+    assert (peer.outcome, peer.nbytes) == ("failed", 0)
+    assert peer.reason == error.message
+
+
+@pytest.mark.parametrize("data", [b"x", bytes(1000)])
+def test_the_description_goes_after_its_length(data: bytes) -> None:
+    length, body = description(data, CPU)
+    assert length.tolist() == [len(data)]
+    assert length.dtype is torch.int64
+    assert bytes(body.tolist()) == data
