@@ -16,18 +16,18 @@ import torch
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.control import ControlConnection, GaveUp, Tally
-from ft_transport._lanes.dispatcher import Desk
+from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.move import Mover
-from ft_transport._lanes.pending import Work
-from ft_transport._lanes.protocol import Conversation, Frame, Role, encode
+from ft_transport._lanes.pending import PendingMessages
+from ft_transport._lanes.protocol import LaneFrame, LaneProtocol, Role, encode
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.session import Talk
+from ft_transport._lanes.session import Session
 from ft_transport._lanes.sink import Sink
-from ft_transport._net.connection import Bell
+from ft_transport._net.connection import Wakeup
 from ft_transport._net.dial import dial
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.handshake_io import Contexts
-from ft_transport._net.stall import Patience, Silence
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.handshake_io import SslContexts
+from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.destination import Landing
@@ -52,25 +52,25 @@ from ft_transport.errors import (
     reason_of,
 )
 
-__all__ = ["Received", "Reception", "Self"]
+__all__ = ["Received", "DestinationTransfer", "LocalPeer"]
 
 
-class Self(NamedTuple):
+class LocalPeer(NamedTuple):
     """This process, as others see it.
 
     Attributes:
         identity: New for each transport.
         name: For the source's report.
         metadata: Where others can fetch from it.
-        desk: Leads them to what they may fetch.
+        dispatcher: Leads them to what they may fetch.
         contexts: For TLS, None without.
     """
 
     identity: bytes
     name: str
     metadata: str
-    desk: Desk
-    contexts: Contexts | None
+    dispatcher: Dispatcher
+    contexts: SslContexts | None
 
 
 class Received(NamedTuple):
@@ -174,12 +174,12 @@ class _Planner:
             claims |= left
             # These are in the template already, and the others are not.
             self._report.torn = bool(left)
-        work = Work(len(plan.layout.messages))
+        pending = PendingMessages(len(plan.layout.messages))
         verified = bool(plan.header.digest)
         return Sink(
             plan.layout,
             plan.landing,
-            work,
+            pending,
             self._report,
             claims,
             verified=verified,
@@ -188,14 +188,14 @@ class _Planner:
         )
 
 
-class Reception:
+class DestinationTransfer:
     """One receive.
 
     Args:
-        invitation: The source's.
+        endpoint: The source's.
         step: Step that both sides must agree on.
         attempt: Distinct for each receive of this process.
-        me: This process.
+        local: This process.
         options: The caller's choices.
         deadline: Of the whole call.
         report: Filled with what happened; its only peer is the source.
@@ -208,10 +208,10 @@ class Reception:
 
     def __init__(
         self,
-        invitation: Invitation,
+        endpoint: Endpoint,
         step: int,
         attempt: int,
-        me: Self,
+        local: LocalPeer,
         options: LaneOptions,
         deadline: Deadline,
         report: TransferReport,
@@ -220,10 +220,10 @@ class Reception:
         trains: bool = False,
     ) -> None:
         self.kept: Kept | None = None
-        self._invitation = invitation
+        self._endpoint = endpoint
         self._step = step
         self._attempt = attempt
-        self._me = me
+        self._local = local
         self._options = options
         self._deadline = deadline
         self._report = report
@@ -258,27 +258,27 @@ class Reception:
             raise
         finally:
             if self._control is not None:
-                self._report.peers[0].nbytes_wire += self._control.talk.connection.nbytes_wire
+                self._report.peers[0].nbytes_wire += self._control.session.connection.nbytes_wire
                 self._control.close()
 
     def _run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
         (peer,) = self._report.peers
         with peer.enter("agree", "destination"):
             control = self._control = self._call()
-            peer.address = control.talk.connection.address
+            peer.address = control.session.connection.address
             plan, sink = self._agree(control, state_dict, earlier)
         with peer.enter("move", "destination"):
             self._move(control, plan, sink)
         with peer.enter("verify", "destination"):
             plan.landing.check()
-            control.say_done(verified=sink.verified)
+            control.send_done(verified=sink.verified)
         with peer.enter("rebuild", "destination"), no_collection():
             state = self._rebuild(plan.landing)
         self._report.torn = False
         self.kept = None
         peer.outcome = "complete"
         if plan.rewrite is not None and plan.header.digest:
-            plan.rewrite.note_digests(sink.todo.digests, plan.header.digest)
+            plan.rewrite.note_digests(sink.pending.digests, plan.header.digest)
         return Received(state, plan.landing.written(), self._relay, plan.rewrite)
 
     def _rebuild(self, landing: Landing) -> object:
@@ -298,13 +298,16 @@ class Reception:
 
     def _call(self) -> ControlConnection:
         options, deadline = self._options, self._deadline
-        bell = Bell()  # before there is a connection, which would be left open if no descriptor is to be had for this
-        hello = encode(Frame.HELLO, self._attempt, self._step, body=[self._me.identity, self._me.name])
-        connection = dial(self._invitation, hello, Patience(deadline, options.stall, "the source"), self._me.contexts)
-        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
-        conversation.sent(Frame.HELLO)
-        talk, tally = Talk(connection, conversation), Tally(self._report, options.progress)
-        return ControlConnection(talk, bell, self._invitation, deadline, options.stall, tally)
+        # Before there is a connection, which would be left open if no descriptor is to be had for this.
+        wakeup = Wakeup()
+        hello = encode(LaneFrame.HELLO, self._attempt, self._step, body=[self._local.identity, self._local.name])
+        connection = dial(
+            self._endpoint, hello, StallTimer(deadline, options.stall, "the source"), self._local.contexts
+        )
+        protocol = LaneProtocol(Role.DESTINATION, self._attempt, self._step)
+        protocol.sent(LaneFrame.HELLO)
+        session, tally = Session(connection, protocol), Tally(self._report, options.progress)
+        return ControlConnection(session, wakeup, self._endpoint, deadline, options.stall, tally)
 
     def _agree(
         self, control: ControlConnection, state_dict: Callable[[], object] | None, earlier: Kept | None
@@ -325,8 +328,8 @@ class Reception:
         metadata, ident = "", b""
         if header.number > 1:  # there may be somebody behind
             self._relay = sink.relay = self._pass_on(plan, sink, control, stream)
-            metadata, ident = self._me.metadata, self._relay.ident
-        control.be_ready(metadata, ident)
+            metadata, ident = self._local.metadata, self._relay.ident
+        control.send_ready(metadata, ident)
         return plan, sink
 
     def _refuse(self, control: ControlConnection, reason: str, *, wait: bool) -> None:
@@ -339,11 +342,11 @@ class Reception:
 
     def _pass_on(self, plan: _Plan, sink: Sink, control: ControlConnection, stream: Any) -> Relay:
         return Relay(
-            self._me.desk,
+            self._local.dispatcher,
             plan.layout,
             plan.landing,
-            sink.todo,
-            control.patience(),
+            sink.pending,
+            control.timer(),
             verified=sink.verified,
             stream=stream,
             rewrite=plan.rewrite,
@@ -352,15 +355,15 @@ class Reception:
     # -------------------------------------------------------------------------------- move and end
 
     def _move(self, control: ControlConnection, plan: _Plan, sink: Sink) -> None:
-        mover = Mover(control, sink, self._options, self._me.contexts)
+        mover = Mover(control, sink, self._options, self._local.contexts)
         try:
             mover.run()
         finally:
             self._report.peers[0].nbytes_wire += mover.nbytes_wire
             # Also of what an earlier receive had left and this one has not come to: it is still in the template.
-            if sink.verified and sink.todo.digests:
+            if sink.verified and sink.pending.digests:
                 known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}
-                self.kept = Kept(self._step, plan.state, plan.layout, known | sink.todo.digests)
+                self.kept = Kept(self._step, plan.state, plan.layout, known | sink.pending.digests)
 
     def _end_badly(self, exc: BaseException) -> None:
         """Note how it ended, tell the source where it still listens, pass nothing on any more."""
@@ -371,13 +374,13 @@ class Reception:
         refused = peer.outcome == "refused"
         peer.outcome = _outcome(exc, refused=refused)
         if self._control is not None and self._control.lost is None and not isinstance(exc, GaveUp):
-            late = isinstance(exc, (Silence, TransferTimeout))
-            self._control.say_failed(peer.reason, refused=refused, late=late)
+            late = isinstance(exc, (PeerStalled, TransferTimeout))
+            self._control.send_failed(peer.reason, refused=refused, late=late)
 
 
 def _outcome(exc: BaseException, *, refused: bool) -> Outcome:
     """How a receive has ended that raised this."""
-    if isinstance(exc, (TransferTimeout, Silence)):
+    if isinstance(exc, (TransferTimeout, PeerStalled)):
         return "timed out"
     if isinstance(exc, PeerFailure) and not isinstance(exc, GaveUp):
         return "dead"

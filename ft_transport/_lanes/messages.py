@@ -2,7 +2,7 @@
 
 Strategy: a source does not stop training, so what is read here may change underneath. Small tensors do, in forward, and
 are copied before ``send_checkpoint`` returns; large ones do only when an optimizer steps, which waits, or when somebody
-writes to them by hand, which is noticed (``_plan.unchanged``) and makes the whole offer void.
+writes to them by hand, which is noticed (``_plan.unchanged``) and makes the whole transfer void.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ft_transport._plan.source import Outbound
 from ft_transport._wire.layout import SMALL_BYTES
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["SourceStock"]
+__all__ = ["StateMessages"]
 
 
-class SourceStock:
+class StateMessages:
     """The messages of a described state; see ``_lanes.supplier.Stock``.
 
     The small ones are copied here and now: forward goes on meanwhile, and changes small buffers (BatchNorm).
@@ -34,7 +34,7 @@ class SourceStock:
         error: Why the state is not what it was any more, once somebody has looked.
     """
 
-    steady = is_whole_offer = True
+    steady = is_whole_transfer = True
 
     def __init__(self, outbound: Outbound, stream: Any = None) -> None:
         self.sizes = outbound.layout.sizes

@@ -7,10 +7,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 
-__all__ = ["Work"]
+__all__ = ["PendingMessages"]
 
 
-class Work:
+class PendingMessages:
     """The messages of one receive. Shared by its lanes, and by whoever passes on what has landed.
 
     Args:

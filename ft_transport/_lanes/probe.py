@@ -13,24 +13,24 @@ from datetime import timedelta
 from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport._lanes.fetch import Fetcher
 
-__all__ = ["TRIAL_MESSAGES", "Trial"]
+__all__ = ["PROBE_MESSAGES", "SourceProbe"]
 
-# Messages that are fetched from the source in one trial.
-TRIAL_MESSAGES = 4
+# Messages that are fetched from the source in one probe.
+PROBE_MESSAGES = 4
 # How many times as fast the source has to be: turning to it takes some of its link from all others.
 _TIMES_AS_FAST = 2
 
 
-class Trial:
+class SourceProbe:
     """Trials beside the lanes to the destination before this one.
 
     Args:
         lanes: The lanes to it.
-        begin: Begins to fetch :data:`TRIAL_MESSAGES` from the source.
-        interval: How long it is left alone first; after each trial that changed nothing, twice as long.
+        begin: Begins to fetch :data:`PROBE_MESSAGES` from the source.
+        interval: How long it is left alone first; after each probe that changed nothing, twice as long.
 
     Attributes:
-        nbytes_wire: All bytes of the trials so far.
+        nbytes_wire: All bytes of the probes so far.
     """
 
     def __init__(self, lanes: Fetcher, begin: Callable[[], Fetcher], interval: timedelta) -> None:
@@ -47,7 +47,7 @@ class Trial:
         self._interval *= 2
 
     def look(self) -> bool:
-        """Begin a trial if it is time; gives whether one has ended and the source is much quicker. Call it often."""
+        """Begin a probe if it is time; gives whether one has ended and the source is much quicker. Call it often."""
         if self._running is None:
             if self._due.expired():
                 self._began, self._running = Deadline(self._interval), self._begin()
@@ -61,7 +61,7 @@ class Trial:
         return source > _TIMES_AS_FAST * before
 
     def close(self) -> None:
-        """End a trial that is under way. May be called twice."""
+        """End a probe that is under way. May be called twice."""
         running, self._running = self._running, None
         if running is not None:
             running.close()

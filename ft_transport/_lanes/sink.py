@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ft_transport._lanes.pending import Work
-from ft_transport._lanes.protocol import Header
+from ft_transport._lanes.pending import PendingMessages
+from ft_transport._lanes.protocol import LaneHeader
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.session import Talk, fingerprint
-from ft_transport._net.stall import Patience
+from ft_transport._lanes.session import Session, fingerprint
+from ft_transport._net.stall import StallTimer
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.rewrite import Rewrite
@@ -43,7 +43,7 @@ class Sink:
     Args:
         layout: The messages.
         landing: Where they land.
-        work: Learns which are here.
+        pending: Learns which are here.
         report: Learns how many bytes are.
         verified: Whether messages have digests.
         claims: Messages that may be here already, with their digests; None where it is still to be taken.
@@ -58,7 +58,7 @@ class Sink:
         self,
         layout: Layout,
         landing: Landing,
-        work: Work,
+        pending: PendingMessages,
         report: TransferReport,
         claims: dict[int, int | None],
         *,
@@ -66,7 +66,7 @@ class Sink:
         rewrite: Rewrite | None = None,
         stream: Any = None,
     ) -> None:
-        self.todo = work
+        self.pending = pending
         self.relay: Relay | None = None
         self.verified = verified
         self._layout = layout
@@ -94,12 +94,12 @@ class Sink:
         written = self._rewrite.written() if self._rewrite is not None else []
         if written:
             logger.info("forward has written to what had landed: %d messages are fetched again", len(written))
-            self.todo.again(written)
+            self.pending.again(written)
         return bool(written)
 
     def claim(self, message: int, bucket: Bucket) -> int | None:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
-        if message not in self._claims or self.todo.was_damaged(message) or self._is_written(message):
+        if message not in self._claims or self.pending.was_damaged(message) or self._is_written(message):
             return None
         held = self._landing.held(message)
         if held is None:
@@ -111,7 +111,7 @@ class Sink:
         self._claimed[message] = digest = fingerprint(here, held)
         return digest if self._claims[message] in (None, digest) else None
 
-    def land(self, talk: Talk, header: Header, bucket: Bucket, patience: Patience) -> bool:
+    def land(self, session: Session, header: LaneHeader, bucket: Bucket, timer: StallTimer) -> bool:
         """Receive a message whose header is here; gives whether it came sound.
 
         Raises:
@@ -128,7 +128,7 @@ class Sink:
         else:
             view = held.view
             self._note_torn(message)
-        digest = talk.hear_message(header, view, verify=self.verified, patience=patience, held=held)
+        digest = session.recv_message(header, view, verify=self.verified, timer=timer, held=held)
         if digest is None:
             return False
         if staged is not None:
@@ -145,7 +145,7 @@ class Sink:
                 self._counted.add(message)
                 self._report.peers[0].nbytes += nbytes
                 self._report.nbytes_staged += nbytes if staged is not None else 0
-        self.todo.landed(message, digest)
+        self.pending.landed(message, digest)
         return True
 
     def _is_written(self, message: int) -> bool:
@@ -180,7 +180,7 @@ class Sink:
         """
         with self._lock:
             self._report.num_repaired += 1
-        times = self.todo.damaged(message)
+        times = self.pending.damaged(message)
         logger.warning("message %d came damaged and is fetched again", message)
         if times >= _MAX_DAMAGED:
             raise Incurable(
@@ -195,4 +195,4 @@ class Sink:
             self._report.nbytes_kept += self.sizes[message]
         if self._rewrite is not None and (taken := self._rewrite.taken(message)) is not None:
             self._rewrite.keep(message, taken)
-        self.todo.landed(message, self._claimed[message])
+        self.pending.landed(message, self._claimed[message])

@@ -16,16 +16,16 @@ import psutil
 
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
-__all__ = ["Interface", "Invitation", "in_order", "interfaces", "resolve"]
+__all__ = ["Interface", "Endpoint", "rank_addresses", "interfaces", "resolve"]
 
 VERSION = 2
 SECRET_BYTES = 32
 
-# Of an invitation: whoever dials tries one after the other, a moment apart, and the text stays a few kilobytes long.
+# Of one endpoint: whoever dials tries one after the other, a moment apart, and the text stays a few kilobytes long.
 MAX_ADDRESSES = 64
 
 
-class Invitation(NamedTuple):
+class Endpoint(NamedTuple):
     """What ``metadata()`` says.
 
     Attributes:
@@ -47,7 +47,7 @@ class Invitation(NamedTuple):
         return f"{'ft-lanes+tls' if self.tls else 'ft-lanes'}://{hosts}:{self.port}/{VERSION}/{self.secret.hex()}"
 
     @classmethod
-    def decode(cls, metadata: str) -> Invitation:
+    def decode(cls, metadata: str) -> Endpoint:
         """Read a peer's metadata.
 
         Raises:
@@ -81,10 +81,10 @@ class Interface(NamedTuple):
     address: str
 
 
-def in_order(
+def rank_addresses(
     found: Sequence[Interface], hosts: Sequence[str], interface: str | None, environ: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """The addresses to put into an invitation, the one to try first in front.
+    """The addresses to put into metadata, the one to try first in front.
 
     First what the user named (``hosts``, then ``interface``), then the interfaces of ``GLOO_SOCKET_IFNAME`` and
     ``NCCL_SOCKET_IFNAME``, then the others; loopback and link-local ones last, and the latter only if named.

@@ -16,7 +16,7 @@ from collections.abc import Generator
 
 from ft_transport.errors import RemoteProtocolError
 
-__all__ = ["Handshake", "admit", "knock"]
+__all__ = ["Handshake", "server_handshake", "client_handshake"]
 
 _NONCE_BYTES = 32
 _MAC_BYTES = 32
@@ -33,7 +33,7 @@ def _mac(secret: bytes, label: bytes, *nonces: bytes) -> bytes:
     return hmac.digest(secret, label + b"".join(nonces), hashlib.sha256)
 
 
-def knock(secret: bytes) -> Handshake:
+def client_handshake(secret: bytes) -> Handshake:
     """The side that dials. When it is exhausted, both sides have proved that they know the secret.
 
     Raises:
@@ -48,7 +48,7 @@ def knock(secret: bytes) -> Handshake:
     yield _mac(secret, b"enter", mine, theirs)
 
 
-def admit(secret: bytes) -> Handshake:
+def server_handshake(secret: bytes) -> Handshake:
     """The side that listens. When it is exhausted, both sides have proved that they know the secret.
 
     Raises:

@@ -13,16 +13,16 @@ from typing import Any
 from ft_transport._deadline import Deadline
 from ft_transport._net.connection import Connection
 
-__all__ = ["HANDSHAKE", "Contexts", "Greeting"]
+__all__ = ["HANDSHAKE", "SslContexts", "PendingHandshake"]
 
 # A peer's handshake takes two round trips; what is not through by then is a stranger.
 HANDSHAKE = timedelta(seconds=3)
 
 # For listening, and for dialling.
-Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
+SslContexts = tuple[ssl.SSLContext, ssl.SSLContext]
 
 
-class Greeting:
+class PendingHandshake:
     """A handshake under way on a socket that does not block. Owns the socket until it is :meth:`taken`.
 
     Args:

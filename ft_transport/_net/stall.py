@@ -11,32 +11,32 @@ from datetime import timedelta
 from ft_transport._deadline import Deadline
 from ft_transport.errors import PeerFailure, TransferTimeout
 
-__all__ = ["HEARTBEAT", "Patience", "Silence"]
+__all__ = ["HEARTBEAT", "StallTimer", "PeerStalled"]
 
 # How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again.
 HEARTBEAT = timedelta(milliseconds=250)
 
 
-class Silence(PeerFailure):
+class PeerStalled(PeerFailure):
     """The peer is there, as far as the network knows, and nothing has come from it for too long."""
 
 
-class Patience:
+class StallTimer:
     """How long a call may go on.
 
     Args:
         deadline: It ends then, whatever happens.
-        silence: It ends when nothing has moved for so long; None for as long as you like.
+        stall: It ends when nothing has moved for so long; None for as long as you like.
         peer: Who is silent then, for the message.
     """
 
-    def __init__(self, deadline: Deadline, silence: timedelta | None = None, peer: str = "the peer") -> None:
+    def __init__(self, deadline: Deadline, stall: timedelta | None = None, peer: str = "the peer") -> None:
         self.deadline = deadline
         self._peer = peer
-        self._silent = Deadline(silence) if silence is not None else None
+        self._silent = Deadline(stall) if stall is not None else None
         self._cancelled = ""
 
-    def moved(self) -> None:
+    def progressed(self) -> None:
         """Something has: the silence is over, and begins anew."""
         if self._silent is not None:
             self._silent.restart()
@@ -55,7 +55,7 @@ class Patience:
 
         Raises:
             TransferTimeout: The deadline has passed.
-            Silence: Nothing has moved for too long.
+            PeerStalled: Nothing has moved for too long.
             PeerFailure: It is cancelled.
         """
         if self.deadline.expired():
@@ -63,4 +63,4 @@ class Patience:
         if self._cancelled:
             raise PeerFailure(self._cancelled)
         if self._silent is not None and self._silent.expired():
-            raise Silence(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")
+            raise PeerStalled(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")

@@ -20,12 +20,12 @@ import torch
 from torchft.checkpointing.transport import CheckpointTransport
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.destination import Reception, Self
-from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.protocol import Visit, first_frame
+from ft_transport._lanes.destination import DestinationTransfer, LocalPeer
+from ft_transport._lanes.dispatcher import Dispatcher
+from ft_transport._lanes.protocol import FirstFrame, first_frame
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.source import Offer
-from ft_transport._net.endpoint import SECRET_BYTES, Invitation, in_order, interfaces, resolve
+from ft_transport._lanes.source import SourceTransfer
+from ft_transport._net.endpoint import SECRET_BYTES, Endpoint, interfaces, rank_addresses, resolve
 from ft_transport._net.listener import Listener
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.rebuild import mark_changed
@@ -162,16 +162,16 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         self._manager: weakref.ref[Any] | None = None
         self._from_manager = False
         self._rewrite: Rewrite | None = None
-        self._offer: Offer | None = None
+        self._source_transfer: SourceTransfer | None = None
         self._relay: Relay | None = None
-        self._reception: Reception | None = None
+        self._destination_transfer: DestinationTransfer | None = None
         self._receiver = 0  # the thread that receives
         self._is_shut_down = False
         self._kept: Kept | None = None
         self._attempts = 0
-        self._self, self._listener = _listen(host, interface, port, ssl_context)
-        # The listener's thread knows the desk alone, so a transport that nobody holds any more can be collected.
-        self._finalizer = weakref.finalize(self, _close, self._listener, self._self.desk)
+        self._local, self._listener = _listen(host, interface, port, ssl_context)
+        # The listener's thread knows the dispatcher alone, so a transport that nobody holds any more can be collected.
+        self._finalizer = weakref.finalize(self, _close, self._listener, self._local.dispatcher)
 
     @property
     def last_report(self) -> TransferReport | None:
@@ -191,7 +191,7 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
         """
         self._begin_quorum()
-        return self._self.metadata
+        return self._local.metadata
 
     def disallow_checkpoint(self) -> None:
         """Wait until the state is no longer read; afterwards it may change.
@@ -205,9 +205,9 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         """
         changed, self._changed = self._changed, []
         try:
-            offer, relay = self._offer, self._relay
-            if offer is not None:
-                offer.drain()
+            transfer, relay = self._source_transfer, self._relay
+            if transfer is not None:
+                transfer.drain()
             if relay is not None:
                 relay.drain()
             self._end()
@@ -219,14 +219,14 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
 
     def _end(self, *, keep_offer: bool = False) -> None:
         """End what an earlier call has left under way; nothing reads the state any more then."""
-        offer, relay = None if keep_offer else self._offer, self._relay
-        if offer is not None:
-            offer.close()
+        transfer, relay = None if keep_offer else self._source_transfer, self._relay
+        if transfer is not None:
+            transfer.close()
         if relay is not None:
             relay.close()
         # Forgotten only now: Ctrl-C may have come.
-        if self._offer is offer:
-            self._offer = None
+        if self._source_transfer is transfer:
+            self._source_transfer = None
         if self._relay is relay:
             self._relay = None
 
@@ -246,10 +246,10 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
             wait: Return only when no thread is left, and nothing writes to the template any more.
         """
         self._is_shut_down = True
-        reception = self._reception
-        if reception is not None:
-            reception.cancel(_SHUT_DOWN)
-        is_receiving = reception is not None and self._receiver != threading.get_ident()
+        transfer = self._destination_transfer
+        if transfer is not None:
+            transfer.cancel(_SHUT_DOWN)
+        is_receiving = transfer is not None and self._receiver != threading.get_ident()
         if wait:
             self._end_all(is_receiving)
         else:
@@ -297,16 +297,18 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
                 raise LocalProtocolError(f"ranks {dst_ranks}: expected each once")
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
             deadline = Deadline(min(timeout, self._timeout))
-            offer = self._offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
+            transfer = self._source_transfer = SourceTransfer(
+                self._options, deadline, report, self._local.dispatcher, self._teller
+            )
             try:
                 self._guard.check_source()
             except TornStateError as exc:
-                offer.refuse(exc.message)
+                transfer.refuse(exc.message)
                 raise
-            offer.open(state_dict)
-            if self._blocking or offer.within_step():
+            transfer.open(state_dict)
+            if self._blocking or transfer.within_step():
                 try:
-                    offer.drain()
+                    transfer.drain()
                 finally:
                     self._end()
 
@@ -343,25 +345,25 @@ class LaneTransport(Asked, CheckpointTransport[T]):  # type: ignore[misc]
         with Call(self, report, teller=self._teller), self._guard.receiving(report) as attempt:
             self._rewrite = None
             trains = self._trains_meanwhile()
-            from_itself = metadata == self._self.metadata
+            from_itself = metadata == self._local.metadata
             self._end(keep_offer=from_itself)
             report.peers = [PeerReport(src_rank)]
             deadline = Deadline(min(timeout, self._timeout))
             self._attempts += 1
-            invitation = Invitation.decode(metadata)
-            reception = Reception(
-                invitation, step, self._attempts, self._self, self._options, deadline, report, attempt, trains=trains
+            endpoint = Endpoint.decode(metadata)
+            transfer = DestinationTransfer(
+                endpoint, step, self._attempts, self._local, self._options, deadline, report, attempt, trains=trains
             )
-            self._reception, self._receiver = reception, threading.get_ident()
+            self._destination_transfer, self._receiver = transfer, threading.get_ident()
             if self._is_shut_down:
-                reception.cancel(_SHUT_DOWN)
+                transfer.cancel(_SHUT_DOWN)
             earlier, self._kept = self._kept, None
             try:
                 with watching(report, deadline):
                     # What the template holds is what is sent, if this side is the source, too.
-                    received = reception.run(None if from_itself else self._template(), earlier)
+                    received = transfer.run(None if from_itself else self._template(), earlier)
             finally:
-                self._reception, self._kept = None, reception.kept
+                self._destination_transfer, self._kept = None, transfer.kept
             self._changed, self._relay = received.written, received.relay
             self._keep(received.rewrite)
             if self._relay is not None:
@@ -378,24 +380,26 @@ def _listen(
     interface: str | None,
     port: int,
     contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None,
-) -> tuple[Self, Listener[Visit]]:
+) -> tuple[LocalPeer, Listener[FirstFrame]]:
     """Begin to listen, and say where."""
     hosts = resolve(host) if host is not None else []
     try:
-        addresses = in_order(interfaces(), hosts, interface, os.environ)
+        addresses = rank_addresses(interfaces(), hosts, interface, os.environ)
     except OSError as exc:
         raise LocalProtocolError(f"the addresses of this machine cannot be listed: {exc}") from None
     secret = secrets.token_bytes(SECRET_BYTES)
-    desk = Desk()
+    dispatcher = Dispatcher()
     try:
-        listener = Listener(secret, port, contexts[0] if contexts else None, first_frame, desk.welcome, desk.tick)
+        listener = Listener(
+            secret, port, contexts[0] if contexts else None, first_frame, dispatcher.dispatch, dispatcher.tick
+        )
     except OSError as exc:
         raise LocalProtocolError(f"cannot listen on port {port}: {exc}") from None
-    metadata = Invitation(addresses, listener.port, secret, contexts is not None).encode()
+    metadata = Endpoint(addresses, listener.port, secret, contexts is not None).encode()
     name = f"{platform.node()} pid {os.getpid()}"
-    return Self(secrets.token_bytes(16), name, metadata, desk, contexts), listener
+    return LocalPeer(secrets.token_bytes(16), name, metadata, dispatcher, contexts), listener
 
 
-def _close(listener: Listener[Visit], desk: Desk) -> None:
+def _close(listener: Listener[FirstFrame], dispatcher: Dispatcher) -> None:
     listener.close()
-    desk.close_all()
+    dispatcher.close_all()
