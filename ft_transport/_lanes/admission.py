@@ -77,6 +77,7 @@ class Admission:
         """
         if step > self._step or self.is_over:
             return False
+        # Dead ones count until their thread has noticed: they hold memory and lanes as long.
         served = [known for known, state in self._known.items() if state.peer.outcome == "pending"]
         if identity in served or len(served) < self._num_places:
             return True
@@ -89,6 +90,7 @@ class Admission:
         earlier = self._known.get(identity)
         if earlier is not None:
             peer = PeerReport(earlier.peer.rank)
+            # A list of its own, which replaces the other: whoever is looking at that one is not disturbed.
             self._report.peers = [peer if known is earlier.peer else known for known in self._report.peers]
         elif self._expected:
             peer = self._expected.pop(0)

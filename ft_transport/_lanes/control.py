@@ -116,6 +116,7 @@ class ControlConnection:
 
     def ask(self, route: Route, reason: str, *, slow: bool) -> Route | None:
         """Ask for another supplier; gives None if it is the same again, which a slow one may be: nobody is better."""
+        # By its identity: the source believes only what is said of the one that it has named.
         self.session.send(LaneFrame.REROUTE, self.timer(), body=[route.ident, reason, slow])
         named = self.await_route()
         return None if slow and named.ident == route.ident else named
@@ -143,6 +144,7 @@ class ControlConnection:
         if self._deadline.expired():
             raise TransferTimeout(f"timed out after {self._deadline.timeout.total_seconds():g} s")
         listening = self.session.connection if self.lost is None else None
+        # Lanes wake this up when they end or everything is here; else it looks by itself with each heartbeat.
         readable = self.wakeup.await_wake(listening, min(limit, self._deadline.remaining()))
         self._tally.tell()
         if self.lost is not None:
@@ -150,6 +152,7 @@ class ControlConnection:
         try:
             if readable:
                 self._recv()
+            # Also while bytes move: they move from somebody else, perhaps, and the source sees none of them.
             if self._beat.expired():
                 self._beat = Deadline(HEARTBEAT)
                 self.session.send(LaneFrame.PROGRESS, self.timer(), self._tally.nbytes)
@@ -179,6 +182,7 @@ class ControlConnection:
     @property
     def from_source(self) -> Route:
         """The way to the source itself, over the address that has answered."""
+        # Its other addresses may lead nowhere from here, and would be tried again for each lane.
         here = self._endpoint._replace(addresses=(self.session.connection.address,))
         return Route(here, self._source_ident, from_source=True)
 

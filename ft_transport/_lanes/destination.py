@@ -125,8 +125,11 @@ class _Planner:
         if kind is not CodecFrame.MANIFEST:
             raise RemoteProtocolError(f"expected a manifest, got {kind.name}")
         manifest, header = decode_manifest(body)
+        # The source has let us in for this step; that its manifest is of the same is for us to see.
         if header.step != self._step:
             raise RemoteProtocolError(f"expected step {self._step}, source has step {header.step}")
+        # Samples and sums exist over a group only. Here a message is passed on, and kept for a resume, on the word of
+        # its digest alone.
         if header.digest not in ("", "xxh3") or header.sample >= 0:
             raise RemoteProtocolError(f"expected xxh3 digests of every byte, or none, source has {header.digest!r}")
         layout = lay_out(manifest, header.limits)
@@ -134,6 +137,7 @@ class _Planner:
         self._report.num_leaves = len(manifest.leaves)
         self._report.num_messages = len(layout.messages)
         self._report.nbytes_total = layout.nbytes
+        # Before the first byte: from now on the guard can name what is torn.
         if self._torn is not None:
             self._torn.landing = landing
         return _Plan(
@@ -271,12 +275,16 @@ class DestinationTransfer:
             self._move(control, plan, sink)
         with peer.enter("verify", "destination"):
             plan.landing.check()
+            # Before anything is rebuilt: the source is waited for by its own optimizer, and what follows here is no
+            # concern of its.
             control.send_done(verified=sink.verified)
         with peer.enter("rebuild", "destination"), no_collection():
             state = self._rebuild(plan.landing)
+        # Whole, whatever it was at the beginning: what an earlier receive had left is part of it now.
         self._report.torn = False
         self.kept = None
         peer.outcome = "complete"
+        # By these the training thread sees later what forward has changed since.
         if plan.rewrite is not None and plan.header.digest:
             plan.rewrite.note_digests(sink.pending.digests, plan.header.digest)
         return Received(state, plan.landing.written(), self._relay, plan.rewrite)
@@ -292,6 +300,7 @@ class DestinationTransfer:
     def cancel(self, reason: str) -> None:
         """Let the receive fail within a moment. Any thread."""
         self._cancelled = reason
+        # Every wait looks at it, so no other flag has to be looked at in as many places.
         self._deadline.expire()
 
     # ------------------------------------------------------------------------------------- agree
@@ -314,11 +323,14 @@ class DestinationTransfer:
     ) -> tuple[_Plan, Sink]:
         header, data = control.await_manifest()
         try:
+            # To compare a large template, or a state_dict() that gathers shards, may take longer than the source waits
+            # for a word.
             with control.heartbeats(), no_collection():
                 stream = settled_stream()
                 plan = self._planner.plan(data, state_dict)
                 sink = self._planner.sink(plan, earlier, stream)
         except Exception as exc:
+            # A callback of the user's has raised, say: the source is to know that it is not at fault.
             error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
             self._refuse(control, error.message, wait=True)
             raise error from None
@@ -370,6 +382,7 @@ class DestinationTransfer:
         (peer,) = self._report.peers
         peer.reason = reason_of(exc)
         if self._relay is not None:
+            # First: those behind turn to the source then, and are not fed from a state that is a mix.
             self._relay.close()
         refused = peer.outcome == "refused"
         peer.outcome = _outcome(exc, refused=refused)

@@ -19,6 +19,7 @@ __all__ = ["Dispatcher", "Transfer"]
 logger = logging.getLogger("ft_transport")
 
 # Destinations that wait for a transfer to begin, or for a place in one; the oldest makes room. None has a thread.
+# As many as the replicas of a large job, all started at once and none with a source yet.
 MAX_WAITING = 256
 # Lanes open at once, whatever they are for: each has a thread. A destination that gets fewer than it wants makes do.
 MAX_ALL_LANES = 1024
@@ -54,6 +55,8 @@ class Dispatcher:
         header = first.header
         if header.frame is LaneFrame.ATTACH:
             with self._lock:
+                # Under the lock until it is attached: a supplier that ends is unregistered first, and then joins its
+                # lanes.
                 supplier = self._suppliers.get(first.body[0])
                 if supplier is not None and sum(each.num_lanes for each in self._suppliers.values()) < MAX_ALL_LANES:
                     supplier.attach(connection, header)
@@ -93,6 +96,8 @@ class Dispatcher:
     def close(self, transfer: Transfer) -> None:
         """From now on destinations wait for another one."""
         with self._lock:
+            # An older one may be closed late, by an optimizer's hook in another thread, when the next one is open
+            # already.
             if self._transfer is transfer:
                 self._transfer = None
 

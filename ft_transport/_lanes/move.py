@@ -70,6 +70,7 @@ class Mover:
             ended = self._ended(route, fetched, breaks + 1)
             follows = after(ended)
             if follows is Next.GIVE_UP:
+                # What the caller is told is the cause: of a supplier that ended after the source was lost, the loss.
                 raise fetched.error if route.from_source or control.lost is None else control.lost
             if follows is Next.SAME and not ended.complete:
                 breaks += 1
@@ -109,10 +110,13 @@ class Mover:
                 control.pump()
                 if fetcher.fatal is not None:
                     raise fetcher.fatal
+                # Whom the source would name is not known before it is asked, but that it is worth asking is: its own
+                # link is quicker.
                 if not route.from_source and control.lost is None and probe.look():
                     named = control.ask(route, "it is much slower than the source", slow=True)
         finally:
             try:
+                # Both, whatever the first raises (Ctrl-C): nothing may land once this has returned.
                 probe.close()
             finally:
                 fetcher.close()

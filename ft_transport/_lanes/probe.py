@@ -16,8 +16,11 @@ from ft_transport._lanes.fetch import Fetcher
 __all__ = ["PROBE_MESSAGES", "SourceProbe"]
 
 # Messages that are fetched from the source in one probe.
+# More than one lane has under way at once, so that the last ones come at the link's speed and not at that of its round
+# trip.
 PROBE_MESSAGES = 4
 # How many times as fast the source has to be: turning to it takes some of its link from all others.
+# With less, two destinations that are equally quick would change places for ever, each seeing the other's noise.
 _TIMES_AS_FAST = 2
 
 
@@ -44,6 +47,7 @@ class SourceProbe:
 
     def _leave_alone(self) -> None:
         self._due, self._nbytes_before = Deadline(self._interval), self._lanes.nbytes
+        # A link that is slow for good would be tried for ever, each time at the cost of all others.
         self._interval *= 2
 
     def look(self) -> bool:
@@ -52,6 +56,7 @@ class SourceProbe:
             if self._due.expired():
                 self._began, self._running = Deadline(self._interval), self._begin()
             return False
+        # It ends by itself, once its messages are here: no time-out of its own, since slow is what it is to find out.
         if self._running.alive:
             return False
         before = (self._lanes.nbytes - self._nbytes_before) / self._due.elapsed()

@@ -46,8 +46,13 @@ __all__ = [
 ]
 
 MAGIC = b"FTLN"
+# Peers of two versions refuse each other by name, and nothing is negotiated: the replicas of one job run one version,
+# but for the minutes in which it is replaced.
 VERSION = 2
 # Magic, version, frame, attempt, step, number, bytes of the body, digest of the body, digest of all before it.
+# The header has a digest of its own, since its length is believed before a byte of the body is here. Attempt and step
+# in each frame: what an earlier receive has asked for cannot be taken for an answer to this one, whatever is between
+# the two sides.
 _HEADER = struct.Struct("<4sBB2xIqQQQQ")
 _CHECKED = _HEADER.size - 8
 HEADER_BYTES = _HEADER.size
@@ -123,6 +128,7 @@ TABLE: dict[State, dict[tuple[Role, LaneFrame], State]] = {
         (_S, LaneFrame.FAILED): State.CLOSED,
     },
     State.ROUTING: {
+        # PROGRESS and WAIT may be on their way when the other side moves on: see the test of frames that cross.
         (_S, LaneFrame.ROUTE): State.MOVING,
         (_S, LaneFrame.WAIT): State.ROUTING,
         (_S, LaneFrame.FAILED): State.CLOSED,
@@ -131,6 +137,7 @@ TABLE: dict[State, dict[tuple[Role, LaneFrame], State]] = {
     },
     State.MOVING: {
         (_D, LaneFrame.PROGRESS): State.MOVING,
+        # Lanes go on meanwhile: a destination that finds its supplier slow does not stand still for the answer.
         (_D, LaneFrame.REROUTE): State.ROUTING,
         (_D, LaneFrame.DONE): State.DONE,
         (_D, LaneFrame.FAILED): State.CLOSED,
@@ -138,10 +145,12 @@ TABLE: dict[State, dict[tuple[Role, LaneFrame], State]] = {
         (_S, LaneFrame.FAILED): State.CLOSED,
     },
     State.DONE: {
+        # FAILED in this place means that the state has changed: what the destination has is whole, and nobody's state.
         (_S, LaneFrame.BYE): State.CLOSED,
         (_S, LaneFrame.WAIT): State.DONE,
         (_S, LaneFrame.FAILED): State.CLOSED,
     },
+    # No FAILED here: a lane that ends says all there is to say, and why is said on the control connection.
     State.LANE: {
         (_D, LaneFrame.WANT): State.LANE,
         (_D, LaneFrame.CHECK): State.LANE,
@@ -246,6 +255,7 @@ def decode_header(data: bytes | bytearray) -> LaneHeader:
 def encode(frame: LaneFrame, attempt: int, step: int, number: int = 0, body: Any = None) -> bytes:
     """Header and body of any frame but MESSAGE. Reasons that are too long are cut."""
     assert frame is not LaneFrame.MESSAGE
+    # Cut here and not where reasons are made: a state of 20,000 leaves that does not fit has as many paths to name.
     if isinstance(body, list):
         limit = MAX_LONG_BODY_BYTES // max(len(body), 1) - _LENGTH_BYTES if BODIES[frame] is str else _MAX_TEXT_BYTES
         body = [_fitting(entry, limit) if isinstance(entry, str) else entry for entry in body]
@@ -279,6 +289,7 @@ def decode_body(header: LaneHeader, data: bytes) -> Any:
             raise RemoteProtocolError(f"{name} has {len(data)} bytes, expected none")
         return None
     try:
+        # Tuples, so that nothing of it can be changed; bodies have no maps, and what nests is refused below.
         body = msgpack.unpackb(data, use_list=False, strict_map_key=True)
     except Exception as exc:
         raise RemoteProtocolError(f"damaged {name}: {type(exc).__name__}: {exc}") from None
@@ -329,6 +340,7 @@ class LaneProtocol:
         Raises:
             LocalProtocolError: It may not.
         """
+        # Checked on our side, too: what the table forbids is our mistake, and the peer would only call us broken.
         if not self._advance(self._role, frame, number):
             raise LocalProtocolError(f"{frame.name} {number} cannot be sent in state {self.state.value}")
 
@@ -357,6 +369,8 @@ class LaneProtocol:
             self.asked.append(number)
             if frame is LaneFrame.CHECK:
                 self._checked.add(number)
+        # Answers in the order of the questions need no numbers of their own, and what is still owed is simply what is
+        # left.
         elif frame in _ANSWERS:
             if not self.asked or self.asked[0] != number or (frame is LaneFrame.SAME and number not in self._checked):
                 return False

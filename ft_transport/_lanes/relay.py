@@ -57,6 +57,7 @@ class Relay:
         stream: Any = None,
         rewrite: Rewrite | None = None,
     ) -> None:
+        # Keeps lanes that an earlier receive was asked for from being taken for this one's.
         self.ident = secrets.token_bytes(16)
         self.verified = verified
         # Training goes on with this memory once this side has the state, whatever the next one still reads.
@@ -67,10 +68,13 @@ class Relay:
         self._rewrite = rewrite
         # Small messages as they came: training goes on once this side has the state, and changes small buffers.
         self._copies: dict[int, torch.Tensor] = {}
+        # As many bytes as a source copies before it returns: these are the same messages.
         self._room = SMALL_BYTES
         self._reading: Reading | None = None
         self._layout = layout
         self._supplier = Supplier(self, timer, stream)
+        # From the beginning, with nothing here yet: whoever asks waits for each message, and so gets it the moment it
+        # is sound.
         dispatcher.register(self.ident, self._supplier)
 
     @property
@@ -120,6 +124,8 @@ class Relay:
         reading = self._reading = Reading(
             self._layout, self._landing.memory, lambda reading: self.end_reading(), self._copies
         )
+        # Then nobody will call us before the next value is written: DiLoCo asks for a quorum from within its
+        # optimizer's step.
         if reading.within_step():
             self.end_reading()
 
@@ -134,6 +140,7 @@ class Relay:
 
     def close(self) -> None:
         """When this returns, nothing reads the state any more. May be called twice."""
+        # First, so that who comes now is sent away, and asks the source.
         self._dispatcher.unregister(self.ident)
         self._supplier.close()
         if self._reading is not None:

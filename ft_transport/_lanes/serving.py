@@ -67,6 +67,7 @@ class Line:
     @property
     def longest(self) -> int:
         """How many there may be in a row: 1 says that nobody need pass anything on."""
+        # Known before all have come, and so said to each in MANIFEST: the last one makes a relay that nobody will ask.
         return len(self._report.peers) if self._is_chain else 1
 
     def join(self, state: DestinationState) -> None:
@@ -137,6 +138,7 @@ class Serving:
                 send_failed(self.session, peer.reason, wait=not isinstance(exc, PeerStalled))
             return outcome
         finally:
+            # In this order: no new lane, then no lane, then no connection.
             self._dispatcher.unregister(self.state.ident)
             peer.nbytes_wire = self.session.connection.nbytes_wire
             if self._supplier is not None:
@@ -153,6 +155,7 @@ class Serving:
             session.send(LaneFrame.MANIFEST, timer, self._line.longest, store.frame)
             self._recv(store, until=State.ROUTING)
         with peer.enter("move", "source"):
+            # Also for one that fetches from another destination: it may come back at any moment, when that one is gone.
             self._supplier = Supplier(store, StallTimer(timer.deadline), store.stream)
             self._dispatcher.register(self.state.ident, self._supplier)
             while session.protocol.state is State.ROUTING:
@@ -161,6 +164,7 @@ class Serving:
         store.check_unchanged()
         self._has_all = True
         session.send(LaneFrame.BYE, timer)
+        # BYE is worth a moment: a destination that does not hear it has its state all the same, and logs a warning.
         session.connection.finish(StallTimer(timer.deadline, HEARTBEAT))
 
     def _recv(self, store: StateMessages, until: State) -> None:
@@ -171,6 +175,7 @@ class Serving:
             timer.check()
             if header.frame is LaneFrame.PROGRESS or header.frame is LaneFrame.DONE:
                 self._news.progress(self.state.peer, header.number)
+                # A change is found at the next PROGRESS, so that nobody fetches a whole state that is void already.
                 if session.protocol.state is State.MOVING:
                     store.check_unchanged()
                     session.send(LaneFrame.WAIT, timer)  # the source is alive, too
@@ -224,6 +229,7 @@ def send_failed(session: Session, reason: str, *, wait: bool) -> None:
     Args:
         wait: Until it has read that: closing at once would make the system drop it, if the destination still writes.
     """
+    # From the dispatcher (``wait`` is False) this runs under a lock, and a peer that reads nothing would hold it.
     if session.protocol.state is State.CLOSED or not (wait or session.connection.takes_more):
         return
     timer = StallTimer(Deadline(2 * HEARTBEAT), HEARTBEAT)

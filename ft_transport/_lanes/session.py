@@ -67,6 +67,8 @@ class Session:
 
     def recv_header(self, timer: StallTimer) -> LaneHeader:
         """The next frame's header; raises as :meth:`recv`."""
+        # Two reads for a frame, and none for what is behind it: nothing is kept in a buffer of ours, so a message can
+        # go where it belongs.
         header = decode_header(self.connection.read(HEADER_BYTES, timer))
         self.protocol.received(header)
         return header
@@ -94,9 +96,11 @@ class Session:
         protocol, connection = self.protocol, self.connection
         protocol.sent(LaneFrame.MESSAGE, number)
         header = LaneHeader(LaneFrame.MESSAGE, protocol.attempt, protocol.step, number, len(view))
+        # The header waits in the kernel for the first bytes of the message, else it would be a packet of its own.
         connection.write([encode_header(header)], timer, more=True)
         hashed = xxhash.xxh3_64()
         update = _reads(hashed, held)
+        # A digest that is known already leaves nothing to do on the way: all of it goes into one call.
         for piece in _pieces(view, whole=digest is not None):
             if digest is None:
                 update(piece)
@@ -140,6 +144,7 @@ class Session:
             if verify:
                 update(piece)
         _check(held)
+        # Behind the message, so that the one who reads it first can take its digest while it leaves.
         (expected,) = TRAILER.unpack(self.connection.read(TRAILER.size, timer))
         return expected if not verify or hashed.intdigest() == expected else None
 
@@ -162,6 +167,7 @@ def fingerprint(view: memoryview, held: Held | None = None) -> int:
     """The digest that :meth:`Session.send_message` would send; raises as it."""
     hashed = xxhash.xxh3_64()
     update = _reads(hashed, held)
+    # Whoever gives memory back waits for its readers (``_plan.lent``): for a piece, and not for a message.
     for piece in _pieces(view, whole=held is None):
         update(piece)
     return hashed.intdigest()

@@ -29,7 +29,9 @@ __all__ = ["Incurable", "Sink"]
 
 logger = logging.getLogger("ft_transport")
 
-# How often one message may come damaged from the same supplier.
+# How often one message may come damaged from the same supplier. TCP's checksum has 16 bits, so damage comes through now
+# and then; three times the same message is no chance, but bad memory, or a source whose memory changes, and neither
+# mends itself.
 _MAX_DAMAGED = 3
 
 
@@ -76,6 +78,7 @@ class Sink:
         self._claims = claims
         self._claimed: dict[int, int] = {}
         self._rewrite = rewrite
+        # A report counts a message once, also one that is fetched again after forward has written to it.
         self._counted: set[int] = set()  # messages that the report counts
         self._lock = threading.Lock()
 
@@ -87,6 +90,7 @@ class Sink:
     def enter(self) -> None:
         """Called by each thread that lands messages, before it does."""
         if self._stream is not None:
+            # A new thread has the default stream, on which a copy would not wait for what the caller's has begun.
             torch.accelerator.set_stream(self._stream)
 
     def fetch_written_again(self) -> bool:
@@ -99,6 +103,7 @@ class Sink:
 
     def claim(self, message: int, bucket: Bucket) -> int | None:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
+        # What came damaged is not there any more, whatever was: it has been written over.
         if message not in self._claims or self.pending.was_damaged(message) or self._is_written(message):
             return None
         held = self._landing.held(message)
@@ -119,6 +124,8 @@ class Sink:
         """
         message, nbytes = header.number, self.sizes[header.number]
         held = aside = staged = None
+        # Forward has the newer value there, and trains with it: the source's goes beside it until the optimizer may
+        # step.
         if self._rewrite is not None and self._is_written(message):
             aside = self._rewrite.take_aside(message)
             view = memory_at(aside.data_ptr(), nbytes)
@@ -128,10 +135,13 @@ class Sink:
         else:
             view = held.view
             self._note_torn(message)
+        # Into the template itself, and not by way of a copy: so it is torn from the first byte on, before any digest is
+        # known. What makes that safe is the guard, and shadow= for those who would rather pay.
         digest = session.recv_message(header, view, verify=self.verified, timer=timer, held=held)
         if digest is None:
             return False
         if staged is not None:
+            # Only now: what has come damaged into a bucket has torn nothing.
             self._note_torn(message)
             self._landing.scatter(message, staged)
             if self._rewrite is not None and self._rewrite.taken(message) is staged:
@@ -145,6 +155,7 @@ class Sink:
                 self._counted.add(message)
                 self._report.peers[0].nbytes += nbytes
                 self._report.nbytes_staged += nbytes if staged is not None else 0
+        # Last: from now on it is passed on.
         self.pending.landed(message, digest)
         return True
 
@@ -195,4 +206,5 @@ class Sink:
             self._report.nbytes_kept += self.sizes[message]
         if self._rewrite is not None and (taken := self._rewrite.taken(message)) is not None:
             self._rewrite.keep(message, taken)
+        # With the digest that was taken here; that the supplier has the same is what SAME says.
         self.pending.landed(message, self._claimed[message])

@@ -78,6 +78,8 @@ class SourceTransfer:
                 outbound = Outbound(state_dict, report.step, self._options, report, lambda reading: self.end_reading())
                 self._store = StateMessages(outbound, stream)
         except BaseException as exc:
+            # Destinations are told: they would wait for their whole time-out, and with them the collectives of
+            # everybody.
             self._failure = reason_of(exc)
             raise
         finally:
@@ -102,10 +104,14 @@ class SourceTransfer:
             if not self._admission.has_place(identity, step):
                 return False
             if (earlier := self._serving.get(identity)) is not None:
+                # The same process has come again: its first connection is one that it has given up, and may hang for
+                # minutes.
                 earlier.session.connection.abort()
             state = self._admission.admit(identity, attempt)
             state.peer.address, state.peer.name = session.connection.address, str(name)
             timer = StallTimer(self._deadline, self._options.stall, "the destination")
+            # One timer for all that is said on its control connection: whoever answers there is alive, however slow its
+            # lanes.
             serving = self._serving[identity] = Serving(session, state, timer, self._line, self._dispatcher, self._news)
             self._start(serving)
         return True
@@ -125,6 +131,7 @@ class SourceTransfer:
         store = self._store
         outcome: Outcome = "failed"
         try:
+            # An optimizer that steps in this very thread (a callback's) would wait for itself.
             with store.here() if store is not None else nullcontext():
                 outcome = serving.run(store, self._failure)
         finally:
@@ -162,6 +169,8 @@ class SourceTransfer:
 
         A destination that has not come within the stall time-out from now on is not waited for.
         """
+        # From now on, and not from when the state was offered: torchft calls this after the step's collectives, in
+        # which a destination that is alive takes part, so it has come by then.
         absent, admission = Deadline(self._options.stall), self._admission
         with self._changed:
             if admission.is_open:  # nobody was expected, so nobody is waited for who has not come
@@ -199,6 +208,7 @@ class SourceTransfer:
             self._give_up_expected("it has not come before the source ended the transfer")
             for serving in self._serving.values():
                 serving.cancel("the source has ended the transfer")
+        # Each ends by itself, within a heartbeat: its timer is cancelled.
         self._crew.join()
         with self._changed:
             self._release()

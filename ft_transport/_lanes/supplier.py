@@ -24,6 +24,7 @@ __all__ = ["MessageStore", "Supplier"]
 logger = logging.getLogger("ft_transport")
 
 # Bounds what somebody who knows the secret can make us start: a thread for each lane.
+# A destination opens 1 to 16, and as many again while the ones before are not known to be gone.
 MAX_LANES = 64
 
 # Who is waited for, and has taken no byte for so long, is not waited for any longer.
@@ -115,6 +116,8 @@ class Supplier:
             self._serve(connection, header)
         except LocalProtocolError as exc:
             logger.warning("a lane of %s has ended: %s", connection.address, exc)
+            # Memory that was given back is not the destination's fault, nor the connection's: the whole transfer is
+            # void by it.
             self._store.note_error(exc)
             if self._store.is_whole_transfer:
                 self._await_close()
@@ -134,6 +137,8 @@ class Supplier:
         protocol = LaneProtocol(Role.SOURCE, header.attempt, header.step)
         protocol.received(header)
         session = Session(connection, protocol)
+        # Without a stall time-out: a destination asks when it has room. That it lives is seen on its control
+        # connection.
         timer = StallTimer(self._timer.deadline)
         bucket = Bucket(torch.device("cpu"), pinned=True)
         while True:
@@ -142,11 +147,16 @@ class Supplier:
             message = asked.number
             if message >= len(self._store.sizes):
                 raise RemoteProtocolError(f"message {message} of {len(self._store.sizes)}")
+            # A relay has not got it yet. To say so keeps the one who asks from taking it for frozen.
             while not self._store.await_message(message):
                 session.send(LaneFrame.WAIT, timer)
                 timer.check()
+            # One bucket for each lane: a message is in the kernel, or in the peer's hands, when the next one is asked
+            # for.
             bucket.reset(aligned(self._store.sizes[message]))
             view = self._store.view(message, bucket)
+            # To compare costs a read on both sides, and saves the wire; a digest that somebody has taken before costs
+            # nothing.
             if asked.frame is LaneFrame.CHECK and self._digest(message, view) == claimed[0]:
                 session.send(LaneFrame.SAME, timer, message)
                 continue
@@ -206,5 +216,6 @@ class Supplier:
             self._closed = True
             self._changed.notify_all()
             for connection in self._lanes:
+                # By shutdown; each lane's own thread closes it.
                 connection.abort()
         self._crew.join()

@@ -33,6 +33,8 @@ from ft_transport.errors import PeerFailure, TransferError
 __all__ = ["Wakeup", "Connection", "is_local"]
 
 # Whoever reads much is woken up once so many bytes are there, and not for every packet.
+# Half of a piece that is fingerprinted at once (``_lanes.session``): so there is always something to do while the rest
+# comes.
 _MUCH_BYTES = 512 << 10
 
 # Memory for what a peer only says that it will send is taken in such steps, each once the bytes of the last are here.
@@ -59,6 +61,7 @@ class Connection:
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._splicer: Splicer | None = None
         self._can_splice = not self._tls
+        # Within a machine there are no packets to wait for; there MSG_WAITALL alone was quicker.
         self._can_read_much = not self._tls and not is_local(sock) and hasattr(select, "poll")
         # One for each direction: a heartbeat may be written while another thread reads.
         self._readable, self._writable = _poll_for(sock, select.POLLIN), _poll_for(sock, select.POLLOUT)
@@ -95,10 +98,8 @@ class Connection:
 
         It must stay as it is until the peer has read it, or this connection is closed.
         """
-        splicer, wait = (
-            self._have_splicer() if len(view) >= SPLICE_FROM else None,
-            _waits_by(self._writable, tls=self._tls),
-        )
+        splicer = self._have_splicer() if len(view) >= SPLICE_FROM else None
+        wait = _waits_by(self._writable, tls=self._tls)
         while splicer is not None and (len(view) or not splicer.empty):
             if splicer.empty:
                 try:
@@ -210,6 +211,8 @@ class Connection:
 
     def abort(self) -> None:
         """End the connection: whoever reads or writes it raises at once. Any thread."""
+        # Not close(): a thread in a call would stay there, and the descriptor may be a new file's before it looks
+        # again.
         _shut(self._socket, socket.SHUT_RDWR)
 
     def finish(self, timer: StallTimer) -> None:
@@ -317,6 +320,8 @@ def _at_once() -> None:
     pass
 
 
+# Equal addresses, and no look at routes: a peer at another address of this machine passes for a far one, which is
+# slower and no more.
 def is_local(sock: socket.socket) -> bool:
     """Whether the peer is on this machine."""
     try:
@@ -325,6 +330,8 @@ def is_local(sock: socket.socket) -> bool:
         return False  # it is gone already
 
 
+# An eventfd is one descriptor where a pipe is two, and is never full: however often it is woken up before it looks,
+# once is what it sees.
 class Wakeup:
     """Wakes up one thread that waits for it or for a connection."""
 
@@ -339,6 +346,7 @@ class Wakeup:
 
     def await_wake(self, connection: Connection | None, limit: timedelta) -> bool:
         """Wait to be woken up, for the connection, or the limit; gives whether the connection can be read."""
+        # OpenSSL decrypts a record as a whole: the rest of it lies in its memory, of which a poll knows nothing.
         if connection is not None and connection.pending():
             return True
         poll = select.poll()

@@ -27,6 +27,8 @@ __all__ = ["dial"]
 logger = logging.getLogger("ft_transport")
 
 # The next address is tried when the one before has not answered for so long, or has failed.
+# RFC 8305 has 250 ms, for round trips of the Internet; within a cluster one takes less than a millisecond, and a
+# training job waits.
 _STAGGER = timedelta(milliseconds=100)
 
 
@@ -47,6 +49,8 @@ def dial(
         RemoteProtocolError: One side speaks TLS and the other does not, or the secret is another one.
         TransferTimeout: The deadline passed.
     """
+    # Said here, where it can be named: to a listener that expects the other, the first bytes are a stranger's, and it
+    # closes without a word.
     if endpoint.tls != (contexts is not None):
         raise RemoteProtocolError(
             f"{label} {'speaks' if endpoint.tls else 'does not speak'} TLS and this side "
@@ -81,6 +85,7 @@ class HappyEyeballs:
         while True:
             waiting = len(self._selector.get_map())
             if self._rest and (not waiting or stagger.expired()):
+                # Also at once, when all that were tried have failed: nothing is waited for then.
                 stagger = Deadline(_STAGGER)
                 self._start(self._rest.pop(0))
             elif not waiting:
@@ -99,6 +104,7 @@ class HappyEyeballs:
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setblocking(False)
+            # It is under way when this returns (EINPROGRESS); how it ended is asked once the socket can be written to.
             sock.connect_ex((address, self._endpoint.port))
         except OSError as exc:
             self._failed.append(f"{address}: {exc}")
@@ -108,6 +114,8 @@ class HappyEyeballs:
         handshake: Handshake = client_handshake(self._endpoint.secret)
         wrap = None
         if self._context is not None:
+            # Metadata has addresses and no names: a certificate that is checked for its name must have them
+            # (subjectAltName IP).
             name = address if self._context.check_hostname else None
             wrap = partial(self._context.wrap_socket, do_handshake_on_connect=False, server_hostname=name)
         pending = PendingHandshake(sock, address, handshake, Deadline(HANDSHAKE), connecting=True, wrap=wrap)

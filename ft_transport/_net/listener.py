@@ -142,8 +142,10 @@ class Listener(Generic[T]):
         self._handshakes = _Handshakes(self._selector, context, lambda: _handshake(secret, first))
         self._closing = False
         self._deaf = False
+        # To close one end makes the other readable: a wake-up that needs no byte, and may come twice.
         self._wakeup, self._waker = socket.socketpair()
         self._selector.register(self._wakeup, selectors.EVENT_READ)
+        # A daemon: a transport that nobody has shut down would keep the interpreter from ending.
         self._thread = threading.Thread(target=self._run, name="ft_transport-listener", daemon=True)
         self._thread.start()
 
@@ -165,6 +167,7 @@ class Listener(Generic[T]):
                         self._guarded(self._accept)
                     elif key.data is not None:
                         self._guarded(partial(self._advance, key.data))
+                # By the clock and not when select has waited in vain: under a flood it never would.
                 if heartbeat.expired():
                     heartbeat = Deadline(HEARTBEAT)
                     if self._deaf:
@@ -192,6 +195,8 @@ class Listener(Generic[T]):
             self._deaf = True
             return
         sock.setblocking(False)
+        # An IPv4 peer of a socket for both is shown as IPv6 has it (RFC 4291, 2.5.5.2); reports name what its admin
+        # knows.
         self._handshakes.begin(sock, address.removeprefix("::ffff:"))
 
     def _advance(self, pending: PendingHandshake) -> None:
@@ -222,6 +227,8 @@ def _handshake(secret: bytes, first: Callable[[], Generator[int, bytes, T]]) -> 
     return (yield from first())
 
 
+# A backlog for all lanes of a few hundred replicas at once. The system's bound (somaxconn, 4096 today) cuts it; who
+# finds no room calls again after a second, without knowing why (TCP's own repetition of a SYN).
 def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:

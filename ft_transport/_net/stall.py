@@ -13,7 +13,9 @@ from ft_transport.errors import PeerFailure, TransferTimeout
 
 __all__ = ["HEARTBEAT", "StallTimer", "PeerStalled"]
 
-# How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again.
+# How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again. It
+# bounds how late a cancelled thread ends, too. Four of it are one second, below which a pause of the interpreter would
+# pass for a failure. TCP's own keepalive would be no help: it begins after two hours (RFC 1122, 4.2.3.6).
 HEARTBEAT = timedelta(milliseconds=250)
 
 
@@ -58,6 +60,8 @@ class StallTimer:
             PeerStalled: Nothing has moved for too long.
             PeerFailure: It is cancelled.
         """
+        # The deadline first: who is late and silent is late, which is what the caller has set and what the error's name
+        # promises. Silence last: the reason that somebody gave for cancelling says more.
         if self.deadline.expired():
             raise TransferTimeout(f"timed out after {self.deadline.timeout.total_seconds():g} s")
         if self._cancelled:
