@@ -100,7 +100,7 @@ class Case:
     fault: str = ""
     phase: str = ""
     topology: str = ""
-    timer: dict[int, float] = field(default_factory=dict)
+    patience: dict[int, float] = field(default_factory=dict)
     victims: tuple[int, ...] = ()
 
     @property
@@ -116,7 +116,7 @@ class Case:
         return rank == FRESH and self.who == "destination"
 
     def timeout(self, rank: int) -> timedelta:
-        return timedelta(seconds=self.timer.get(rank, 20.0))
+        return timedelta(seconds=self.patience.get(rank, 20.0))
 
     @property
     def notes(self) -> int:

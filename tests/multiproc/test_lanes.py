@@ -1098,7 +1098,7 @@ def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
 # -------------------------------------------------------------------------------------------- threads
 
 
-@pytest.mark.parametrize("name", ["ft_transport-lane", "ft_transport-supply"])
+@pytest.mark.parametrize("name", ["ft_transport-lane", "ft_transport-supplier"])
 def test_a_lane_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     state, template = make_state(), make_state(2)
     refused = refuse_a_thread(monkeypatch, name)
