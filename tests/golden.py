@@ -36,22 +36,22 @@ BODIES: dict[Frame, tuple[Any, ...]] = {
 
 
 # One body of each frame of a lane, as both sides make them; a message is not made by ``encode``.
-LANE_BODIES: dict[lanes.Frame, Any] = {
-    lanes.Frame.HELLO: [b"i" * 16, "host pid 1"],
-    lanes.Frame.WAIT: None,
-    lanes.Frame.MANIFEST: b"any bytes",
-    lanes.Frame.READY: ["ft-lanes://…", b"r" * 16],
-    lanes.Frame.REFUSE: ["a.b: expected float32 (3,), source has float32 (4,)", "another"],
-    lanes.Frame.ROUTE: [None, b"s" * 16, b"s" * 16],
-    lanes.Frame.PROGRESS: None,
-    lanes.Frame.REROUTE: [b"s" * 16, "the connection broke", False],
-    lanes.Frame.DONE: None,
-    lanes.Frame.BYE: None,
-    lanes.Frame.FAILED: ["why"],
-    lanes.Frame.ATTACH: [b"s" * 16],
-    lanes.Frame.WANT: None,
-    lanes.Frame.CHECK: [(1 << 64) - 1],
-    lanes.Frame.SAME: None,
+LANE_BODIES: dict[lanes.LaneFrame, Any] = {
+    lanes.LaneFrame.HELLO: [b"i" * 16, "host pid 1"],
+    lanes.LaneFrame.WAIT: None,
+    lanes.LaneFrame.MANIFEST: b"any bytes",
+    lanes.LaneFrame.READY: ["ft-lanes://…", b"r" * 16],
+    lanes.LaneFrame.REFUSE: ["a.b: expected float32 (3,), source has float32 (4,)", "another"],
+    lanes.LaneFrame.ROUTE: [None, b"s" * 16, b"s" * 16],
+    lanes.LaneFrame.PROGRESS: None,
+    lanes.LaneFrame.REROUTE: [b"s" * 16, "the connection broke", False],
+    lanes.LaneFrame.DONE: None,
+    lanes.LaneFrame.BYE: None,
+    lanes.LaneFrame.FAILED: ["why"],
+    lanes.LaneFrame.ATTACH: [b"s" * 16],
+    lanes.LaneFrame.WANT: None,
+    lanes.LaneFrame.CHECK: [(1 << 64) - 1],
+    lanes.LaneFrame.SAME: None,
 }
 
 
@@ -111,7 +111,7 @@ def encode(state: Any) -> bytes:
 def lane_frames() -> dict[str, bytes]:
     """Every frame of a lane by name."""
     found = {frame.name: lanes.encode(frame, 3, 1 << 40, 17, body) for frame, body in LANE_BODIES.items()}
-    header = lanes.encode_header(lanes.Header(lanes.Frame.MESSAGE, 3, 1 << 40, 17, 5))
+    header = lanes.encode_header(lanes.LaneHeader(lanes.LaneFrame.MESSAGE, 3, 1 << 40, 17, 5))
     return {**found, "MESSAGE": header + b"bytes" + lanes.TRAILER.pack(digest_bytes(b"bytes"))}
 
 

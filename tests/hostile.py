@@ -38,7 +38,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.control import Control
 from ft_transport._group.destination import _check_header, _verify
 from ft_transport._lanes import protocol as lanes
-from ft_transport._net.endpoint import Invitation
+from ft_transport._net.endpoint import Endpoint
 from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.template import match_template
@@ -270,15 +270,15 @@ def _hear(data: bytes) -> None:
     header = lanes.decode_header(head + lanes.TRAILER.pack(digest_bytes(head)))
     for role in lanes.Role:
         for state in lanes.State:
-            conversation = lanes.Conversation(role, header.attempt, header.step)
-            conversation.state = state
-            conversation.asked.append(0)
+            protocol = lanes.LaneProtocol(role, header.attempt, header.step)
+            protocol.state = state
+            protocol.asked.append(0)
             with contextlib.suppress(RemoteProtocolError):
-                conversation.received(header)
-    if header.frame is not lanes.Frame.MESSAGE:
+                protocol.received(header)
+    if header.frame is not lanes.LaneFrame.MESSAGE:
         heard = lanes.decode_body(header, body)
-        if header.frame is lanes.Frame.ROUTE and heard[0] is not None:
-            Invitation.decode(heard[0])
+        if header.frame is lanes.LaneFrame.ROUTE and heard[0] is not None:
+            Endpoint.decode(heard[0])
 
 
 def _read(expected: Frame, data: bytes, template: object) -> None:

@@ -78,7 +78,7 @@ MUTANTS = [
     Mutant(
         "a new supplier begins without the damage of the one before",
         "_lanes/move.py",
-        "self._sink.todo.forgive()",
+        "self._sink.pending.forgive()",
         "pass",
         LANES + "test_the_source_has_no_part_in_what_a_relay_has_damaged",
     ),
@@ -92,7 +92,7 @@ MUTANTS = [
     Mutant(
         "a supplier bounds message numbers",
         "_lanes/supplier.py",
-        "if message >= len(self._stock.sizes)",
+        "if message >= len(self._store.sizes)",
         "if False",
         "tests/lanes/test_supplier.py::test_a_message_that_there_is_not_is_not_looked_for",
     ),
@@ -113,14 +113,14 @@ MUTANTS = [
     Mutant(
         "a trickle does not outlast the deadline of who reads",
         "_net/connection.py",
-        "                patience.check()  # as in write",
+        "                timer.check()  # as in write",
         "                pass",
         "tests/net/test_connection.py::test_what_goes_on_coming_has_a_deadline",
     ),
     Mutant(
         "what is as fast as it is read does not outlast the deadline of who reads",
         "_net/connection.py",
-        "patience.check()  # there may be something to read each time",
+        "timer.check()  # there may be something to read each time",
         "pass  # there may be something to read each time",
         "tests/net/test_connection.py::test_what_goes_on_coming_has_a_deadline",
     ),
@@ -162,14 +162,14 @@ MUTANTS = [
     Mutant(
         "who goes on talking does not outlast the source's deadline",
         "_lanes/serving.py",
-        "header, body = talk.hear(patience)\n            patience.check()\n",
-        "header, body = talk.hear(patience)\n",
+        "header, body = session.recv(timer)\n            timer.check()\n",
+        "header, body = session.recv(timer)\n",
         SOURCE + "test_the_sources_deadline_is_told",
     ),
     Mutant(
         "an earlier visit of the same identity is cut",
         "_lanes/source.py",
-        "earlier.talk.connection.abort()",
+        "earlier.session.connection.abort()",
         "pass",
         SOURCE + "test_whoever_comes_again_is_served_in_place_of_the_earlier_visit",
     ),

@@ -17,7 +17,7 @@ from helpers import SMALL, difference, noise, transfer
 
 from ft_transport import LaneTransport, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
 from ft_transport._group import control
-from ft_transport._lanes.protocol import HEADER_BYTES, Frame, Header, encode, encode_header
+from ft_transport._lanes.protocol import HEADER_BYTES, LaneFrame, LaneHeader, encode, encode_header
 from ft_transport._telemetry.report import Progress
 from ft_transport.testing import FaultProxy, Faults, FaultyChannel, FaultyTransport, memory_channels
 from ft_transport.testing._faults import damaged
@@ -33,15 +33,15 @@ MIB = 1 << 20
 
 
 def message(number: int, body: bytes) -> bytes:
-    return encode_header(Header(Frame.MESSAGE, 1, STEP, number, len(body))) + body + bytes(8)
+    return encode_header(LaneHeader(LaneFrame.MESSAGE, 1, STEP, number, len(body))) + body + bytes(8)
 
 
 STREAM = [
     bytes(range(64)),
-    encode(Frame.WAIT, 1, STEP),
+    encode(LaneFrame.WAIT, 1, STEP),
     message(0, b"zero" * 100),
     message(1, b""),
-    encode(Frame.ROUTE, 1, STEP, body=[None, b"x", b"x"]),
+    encode(LaneFrame.ROUTE, 1, STEP, body=[None, b"x", b"x"]),
     message(2, b"two"),
 ]
 

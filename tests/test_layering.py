@@ -187,8 +187,10 @@ def test_only_one_room_uses_sockets(file: Path) -> None:
         assert used <= ({"ssl"} if name == "_torchft/lanes" else set())
 
 
-# Names by which a channel goes; everything else with send, recv or wait would be a group or a Work.
+# Names by which a channel goes, and a session over lanes; everything else with send, recv or wait would be a group or a
+# Work.
 CHANNELS = {"channel", "_channel"}
+SESSIONS = {"session", "_session"}
 OVER_GROUPS = [f for f in FILES if name_of(f) != "_group/channel" and room_of(name_of(f)) != "_net"]
 
 
@@ -200,7 +202,10 @@ def test_only_the_channel_talks_to_groups_and_works(file: Path) -> None:
                 owner = node.func.value
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
                 is_flights = node.func.attr == "send" and isinstance(owner, ast.Call)
-                assert name in CHANNELS or is_flights, f"{file.name}:{node.lineno}: {ast.unparse(node.func)}"
+                is_session = room_of(name_of(file)) == "_lanes" and name in SESSIONS and node.func.attr != "wait"
+                assert name in CHANNELS or is_flights or is_session, (
+                    f"{file.name}:{node.lineno}: {ast.unparse(node.func)}"
+                )
             assert node.func.attr not in ("isend", "irecv", "get_future", "is_completed")
         if isinstance(node, ast.Attribute):
             assert node.attr != "work" or ast.unparse(node.value) == "arrival", f"{file.name}:{node.lineno}"

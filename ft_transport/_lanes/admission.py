@@ -21,7 +21,7 @@ __all__ = ["Admission"]
 
 # Destinations that are served at once beyond those that are expected: some are started again, and come anew while the
 # source does not know yet that they were gone. Those who find no place wait for one. Each has a thread, and its lanes.
-SPARE_GUESTS = 16
+SPARE_DESTINATIONS = 16
 # Conversations of one transfer beyond those that are expected, one after the other: each leaves a line in the report.
 SPARE_CONVERSATIONS = 1024
 
@@ -52,7 +52,7 @@ class Admission:
         self._known: dict[bytes, DestinationState] = {}
         # How many may still come, and be served at once.
         self._num_left = len(report.peers) + SPARE_CONVERSATIONS
-        self._num_places = len(report.peers) + SPARE_GUESTS
+        self._num_places = len(report.peers) + SPARE_DESTINATIONS
         self._crowded = Deadline(timedelta(0))  # until then somebody may be waiting for a place
 
     def refusal(self, identity: bytes, attempt: int, step: int) -> str | None:
@@ -77,6 +77,7 @@ class Admission:
         """
         if step > self._step or self.is_over:
             return False
+        # Dead ones count until their thread has noticed: they hold memory and lanes as long.
         served = [known for known, state in self._known.items() if state.peer.outcome == "pending"]
         if identity in served or len(served) < self._num_places:
             return True
@@ -89,6 +90,7 @@ class Admission:
         earlier = self._known.get(identity)
         if earlier is not None:
             peer = PeerReport(earlier.peer.rank)
+            # A list of its own, which replaces the other: whoever is looking at that one is not disturbed.
             self._report.peers = [peer if known is earlier.peer else known for known in self._report.peers]
         elif self._expected:
             peer = self._expected.pop(0)

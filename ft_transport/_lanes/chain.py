@@ -23,7 +23,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ft_transport._deadline import Deadline
-from ft_transport._net.endpoint import Invitation
+from ft_transport._net.endpoint import Endpoint
 from ft_transport._telemetry.report import PeerReport
 
 __all__ = ["AFTER", "MAX_BREAKS", "DestinationState", "Ended", "Next", "Route", "after", "is_to_blame", "supplier_of"]
@@ -39,11 +39,11 @@ class DestinationState:
         peer: Its line in the report: how far it is, and whether it is still there.
         attempt: Which receive of its this is, counted by it.
         metadata: Where those behind it can fetch from it, empty if they cannot.
-        relay: Identity of its supply there.
-        ident: Identity of the supply that it has at the source.
+        relay: By which they ask for its supplier there.
+        ident: By which it asks for its own supplier at the source.
         before: The destination that supplies it, None for the source.
         settling: Until when it need not be as fast as its supplier lets it be.
-        avoided: Identities of supplies that have failed it, or are too slow.
+        avoided: Suppliers, as ``relay``, that have failed it, or are too slow.
     """
 
     peer: PeerReport
@@ -112,12 +112,12 @@ class Route(NamedTuple):
     """Where to fetch.
 
     Attributes:
-        invitation: The supplier's.
-        ident: Of the supply there.
+        endpoint: The supplier's.
+        ident: Of the supplier there.
         from_source: Whether it is the source's own.
     """
 
-    invitation: Invitation
+    endpoint: Endpoint
     ident: bytes
     from_source: bool
 

@@ -16,11 +16,11 @@ from datetime import timedelta
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.chain import Route
-from ft_transport._lanes.protocol import Frame, Header
-from ft_transport._lanes.session import Talk
-from ft_transport._net.connection import Bell
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.stall import HEARTBEAT, Patience
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader
+from ft_transport._lanes.session import Session
+from ft_transport._net.connection import Wakeup
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import Progress, ProgressCallback, TransferReport
 from ft_transport._threads import periodically
@@ -65,58 +65,59 @@ class ControlConnection:
     """The conversation with the source, from HELLO to BYE. For one thread, but for its heartbeats.
 
     Args:
-        talk: HELLO was said.
-        bell: Rung by lanes.
-        invitation: The source's.
+        session: HELLO was said.
+        wakeup: Rung by lanes.
+        endpoint: The source's.
         deadline: Of the whole call.
         stall: How long the source may be silent.
         tally: What PROGRESS says.
 
     Attributes:
-        talk: Frames go by it.
-        bell: Rung by lanes, for whoever is in :meth:`pump`.
+        session: Frames go by it.
+        wakeup: Rung by lanes, for whoever is in :meth:`pump`.
         lost: Why the source cannot be heard any more; None while it can.
     """
 
     def __init__(
-        self, talk: Talk, bell: Bell, invitation: Invitation, deadline: Deadline, stall: timedelta, tally: Tally
+        self, session: Session, wakeup: Wakeup, endpoint: Endpoint, deadline: Deadline, stall: timedelta, tally: Tally
     ) -> None:
-        self.talk = talk
-        self.bell = bell
+        self.session = session
+        self.wakeup = wakeup
         self.lost: TransferError | None = None
-        self._invitation = invitation
+        self._endpoint = endpoint
         self._deadline = deadline
         self._stall = stall
         self._tally = tally
         self._beat = Deadline(timedelta(0))
         self._route: Route | None = None  # named, and not yet taken
-        self._supply = b""  # by which the source itself is asked
-        self._silence = self.patience()
+        self._source_ident = b""  # by which the source itself is asked
+        self._silence = self.timer()
 
-    def patience(self, label: str = "the source") -> Patience:
+    def timer(self, label: str = "the source") -> StallTimer:
         """For whatever is done with somebody in this receive."""
-        return Patience(self._deadline, self._stall, label)
+        return StallTimer(self._deadline, self._stall, label)
 
     # ------------------------------------------------------------------------------------- agree
 
-    def await_manifest(self) -> tuple[Header, bytes]:
+    def await_manifest(self) -> tuple[LaneHeader, bytes]:
         """What the source offers; raises as :func:`_await_manifest`."""
-        return _await_manifest(self.talk, self.bell, self._deadline, self._stall)
+        return _await_manifest(self.session, self.wakeup, self._deadline, self._stall)
 
     def refuse(self, reason: str, *, wait: bool) -> None:
         """Tell the source why its state is not wanted; without ``wait``, this process is about to end."""
-        self.talk.say(Frame.REFUSE, self.patience() if wait else Patience(Deadline(_LAST_WORDS)), body=[reason])
+        self.session.send(LaneFrame.REFUSE, self.timer() if wait else StallTimer(Deadline(_LAST_WORDS)), body=[reason])
 
-    def be_ready(self, metadata: str, ident: bytes) -> None:
+    def send_ready(self, metadata: str, ident: bytes) -> None:
         """Agree to the state, and say where those behind can fetch it."""
-        self.talk.say(Frame.READY, self.patience(), body=[metadata, ident])
-        self._silence.moved()
+        self.session.send(LaneFrame.READY, self.timer(), body=[metadata, ident])
+        self._silence.progressed()
 
     # -------------------------------------------------------------------------------------- move
 
     def ask(self, route: Route, reason: str, *, slow: bool) -> Route | None:
         """Ask for another supplier; gives None if it is the same again, which a slow one may be: nobody is better."""
-        self.talk.say(Frame.REROUTE, self.patience(), body=[route.ident, reason, slow])
+        # By its identity: the source believes only what is said of the one that it has named.
+        self.session.send(LaneFrame.REROUTE, self.timer(), body=[route.ident, reason, slow])
         named = self.await_route()
         return None if slow and named.ident == route.ident else named
 
@@ -142,52 +143,55 @@ class ControlConnection:
         """
         if self._deadline.expired():
             raise TransferTimeout(f"timed out after {self._deadline.timeout.total_seconds():g} s")
-        listening = self.talk.connection if self.lost is None else None
-        readable = self.bell.await_ring(listening, min(limit, self._deadline.remaining()))
+        listening = self.session.connection if self.lost is None else None
+        # Lanes wake this up when they end or everything is here; else it looks by itself with each heartbeat.
+        readable = self.wakeup.await_wake(listening, min(limit, self._deadline.remaining()))
         self._tally.tell()
         if self.lost is not None:
             return
         try:
             if readable:
-                self._hear()
+                self._recv()
+            # Also while bytes move: they move from somebody else, perhaps, and the source sees none of them.
             if self._beat.expired():
                 self._beat = Deadline(HEARTBEAT)
-                self.talk.say(Frame.PROGRESS, self.patience(), self._tally.nbytes)
+                self.session.send(LaneFrame.PROGRESS, self.timer(), self._tally.nbytes)
             self._silence.check()
         except (GaveUp, TransferTimeout):
             raise
         except TransferError as exc:
             self.lost = exc
 
-    def _hear(self) -> None:
-        header, body = self.talk.hear(self._silence)
-        if header.frame is Frame.FAILED:
+    def _recv(self) -> None:
+        header, body = self.session.recv(self._silence)
+        if header.frame is LaneFrame.FAILED:
             raise _gave_up(body)
-        if header.frame is not Frame.ROUTE:
+        if header.frame is not LaneFrame.ROUTE:
             return
-        metadata, ident, self._supply = body
+        metadata, ident, self._source_ident = body
         if metadata is None:
             self._route = self.from_source
             return
         try:
-            self._route = Route(Invitation.decode(metadata), ident, from_source=False)
+            self._route = Route(Endpoint.decode(metadata), ident, from_source=False)
         except RemoteProtocolError as exc:
             # It is what another destination has said of itself, perhaps one of another version: not the source's fault.
             logger.warning("the source is asked for another supplier: %s", exc.message)
-            self.talk.say(Frame.REROUTE, self.patience(), body=[ident, exc.message, False])
+            self.session.send(LaneFrame.REROUTE, self.timer(), body=[ident, exc.message, False])
 
     @property
     def from_source(self) -> Route:
         """The way to the source itself, over the address that has answered."""
-        here = self._invitation._replace(addresses=(self.talk.connection.address,))
-        return Route(here, self._supply, from_source=True)
+        # Its other addresses may lead nowhere from here, and would be tried again for each lane.
+        here = self._endpoint._replace(addresses=(self.session.connection.address,))
+        return Route(here, self._source_ident, from_source=True)
 
     def heartbeats(self) -> AbstractContextManager[None]:
         """Say every now and then that this side is alive, while it is busy with something else."""
 
         def beat() -> bool:
             try:
-                self.talk.say(Frame.PROGRESS, self.patience(), self._tally.nbytes)
+                self.session.send(LaneFrame.PROGRESS, self.timer(), self._tally.nbytes)
             except TransferError:
                 return True  # whoever talks next finds out
             return False
@@ -196,7 +200,7 @@ class ControlConnection:
 
     # --------------------------------------------------------------------------------------- end
 
-    def say_done(self, *, verified: bool) -> None:
+    def send_done(self, *, verified: bool) -> None:
         """Say that everything is here, and hear whether it is still what the source stands for.
 
         Raises:
@@ -207,12 +211,12 @@ class ControlConnection:
         try:
             if self.lost is not None:
                 raise self.lost
-            patience = Patience(self._deadline, _LAST_WORDS if verified else self._stall)
-            self.talk.say(Frame.DONE, patience, self._tally.nbytes)
-            while (heard := self.talk.hear(patience))[0].frame is not Frame.BYE:
-                if heard[0].frame is Frame.FAILED:
+            timer = StallTimer(self._deadline, _LAST_WORDS if verified else self._stall)
+            self.session.send(LaneFrame.DONE, timer, self._tally.nbytes)
+            while (heard := self.session.recv(timer))[0].frame is not LaneFrame.BYE:
+                if heard[0].frame is LaneFrame.FAILED:
                     raise _gave_up(heard[1])
-                patience.check()
+                timer.check()
         except GaveUp:
             raise  # what is here is whole and agrees, but is not what the source stands for
         except TransferError as exc:
@@ -223,26 +227,26 @@ class ControlConnection:
             # that has the state.
             logger.warning("the source could not be told that its state arrived: %s", exc)
 
-    def say_failed(self, reason: str, *, refused: bool, late: bool) -> None:
+    def send_failed(self, reason: str, *, refused: bool, late: bool) -> None:
         """Tell the source why this side gives up, if it still listens. Never raises.
 
         Args:
             refused: REFUSE has said so already; it must only arrive.
             late: Who has been silent for so long will hardly answer now, and after the deadline there is no time.
         """
-        patience = Patience(Deadline(HEARTBEAT if late else _LAST_WORDS))
+        timer = StallTimer(Deadline(HEARTBEAT if late else _LAST_WORDS))
         with suppress(TransferError):
             if not refused:
-                self.talk.say(Frame.FAILED, patience, body=[reason])
-            self.talk.connection.finish(patience)
+                self.session.send(LaneFrame.FAILED, timer, body=[reason])
+            self.session.connection.finish(timer)
 
     def close(self) -> None:
         """Give the descriptors back."""
-        self.talk.connection.close()
-        self.bell.close()
+        self.session.connection.close()
+        self.wakeup.close()
 
 
-def _await_manifest(talk: Talk, bell: Bell, deadline: Deadline, stall: timedelta) -> tuple[Header, bytes]:
+def _await_manifest(session: Session, wakeup: Wakeup, deadline: Deadline, stall: timedelta) -> tuple[LaneHeader, bytes]:
     """What the source offers. Until it does, it says every now and then that it is there.
 
     Raises:
@@ -250,16 +254,16 @@ def _await_manifest(talk: Talk, bell: Bell, deadline: Deadline, stall: timedelta
     """
     is_there = False
     while True:
-        patience = Patience(deadline, stall, "the source")
-        while not bell.await_ring(talk.connection, min(HEARTBEAT, deadline.remaining())):
+        timer = StallTimer(deadline, stall, "the source")
+        while not wakeup.await_wake(session.connection, min(HEARTBEAT, deadline.remaining())):
             _check_begun(deadline, is_there)
-            patience.check()
+            timer.check()
         _check_begun(deadline, is_there)
-        header, body = talk.hear(patience)
+        header, body = session.recv(timer)
         is_there = True
-        if header.frame is Frame.MANIFEST:
+        if header.frame is LaneFrame.MANIFEST:
             return header, bytes(body)
-        if header.frame is Frame.FAILED:
+        if header.frame is LaneFrame.FAILED:
             raise _gave_up(body)
 
 

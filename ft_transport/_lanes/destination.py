@@ -16,18 +16,18 @@ import torch
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.control import ControlConnection, GaveUp, Tally
-from ft_transport._lanes.dispatcher import Desk
+from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.move import Mover
-from ft_transport._lanes.pending import Work
-from ft_transport._lanes.protocol import Conversation, Frame, Role, encode
+from ft_transport._lanes.pending import PendingMessages
+from ft_transport._lanes.protocol import LaneFrame, LaneProtocol, Role, encode
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.session import Talk
+from ft_transport._lanes.session import Session
 from ft_transport._lanes.sink import Sink
-from ft_transport._net.connection import Bell
+from ft_transport._net.connection import Wakeup
 from ft_transport._net.dial import dial
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.handshake_io import Contexts
-from ft_transport._net.stall import Patience, Silence
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.handshake_io import SslContexts
+from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.destination import Landing
@@ -52,25 +52,25 @@ from ft_transport.errors import (
     reason_of,
 )
 
-__all__ = ["Received", "Reception", "Self"]
+__all__ = ["Received", "DestinationTransfer", "LocalPeer"]
 
 
-class Self(NamedTuple):
+class LocalPeer(NamedTuple):
     """This process, as others see it.
 
     Attributes:
         identity: New for each transport.
         name: For the source's report.
         metadata: Where others can fetch from it.
-        desk: Leads them to what they may fetch.
+        dispatcher: Leads them to what they may fetch.
         contexts: For TLS, None without.
     """
 
     identity: bytes
     name: str
     metadata: str
-    desk: Desk
-    contexts: Contexts | None
+    dispatcher: Dispatcher
+    contexts: SslContexts | None
 
 
 class Received(NamedTuple):
@@ -125,8 +125,11 @@ class _Planner:
         if kind is not CodecFrame.MANIFEST:
             raise RemoteProtocolError(f"expected a manifest, got {kind.name}")
         manifest, header = decode_manifest(body)
+        # The source has let us in for this step; that its manifest is of the same is for us to see.
         if header.step != self._step:
             raise RemoteProtocolError(f"expected step {self._step}, source has step {header.step}")
+        # Samples and sums exist over a group only. Here a message is passed on, and kept for a resume, on the word of
+        # its digest alone.
         if header.digest not in ("", "xxh3") or header.sample >= 0:
             raise RemoteProtocolError(f"expected xxh3 digests of every byte, or none, source has {header.digest!r}")
         layout = lay_out(manifest, header.limits)
@@ -134,6 +137,7 @@ class _Planner:
         self._report.num_leaves = len(manifest.leaves)
         self._report.num_messages = len(layout.messages)
         self._report.nbytes_total = layout.nbytes
+        # Before the first byte: from now on the guard can name what is torn.
         if self._torn is not None:
             self._torn.landing = landing
         return _Plan(
@@ -174,12 +178,12 @@ class _Planner:
             claims |= left
             # These are in the template already, and the others are not.
             self._report.torn = bool(left)
-        work = Work(len(plan.layout.messages))
+        pending = PendingMessages(len(plan.layout.messages))
         verified = bool(plan.header.digest)
         return Sink(
             plan.layout,
             plan.landing,
-            work,
+            pending,
             self._report,
             claims,
             verified=verified,
@@ -188,14 +192,14 @@ class _Planner:
         )
 
 
-class Reception:
+class DestinationTransfer:
     """One receive.
 
     Args:
-        invitation: The source's.
+        endpoint: The source's.
         step: Step that both sides must agree on.
         attempt: Distinct for each receive of this process.
-        me: This process.
+        local: This process.
         options: The caller's choices.
         deadline: Of the whole call.
         report: Filled with what happened; its only peer is the source.
@@ -208,10 +212,10 @@ class Reception:
 
     def __init__(
         self,
-        invitation: Invitation,
+        endpoint: Endpoint,
         step: int,
         attempt: int,
-        me: Self,
+        local: LocalPeer,
         options: LaneOptions,
         deadline: Deadline,
         report: TransferReport,
@@ -220,10 +224,10 @@ class Reception:
         trains: bool = False,
     ) -> None:
         self.kept: Kept | None = None
-        self._invitation = invitation
+        self._endpoint = endpoint
         self._step = step
         self._attempt = attempt
-        self._me = me
+        self._local = local
         self._options = options
         self._deadline = deadline
         self._report = report
@@ -258,27 +262,31 @@ class Reception:
             raise
         finally:
             if self._control is not None:
-                self._report.peers[0].nbytes_wire += self._control.talk.connection.nbytes_wire
+                self._report.peers[0].nbytes_wire += self._control.session.connection.nbytes_wire
                 self._control.close()
 
     def _run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
         (peer,) = self._report.peers
         with peer.enter("agree", "destination", self._options.on_phase):
             control = self._control = self._call()
-            peer.address = control.talk.connection.address
+            peer.address = control.session.connection.address
             plan, sink = self._agree(control, state_dict, earlier)
         with peer.enter("move", "destination", self._options.on_phase):
             self._move(control, plan, sink)
         with peer.enter("verify", "destination", self._options.on_phase):
             plan.landing.check()
-            control.say_done(verified=sink.verified)
+            # Before anything is rebuilt: the source is waited for by its own optimizer, and what follows here is no
+            # concern of its.
+            control.send_done(verified=sink.verified)
         with peer.enter("rebuild", "destination", self._options.on_phase), no_collection():
             state = self._rebuild(plan.landing)
+        # Whole, whatever it was at the beginning: what an earlier receive had left is part of it now.
         self._report.torn = False
         self.kept = None
         peer.outcome = "complete"
+        # By these the training thread sees later what forward has changed since.
         if plan.rewrite is not None and plan.header.digest:
-            plan.rewrite.note_digests(sink.todo.digests, plan.header.digest)
+            plan.rewrite.note_digests(sink.pending.digests, plan.header.digest)
         return Received(state, plan.landing.written(), self._relay, plan.rewrite)
 
     def _rebuild(self, landing: Landing) -> object:
@@ -292,30 +300,37 @@ class Reception:
     def cancel(self, reason: str) -> None:
         """Let the receive fail within a moment. Any thread."""
         self._cancelled = reason
+        # Every wait looks at it, so no other flag has to be looked at in as many places.
         self._deadline.expire()
 
     # ------------------------------------------------------------------------------------- agree
 
     def _call(self) -> ControlConnection:
         options, deadline = self._options, self._deadline
-        bell = Bell()  # before there is a connection, which would be left open if no descriptor is to be had for this
-        hello = encode(Frame.HELLO, self._attempt, self._step, body=[self._me.identity, self._me.name])
-        connection = dial(self._invitation, hello, Patience(deadline, options.stall, "the source"), self._me.contexts)
-        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
-        conversation.sent(Frame.HELLO)
-        talk, tally = Talk(connection, conversation), Tally(self._report, options.on_progress)
-        return ControlConnection(talk, bell, self._invitation, deadline, options.stall, tally)
+        # Before there is a connection, which would be left open if no descriptor is to be had for this.
+        wakeup = Wakeup()
+        hello = encode(LaneFrame.HELLO, self._attempt, self._step, body=[self._local.identity, self._local.name])
+        connection = dial(
+            self._endpoint, hello, StallTimer(deadline, options.stall, "the source"), self._local.contexts
+        )
+        protocol = LaneProtocol(Role.DESTINATION, self._attempt, self._step)
+        protocol.sent(LaneFrame.HELLO)
+        session, tally = Session(connection, protocol), Tally(self._report, options.on_progress)
+        return ControlConnection(session, wakeup, self._endpoint, deadline, options.stall, tally)
 
     def _agree(
         self, control: ControlConnection, state_dict: Callable[[], object] | None, earlier: Kept | None
     ) -> tuple[_Plan, Sink]:
         header, data = control.await_manifest()
         try:
+            # To compare a large template, or a state_dict() that gathers shards, may take longer than the source waits
+            # for a word.
             with control.heartbeats(), no_collection():
                 stream = settled_stream()
                 plan = self._planner.plan(data, state_dict)
                 sink = self._planner.sink(plan, earlier, stream)
         except Exception as exc:
+            # A callback of the user's has raised, say: the source is to know that it is not at fault.
             error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
             self._refuse(control, error.message, wait=True)
             raise error from None
@@ -325,8 +340,8 @@ class Reception:
         metadata, ident = "", b""
         if header.number > 1:  # there may be somebody behind
             self._relay = sink.relay = self._pass_on(plan, sink, control, stream)
-            metadata, ident = self._me.metadata, self._relay.ident
-        control.be_ready(metadata, ident)
+            metadata, ident = self._local.metadata, self._relay.ident
+        control.send_ready(metadata, ident)
         return plan, sink
 
     def _refuse(self, control: ControlConnection, reason: str, *, wait: bool) -> None:
@@ -339,11 +354,11 @@ class Reception:
 
     def _pass_on(self, plan: _Plan, sink: Sink, control: ControlConnection, stream: Any) -> Relay:
         return Relay(
-            self._me.desk,
+            self._local.dispatcher,
             plan.layout,
             plan.landing,
-            sink.todo,
-            control.patience(),
+            sink.pending,
+            control.timer(),
             verified=sink.verified,
             stream=stream,
             rewrite=plan.rewrite,
@@ -352,32 +367,33 @@ class Reception:
     # -------------------------------------------------------------------------------- move and end
 
     def _move(self, control: ControlConnection, plan: _Plan, sink: Sink) -> None:
-        mover = Mover(control, sink, self._options, self._me.contexts)
+        mover = Mover(control, sink, self._options, self._local.contexts)
         try:
             mover.run()
         finally:
             self._report.peers[0].nbytes_wire += mover.nbytes_wire
             # Also of what an earlier receive had left and this one has not come to: it is still in the template.
-            if sink.verified and sink.todo.digests:
+            if sink.verified and sink.pending.digests:
                 known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}
-                self.kept = Kept(self._step, plan.state, plan.layout, known | sink.todo.digests)
+                self.kept = Kept(self._step, plan.state, plan.layout, known | sink.pending.digests)
 
     def _end_badly(self, exc: BaseException) -> None:
         """Note how it ended, tell the source where it still listens, pass nothing on any more."""
         (peer,) = self._report.peers
         peer.reason = reason_of(exc)
         if self._relay is not None:
+            # First: those behind turn to the source then, and are not fed from a state that is a mix.
             self._relay.close()
         refused = peer.outcome == "refused"
         peer.outcome = _outcome(exc, refused=refused)
         if self._control is not None and self._control.lost is None and not isinstance(exc, GaveUp):
-            late = isinstance(exc, (Silence, TransferTimeout))
-            self._control.say_failed(peer.reason, refused=refused, late=late)
+            late = isinstance(exc, (PeerStalled, TransferTimeout))
+            self._control.send_failed(peer.reason, refused=refused, late=late)
 
 
 def _outcome(exc: BaseException, *, refused: bool) -> Outcome:
     """How a receive has ended that raised this."""
-    if isinstance(exc, (TransferTimeout, Silence)):
+    if isinstance(exc, (TransferTimeout, PeerStalled)):
         return "timed out"
     if isinstance(exc, PeerFailure) and not isinstance(exc, GaveUp):
         return "dead"

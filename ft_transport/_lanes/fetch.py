@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable
 
 from ft_transport._lanes.chain import Route
-from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
-from ft_transport._lanes.session import Talk
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role, encode
+from ft_transport._lanes.session import Session
 from ft_transport._lanes.sink import Incurable, Sink
-from ft_transport._net.connection import Bell, Connection
+from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.dial import dial
-from ft_transport._net.handshake_io import Contexts
-from ft_transport._net.stall import Patience, Silence
+from ft_transport._net.handshake_io import SslContexts
+from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.buffers import Bucket
 from ft_transport._threads import ThreadGroup, uninterrupted
@@ -38,7 +38,7 @@ class Fetcher:
 
     Args:
         sink: Where messages land.
-        bell: Rung when a message has landed or a lane has ended.
+        wakeup: Rung when a message has landed or a lane has ended.
         options: How many lanes, and whether each message is worth a ring.
         attempt: As in every header.
         step: As in every header.
@@ -51,7 +51,7 @@ class Fetcher:
     def __init__(
         self,
         sink: Sink,
-        bell: Bell,
+        wakeup: Wakeup,
         options: LaneOptions,
         attempt: int,
         step: int,
@@ -60,7 +60,7 @@ class Fetcher:
     ) -> None:
         self.error: TransferError | None = None
         self._sink = sink
-        self._bell = bell
+        self._wakeup = wakeup
         self._options = options
         self._attempt = attempt
         self._step = step
@@ -69,33 +69,36 @@ class Fetcher:
         self._crew = ThreadGroup()
         self._closing = False
 
-    def open(self, route: Route, contexts: Contexts | None, patience: Callable[[str], Patience]) -> None:
+    def open(self, route: Route, contexts: SslContexts | None, timer: Callable[[str], StallTimer]) -> None:
         """Open the lanes. What keeps one from opening is in ``error``; the others are opened all the same.
 
         Raises:
             TransferTimeout: The deadline passed.
         """
-        first = encode(Frame.ATTACH, self._attempt, self._step, body=[route.ident])
-        invitation = route.invitation
+        first = encode(LaneFrame.ATTACH, self._attempt, self._step, body=[route.ident])
+        endpoint = route.endpoint
+        # Several: on a loopback one stream moves 4.4 GB/s, two or four move 5.6 to 6.4, and over a long way each
+        # connection has a window of its own.
         for _ in range(self._options.lanes if self._num_messages is None else 1):
-            own = patience(route.label)
+            own = timer(route.label)
             try:
-                connection = dial(invitation, first, own, contexts, route.label)
+                connection = dial(endpoint, first, own, contexts, route.label)
             except TransferTimeout:
                 raise
             except TransferError as exc:
                 self.error = exc
                 return
             # What has answered once is all that is tried from now on: the others may swallow what is sent to them.
-            invitation = invitation._replace(addresses=(connection.address,))
+            endpoint = endpoint._replace(addresses=(connection.address,))
             if not self._start(connection, own):
                 return
 
-    def _start(self, connection: Connection, patience: Patience) -> bool:
+    def _start(self, connection: Connection, timer: StallTimer) -> bool:
         """Have a lane run in a thread of its own; gives whether there is one."""
-        conversation = Conversation(Role.DESTINATION, self._attempt, self._step)
-        conversation.sent(Frame.ATTACH)
-        lane = _Lane(Talk(connection, conversation), self._sink, patience, self._num_messages)
+        protocol = LaneProtocol(Role.DESTINATION, self._attempt, self._step)
+        protocol.sent(LaneFrame.ATTACH)
+        # Each lane has a timer of its own: one that stands still is not excused by its neighbours.
+        lane = _Lane(Session(connection, protocol), self._sink, timer, self._num_messages)
         self._lanes.append(lane)
         try:
             self._crew.start("lane", self._run, lane)
@@ -118,7 +121,7 @@ class Fetcher:
     @property
     def nbytes_wire(self) -> int:
         """All bytes of the lanes, in both directions."""
-        return sum(lane.talk.connection.nbytes_wire for lane in self._lanes)
+        return sum(lane.session.connection.nbytes_wire for lane in self._lanes)
 
     @property
     def fatal(self) -> Exception | None:
@@ -128,7 +131,9 @@ class Fetcher:
     @property
     def hopeless(self) -> bool:
         """Whether opening new lanes to the same supplier would not help."""
-        return isinstance(self.error, (Silence, Incurable))
+        # New lanes help where a connection has broken. Who is silent, or sends what is always damaged, would be at the
+        # other end of them, too.
+        return isinstance(self.error, (PeerStalled, Incurable))
 
     def close(self) -> None:
         """End all lanes; when this returns, nothing lands any more. May be called twice."""
@@ -136,21 +141,21 @@ class Fetcher:
 
     def _close(self) -> None:
         self._closing = True
-        self._sink.todo.wake()
+        self._sink.pending.wake()
         for lane in self._lanes:
             lane.abort()
         self._crew.join()
 
     def _run(self, lane: _Lane) -> None:
-        # A ring wakes up the thread that holds the conversation with the source. Once every few milliseconds would be
+        # This wakes up the thread that holds the conversation with the source. Once every few milliseconds would be
         # nothing, but it would be once for each message, and the reader of progress is the only one to want it.
         eager = self._options.on_progress is not None
         try:
             self._sink.enter()
             while lane.ask(lambda: self._closing):
-                lane.hear()
-                if eager or self._sink.todo.complete:
-                    self._bell.ring()
+                lane.take_answer()
+                if eager or self._sink.pending.complete:
+                    self._wakeup.wake()
         except LocalProtocolError as exc:
             lane.fatal = self._sink.named(exc)
         except TransferError as exc:
@@ -160,83 +165,87 @@ class Fetcher:
             lane.fatal = exc
         finally:
             lane.close()
-            self._bell.ring()
+            self._wakeup.wake()
 
 
 class _Lane:
     """One lane, for the thread that runs it; :meth:`abort` is for any.
 
     Attributes:
-        talk: With the supplier.
+        session: With the supplier.
         nbytes: Bytes of the messages that have landed by it.
         fatal: This side's own trouble on it.
         is_open: False once its connection is closed.
     """
 
-    def __init__(self, talk: Talk, sink: Sink, patience: Patience, num_messages: int | None) -> None:
-        self.talk = talk
+    def __init__(self, session: Session, sink: Sink, timer: StallTimer, num_messages: int | None) -> None:
+        self.session = session
         self.nbytes = 0
         self.fatal: Exception | None = None
         self.is_open = True
         self._sink = sink
-        self._patience = patience
+        self._timer = timer
         self._num_left = num_messages
         self._bucket = Bucket(CPU, pinned=True)
         self._lock = threading.Lock()
 
     def ask(self, stopped: Callable[[], bool]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
-        work, asked = self._sink.todo, self.talk.conversation.asked
+        pending, asked = self._sink.pending, self.session.protocol.asked
         while len(asked) < _WINDOW and self._num_left != 0:
-            message = work.take(stopped, block=not asked)
+            message = pending.take(stopped, block=not asked)
             if message is None:
                 break
             if self._num_left is not None:
                 self._num_left -= 1
             if not asked:
-                self._patience.moved()  # nothing was asked for: it was not the supplier's silence
+                self._timer.progressed()  # nothing was asked for: it was not the supplier's silence
             self._ask_for(message)
         return bool(asked)
 
     def _ask_for(self, message: int) -> None:
+        # Only now, and not for all messages beforehand: memory is read once, just before it is asked about, by as many
+        # threads as there are lanes.
         claim = self._sink.claim(message, self._bucket)
         if claim is not None:
-            self.talk.say(Frame.CHECK, self._patience, message, [claim])
+            self.session.send(LaneFrame.CHECK, self._timer, message, [claim])
         else:
-            self.talk.say(Frame.WANT, self._patience, message)
+            self.session.send(LaneFrame.WANT, self._timer, message)
 
-    def hear(self) -> None:
+    def take_answer(self) -> None:
         """Read one frame, and land the message if it is one."""
-        header = self.talk.hear_header(self._patience)
-        if header.frame is Frame.MESSAGE:
+        header = self.session.recv_header(self._timer)
+        if header.frame is LaneFrame.MESSAGE:
             self._land(header)
             return
-        self.talk.hear_body(header, self._patience)
-        if header.frame is Frame.SAME:
+        self.session.recv_body(header, self._timer)
+        if header.frame is LaneFrame.SAME:
             self._sink.keep(header.number)
 
-    def _land(self, header: Header) -> None:
+    def _land(self, header: LaneHeader) -> None:
         number = header.number
         try:
-            sound = self._sink.land(self.talk, header, self._bucket, self._patience)
+            sound = self._sink.land(self.session, header, self._bucket, self._timer)
         except BaseException:
             # It had begun to come and so is no longer among those asked for.
-            self.talk.conversation.asked.appendleft(number)
+            self.session.protocol.asked.appendleft(number)
             raise
         if sound:
             self.nbytes += self._sink.sizes[number]
         else:
+            # It is back among what is to be fetched, and any lane may be the next to ask for it.
             self._sink.note_damage(number)
 
     def abort(self) -> None:
         """Let whoever is in a call on it raise at once."""
         with self._lock:  # else it could be closed just now, and the descriptor be somebody else's already
             if self.is_open:
-                self.talk.connection.abort()
+                self.session.connection.abort()
 
     def close(self) -> None:
         """Give back what was asked for and has not come, then the descriptor."""
-        self._sink.todo.give_back(self.talk.conversation.asked)
+        # Before it counts as closed: whoever sees that no lane is open looks at what is left.
+        self._sink.pending.give_back(self.session.protocol.asked)
         with self._lock:
             self.is_open = False
-            self.talk.connection.close()
+            self.session.connection.close()

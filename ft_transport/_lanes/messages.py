@@ -2,7 +2,7 @@
 
 Strategy: a source does not stop training, so what is read here may change underneath. Small tensors do, in forward, and
 are copied before ``send_checkpoint`` returns; large ones do only when an optimizer steps, which waits, or when somebody
-writes to them by hand, which is noticed (``_plan.unchanged``) and makes the whole offer void.
+writes to them by hand, which is noticed (``_plan.unchanged``) and makes the whole transfer void.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ft_transport._plan.source import Outbound
 from ft_transport._wire.layout import SMALL_BYTES
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["SourceStock"]
+__all__ = ["StateMessages"]
 
 
-class SourceStock:
+class StateMessages:
     """The messages of a described state; see ``_lanes.supplier.Stock``.
 
     The small ones are copied here and now: forward goes on meanwhile, and changes small buffers (BatchNorm).
@@ -34,7 +34,8 @@ class SourceStock:
         error: Why the state is not what it was any more, once somebody has looked.
     """
 
-    steady = is_whole_offer = True
+    # Whoever writes to large tensors voids the transfer anyway, so they may leave by their pages, without a copy.
+    steady = is_whole_transfer = True
 
     def __init__(self, outbound: Outbound, stream: Any = None) -> None:
         self.sizes = outbound.layout.sizes
@@ -48,11 +49,14 @@ class SourceStock:
         self._digests: dict[int, int] = {}
         self._copies: dict[int, memoryview] = {}
         small, room = [], SMALL_BYTES
+        # In the layout's order, as far as there is room: 64 MiB hold the buffers of any model, and copying more would
+        # make the source wait for what forward never writes to.
         for message in range(len(outbound.layout.messages)):
             nbytes = aligned(self.sizes[message])
             if outbound.layout.is_small(message) and nbytes <= room:
                 room -= nbytes
                 small.append(message)
+        # Kept as long as the copies: they are views of it, which hold nothing themselves.
         self._bucket = Bucket(CPU)
         self._bucket.reset(SMALL_BYTES - room)
         for message in small:
@@ -62,6 +66,7 @@ class SourceStock:
     def check_unchanged(self) -> None:
         """Raises LocalProtocolError if the state has changed or moved since; see ``_plan.unchanged``."""
         try:
+            # Memory first: what was given back or exchanged has no counter that could be compared.
             self._placement.check()
             if self._gone is not None:
                 raise self._gone
@@ -99,4 +104,6 @@ class SourceStock:
         return self._digests.get(message)
 
     def note_digest(self, message: int, digest: int) -> None:
+        # The first one to read a message says what it is for all: whoever reads it later, and finds it changed, is told
+        # so by its own destination, for which the digest does not agree.
         self._digests.setdefault(message, digest)

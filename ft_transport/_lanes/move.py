@@ -10,9 +10,9 @@ from typing import NamedTuple
 from ft_transport._lanes.chain import Ended, Next, Route, after
 from ft_transport._lanes.control import ControlConnection
 from ft_transport._lanes.fetch import Fetcher
-from ft_transport._lanes.probe import TRIAL_MESSAGES, Trial
+from ft_transport._lanes.probe import PROBE_MESSAGES, SourceProbe
 from ft_transport._lanes.sink import Sink
-from ft_transport._net.handshake_io import Contexts
+from ft_transport._net.handshake_io import SslContexts
 from ft_transport._options import LaneOptions
 from ft_transport.errors import PeerFailure, TransferError
 
@@ -42,17 +42,19 @@ class Mover:
         contexts: For TLS, None without.
 
     Attributes:
-        nbytes_wire: All bytes of the lanes, those of trials among them.
+        nbytes_wire: All bytes of the lanes, those of probes among them.
     """
 
-    def __init__(self, control: ControlConnection, sink: Sink, options: LaneOptions, contexts: Contexts | None) -> None:
+    def __init__(
+        self, control: ControlConnection, sink: Sink, options: LaneOptions, contexts: SslContexts | None
+    ) -> None:
         self.nbytes_wire = 0
         self._control = control
         self._sink = sink
         self._options = options
         self._contexts = contexts
-        conversation = control.talk.conversation
-        self._new = partial(Fetcher, sink, control.bell, options, conversation.attempt, conversation.step)
+        protocol = control.session.protocol
+        self._new = partial(Fetcher, sink, control.wakeup, options, protocol.attempt, protocol.step)
 
     def run(self) -> None:
         """Fetch until every message is here and sound.
@@ -60,14 +62,15 @@ class Mover:
         Raises:
             TransferError: It cannot be. No lane is open any more.
         """
-        control, todo, breaks = self._control, self._sink.todo, 0
+        control, pending, breaks = self._control, self._sink.pending, 0
         # Also if there is nothing to fetch: DONE may only follow a ROUTE.
         route = control.await_route()
-        while not todo.complete:
+        while not pending.complete:
             fetched = self._fetch(route)
             ended = self._ended(route, fetched, breaks + 1)
             follows = after(ended)
             if follows is Next.GIVE_UP:
+                # What the caller is told is the cause: of a supplier that ended after the source was lost, the loss.
                 raise fetched.error if route.from_source or control.lost is None else control.lost
             if follows is Next.SAME and not ended.complete:
                 breaks += 1
@@ -75,7 +78,7 @@ class Mover:
             route = self._next(follows, route, fetched)
 
     def _ended(self, route: Route, fetched: _Fetched, breaks: int) -> Ended:
-        complete = self._sink.todo.complete
+        complete = self._sink.pending.complete
         return Ended(
             complete=complete,
             # Looked for only now: forward goes on writing, and what is fetched again lands aside from then on.
@@ -93,42 +96,45 @@ class Mover:
             return fetched.named
         if follows is Next.ANOTHER:
             # What the one before has damaged is not held against the one who comes.
-            self._sink.todo.forgive()
+            self._sink.pending.forgive()
             return self._control.ask(route, fetched.error.message, slow=False) or route
         return route
 
     def _fetch(self, route: Route) -> _Fetched:
         """Fetch from one supplier until everything is here, its lanes have ended, or somebody better is named."""
         control, fetcher, named = self._control, self._new(), None
-        trial = Trial(fetcher, self._try_source, self._options.stall)
+        probe = SourceProbe(fetcher, self._try_source, self._options.stall)
         try:
             self._open(fetcher, route)
-            while named is None and not self._sink.todo.complete and fetcher.alive:
+            while named is None and not self._sink.pending.complete and fetcher.alive:
                 control.pump()
                 if fetcher.fatal is not None:
                     raise fetcher.fatal
-                if not route.from_source and control.lost is None and trial.look():
+                # Whom the source would name is not known before it is asked, but that it is worth asking is: its own
+                # link is quicker.
+                if not route.from_source and control.lost is None and probe.look():
                     named = control.ask(route, "it is much slower than the source", slow=True)
         finally:
             try:
-                trial.close()
+                # Both, whatever the first raises (Ctrl-C): nothing may land once this has returned.
+                probe.close()
             finally:
                 fetcher.close()
-            self.nbytes_wire += fetcher.nbytes_wire + trial.nbytes_wire
+            self.nbytes_wire += fetcher.nbytes_wire + probe.nbytes_wire
         if fetcher.fatal is not None:
             raise fetcher.fatal
-        if not self._sink.todo.complete:
+        if not self._sink.pending.complete:
             control.pump(_REASON)
         error = fetcher.error or PeerFailure(f"{route.label} has ended its lanes")
         return _Fetched(error, fetcher.hopeless, named)
 
     def _try_source(self) -> Fetcher:
         """Begin to fetch some messages from the source itself."""
-        fetcher = self._new(num_messages=TRIAL_MESSAGES)
+        fetcher = self._new(num_messages=PROBE_MESSAGES)
         self._open(fetcher, self._control.from_source)
         return fetcher
 
     def _open(self, fetcher: Fetcher, route: Route) -> None:
         # Whoever does not answer is waited for as long as the source waits for a word from here.
         with self._control.heartbeats():
-            fetcher.open(route, self._contexts, self._control.patience)
+            fetcher.open(route, self._contexts, self._control.timer)

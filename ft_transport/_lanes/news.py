@@ -53,6 +53,7 @@ class News:
     def progress(self, peer: PeerReport, nbytes: int) -> None:
         """Note how far a destination says that it is: no further than there are bytes."""
         total = self._report.nbytes_total
+        # It is the peer's word, and goes into sums, bars and metrics.
         nbytes = min(nbytes, total)
         if nbytes == peer.nbytes:
             return
@@ -61,6 +62,7 @@ class News:
             return
         now = Progress("source", self._report.step, peer.rank, nbytes, total)
         with self._lock:
+            # By identity: several destinations may have the same rank, -1.
             is_new, self._untold[id(peer)] = id(peer) not in self._untold, now
         if is_new:
             self._teller.leave(partial(self._tell_progress, id(peer)))
@@ -77,6 +79,7 @@ class News:
 
     def look(self) -> None:
         """Write the lines that are due. Does not block."""
+        # Two at once would write each line twice.
         if self._watch.is_due and not self._is_watching:
             self._is_watching = True
             self._teller.leave(self._look)

@@ -7,10 +7,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 
-__all__ = ["Work"]
+__all__ = ["PendingMessages"]
 
 
-class Work:
+class PendingMessages:
     """The messages of one receive. Shared by its lanes, and by whoever passes on what has landed.
 
     Args:
@@ -23,6 +23,7 @@ class Work:
     def __init__(self, num_messages: int) -> None:
         self.digests: dict[int, int] = {}
         self._num_messages = num_messages
+        # In the layout's order: whoever is behind in the chain asks in the same, and so finds what it asks for.
         self._todo = deque(range(num_messages))
         self._damaged: Counter[int] = Counter()
         self._changed = threading.Condition()
@@ -45,6 +46,8 @@ class Work:
         with self._changed:
             if block:
                 self._changed.wait_for(lambda: self._todo or self.complete or stopped())
+            # One message at a time, a few microseconds each: to share them out beforehand would give a slow lane as
+            # many as a quick one.
             return self._todo.popleft() if self._todo and not stopped() else None
 
     def wake(self) -> None:
@@ -55,6 +58,7 @@ class Work:
     def give_back(self, messages: Iterable[int]) -> None:
         """These were asked for and will not come."""
         with self._changed:
+            # To the front: they are the oldest, and others may be waiting for them.
             self._todo.extendleft(reversed(list(messages)))
             self._changed.notify_all()
 
@@ -76,6 +80,7 @@ class Work:
         """These were here, and are to be fetched once more."""
         with self._changed:
             for message in messages:
+                # Those behind wait for it until it is here again: what the memory holds now is forward's.
                 del self.digests[message]
                 self._todo.append(message)
             self._changed.notify_all()

@@ -31,12 +31,12 @@ __all__ = [
     "MAX_MANIFEST_BYTES",
     "TABLE",
     "TRAILER",
-    "Conversation",
-    "Frame",
-    "Header",
+    "LaneProtocol",
+    "LaneFrame",
+    "LaneHeader",
     "Role",
     "State",
-    "Visit",
+    "FirstFrame",
     "decode_body",
     "decode_header",
     "encode",
@@ -46,8 +46,13 @@ __all__ = [
 ]
 
 MAGIC = b"FTLN"
+# Peers of two versions refuse each other by name, and nothing is negotiated: the replicas of one job run one version,
+# but for the minutes in which it is replaced.
 VERSION = 2
 # Magic, version, frame, attempt, step, number, bytes of the body, digest of the body, digest of all before it.
+# The header has a digest of its own, since its length is believed before a byte of the body is here. Attempt and step
+# in each frame: what an earlier receive has asked for cannot be taken for an answer to this one, whatever is between
+# the two sides.
 _HEADER = struct.Struct("<4sBB2xIqQQQQ")
 _CHECKED = _HEADER.size - 8
 HEADER_BYTES = _HEADER.size
@@ -72,7 +77,7 @@ class Role(Enum):
     DESTINATION = "destination"
 
 
-class Frame(IntEnum):
+class LaneFrame(IntEnum):
     """What a frame is for."""
 
     HELLO = 1
@@ -109,82 +114,86 @@ class State(Enum):
 _S, _D = Role.SOURCE, Role.DESTINATION
 
 # Who may send what in which state, and which state follows.
-TABLE: dict[State, dict[tuple[Role, Frame], State]] = {
-    State.OPEN: {(_D, Frame.HELLO): State.WAITING, (_D, Frame.ATTACH): State.LANE},
+TABLE: dict[State, dict[tuple[Role, LaneFrame], State]] = {
+    State.OPEN: {(_D, LaneFrame.HELLO): State.WAITING, (_D, LaneFrame.ATTACH): State.LANE},
     State.WAITING: {
-        (_S, Frame.WAIT): State.WAITING,
-        (_S, Frame.MANIFEST): State.PLANNING,
-        (_S, Frame.FAILED): State.CLOSED,
+        (_S, LaneFrame.WAIT): State.WAITING,
+        (_S, LaneFrame.MANIFEST): State.PLANNING,
+        (_S, LaneFrame.FAILED): State.CLOSED,
     },
     State.PLANNING: {
-        (_D, Frame.PROGRESS): State.PLANNING,
-        (_D, Frame.READY): State.ROUTING,
-        (_D, Frame.REFUSE): State.CLOSED,
-        (_S, Frame.FAILED): State.CLOSED,
+        (_D, LaneFrame.PROGRESS): State.PLANNING,
+        (_D, LaneFrame.READY): State.ROUTING,
+        (_D, LaneFrame.REFUSE): State.CLOSED,
+        (_S, LaneFrame.FAILED): State.CLOSED,
     },
     State.ROUTING: {
-        (_S, Frame.ROUTE): State.MOVING,
-        (_S, Frame.WAIT): State.ROUTING,
-        (_S, Frame.FAILED): State.CLOSED,
-        (_D, Frame.PROGRESS): State.ROUTING,
-        (_D, Frame.FAILED): State.CLOSED,
+        # PROGRESS and WAIT may be on their way when the other side moves on: see the test of frames that cross.
+        (_S, LaneFrame.ROUTE): State.MOVING,
+        (_S, LaneFrame.WAIT): State.ROUTING,
+        (_S, LaneFrame.FAILED): State.CLOSED,
+        (_D, LaneFrame.PROGRESS): State.ROUTING,
+        (_D, LaneFrame.FAILED): State.CLOSED,
     },
     State.MOVING: {
-        (_D, Frame.PROGRESS): State.MOVING,
-        (_D, Frame.REROUTE): State.ROUTING,
-        (_D, Frame.DONE): State.DONE,
-        (_D, Frame.FAILED): State.CLOSED,
-        (_S, Frame.WAIT): State.MOVING,
-        (_S, Frame.FAILED): State.CLOSED,
+        (_D, LaneFrame.PROGRESS): State.MOVING,
+        # Lanes go on meanwhile: a destination that finds its supplier slow does not stand still for the answer.
+        (_D, LaneFrame.REROUTE): State.ROUTING,
+        (_D, LaneFrame.DONE): State.DONE,
+        (_D, LaneFrame.FAILED): State.CLOSED,
+        (_S, LaneFrame.WAIT): State.MOVING,
+        (_S, LaneFrame.FAILED): State.CLOSED,
     },
     State.DONE: {
-        (_S, Frame.BYE): State.CLOSED,
-        (_S, Frame.WAIT): State.DONE,
-        (_S, Frame.FAILED): State.CLOSED,
+        # FAILED in this place means that the state has changed: what the destination has is whole, and nobody's state.
+        (_S, LaneFrame.BYE): State.CLOSED,
+        (_S, LaneFrame.WAIT): State.DONE,
+        (_S, LaneFrame.FAILED): State.CLOSED,
     },
+    # No FAILED here: a lane that ends says all there is to say, and why is said on the control connection.
     State.LANE: {
-        (_D, Frame.WANT): State.LANE,
-        (_D, Frame.CHECK): State.LANE,
-        (_S, Frame.MESSAGE): State.LANE,
-        (_S, Frame.SAME): State.LANE,
-        (_S, Frame.WAIT): State.LANE,
+        (_D, LaneFrame.WANT): State.LANE,
+        (_D, LaneFrame.CHECK): State.LANE,
+        (_S, LaneFrame.MESSAGE): State.LANE,
+        (_S, LaneFrame.SAME): State.LANE,
+        (_S, LaneFrame.WAIT): State.LANE,
     },
     State.CLOSED: {},
 }
 
-_ASKS = (Frame.WANT, Frame.CHECK)
-_ANSWERS = (Frame.MESSAGE, Frame.SAME)
+_ASKS = (LaneFrame.WANT, LaneFrame.CHECK)
+_ANSWERS = (LaneFrame.MESSAGE, LaneFrame.SAME)
 
 # The body of each frame: the types of an array's entries, ``str`` for an array of any number of texts, None for none.
 # MANIFEST and MESSAGE are not here: their bodies are bytes as they are.
-BODIES: dict[Frame, tuple[tuple[type, ...], ...] | type[str] | None] = {
-    Frame.HELLO: ((bytes,), (str,)),
-    Frame.WAIT: None,
-    Frame.READY: ((str,), (bytes,)),
-    Frame.REFUSE: str,
-    Frame.ROUTE: ((str, type(None)), (bytes,), (bytes,)),
-    Frame.PROGRESS: None,
-    Frame.REROUTE: ((bytes,), (str,), (bool,)),
-    Frame.DONE: None,
-    Frame.BYE: None,
-    Frame.FAILED: str,
-    Frame.ATTACH: ((bytes,),),
-    Frame.WANT: None,
-    Frame.CHECK: ((int,),),
-    Frame.SAME: None,
+BODIES: dict[LaneFrame, tuple[tuple[type, ...], ...] | type[str] | None] = {
+    LaneFrame.HELLO: ((bytes,), (str,)),
+    LaneFrame.WAIT: None,
+    LaneFrame.READY: ((str,), (bytes,)),
+    LaneFrame.REFUSE: str,
+    LaneFrame.ROUTE: ((str, type(None)), (bytes,), (bytes,)),
+    LaneFrame.PROGRESS: None,
+    LaneFrame.REROUTE: ((bytes,), (str,), (bool,)),
+    LaneFrame.DONE: None,
+    LaneFrame.BYE: None,
+    LaneFrame.FAILED: str,
+    LaneFrame.ATTACH: ((bytes,),),
+    LaneFrame.WANT: None,
+    LaneFrame.CHECK: ((int,),),
+    LaneFrame.SAME: None,
 }
 
-_LONG = (Frame.REFUSE, Frame.FAILED)
+_LONG = (LaneFrame.REFUSE, LaneFrame.FAILED)
 
 
-def max_body_bytes(frame: Frame) -> int:
+def max_body_bytes(frame: LaneFrame) -> int:
     """How long the body of a frame may be. A message's is bounded by the layout."""
-    if frame is Frame.MANIFEST:
+    if frame is LaneFrame.MANIFEST:
         return MAX_MANIFEST_BYTES
     return MAX_LONG_BODY_BYTES if frame in _LONG else MAX_BODY_BYTES
 
 
-class Header(NamedTuple):
+class LaneHeader(NamedTuple):
     """What begins each frame.
 
     Attributes:
@@ -196,7 +205,7 @@ class Header(NamedTuple):
         digest: Of the body; 0 for MESSAGE, whose digest follows its body.
     """
 
-    frame: Frame
+    frame: LaneFrame
     attempt: int
     step: int
     number: int = 0
@@ -204,7 +213,7 @@ class Header(NamedTuple):
     digest: int = 0
 
 
-def encode_header(header: Header) -> bytes:
+def encode_header(header: LaneHeader) -> bytes:
     """The bytes of a header."""
     data = _HEADER.pack(
         MAGIC,
@@ -220,7 +229,7 @@ def encode_header(header: Header) -> bytes:
     return data + TRAILER.pack(digest_bytes(data))
 
 
-def decode_header(data: bytes | bytearray) -> Header:
+def decode_header(data: bytes | bytearray) -> LaneHeader:
     """Read a header; its length of the body is within bounds then.
 
     Raises:
@@ -234,23 +243,24 @@ def decode_header(data: bytes | bytearray) -> Header:
     if check != digest_bytes(bytes(data[:_CHECKED])):
         raise RemoteProtocolError("a frame's header came damaged")
     try:
-        frame = Frame(frame)
+        frame = LaneFrame(frame)
     except ValueError:
         raise RemoteProtocolError(f"unknown frame {frame}") from None
     limit = max_body_bytes(frame)
-    if frame is not Frame.MESSAGE and nbytes > limit:
+    if frame is not LaneFrame.MESSAGE and nbytes > limit:
         raise RemoteProtocolError(f"{frame.name} of {nbytes} bytes, at most {limit} are accepted")
-    return Header(frame, attempt, step, number, nbytes, digest)
+    return LaneHeader(frame, attempt, step, number, nbytes, digest)
 
 
-def encode(frame: Frame, attempt: int, step: int, number: int = 0, body: Any = None) -> bytes:
+def encode(frame: LaneFrame, attempt: int, step: int, number: int = 0, body: Any = None) -> bytes:
     """Header and body of any frame but MESSAGE. Reasons that are too long are cut."""
-    assert frame is not Frame.MESSAGE
+    assert frame is not LaneFrame.MESSAGE
+    # Cut here and not where reasons are made: a state of 20,000 leaves that does not fit has as many paths to name.
     if isinstance(body, list):
         limit = MAX_LONG_BODY_BYTES // max(len(body), 1) - _LENGTH_BYTES if BODIES[frame] is str else _MAX_TEXT_BYTES
         body = [_fitting(entry, limit) if isinstance(entry, str) else entry for entry in body]
-    data: bytes = body if frame is Frame.MANIFEST else b"" if body is None else msgpack.packb(body)
-    return encode_header(Header(frame, attempt, step, number, len(data), digest_bytes(data))) + data
+    data: bytes = body if frame is LaneFrame.MANIFEST else b"" if body is None else msgpack.packb(body)
+    return encode_header(LaneHeader(frame, attempt, step, number, len(data), digest_bytes(data))) + data
 
 
 def _fitting(text: str, nbytes: int) -> str:
@@ -262,7 +272,7 @@ def _fitting(text: str, nbytes: int) -> str:
     return data.decode("utf-8", "ignore")
 
 
-def decode_body(header: Header, data: bytes) -> Any:
+def decode_body(header: LaneHeader, data: bytes) -> Any:
     """The body of any frame but MESSAGE.
 
     Raises:
@@ -271,7 +281,7 @@ def decode_body(header: Header, data: bytes) -> Any:
     name = header.frame.name
     if digest_bytes(data) != header.digest:
         raise RemoteProtocolError(f"{name} came damaged")
-    if header.frame is Frame.MANIFEST:
+    if header.frame is LaneFrame.MANIFEST:
         return data
     expected = BODIES[header.frame]
     if expected is None:
@@ -279,6 +289,7 @@ def decode_body(header: Header, data: bytes) -> Any:
             raise RemoteProtocolError(f"{name} has {len(data)} bytes, expected none")
         return None
     try:
+        # Tuples, so that nothing of it can be changed; bodies have no maps, and what nests is refused below.
         body = msgpack.unpackb(data, use_list=False, strict_map_key=True)
     except Exception as exc:
         raise RemoteProtocolError(f"damaged {name}: {type(exc).__name__}: {exc}") from None
@@ -302,7 +313,7 @@ def _is_of(body: Any, expected: tuple[tuple[type, ...], ...] | type[str]) -> boo
     return len(body) == len(expected) and all(type(entry) in types for entry, types in zip(body, expected, strict=True))
 
 
-class Conversation:
+class LaneProtocol:
     """Holds one connection to the table.
 
     Args:
@@ -323,16 +334,17 @@ class Conversation:
         self.step = step
         self._role = role
 
-    def sent(self, frame: Frame, number: int = 0) -> None:
+    def sent(self, frame: LaneFrame, number: int = 0) -> None:
         """Note what this side is about to send.
 
         Raises:
             LocalProtocolError: It may not.
         """
+        # Checked on our side, too: what the table forbids is our mistake, and the peer would only call us broken.
         if not self._advance(self._role, frame, number):
             raise LocalProtocolError(f"{frame.name} {number} cannot be sent in state {self.state.value}")
 
-    def received(self, header: Header) -> None:
+    def received(self, header: LaneHeader) -> None:
         """Note what the peer has sent.
 
         Raises:
@@ -349,16 +361,18 @@ class Conversation:
                 f"{header.frame.name} {header.number} is out of order in state {self.state.value}"
             )
 
-    def _advance(self, sender: Role, frame: Frame, number: int) -> bool:
+    def _advance(self, sender: Role, frame: LaneFrame, number: int) -> bool:
         following = TABLE[self.state].get((sender, frame))
         if following is None:
             return False
         if frame in _ASKS:
             self.asked.append(number)
-            if frame is Frame.CHECK:
+            if frame is LaneFrame.CHECK:
                 self._checked.add(number)
+        # Answers in the order of the questions need no numbers of their own, and what is still owed is simply what is
+        # left.
         elif frame in _ANSWERS:
-            if not self.asked or self.asked[0] != number or (frame is Frame.SAME and number not in self._checked):
+            if not self.asked or self.asked[0] != number or (frame is LaneFrame.SAME and number not in self._checked):
                 return False
             self._checked.discard(self.asked.popleft())
         self.state = following
@@ -371,20 +385,20 @@ class Conversation:
 _MAX_FIRST_BODY = 4096
 
 
-class Visit(NamedTuple):
+class FirstFrame(NamedTuple):
     """The first frame of a peer that has proved to be one."""
 
-    header: Header
+    header: LaneHeader
     body: tuple[bytes, ...]
 
 
-def first_frame() -> Generator[int, bytes, Visit]:
+def first_frame() -> Generator[int, bytes, FirstFrame]:
     """Reads the first frame of a connection: yields how many bytes it must have next, and returns the frame.
 
     Raises:
         RemoteProtocolError: It is none, or one that cannot come first.
     """
     header = decode_header((yield HEADER_BYTES))
-    if header.frame not in (Frame.HELLO, Frame.ATTACH) or header.nbytes > _MAX_FIRST_BODY:
+    if header.frame not in (LaneFrame.HELLO, LaneFrame.ATTACH) or header.nbytes > _MAX_FIRST_BODY:
         raise RemoteProtocolError(f"{header.frame.name} of {header.nbytes} bytes cannot come first")
-    return Visit(header, decode_body(header, (yield header.nbytes)))
+    return FirstFrame(header, decode_body(header, (yield header.nbytes)))

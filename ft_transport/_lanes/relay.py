@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.pending import Work
-from ft_transport._lanes.supplier import Supply
-from ft_transport._net.stall import HEARTBEAT, Patience
+from ft_transport._lanes.dispatcher import Dispatcher
+from ft_transport._lanes.pending import PendingMessages
+from ft_transport._lanes.supplier import Supplier
+from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.destination import Landing
@@ -30,48 +30,52 @@ class Relay:
     meantime is found by the one who gets it.
 
     Args:
-        desk: Leads the next one here.
+        dispatcher: Leads the next one here.
         layout: The messages.
         landing: Where they land.
-        work: Which of them are here.
+        pending: Which of them are here.
         verified: Whether messages have digests.
         stream: The accelerator's stream to gather in, None without one.
-        patience: Until when it waits for the others in :meth:`drain`.
+        timer: Until when it waits for the others in :meth:`drain`.
         rewrite: Has messages as they came, too; None if nobody trains meanwhile.
 
     Attributes:
         ident: By which the next one asks for it.
     """
 
-    is_whole_offer = False  # what cannot be read here, the source still has
+    is_whole_transfer = False  # what cannot be read here, the source still has
 
     def __init__(
         self,
-        desk: Desk,
+        dispatcher: Dispatcher,
         layout: Layout,
         landing: Landing,
-        work: Work,
-        patience: Patience,
+        pending: PendingMessages,
+        timer: StallTimer,
         *,
         verified: bool,
         stream: Any = None,
         rewrite: Rewrite | None = None,
     ) -> None:
+        # Keeps lanes that an earlier receive was asked for from being taken for this one's.
         self.ident = secrets.token_bytes(16)
         self.verified = verified
         # Training goes on with this memory once this side has the state, whatever the next one still reads.
         self.steady = verified
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._landing = landing
-        self._work = work
+        self._pending = pending
         self._rewrite = rewrite
         # Small messages as they came: training goes on once this side has the state, and changes small buffers.
         self._copies: dict[int, torch.Tensor] = {}
+        # As many bytes as a source copies before it returns: these are the same messages.
         self._room = SMALL_BYTES
         self._reading: Reading | None = None
         self._layout = layout
-        self._supply = Supply(self, patience, stream)
-        desk.register(self.ident, self._supply)
+        self._supplier = Supplier(self, timer, stream)
+        # From the beginning, with nothing here yet: whoever asks waits for each message, and so gets it the moment it
+        # is sound.
+        dispatcher.register(self.ident, self._supplier)
 
     @property
     def sizes(self) -> list[int]:
@@ -84,7 +88,7 @@ class Relay:
             self._copies[message] = data.clone()
 
     def await_message(self, message: int) -> bool:
-        return self._work.await_message(message, HEARTBEAT)
+        return self._pending.await_message(message, HEARTBEAT)
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         here = self._here(message)
@@ -104,7 +108,7 @@ class Relay:
         pass  # whoever is here turns to the source
 
     def digest(self, message: int) -> int | None:
-        return self._work.digests.get(message)
+        return self._pending.digests.get(message)
 
     def note_digest(self, message: int, digest: int) -> None:
         pass  # it has the source's
@@ -117,6 +121,8 @@ class Relay:
         reading = self._reading = Reading(
             self._layout, self._landing.placement.memory, lambda reading: self.end_reading(), self._copies
         )
+        # Then nobody will call us before the next value is written: DiLoCo asks for a quorum from within its
+        # optimizer's step.
         if reading.within_step():
             self.end_reading()
 
@@ -127,12 +133,13 @@ class Relay:
 
     def drain(self) -> None:
         """Wait until those who fetch from here have everything, or have stalled. Never raises."""
-        self._supply.drain()
+        self._supplier.drain()
 
     def close(self) -> None:
         """When this returns, nothing reads the state any more. May be called twice."""
-        self._desk.unregister(self.ident)
-        self._supply.close()
+        # First, so that who comes now is sent away, and asks the source.
+        self._dispatcher.unregister(self.ident)
+        self._supplier.close()
         if self._reading is not None:
             self._reading.release()
         self._copies.clear()

@@ -14,14 +14,14 @@ from typing import Any
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.chain import DestinationState, supplier_of
-from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.messages import SourceStock
+from ft_transport._lanes.dispatcher import Dispatcher
+from ft_transport._lanes.messages import StateMessages
 from ft_transport._lanes.news import News
-from ft_transport._lanes.protocol import Frame, State
-from ft_transport._lanes.session import Talk
-from ft_transport._lanes.supplier import Supply
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.stall import HEARTBEAT, Patience, Silence
+from ft_transport._lanes.protocol import LaneFrame, State
+from ft_transport._lanes.session import Session
+from ft_transport._lanes.supplier import Supplier
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.stall import HEARTBEAT, PeerStalled, StallTimer
 from ft_transport._telemetry.report import Outcome, PhaseCallback, TransferReport
 from ft_transport.errors import (
     PeerFailure,
@@ -32,11 +32,11 @@ from ft_transport.errors import (
     reason_of,
 )
 
-__all__ = ["Line", "Serving", "say_failed"]
+__all__ = ["Line", "Serving", "send_failed"]
 
 logger = logging.getLogger("ft_transport")
 
-# The longest identity of a supply that is passed on to others, in bytes. Ours have 16; one of another make may differ.
+# The longest identity of a supplier that is passed on to others, in bytes. Ours have 16; another make's may differ.
 _MAX_IDENT_BYTES = 64
 
 
@@ -67,6 +67,7 @@ class Line:
     @property
     def longest(self) -> int:
         """How many there may be in a row: 1 says that nobody need pass anything on."""
+        # Known before all have come, and so said to each in MANIFEST: the last one makes a relay that nobody will ask.
         return len(self._report.peers) if self._is_chain else 1
 
     def join(self, state: DestinationState) -> None:
@@ -88,114 +89,118 @@ class Serving:
     """One destination, while it is served. For its own thread, but for :meth:`cancel`.
 
     Args:
-        talk: With the destination, which has said HELLO.
+        session: With the destination, which has said HELLO.
         state: What the others need to know of it.
-        patience: Until when it is waited for, and how long it may be silent.
+        timer: Until when it is waited for, and how long it may be silent.
         line: Where it stands behind others.
-        desk: Leads its lanes here.
+        dispatcher: Leads its lanes here.
         news: Tells how far it is.
         on_phase: As in ``Options``.
     """
 
     def __init__(
         self,
-        talk: Talk,
+        session: Session,
         state: DestinationState,
-        patience: Patience,
+        timer: StallTimer,
         line: Line,
-        desk: Desk,
+        dispatcher: Dispatcher,
         news: News,
         on_phase: PhaseCallback | None = None,
     ) -> None:
-        self.talk = talk
+        self.session = session
         self.state = state
-        self._patience = patience
+        self._timer = timer
         self._line = line
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._news = news
         self._on_phase = on_phase
-        self._supply: Supply | None = None
+        self._supplier: Supplier | None = None
         self._has_all = False  # and the state had not changed: whatever happens now, it is not told to discard it
 
     def cancel(self, reason: str) -> None:
         """Let it end at the next heartbeat. Any thread."""
-        self._patience.cancel(reason)
+        self._timer.cancel(reason)
 
-    def run(self, stock: SourceStock | None, failure: str) -> Outcome:
+    def run(self, store: StateMessages | None, failure: str) -> Outcome:
         """Serve it, and give how that ended; nothing of the state is read for it any more then.
 
         Args:
-            stock: The state.
+            store: The state.
             failure: In its place: why there is none.
         """
         peer = self.state.peer
         try:
-            self._serve(stock, failure)
+            self._serve(store, failure)
             return "complete"
         except Exception as exc:
             peer.reason = reason_of(exc)
-            outcome = _outcome(exc, self._patience)
+            outcome = _outcome(exc, self._timer)
             if outcome in ("failed", "timed out") and not self._has_all:
                 # Who has been silent for so long is told, and not waited for.
-                say_failed(self.talk, peer.reason, wait=not isinstance(exc, Silence))
+                send_failed(self.session, peer.reason, wait=not isinstance(exc, PeerStalled))
             return outcome
         finally:
-            self._desk.unregister(self.state.ident)
-            peer.nbytes_wire = self.talk.connection.nbytes_wire
-            if self._supply is not None:
-                self._supply.close()
-                peer.nbytes_wire += self._supply.nbytes_wire
-            self.talk.connection.close()
+            # In this order: no new lane, then no lane, then no connection.
+            self._dispatcher.unregister(self.state.ident)
+            peer.nbytes_wire = self.session.connection.nbytes_wire
+            if self._supplier is not None:
+                self._supplier.close()
+                peer.nbytes_wire += self._supplier.nbytes_wire
+            self.session.connection.close()
 
-    def _serve(self, stock: SourceStock | None, failure: str) -> None:
+    def _serve(self, store: StateMessages | None, failure: str) -> None:
         if failure:
             raise _Failure(failure)
-        assert stock is not None, "only once nobody is served any more"
-        peer, talk, patience = self.state.peer, self.talk, self._patience
+        assert store is not None, "only once nobody is served any more"
+        peer, session, timer = self.state.peer, self.session, self._timer
         with peer.enter("agree", "source", self._on_phase):
-            talk.say(Frame.MANIFEST, patience, self._line.longest, stock.frame)
-            self._hear(stock, until=State.ROUTING)
+            session.send(LaneFrame.MANIFEST, timer, self._line.longest, store.frame)
+            self._recv(store, until=State.ROUTING)
         with peer.enter("move", "source", self._on_phase):
-            self._supply = Supply(stock, Patience(patience.deadline), stock.stream)
-            self._desk.register(self.state.ident, self._supply)
-            while talk.conversation.state is State.ROUTING:
-                talk.say(Frame.ROUTE, patience, body=self._line.route(self.state))
-                self._hear(stock, until=State.DONE)
-        stock.check_unchanged()
+            # Also for one that fetches from another destination: it may come back at any moment, when that one is gone.
+            self._supplier = Supplier(store, StallTimer(timer.deadline), store.stream)
+            self._dispatcher.register(self.state.ident, self._supplier)
+            while session.protocol.state is State.ROUTING:
+                session.send(LaneFrame.ROUTE, timer, body=self._line.route(self.state))
+                self._recv(store, until=State.DONE)
+        store.check_unchanged()
         self._has_all = True
-        talk.say(Frame.BYE, patience)
-        talk.connection.finish(Patience(patience.deadline, HEARTBEAT))
+        session.send(LaneFrame.BYE, timer)
+        # BYE is worth a moment: a destination that does not hear it has its state all the same, and logs a warning.
+        session.connection.finish(StallTimer(timer.deadline, HEARTBEAT))
 
-    def _hear(self, stock: SourceStock, until: State) -> None:
+    def _recv(self, store: StateMessages, until: State) -> None:
         """Listen to a destination until it is its turn no more: it is ready, wants another route, or is done."""
-        talk, patience = self.talk, self._patience
+        session, timer = self.session, self._timer
         while True:
-            header, body = talk.hear(patience)
-            patience.check()
-            if header.frame is Frame.PROGRESS or header.frame is Frame.DONE:
+            header, body = session.recv(timer)
+            timer.check()
+            if header.frame is LaneFrame.PROGRESS or header.frame is LaneFrame.DONE:
                 self._news.progress(self.state.peer, header.number)
-                if talk.conversation.state is State.MOVING:
-                    stock.check_unchanged()
-                    talk.say(Frame.WAIT, patience)  # the source is alive, too
+                # A change is found at the next PROGRESS, so that nobody fetches a whole state that is void already.
+                if session.protocol.state is State.MOVING:
+                    store.check_unchanged()
+                    session.send(LaneFrame.WAIT, timer)  # the source is alive, too
             else:
                 self._take(header.frame, body)
-            if talk.conversation.state in (until, State.ROUTING):
+            if session.protocol.state in (until, State.ROUTING):
                 return
 
-    def _take(self, frame: Frame, body: Any) -> None:
+    def _take(self, frame: LaneFrame, body: Any) -> None:
         state = self.state
-        if frame is Frame.REFUSE:
+        if frame is LaneFrame.REFUSE:
             raise _Refused(f"the destination refuses this state: {'; '.join(body)}")
-        if frame is Frame.FAILED:
+        if frame is LaneFrame.FAILED:
             raise _Failure(f"the destination gave up: {'; '.join(body)}")
-        if frame is Frame.READY:
+        if frame is LaneFrame.READY:
             state.metadata, state.relay = body
             if state.metadata and not _is_invitation(state.metadata, state.relay):
                 # It may be of another version; whoever were sent there would only come back and ask again.
                 logger.warning("%s cannot pass the state on: nobody could read its metadata", state.peer.label)
                 state.metadata = ""
             self._line.join(state)
-        elif frame is Frame.REROUTE:
+        elif frame is LaneFrame.REROUTE:
             failed, reason, slow = body
             if state.turn_away(failed, slow=slow):
                 logger.warning("%s turns to another supplier: %s", state.peer.label, printable(reason))
@@ -204,35 +209,36 @@ class Serving:
 def _is_invitation(metadata: str, ident: bytes) -> bool:
     """Whether those behind a destination can make something of where it says that they may fetch."""
     try:
-        Invitation.decode(metadata)
+        Endpoint.decode(metadata)
     except RemoteProtocolError:
         return False
     return len(ident) <= _MAX_IDENT_BYTES
 
 
-def _outcome(exc: Exception, patience: Patience) -> Outcome:
+def _outcome(exc: Exception, timer: StallTimer) -> Outcome:
     if isinstance(exc, _Refused):
         return "refused"
-    if isinstance(exc, (TransferTimeout, Silence)):
+    if isinstance(exc, (TransferTimeout, PeerStalled)):
         return "timed out"
     # A cancelled one has ended by our own doing, whatever its connection made of that.
-    if isinstance(exc, PeerFailure) and not patience.cancelled:
+    if isinstance(exc, PeerFailure) and not timer.cancelled:
         return "dead"
     return "failed"
 
 
-def say_failed(talk: Talk, reason: str, *, wait: bool) -> None:
+def send_failed(session: Session, reason: str, *, wait: bool) -> None:
     """Tell a destination why there will be no more, if it still listens. Never raises.
 
     Args:
         wait: Until it has read that: closing at once would make the system drop it, if the destination still writes.
     """
-    if talk.conversation.state is State.CLOSED or not (wait or talk.connection.takes_more):
+    # From the dispatcher (``wait`` is False) this runs under a lock, and a peer that reads nothing would hold it.
+    if session.protocol.state is State.CLOSED or not (wait or session.connection.takes_more):
         return
-    patience = Patience(Deadline(2 * HEARTBEAT), HEARTBEAT)
+    timer = StallTimer(Deadline(2 * HEARTBEAT), HEARTBEAT)
     try:
-        talk.say(Frame.FAILED, patience, body=[reason])
+        session.send(LaneFrame.FAILED, timer, body=[reason])
         if wait:
-            talk.connection.finish(patience)
+            session.connection.finish(timer)
     except (TransferError, RemoteProtocolError):
         pass

@@ -1,4 +1,4 @@
-"""One side of a conversation over a connection: frames and messages, held to the table as they pass."""
+"""One side of a session over a connection: frames and messages, held to the table as they pass."""
 
 from __future__ import annotations
 
@@ -11,72 +11,74 @@ import xxhash
 from ft_transport._lanes.protocol import (
     HEADER_BYTES,
     TRAILER,
-    Conversation,
-    Frame,
-    Header,
+    LaneFrame,
+    LaneHeader,
+    LaneProtocol,
     decode_body,
     decode_header,
     encode,
     encode_header,
 )
 from ft_transport._net.connection import Connection
-from ft_transport._net.stall import Patience
+from ft_transport._net.stall import StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 
-__all__ = ["Talk", "fingerprint"]
+__all__ = ["Session", "fingerprint"]
 
 # A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache. Wherever
 # one begins, its pages fit into a pipe of 1 MiB.
 _PIECE_BYTES = (1 << 20) - mmap.PAGESIZE
 
 
-class Talk:
-    """A connection and where the conversation on it is.
+class Session:
+    """A connection, and how far what is said on it has come.
 
     Args:
         connection: To the peer.
-        conversation: New, or as far as it has come.
+        protocol: New, or as far as it has come.
     """
 
-    def __init__(self, connection: Connection, conversation: Conversation) -> None:
+    def __init__(self, connection: Connection, protocol: LaneProtocol) -> None:
         self.connection = connection
-        self.conversation = conversation
+        self.protocol = protocol
 
-    def say(self, frame: Frame, patience: Patience, number: int = 0, body: Any = None) -> None:
+    def send(self, frame: LaneFrame, timer: StallTimer, number: int = 0, body: Any = None) -> None:
         """Send a frame; raises as ``Connection.write``."""
-        conversation = self.conversation
-        conversation.sent(frame, number)
-        self.connection.write([encode(frame, conversation.attempt, conversation.step, number, body)], patience)
+        protocol = self.protocol
+        protocol.sent(frame, number)
+        self.connection.write([encode(frame, protocol.attempt, protocol.step, number, body)], timer)
 
-    def hear(self, patience: Patience) -> tuple[Header, Any]:
+    def recv(self, timer: StallTimer) -> tuple[LaneHeader, Any]:
         """The next frame, which must not be a message, and its body.
 
         Raises:
             RemoteProtocolError: It is damaged or out of order.
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
         """
-        header = self.hear_header(patience)
-        if header.frame is Frame.MESSAGE:
+        header = self.recv_header(timer)
+        if header.frame is LaneFrame.MESSAGE:
             raise RemoteProtocolError(f"message {header.number} is out of order")
-        return header, self.hear_body(header, patience)
+        return header, self.recv_body(header, timer)
 
-    def hear_body(self, header: Header, patience: Patience) -> Any:
-        """The body of a frame whose header is here already; raises as :meth:`hear`."""
-        return decode_body(header, bytes(self.connection.read(header.nbytes, patience)))
+    def recv_body(self, header: LaneHeader, timer: StallTimer) -> Any:
+        """The body of a frame whose header is here already; raises as :meth:`recv`."""
+        return decode_body(header, bytes(self.connection.read(header.nbytes, timer)))
 
-    def hear_header(self, patience: Patience) -> Header:
-        """The next frame's header; raises as :meth:`hear`."""
-        header = decode_header(self.connection.read(HEADER_BYTES, patience))
-        self.conversation.received(header)
+    def recv_header(self, timer: StallTimer) -> LaneHeader:
+        """The next frame's header; raises as :meth:`recv`."""
+        # Two reads for a frame, and none for what is behind it: nothing is kept in a buffer of ours, so a message can
+        # go where it belongs.
+        header = decode_header(self.connection.read(HEADER_BYTES, timer))
+        self.protocol.received(header)
         return header
 
-    def say_message(
+    def send_message(
         self,
         number: int,
         view: memoryview,
         digest: int | None,
-        patience: Patience,
+        timer: StallTimer,
         *,
         steady: bool = False,
         held: Held | None = None,
@@ -91,30 +93,32 @@ class Talk:
             LocalProtocolError: That memory was taken away.
             PeerFailure, TransferTimeout: As ``Connection.write``.
         """
-        conversation, connection = self.conversation, self.connection
-        conversation.sent(Frame.MESSAGE, number)
-        header = Header(Frame.MESSAGE, conversation.attempt, conversation.step, number, len(view))
-        connection.write([encode_header(header)], patience, more=True)
+        protocol, connection = self.protocol, self.connection
+        protocol.sent(LaneFrame.MESSAGE, number)
+        header = LaneHeader(LaneFrame.MESSAGE, protocol.attempt, protocol.step, number, len(view))
+        # The header waits in the kernel for the first bytes of the message, else it would be a packet of its own.
+        connection.write([encode_header(header)], timer, more=True)
         hashed = xxhash.xxh3_64()
         update = _reads(hashed, held)
+        # A digest that is known already leaves nothing to do on the way: all of it goes into one call.
         for piece in _pieces(view, whole=digest is not None):
             if digest is None:
                 update(piece)
             try:
                 if steady:
-                    connection.write_steady(piece, patience)
+                    connection.write_zero_copy(piece, timer)
                 else:
-                    connection.write([piece], patience, more=True)
+                    connection.write([piece], timer, more=True)
             except PeerFailure:
                 _check(held)  # the system cannot read what is not there either
                 raise
         _check(held)
         digest = hashed.intdigest() if digest is None else digest
-        connection.write([TRAILER.pack(digest)], patience)
+        connection.write([TRAILER.pack(digest)], timer)
         return digest
 
-    def hear_message(
-        self, header: Header, view: memoryview, *, verify: bool, patience: Patience, held: Held | None = None
+    def recv_message(
+        self, header: LaneHeader, view: memoryview, *, verify: bool, timer: StallTimer, held: Held | None = None
     ) -> int | None:
         """Receive a message, whose header is here already, into ``view``; gives its digest, None if it came damaged.
 
@@ -133,14 +137,15 @@ class Talk:
         update = _reads(hashed, held)
         for piece in _pieces(view, whole=not verify):
             try:
-                self.connection.read_into(piece, patience)
+                self.connection.read_into(piece, timer)
             except PeerFailure:
                 _check(held)
                 raise
             if verify:
                 update(piece)
         _check(held)
-        (expected,) = TRAILER.unpack(self.connection.read(TRAILER.size, patience))
+        # Behind the message, so that the one who reads it first can take its digest while it leaves.
+        (expected,) = TRAILER.unpack(self.connection.read(TRAILER.size, timer))
         return expected if not verify or hashed.intdigest() == expected else None
 
 
@@ -159,9 +164,10 @@ def _reads(hashed: xxhash.xxh3_64, held: Held | None) -> Callable[[memoryview], 
 
 
 def fingerprint(view: memoryview, held: Held | None = None) -> int:
-    """The digest that :meth:`Talk.say_message` would send; raises as it."""
+    """The digest that :meth:`Session.send_message` would send; raises as it."""
     hashed = xxhash.xxh3_64()
     update = _reads(hashed, held)
+    # Whoever gives memory back waits for its readers (``_plan.lent``): for a piece, and not for a message.
     for piece in _pieces(view, whole=held is None):
         update(piece)
     return hashed.intdigest()

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from ft_transport._lanes.pending import Work
-from ft_transport._lanes.protocol import Header
+from ft_transport._lanes.pending import PendingMessages
+from ft_transport._lanes.protocol import LaneHeader
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.session import Talk, fingerprint
-from ft_transport._net.stall import Patience
+from ft_transport._lanes.session import Session, fingerprint
+from ft_transport._net.stall import StallTimer
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import Landing
 from ft_transport._plan.rewrite import Rewrite
@@ -29,7 +29,9 @@ __all__ = ["Incurable", "Sink"]
 
 logger = logging.getLogger("ft_transport")
 
-# How often one message may come damaged from the same supplier.
+# How often one message may come damaged from the same supplier. TCP's checksum has 16 bits, so damage comes through now
+# and then; three times the same message is no chance, but bad memory, or a source whose memory changes, and neither
+# mends itself.
 _MAX_DAMAGED = 3
 
 
@@ -43,7 +45,7 @@ class Sink:
     Args:
         layout: The messages.
         landing: Where they land.
-        work: Learns which are here.
+        pending: Learns which are here.
         report: Learns how many bytes are.
         verified: Whether messages have digests.
         claims: Messages that may be here already, with their digests; None where it is still to be taken.
@@ -58,7 +60,7 @@ class Sink:
         self,
         layout: Layout,
         landing: Landing,
-        work: Work,
+        pending: PendingMessages,
         report: TransferReport,
         claims: dict[int, int | None],
         *,
@@ -66,7 +68,7 @@ class Sink:
         rewrite: Rewrite | None = None,
         stream: Any = None,
     ) -> None:
-        self.todo = work
+        self.pending = pending
         self.relay: Relay | None = None
         self.verified = verified
         self._layout = layout
@@ -76,6 +78,7 @@ class Sink:
         self._claims = claims
         self._claimed: dict[int, int] = {}
         self._rewrite = rewrite
+        # A report counts a message once, also one that is fetched again after forward has written to it.
         self._counted: set[int] = set()  # messages that the report counts
         self._lock = threading.Lock()
 
@@ -87,6 +90,7 @@ class Sink:
     def enter(self) -> None:
         """Called by each thread that lands messages, before it does."""
         if self._stream is not None:
+            # A new thread has the default stream, on which a copy would not wait for what the caller's has begun.
             torch.accelerator.set_stream(self._stream)
 
     def fetch_written_again(self) -> bool:
@@ -94,12 +98,13 @@ class Sink:
         written = self._rewrite.written() if self._rewrite is not None else []
         if written:
             logger.info("forward has written to what had landed: %d messages are fetched again", len(written))
-            self.todo.again(written)
+            self.pending.again(written)
         return bool(written)
 
     def claim(self, message: int, bucket: Bucket) -> int | None:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
-        if message not in self._claims or self.todo.was_damaged(message) or self._is_written(message):
+        # What came damaged is not there any more, whatever was: it has been written over.
+        if message not in self._claims or self.pending.was_damaged(message) or self._is_written(message):
             return None
         held = self._landing.placement.held(message)
         if held is None:
@@ -111,7 +116,7 @@ class Sink:
         self._claimed[message] = digest = fingerprint(here, held)
         return digest if self._claims[message] in (None, digest) else None
 
-    def land(self, talk: Talk, header: Header, bucket: Bucket, patience: Patience) -> bool:
+    def land(self, session: Session, header: LaneHeader, bucket: Bucket, timer: StallTimer) -> bool:
         """Receive a message whose header is here; gives whether it came sound.
 
         Raises:
@@ -119,6 +124,8 @@ class Sink:
         """
         message, nbytes = header.number, self.sizes[header.number]
         held = aside = staged = None
+        # Forward has the newer value there, and trains with it: the source's goes beside it until the optimizer may
+        # step.
         if self._rewrite is not None and self._is_written(message):
             aside = self._rewrite.take_aside(message)
             view = memory_at(aside.data_ptr(), nbytes)
@@ -128,10 +135,13 @@ class Sink:
         else:
             view = held.view
             self._note_torn(message)
-        digest = talk.hear_message(header, view, verify=self.verified, patience=patience, held=held)
+        # Into the template itself, and not by way of a copy: so it is torn from the first byte on, before any digest is
+        # known. What makes that safe is the guard, and shadow= for those who would rather pay.
+        digest = session.recv_message(header, view, verify=self.verified, timer=timer, held=held)
         if digest is None:
             return False
         if staged is not None:
+            # Only now: what has come damaged into a bucket has torn nothing.
             self._note_torn(message)
             self._landing.placement.scatter(message, staged)
             if self._rewrite is not None and self._rewrite.taken(message) is staged:
@@ -145,7 +155,8 @@ class Sink:
                 self._counted.add(message)
                 self._report.peers[0].nbytes += nbytes
                 self._report.nbytes_staged += nbytes if staged is not None else 0
-        self.todo.landed(message, digest)
+        # Last: from now on it is passed on.
+        self.pending.landed(message, digest)
         return True
 
     def _is_written(self, message: int) -> bool:
@@ -180,7 +191,7 @@ class Sink:
         """
         with self._lock:
             self._report.num_repaired += 1
-        times = self.todo.damaged(message)
+        times = self.pending.damaged(message)
         logger.warning("message %d came damaged and is fetched again", message)
         if times >= _MAX_DAMAGED:
             raise Incurable(
@@ -195,4 +206,5 @@ class Sink:
             self._report.nbytes_kept += self.sizes[message]
         if self._rewrite is not None and (taken := self._rewrite.taken(message)) is not None:
             self._rewrite.keep(message, taken)
-        self.todo.landed(message, self._claimed[message])
+        # With the digest that was taken here; that the supplier has the same is what SAME says.
+        self.pending.landed(message, self._claimed[message])

@@ -1,9 +1,9 @@
-"""The source's side of a transfer over lanes: an offer, which destinations come for.
+"""The source's side of a transfer over lanes: a state is offered, and destinations come for it.
 
-Strategy: an offer is made once, and then waits for nobody: ``send_checkpoint`` returns, and training goes on. Each
-destination that comes has a thread (``_lanes.serving``), and all of them end by the offer's deadline. Torchft's Manager
-calls ``disallow_checkpoint`` before the optimizer may step, and that is where it is waited for those who are still
-being served.
+Strategy: a state is offered once, and then nobody is waited for: ``send_checkpoint`` returns, and training goes on.
+Each destination that comes has a thread (``_lanes.serving``), and all of them end by the transfer's deadline. Torchft's
+Manager calls ``disallow_checkpoint`` before the optimizer may step, and that is where those who are still being served
+are waited for.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import replace
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.admission import Admission
-from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.messages import SourceStock
+from ft_transport._lanes.dispatcher import Dispatcher
+from ft_transport._lanes.messages import StateMessages
 from ft_transport._lanes.news import News
-from ft_transport._lanes.protocol import Visit
-from ft_transport._lanes.serving import Line, Serving, say_failed
-from ft_transport._lanes.session import Talk
-from ft_transport._net.stall import Patience
+from ft_transport._lanes.protocol import FirstFrame
+from ft_transport._lanes.serving import Line, Serving, send_failed
+from ft_transport._lanes.session import Session
+from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions
 from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.source import Outbound
@@ -30,24 +30,24 @@ from ft_transport._telemetry.teller import Teller
 from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import reason_of
 
-__all__ = ["Offer"]
+__all__ = ["SourceTransfer"]
 
 logger = logging.getLogger("ft_transport")
 
 
-class Offer:
+class SourceTransfer:
     """A state, open to destinations from :meth:`open` to :meth:`close`.
 
     Args:
         options: The caller's choices.
         deadline: Of the whole transfer.
         report: Filled with what happened; has a ``PeerReport`` for each expected destination.
-        desk: Leads destinations here.
+        dispatcher: Leads destinations here.
         teller: Calls the caller's callbacks.
     """
 
     def __init__(
-        self, options: LaneOptions, deadline: Deadline, report: TransferReport, desk: Desk, teller: Teller
+        self, options: LaneOptions, deadline: Deadline, report: TransferReport, dispatcher: Dispatcher, teller: Teller
     ) -> None:
         self.report = report
         assert report.step is not None, "over lanes a transfer always has one"
@@ -55,7 +55,7 @@ class Offer:
         # memory that it passes on.
         self._options = replace(options, chain=options.chain and len(report.peers) > 1 and bool(options.digest))
         self._deadline = deadline
-        self._desk = desk
+        self._dispatcher = dispatcher
         self._changed = threading.Condition()
         self._admission = Admission(report, report.step)
         self._line = Line(report, self._options.chain, options.stall)
@@ -63,7 +63,7 @@ class Offer:
         self._serving: dict[bytes, Serving] = {}  # by identity, the newest of each
         self._crew = ThreadGroup()
         self._failure = ""
-        self._stock: SourceStock | None = None
+        self._store: StateMessages | None = None
 
     def open(self, state_dict: object) -> None:
         """Describe the state and let destinations in, those that wait first.
@@ -76,59 +76,66 @@ class Offer:
             with report.phase("describe", self._options.on_phase):
                 stream = settled_stream()
                 outbound = Outbound(state_dict, report.step, self._options, report, lambda reading: self.end_reading())
-                self._stock = SourceStock(outbound, stream)
+                self._store = StateMessages(outbound, stream)
         except BaseException as exc:
+            # Destinations are told: they would wait for their whole time-out, and with them the collectives of
+            # everybody.
             self._failure = reason_of(exc)
             raise
         finally:
-            self._desk.open(self)
+            self._dispatcher.open(self)
 
     def refuse(self, reason: str) -> None:
         """In the place of :meth:`open`: let destinations in, and tell them why there is no state for them."""
         self._failure = reason
-        self._desk.open(self)
+        self._dispatcher.open(self)
 
     # ------------------------------------------------------------------------------ destinations
 
-    def receive_guest(self, talk: Talk, visit: Visit) -> bool:
-        identity, name = visit.body
-        attempt, step = visit.header.attempt, visit.header.step
+    def accept(self, session: Session, first: FirstFrame) -> bool:
+        identity, name = first.body
+        attempt, step = first.header.attempt, first.header.step
         with self._changed:
             if (reason := self._admission.refusal(identity, attempt, step)) is not None:
-                self._news.refused(str(name), talk.connection.address, reason)
-                say_failed(talk, reason, wait=False)
-                talk.connection.close()
+                self._news.refused(str(name), session.connection.address, reason)
+                send_failed(session, reason, wait=False)
+                session.connection.close()
                 return True
             if not self._admission.has_place(identity, step):
                 return False
             if (earlier := self._serving.get(identity)) is not None:
-                earlier.talk.connection.abort()
+                # The same process has come again: its first connection is one that it has given up, and may hang for
+                # minutes.
+                earlier.session.connection.abort()
             state = self._admission.admit(identity, attempt)
-            state.peer.address, state.peer.name = talk.connection.address, str(name)
-            patience = Patience(self._deadline, self._options.stall, "the destination")
+            state.peer.address, state.peer.name = session.connection.address, str(name)
+            timer = StallTimer(self._deadline, self._options.stall, "the destination")
+            # One timer for all that is said on its control connection: whoever answers there is alive, however slow its
+            # lanes.
             serving = self._serving[identity] = Serving(
-                talk, state, patience, self._line, self._desk, self._news, self._options.on_phase
+                session, state, timer, self._line, self._dispatcher, self._news, self._options.on_phase
             )
             self._start(serving)
         return True
 
     def _start(self, serving: Serving) -> None:
         try:
-            self._crew.start("guest", self._run, serving)
+            self._crew.start("destination", self._run, serving)
         except RuntimeError as exc:  # no more threads to be had
             peer = serving.state.peer
             logger.warning("%s cannot be served: %s", peer.label, exc)
             peer.outcome, peer.reason = "failed", reason_of(exc)
-            serving.talk.connection.close()
+            serving.session.connection.close()
             self._settle()
             self._changed.notify_all()
 
     def _run(self, serving: Serving) -> None:
-        stock = self._stock
+        store = self._store
         outcome: Outcome = "failed"
         try:
-            with stock.here() if stock is not None else nullcontext():
-                outcome = serving.run(stock, self._failure)
+            # An optimizer that steps in this very thread (a callback's) would wait for itself.
+            with store.here() if store is not None else nullcontext():
+                outcome = serving.run(store, self._failure)
         finally:
             with self._changed:
                 serving.state.peer.outcome = outcome
@@ -140,13 +147,13 @@ class Offer:
     def _settle(self) -> None:
         """Complete the report, once no destination is expected or served any more. The lock is held."""
         if self._admission.settle(is_late=self._deadline.expired()):
-            error = self._stock.error if self._stock is not None else None
+            error = self._store.error if self._store is not None else None
             self._release()
             if not self._failure:  # else the call has raised, and that was told
                 self._news.over(error)
 
     def tick(self) -> None:
-        """End an offer whose deadline has passed and for which nobody has come; say how far the others are."""
+        """End a transfer whose deadline has passed and for which nobody has come; say how far the others are."""
         with self._changed:
             if self._deadline.expired():
                 self._admission.give_up("timed out waiting for it")
@@ -164,6 +171,8 @@ class Offer:
 
         A destination that has not come within the stall time-out from now on is not waited for.
         """
+        # From now on, and not from when the state was offered: torchft calls this after the step's collectives, in
+        # which a destination that is alive takes part, so it has come by then.
         absent, admission = Deadline(self._options.stall), self._admission
         with self._changed:
             if admission.is_open:  # nobody was expected, so nobody is waited for who has not come
@@ -187,20 +196,21 @@ class Offer:
 
     def within_step(self) -> bool:
         """Whether the state may change before :meth:`drain` is called; see ``_plan.unchanged``."""
-        stock = self._stock
-        return stock is not None and stock.within_step()
+        store = self._store
+        return store is not None and store.within_step()
 
     def close(self) -> None:
         """End what is still under way; when this returns, nothing reads the state. Raises nothing but Ctrl-C."""
         uninterrupted(self._close)
 
     def _close(self) -> None:
-        self._desk.close(self)
+        self._dispatcher.close(self)
         with self._changed:
             self._admission.is_closing = True
             self._give_up_expected("it has not come before the source ended the transfer")
             for serving in self._serving.values():
                 serving.cancel("the source has ended the transfer")
+        # Each ends by itself, within a heartbeat: its timer is cancelled.
         self._crew.join()
         with self._changed:
             self._release()
@@ -208,6 +218,6 @@ class Offer:
 
     def _release(self) -> None:
         """Nothing is read any more: optimizers need not wait, and the copies of small tensors go."""
-        stock, self._stock = self._stock, None
-        if stock is not None:
-            stock.release()
+        store, self._store = self._store, None
+        if store is not None:
+            store.release()

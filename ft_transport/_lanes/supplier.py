@@ -10,39 +10,40 @@ from typing import Any, Protocol
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.protocol import Conversation, Frame, Header, Role
-from ft_transport._lanes.session import Talk, fingerprint
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
+from ft_transport._lanes.session import Session, fingerprint
 from ft_transport._net.connection import Connection
-from ft_transport._net.stall import HEARTBEAT, Patience
+from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
 
-__all__ = ["Stock", "Supply"]
+__all__ = ["MessageStore", "Supplier"]
 
 logger = logging.getLogger("ft_transport")
 
 # Bounds what somebody who knows the secret can make us start: a thread for each lane.
+# A destination opens 1 to 16, and as many again while the ones before are not known to be gone.
 MAX_LANES = 64
 
 # Who is waited for, and has taken no byte for so long, is not waited for any longer.
 _STILL = 2 * HEARTBEAT
 
 
-class Stock(Protocol):
+class MessageStore(Protocol):
     """Messages to supply.
 
     Attributes:
         sizes: Bytes of each message.
         verified: Whether messages have digests.
         steady: Whether their memory stays as it is until its reader has it, or learns that the transfer has failed.
-        is_whole_offer: Whether a message that cannot be read ends the transfer, as the reader learns elsewhere.
+        is_whole_transfer: Whether a message that cannot be read ends the transfer, as the reader learns elsewhere.
     """
 
     verified: bool
     steady: bool
-    is_whole_offer: bool
+    is_whole_transfer: bool
 
     @property
     def sizes(self) -> Sequence[int]: ...
@@ -72,29 +73,29 @@ class Stock(Protocol):
         ...
 
 
-class Supply:
+class Supplier:
     """The lanes of one destination, each with a thread.
 
     Args:
-        stock: What there is to supply. Read until :meth:`close` has returned.
-        patience: No lane outlasts its deadline. It learns of all that moves.
+        store: What there is to supply. Read until :meth:`close` has returned.
+        timer: No lane outlasts its deadline. It learns of all that moves.
         stream: The accelerator's stream to gather in, None without one.
 
     Attributes:
         nbytes_wire: All bytes of the lanes that have ended.
     """
 
-    def __init__(self, stock: Stock, patience: Patience, stream: Any = None) -> None:
+    def __init__(self, store: MessageStore, timer: StallTimer, stream: Any = None) -> None:
         self.nbytes_wire = 0
-        self._stock = stock
-        self._patience = patience
+        self._store = store
+        self._timer = timer
         self._stream = stream
         self._changed = threading.Condition()
         self._closed = False
         self._lanes: set[Connection] = set()
         self._crew = ThreadGroup()
 
-    def attach(self, connection: Connection, header: Header) -> None:
+    def attach(self, connection: Connection, header: LaneHeader) -> None:
         """Serve a lane, whose first frame was ``header``, in a thread of its own."""
         with self._changed:
             if self._closed or len(self._lanes) >= MAX_LANES:
@@ -102,21 +103,23 @@ class Supply:
                 return
             self._lanes.add(connection)
             try:
-                self._crew.start("supply", self._run, connection, header)
+                self._crew.start("supplier", self._run, connection, header)
             except RuntimeError as exc:  # no more threads to be had
                 logger.warning("a lane of %s cannot be served: %s", connection.address, exc)
                 self._lanes.discard(connection)
                 connection.close()
 
-    def _run(self, connection: Connection, header: Header) -> None:
+    def _run(self, connection: Connection, header: LaneHeader) -> None:
         try:
             if self._stream is not None:
                 torch.accelerator.set_stream(self._stream)
             self._serve(connection, header)
         except LocalProtocolError as exc:
             logger.warning("a lane of %s has ended: %s", connection.address, exc)
-            self._stock.note_error(exc)
-            if self._stock.is_whole_offer:
+            # Memory that was given back is not the destination's fault, nor the connection's: the whole transfer is
+            # void by it.
+            self._store.note_error(exc)
+            if self._store.is_whole_transfer:
                 self._await_close()
         except TransferError as exc:
             # The destination closes its lanes once it has everything, and asks elsewhere for what a lane still owed.
@@ -130,46 +133,53 @@ class Supply:
                 self._lanes.discard(connection)
                 self._changed.notify_all()
 
-    def _serve(self, connection: Connection, header: Header) -> None:
-        conversation = Conversation(Role.SOURCE, header.attempt, header.step)
-        conversation.received(header)
-        talk = Talk(connection, conversation)
-        patience = Patience(self._patience.deadline)
+    def _serve(self, connection: Connection, header: LaneHeader) -> None:
+        protocol = LaneProtocol(Role.SOURCE, header.attempt, header.step)
+        protocol.received(header)
+        session = Session(connection, protocol)
+        # Without a stall time-out: a destination asks when it has room. That it lives is seen on its control
+        # connection.
+        timer = StallTimer(self._timer.deadline)
         bucket = Bucket(torch.device("cpu"), pinned=True)
         while True:
-            asked, claimed = talk.hear(patience)
-            self._patience.moved()
+            asked, claimed = session.recv(timer)
+            self._timer.progressed()
             message = asked.number
-            if message >= len(self._stock.sizes):
-                raise RemoteProtocolError(f"message {message} of {len(self._stock.sizes)}")
-            while not self._stock.await_message(message):
-                talk.say(Frame.WAIT, patience)
-                patience.check()
-            bucket.reset(aligned(self._stock.sizes[message]))
-            view = self._stock.view(message, bucket)
-            if asked.frame is Frame.CHECK and self._digest(message, view) == claimed[0]:
-                talk.say(Frame.SAME, patience, message)
+            if message >= len(self._store.sizes):
+                raise RemoteProtocolError(f"message {message} of {len(self._store.sizes)}")
+            # A relay has not got it yet. To say so keeps the one who asks from taking it for frozen.
+            while not self._store.await_message(message):
+                session.send(LaneFrame.WAIT, timer)
+                timer.check()
+            # One bucket for each lane: a message is in the kernel, or in the peer's hands, when the next one is asked
+            # for.
+            bucket.reset(aligned(self._store.sizes[message]))
+            view = self._store.view(message, bucket)
+            # To compare costs a read on both sides, and saves the wire; a digest that somebody has taken before costs
+            # nothing.
+            if asked.frame is LaneFrame.CHECK and self._digest(message, view) == claimed[0]:
+                session.send(LaneFrame.SAME, timer, message)
                 continue
-            digest = self._stock.digest(message) if self._stock.verified else 0
+            digest = self._store.digest(message) if self._store.verified else 0
             # What is in the bucket is overwritten by the next message, perhaps before the peer has it.
-            steady = self._stock.steady and bucket.untouched
-            held = self._stock.held(message)
-            sent = talk.say_message(message, view, digest, patience, steady=steady, held=held)
-            self._stock.note_digest(message, sent)
-            self._patience.moved()
+            steady = self._store.steady and bucket.untouched
+            held = self._store.held(message)
+            sent = session.send_message(message, view, digest, timer, steady=steady, held=held)
+            self._store.note_digest(message, sent)
+            self._timer.progressed()
 
     def _await_close(self) -> None:
         """Keep a lane that has nothing more to say: without it, the destination would ask for the same again."""
         with self._changed:
             while not self._changed.wait_for(lambda: self._closed, HEARTBEAT.total_seconds()):
-                if self._patience.deadline.expired():
+                if self._timer.deadline.expired():
                     break
 
     def _digest(self, message: int, view: memoryview) -> int:
-        known = self._stock.digest(message)
+        known = self._store.digest(message)
         if known is None:
-            known = fingerprint(view, self._stock.held(message))
-            self._stock.note_digest(message, known)
+            known = fingerprint(view, self._store.held(message))
+            self._store.note_digest(message, known)
         return known
 
     @property
@@ -183,7 +193,7 @@ class Supply:
         Whoever stands still can have the rest from the source, which waits for it longer: the one who waits here has
         its state, and a step to do.
         """
-        deadline, still, arrived = self._patience.deadline, Deadline(_STILL), -1
+        deadline, still, arrived = self._timer.deadline, Deadline(_STILL), -1
         with self._changed:
             while self._lanes and not deadline.expired():
                 now = self.nbytes_wire + sum(lane.nbytes_arrived for lane in self._lanes)
@@ -198,7 +208,7 @@ class Supply:
                 logger.warning("a destination has not fetched everything from here, and %s", why)
 
     def close(self) -> None:
-        """End all lanes. When this returns, no thread reads the stock any more. May be called twice."""
+        """End all lanes. When this returns, no thread reads the store any more. May be called twice."""
         uninterrupted(self._close)
 
     def _close(self) -> None:
@@ -206,5 +216,6 @@ class Supply:
             self._closed = True
             self._changed.notify_all()
             for connection in self._lanes:
+                # By shutdown; each lane's own thread closes it.
                 connection.abort()
         self._crew.join()

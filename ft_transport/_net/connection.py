@@ -25,14 +25,16 @@ import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 
-from ft_transport._net.stall import HEARTBEAT, Patience
+from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._net.zero_copy import SPLICE_FROM, Splicer, new_splicer
 from ft_transport._process import keep_out_of_forks
 from ft_transport.errors import PeerFailure, TransferError
 
-__all__ = ["Bell", "Connection", "is_near"]
+__all__ = ["Wakeup", "Connection", "is_local"]
 
 # Whoever reads much is woken up once so many bytes are there, and not for every packet.
+# Half of a piece that is fingerprinted at once (``_lanes.session``): so there is always something to do while the rest
+# comes.
 _MUCH_BYTES = 512 << 10
 
 # Memory for what a peer only says that it will send is taken in such steps, each once the bytes of the last are here.
@@ -59,12 +61,13 @@ class Connection:
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._splicer: Splicer | None = None
         self._can_splice = not self._tls
-        self._can_read_much = not self._tls and not is_near(sock) and hasattr(select, "poll")
+        # Within a machine there are no packets to wait for; there MSG_WAITALL alone was quicker.
+        self._can_read_much = not self._tls and not is_local(sock) and hasattr(select, "poll")
         # One for each direction: a heartbeat may be written while another thread reads.
         self._readable, self._writable = _poll_for(sock, select.POLLIN), _poll_for(sock, select.POLLOUT)
         _set_up(sock)
 
-    def write(self, parts: Sequence[bytes | View], patience: Patience, *, more: bool = False) -> None:
+    def write(self, parts: Sequence[bytes | View], timer: StallTimer, *, more: bool = False) -> None:
         """Write all parts, one behind the other.
 
         Args:
@@ -82,34 +85,32 @@ class Connection:
             return self._socket.send(views[0]) if self._tls else self._socket.sendmsg(views, (), flags)
 
         while views:
-            written = self._moved(send, wait, patience) or 0
+            written = self._moved(send, wait, timer) or 0
             while views and written >= len(views[0]):
                 written -= len(views.pop(0))
             if written:
                 views[0] = views[0][written:]
             if views:
-                patience.check()  # a trickle is no silence, but has a deadline
+                timer.check()  # a trickle is no silence, but has a deadline
 
-    def write_steady(self, view: View, patience: Patience) -> None:
+    def write_zero_copy(self, view: View, timer: StallTimer) -> None:
         """Write memory without a copy, where the system can; raises as :meth:`write`.
 
         It must stay as it is until the peer has read it, or this connection is closed.
         """
-        splicer, wait = (
-            self._have_splicer() if len(view) >= SPLICE_FROM else None,
-            _waits_by(self._writable, tls=self._tls),
-        )
+        splicer = self._have_splicer() if len(view) >= SPLICE_FROM else None
+        wait = _waits_by(self._writable, tls=self._tls)
         while splicer is not None and (len(view) or not splicer.empty):
             if splicer.empty:
                 try:
                     view = view[splicer.fill(view) :]
                 except OSError:
                     break  # memory of a device, say
-            self._moved(functools.partial(splicer.drain, self._socket.fileno()), wait, patience)
+            self._moved(functools.partial(splicer.drain, self._socket.fileno()), wait, timer)
             if len(view) or not splicer.empty:
-                patience.check()
+                timer.check()
         if len(view):
-            self.write([view], patience, more=True)
+            self.write([view], timer, more=True)
 
     def _have_splicer(self) -> Splicer | None:
         if self._can_splice and self._splicer is None:
@@ -117,17 +118,17 @@ class Connection:
             self._can_splice = self._splicer is not None
         return self._splicer
 
-    def read_into(self, view: View, patience: Patience) -> None:
+    def read_into(self, view: View, timer: StallTimer) -> None:
         """Fill ``view``; raises as :meth:`write`, and if the peer has closed the connection."""
-        done = self._read_much(view, patience) if len(view) > _MUCH_BYTES and self._can_read_much else 0
+        done = self._read_much(view, timer) if len(view) > _MUCH_BYTES and self._can_read_much else 0
         flags, wait = 0 if self._tls else socket.MSG_WAITALL, _waits_by(self._readable, tls=self._tls)
         while done < len(view):
             # Never more than asked for, so nothing is left in a buffer of ours.
-            done += self._read_some(functools.partial(self._socket.recv_into, view[done:], 0, flags), wait, patience)
+            done += self._read_some(functools.partial(self._socket.recv_into, view[done:], 0, flags), wait, timer)
             if done < len(view):
-                patience.check()  # as in write
+                timer.check()  # as in write
 
-    def _read_much(self, view: View, patience: Patience) -> int:
+    def _read_much(self, view: View, timer: StallTimer) -> int:
         """Read all of ``view`` but less than :data:`_MUCH_BYTES`; gives how many bytes."""
         if not _wake_up_at(self._socket, _MUCH_BYTES):
             self._can_read_much = False
@@ -141,20 +142,20 @@ class Connection:
         try:
             while len(view) - done >= _MUCH_BYTES:
                 some = functools.partial(self._socket.recv_into, view[done:], 0, socket.MSG_DONTWAIT)
-                done += self._read_some(some, wait, patience)
+                done += self._read_some(some, wait, timer)
                 if done < len(view):
-                    patience.check()  # there may be something to read each time, long after the deadline
+                    timer.check()  # there may be something to read each time, long after the deadline
         finally:
             _wake_up_at(self._socket, 1)
         return done
 
-    def _read_some(self, read: Callable[[], int], wait: Callable[[], None], patience: Patience) -> int:
-        count = self._moved(read, wait, patience)
+    def _read_some(self, read: Callable[[], int], wait: Callable[[], None], timer: StallTimer) -> int:
+        count = self._moved(read, wait, timer)
         if count == 0:
             raise PeerFailure("the connection was closed by the peer")
         return count or 0
 
-    def _moved(self, move: Callable[[], int], wait: Callable[[], None], patience: Patience) -> int | None:
+    def _moved(self, move: Callable[[], int], wait: Callable[[], None], timer: StallTimer) -> int | None:
         """Have the system move some bytes; gives how many, None if it could not for a heartbeat."""
         try:
             wait()
@@ -162,23 +163,23 @@ class Connection:
         except (BlockingIOError, TimeoutError):
             # The kernel's own time-out is the first of these, TLS's the second. So is ETIMEDOUT, by which the kernel
             # gives up a connection; it says so once, and the next call raises EPIPE.
-            patience.check()
+            timer.check()
             return None
         except OSError as exc:
             raise PeerFailure(f"the connection broke: {type(exc).__name__}: {exc}") from None
         if count:
-            patience.moved()
+            timer.progressed()
             self.nbytes_wire += count
         return count
 
-    def read(self, nbytes: int, patience: Patience) -> bytearray:
+    def read(self, nbytes: int, timer: StallTimer) -> bytearray:
         """The next ``nbytes``; raises as :meth:`read_into`. Takes memory as they come."""
         data = bytearray(min(nbytes, _STEP_BYTES))
-        self.read_into(View(data), patience)
+        self.read_into(View(data), timer)
         while len(data) < nbytes:
-            patience.check()  # each step may find all that it wants, long after the deadline
+            timer.check()  # each step may find all that it wants, long after the deadline
             step = bytearray(min(nbytes - len(data), _STEP_BYTES))
-            self.read_into(View(step), patience)
+            self.read_into(View(step), timer)
             data += step
         return data
 
@@ -210,9 +211,11 @@ class Connection:
 
     def abort(self) -> None:
         """End the connection: whoever reads or writes it raises at once. Any thread."""
+        # Not close(): a thread in a call would stay there, and the descriptor may be a new file's before it looks
+        # again.
         _shut(self._socket, socket.SHUT_RDWR)
 
-    def finish(self, patience: Patience) -> None:
+    def finish(self, timer: StallTimer) -> None:
         """Write no more, and wait until the peer has closed its side: what was written has arrived then. Never raises.
 
         Closing at once would make the system drop what the peer has not read yet, if the peer still writes.
@@ -220,15 +223,15 @@ class Connection:
         _shut(self._socket, socket.SHUT_WR)
         try:
             while True:
-                self.read(1, patience)
-                patience.check()  # a peer that goes on talking is not waited for any longer
+                self.read(1, timer)
+                timer.check()  # a peer that goes on talking is not waited for any longer
         except TransferError:
             pass
 
     def close(self) -> None:
         """Give the descriptor back. The owner only, once no thread uses it.
 
-        Memory that was written by :meth:`write_steady` is not read any more afterwards.
+        Memory that was written by :meth:`write_zero_copy` is not read any more afterwards.
         """
         splicer, self._splicer = self._splicer, None
         if splicer is not None:
@@ -317,7 +320,9 @@ def _at_once() -> None:
     pass
 
 
-def is_near(sock: socket.socket) -> bool:
+# Equal addresses, and no look at routes: a peer at another address of this machine passes for a far one, which is
+# slower and no more.
+def is_local(sock: socket.socket) -> bool:
     """Whether the peer is on this machine."""
     try:
         return bool(sock.getsockname()[0] == sock.getpeername()[0])
@@ -325,7 +330,9 @@ def is_near(sock: socket.socket) -> bool:
         return False  # it is gone already
 
 
-class Bell:
+# An eventfd is one descriptor where a pipe is two, and is never full: however often it is woken up before it looks,
+# once is what it sees.
+class Wakeup:
     """Wakes up one thread that waits for it or for a connection."""
 
     _descriptor = -1
@@ -333,12 +340,13 @@ class Bell:
     def __init__(self) -> None:
         self._descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Wake it up, now or when it waits next. Any thread, not after :meth:`close`."""
         os.eventfd_write(self._descriptor, 1)
 
-    def await_ring(self, connection: Connection | None, limit: timedelta) -> bool:
-        """Wait for the bell, the connection, or the limit; gives whether the connection can be read."""
+    def await_wake(self, connection: Connection | None, limit: timedelta) -> bool:
+        """Wait to be woken up, for the connection, or the limit; gives whether the connection can be read."""
+        # OpenSSL decrypts a record as a whole: the rest of it lies in its memory, of which a poll knows nothing.
         if connection is not None and connection.pending():
             return True
         poll = select.poll()

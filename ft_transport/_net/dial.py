@@ -16,10 +16,10 @@ from functools import partial
 
 from ft_transport._deadline import Deadline
 from ft_transport._net.connection import Connection
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.handshake import Handshake, knock
-from ft_transport._net.handshake_io import HANDSHAKE, Contexts, Greeting
-from ft_transport._net.stall import HEARTBEAT, Patience
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.handshake import Handshake, client_handshake
+from ft_transport._net.handshake_io import HANDSHAKE, PendingHandshake, SslContexts
+from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 
 __all__ = ["dial"]
@@ -27,18 +27,20 @@ __all__ = ["dial"]
 logger = logging.getLogger("ft_transport")
 
 # The next address is tried when the one before has not answered for so long, or has failed.
+# RFC 8305 has 250 ms, for round trips of the Internet; within a cluster one takes less than a millisecond, and a
+# training job waits.
 _STAGGER = timedelta(milliseconds=100)
 
 
 def dial(
-    invitation: Invitation, first: bytes, patience: Patience, contexts: Contexts | None, label: str = "the source"
+    endpoint: Endpoint, first: bytes, timer: StallTimer, contexts: SslContexts | None, label: str = "the source"
 ) -> Connection:
-    """Connect to whoever gave the invitation, over the first of its addresses that answers.
+    """Connect to whoever is at an endpoint, over the first of its addresses that answers.
 
     Args:
-        invitation: Its addresses are tried side by side, each a moment after the one before.
+        endpoint: Its addresses are tried side by side, each a moment after the one before.
         first: The first frame, sent at once.
-        patience: For all of it.
+        timer: For all of it.
         contexts: For TLS.
         label: Who is called, for messages.
 
@@ -47,51 +49,54 @@ def dial(
         RemoteProtocolError: One side speaks TLS and the other does not, or the secret is another one.
         TransferTimeout: The deadline passed.
     """
-    if invitation.tls != (contexts is not None):
+    # Said here, where it can be named: to a listener that expects the other, the first bytes are a stranger's, and it
+    # closes without a word.
+    if endpoint.tls != (contexts is not None):
         raise RemoteProtocolError(
-            f"{label} {'speaks' if invitation.tls else 'does not speak'} TLS and this side "
+            f"{label} {'speaks' if endpoint.tls else 'does not speak'} TLS and this side "
             f"{'does' if contexts else 'does not'}: give both an ssl_context, or neither"
         )
-    calls = _Calls(invitation, contexts, label)
+    calls = HappyEyeballs(endpoint, contexts, label)
     try:
-        connection = calls.answered(patience)
+        connection = calls.answered(timer)
     finally:
         calls.close()
     try:
-        connection.write([first], patience)
+        connection.write([first], timer)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-class _Calls:
-    """Calls under way to the addresses of one invitation."""
+class HappyEyeballs:
+    """Calls under way to the addresses of one endpoint."""
 
-    def __init__(self, invitation: Invitation, contexts: Contexts | None, label: str) -> None:
-        self._invitation = invitation
+    def __init__(self, endpoint: Endpoint, contexts: SslContexts | None, label: str) -> None:
+        self._endpoint = endpoint
         self._context = contexts[1] if contexts else None
         self._label = label
-        self._rest = list(invitation.addresses)
+        self._rest = list(endpoint.addresses)
         self._failed: list[str] = []
         self._selector = selectors.PollSelector()  # which takes no descriptor
 
-    def answered(self, patience: Patience) -> Connection:
+    def answered(self, timer: StallTimer) -> Connection:
         stagger = Deadline(timedelta(0))
         while True:
             waiting = len(self._selector.get_map())
             if self._rest and (not waiting or stagger.expired()):
+                # Also at once, when all that were tried have failed: nothing is waited for then.
                 stagger = Deadline(_STAGGER)
                 self._start(self._rest.pop(0))
             elif not waiting:
                 raise PeerFailure(f"{self._label} does not answer: {'; '.join(self._failed)}")
-            limit = min(HEARTBEAT, patience.deadline.remaining(), *([stagger.remaining()] if self._rest else []))
+            limit = min(HEARTBEAT, timer.deadline.remaining(), *([stagger.remaining()] if self._rest else []))
             for key, _ in self._selector.select(limit.total_seconds()):
                 if self._advance(key.data):
-                    greeting: Greeting = key.data
-                    self._selector.unregister(greeting.socket)
-                    return greeting.taken()
-            patience.check()
+                    pending: PendingHandshake = key.data
+                    self._selector.unregister(pending.socket)
+                    return pending.taken()
+            timer.check()
 
     def _start(self, address: str) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -99,31 +104,34 @@ class _Calls:
         try:
             sock = socket.socket(family, socket.SOCK_STREAM)
             sock.setblocking(False)
-            sock.connect_ex((address, self._invitation.port))
+            # It is under way when this returns (EINPROGRESS); how it ended is asked once the socket can be written to.
+            sock.connect_ex((address, self._endpoint.port))
         except OSError as exc:
             self._failed.append(f"{address}: {exc}")
             if sock is not None:
                 sock.close()
             return
-        handshake: Handshake = knock(self._invitation.secret)
+        handshake: Handshake = client_handshake(self._endpoint.secret)
         wrap = None
         if self._context is not None:
+            # Metadata has addresses and no names: a certificate that is checked for its name must have them
+            # (subjectAltName IP).
             name = address if self._context.check_hostname else None
             wrap = partial(self._context.wrap_socket, do_handshake_on_connect=False, server_hostname=name)
-        greeting = Greeting(sock, address, handshake, Deadline(HANDSHAKE), connecting=True, wrap=wrap)
-        self._selector.register(sock, selectors.EVENT_WRITE, greeting)
+        pending = PendingHandshake(sock, address, handshake, Deadline(HANDSHAKE), connecting=True, wrap=wrap)
+        self._selector.register(sock, selectors.EVENT_WRITE, pending)
 
-    def _advance(self, greeting: Greeting) -> bool:
+    def _advance(self, pending: PendingHandshake) -> bool:
         """Whether this call has been answered."""
         try:
-            events = greeting.advance()
+            events = pending.advance()
         except (OSError, RemoteProtocolError) as exc:
-            self._failed.append(f"{greeting.address}: {exc}")
-            self._selector.unregister(greeting.socket)
-            greeting.socket.close()
+            self._failed.append(f"{pending.address}: {exc}")
+            self._selector.unregister(pending.socket)
+            pending.socket.close()
             return False
         if events:
-            self._selector.modify(greeting.socket, events, greeting)
+            self._selector.modify(pending.socket, events, pending)
         return not events
 
     def close(self) -> None:

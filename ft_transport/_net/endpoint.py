@@ -16,16 +16,17 @@ import psutil
 
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
-__all__ = ["Interface", "Invitation", "in_order", "interfaces", "resolve"]
+__all__ = ["Interface", "Endpoint", "rank_addresses", "interfaces", "resolve"]
 
 VERSION = 2
+# As many as SHA-256 gives: a longer key makes its HMAC no stronger (RFC 2104, 3).
 SECRET_BYTES = 32
 
-# Of an invitation: whoever dials tries one after the other, a moment apart, and the text stays a few kilobytes long.
+# Of one endpoint: whoever dials tries one after the other, a moment apart, and the text stays a few kilobytes long.
 MAX_ADDRESSES = 64
 
 
-class Invitation(NamedTuple):
+class Endpoint(NamedTuple):
     """What ``metadata()`` says.
 
     Attributes:
@@ -47,7 +48,7 @@ class Invitation(NamedTuple):
         return f"{'ft-lanes+tls' if self.tls else 'ft-lanes'}://{hosts}:{self.port}/{VERSION}/{self.secret.hex()}"
 
     @classmethod
-    def decode(cls, metadata: str) -> Invitation:
+    def decode(cls, metadata: str) -> Endpoint:
         """Read a peer's metadata.
 
         Raises:
@@ -71,6 +72,7 @@ class Invitation(NamedTuple):
         return cls(addresses, int(port), bytes.fromhex(secret), scheme.endswith("+tls"))
 
 
+# Finds the parts, each of bounded length; what they are worth is looked at one by one, so that an error can name it.
 _URL = re.compile(r"(ft-lanes(?:\+tls)?)://([0-9a-fA-F.:,\[\]]{2,4000}):(\d{1,5})/(\d{1,4})/((?:[0-9a-f]{2}){16,64})")
 
 
@@ -81,10 +83,10 @@ class Interface(NamedTuple):
     address: str
 
 
-def in_order(
+def rank_addresses(
     found: Sequence[Interface], hosts: Sequence[str], interface: str | None, environ: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """The addresses to put into an invitation, the one to try first in front.
+    """The addresses to put into metadata, the one to try first in front.
 
     First what the user named (``hosts``, then ``interface``), then the interfaces of ``GLOO_SOCKET_IFNAME`` and
     ``NCCL_SOCKET_IFNAME``, then the others; loopback and link-local ones last, and the latter only if named.
@@ -96,11 +98,15 @@ def in_order(
     named = [entry.address for entry in found if entry.name == interface]
     if interface is not None and not named:
         raise ValueError(f"interface: expected one of {sorted({entry.name for entry in found})}, got {interface!r}")
+    # As torch reads it: several names, each the whole name. NCCL takes prefixes; see below.
     gloo = [name.strip() for name in environ.get("GLOO_SOCKET_IFNAME", "").split(",")]
     for name in gloo:
         named += [entry.address for entry in found if entry.name == name]
     named += [entry.address for entry in found if _nccl_takes(environ.get("NCCL_SOCKET_IFNAME", ""), entry.name)]
+    # A link-local address is on every link, and which one is meant is known to this machine alone.
     others = [entry.address for entry in found if not ipaddress.ip_address(entry.address).is_link_local]
+    # To another machine loopback is itself. Tried last, it finds a replica on this one; a stranger there fails the
+    # handshake.
     others.sort(key=lambda address: ipaddress.ip_address(address).is_loopback)
     addresses = tuple(dict.fromkeys([*hosts, *named, *others]))
     if not addresses:

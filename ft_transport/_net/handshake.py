@@ -16,7 +16,7 @@ from collections.abc import Generator
 
 from ft_transport.errors import RemoteProtocolError
 
-__all__ = ["Handshake", "admit", "knock"]
+__all__ = ["Handshake", "server_handshake", "client_handshake"]
 
 _NONCE_BYTES = 32
 _MAC_BYTES = 32
@@ -29,11 +29,12 @@ Handshake = Generator["bytes | int", bytes, None]
 # ----------------------------------------------------------------------------------------- handshake
 
 
+# Each step has a label of its own, so that no answer of one side can be sent back to it as another step's.
 def _mac(secret: bytes, label: bytes, *nonces: bytes) -> bytes:
     return hmac.digest(secret, label + b"".join(nonces), hashlib.sha256)
 
 
-def knock(secret: bytes) -> Handshake:
+def client_handshake(secret: bytes) -> Handshake:
     """The side that dials. When it is exhausted, both sides have proved that they know the secret.
 
     Raises:
@@ -48,7 +49,7 @@ def knock(secret: bytes) -> Handshake:
     yield _mac(secret, b"enter", mine, theirs)
 
 
-def admit(secret: bytes) -> Handshake:
+def server_handshake(secret: bytes) -> Handshake:
     """The side that listens. When it is exhausted, both sides have proved that they know the secret.
 
     Raises:
@@ -56,10 +57,13 @@ def admit(secret: bytes) -> Handshake:
     """
     knocked = yield len(_KNOCK) + _NONCE_BYTES + _MAC_BYTES
     theirs, proof = knocked[len(_KNOCK) : -_MAC_BYTES], knocked[-_MAC_BYTES:]
+    # Taken before anything is compared, and in constant time: how long a refusal takes tells nothing of how much was
+    # right.
     known = hmac.compare_digest(proof, _mac(secret, b"knock", theirs))
     if not knocked.startswith(_KNOCK) or not known:
         raise RemoteProtocolError("a stranger")
     mine = secrets.token_bytes(_NONCE_BYTES)
+    # A knock that somebody has recorded gets this far, and no further: ``mine`` is new.
     yield mine + _mac(secret, b"answer", theirs, mine)
     if not hmac.compare_digest((yield _MAC_BYTES), _mac(secret, b"enter", theirs, mine)):
         raise RemoteProtocolError("a stranger that has heard somebody else knock")

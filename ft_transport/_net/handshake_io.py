@@ -13,16 +13,16 @@ from typing import Any
 from ft_transport._deadline import Deadline
 from ft_transport._net.connection import Connection
 
-__all__ = ["HANDSHAKE", "Contexts", "Greeting"]
+__all__ = ["HANDSHAKE", "SslContexts", "PendingHandshake"]
 
 # A peer's handshake takes two round trips; what is not through by then is a stranger.
 HANDSHAKE = timedelta(seconds=3)
 
 # For listening, and for dialling.
-Contexts = tuple[ssl.SSLContext, ssl.SSLContext]
+SslContexts = tuple[ssl.SSLContext, ssl.SSLContext]
 
 
-class Greeting:
+class PendingHandshake:
     """A handshake under way on a socket that does not block. Owns the socket until it is :meth:`taken`.
 
     Args:
@@ -45,6 +45,7 @@ class Greeting:
         self.address = address
         self.known = False
         self.result: Any = None
+        # One deadline for all of it: a stranger that sends a byte now and then is never silent.
         self.limit = limit
         self.socket = sock
         self._connecting = connecting
@@ -85,11 +86,13 @@ class Greeting:
                 self._shaken = True
             return self._advance()
         except (BlockingIOError, ssl.SSLWantReadError):
+            # OpenSSL may want to read in order to write, and the other way round: what is waited for is what it says.
             return selectors.EVENT_WRITE if self._outgoing and self._shaken else selectors.EVENT_READ
         except ssl.SSLWantWriteError:
             return selectors.EVENT_WRITE
 
     def _check_connected(self) -> None:
+        # Once it can be written to, a socket is connected or has failed, and only this tells which.
         error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))

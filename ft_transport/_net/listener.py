@@ -19,8 +19,8 @@ from typing import Any, Generic, TypeVar
 
 from ft_transport._deadline import Deadline
 from ft_transport._net.connection import Connection
-from ft_transport._net.handshake import admit
-from ft_transport._net.handshake_io import HANDSHAKE, Greeting
+from ft_transport._net.handshake import server_handshake
+from ft_transport._net.handshake_io import HANDSHAKE, PendingHandshake
 from ft_transport._net.stall import HEARTBEAT
 from ft_transport._process import keep_out_of_forks
 from ft_transport.errors import printable
@@ -50,57 +50,57 @@ class _Handshakes:
         self._selector = selector
         self._context = context
         self._handshake = handshake
-        self._greetings: dict[Greeting, None] = {}
+        self._pending: dict[PendingHandshake, None] = {}
 
     def begin(self, sock: socket.socket, address: str) -> None:
         """Take over a socket; makes room if there is none."""
-        if len(self._greetings) >= _MAX_HANDSHAKES:
+        if len(self._pending) >= _MAX_HANDSHAKES:
             self.make_room()
         wrap = None
         if self._context is not None:
             wrap = partial(self._context.wrap_socket, server_side=True, do_handshake_on_connect=False)
-        greeting = Greeting(sock, address, self._handshake(), Deadline(HANDSHAKE), connecting=False, wrap=wrap)
-        self._greetings[greeting] = None
-        self._selector.register(sock, selectors.EVENT_READ, greeting)
+        pending = PendingHandshake(sock, address, self._handshake(), Deadline(HANDSHAKE), connecting=False, wrap=wrap)
+        self._pending[pending] = None
+        self._selector.register(sock, selectors.EVENT_READ, pending)
 
-    def advance(self, greeting: Greeting) -> bool:
+    def advance(self, pending: PendingHandshake) -> bool:
         """Go on with one whose socket is ready; gives whether it is through, and the caller's from now on."""
-        if greeting not in self._greetings:
+        if pending not in self._pending:
             return False  # dismissed in this very round
         try:
-            events = greeting.advance()
+            events = pending.advance()
         except Exception as exc:  # whatever a peer sends, or a context that cannot listen does: others are not to blame
-            self._dismiss(greeting)
-            logger.debug("%s is no peer: %s: %s", greeting.address, type(exc).__name__, printable(str(exc)))
+            self._dismiss(pending)
+            logger.debug("%s is no peer: %s: %s", pending.address, type(exc).__name__, printable(str(exc)))
             return False
         if events:
-            self._selector.modify(greeting.socket, events, greeting)
+            self._selector.modify(pending.socket, events, pending)
             return False
-        del self._greetings[greeting]
-        self._selector.unregister(greeting.socket)
+        del self._pending[pending]
+        self._selector.unregister(pending.socket)
         return True
 
     def expire(self) -> None:
         """Dismiss those who have had their time."""
-        for greeting in [greeting for greeting in self._greetings if greeting.limit.expired()]:
-            self._dismiss(greeting)
+        for pending in [pending for pending in self._pending if pending.limit.expired()]:
+            self._dismiss(pending)
 
     def make_room(self) -> None:
         """Dismiss one, if there are any."""
-        if self._greetings:
+        if self._pending:
             # False comes before True, and the oldest before the others. So a flood of strangers never pushes out a peer
             # that has knocked, and each of them costs the flood a connection.
-            self._dismiss(min(self._greetings, key=lambda greeting: greeting.known))
+            self._dismiss(min(self._pending, key=lambda pending: pending.known))
 
     def close(self) -> None:
         """Dismiss all."""
-        for greeting in list(self._greetings):
-            self._dismiss(greeting)
+        for pending in list(self._pending):
+            self._dismiss(pending)
 
-    def _dismiss(self, greeting: Greeting) -> None:
-        del self._greetings[greeting]
-        self._selector.unregister(greeting.socket)
-        greeting.socket.close()
+    def _dismiss(self, pending: PendingHandshake) -> None:
+        del self._pending[pending]
+        self._selector.unregister(pending.socket)
+        pending.socket.close()
 
 
 class Listener(Generic[T]):
@@ -112,7 +112,7 @@ class Listener(Generic[T]):
         context: For TLS.
         first: Reads what a peer says once it has proved to be one, a generator that yields how many bytes it must have
             next. So this room knows no frames.
-        welcome: Called with each such peer and what ``first`` returned, and must neither block nor raise. From then on
+        dispatch: Called with each such peer and what ``first`` returned, and must neither block nor raise. From then on
             the connection is its own.
         tick: Called every :data:`HEARTBEAT` or more often.
 
@@ -129,10 +129,10 @@ class Listener(Generic[T]):
         port: int,
         context: ssl.SSLContext | None,
         first: Callable[[], Generator[int, bytes, T]],
-        welcome: Callable[[Connection, T], None],
+        dispatch: Callable[[Connection, T], None],
         tick: Callable[[], None],
     ) -> None:
-        self._welcome = welcome
+        self._dispatch = dispatch
         self._tick = tick
         self._socket = _listen(port)
         keep_out_of_forks(self._socket)
@@ -142,8 +142,10 @@ class Listener(Generic[T]):
         self._handshakes = _Handshakes(self._selector, context, lambda: _handshake(secret, first))
         self._closing = False
         self._deaf = False
+        # To close one end makes the other readable: a wake-up that needs no byte, and may come twice.
         self._wakeup, self._waker = socket.socketpair()
         self._selector.register(self._wakeup, selectors.EVENT_READ)
+        # A daemon: a transport that nobody has shut down would keep the interpreter from ending.
         self._thread = threading.Thread(target=self._run, name="ft_transport-listener", daemon=True)
         self._thread.start()
 
@@ -153,7 +155,7 @@ class Listener(Generic[T]):
         self._waker.close()
 
     def join(self) -> None:
-        """Wait until it has stopped. Not from ``welcome`` or ``tick``."""
+        """Wait until it has stopped. Not from ``dispatch`` or ``tick``."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -165,6 +167,7 @@ class Listener(Generic[T]):
                         self._guarded(self._accept)
                     elif key.data is not None:
                         self._guarded(partial(self._advance, key.data))
+                # By the clock and not when select has waited in vain: under a flood it never would.
                 if heartbeat.expired():
                     heartbeat = Deadline(HEARTBEAT)
                     if self._deaf:
@@ -192,18 +195,20 @@ class Listener(Generic[T]):
             self._deaf = True
             return
         sock.setblocking(False)
+        # An IPv4 peer of a socket for both is shown as IPv6 has it (RFC 4291, 2.5.5.2); reports name what its admin
+        # knows.
         self._handshakes.begin(sock, address.removeprefix("::ffff:"))
 
-    def _advance(self, greeting: Greeting) -> None:
-        if not self._handshakes.advance(greeting):
+    def _advance(self, pending: PendingHandshake) -> None:
+        if not self._handshakes.advance(pending):
             return
         try:
-            connection = greeting.taken()
+            connection = pending.taken()
         except Exception:
-            greeting.socket.close()
+            pending.socket.close()
             raise
         try:
-            self._welcome(connection, greeting.result)
+            self._dispatch(connection, pending.result)
         except Exception:
             connection.abort()  # some thread may have it already
             raise
@@ -218,10 +223,12 @@ class Listener(Generic[T]):
 
 
 def _handshake(secret: bytes, first: Callable[[], Generator[int, bytes, T]]) -> Generator[bytes | int, bytes, T]:
-    yield from admit(secret)
+    yield from server_handshake(secret)
     return (yield from first())
 
 
+# A backlog for all lanes of a few hundred replicas at once. The system's bound (somaxconn, 4096 today) cuts it; who
+# finds no room calls again after a second, without knowing why (TCP's own repetition of a SYN).
 def _listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
         try:

@@ -11,32 +11,34 @@ from datetime import timedelta
 from ft_transport._deadline import Deadline
 from ft_transport.errors import PeerFailure, TransferTimeout
 
-__all__ = ["HEARTBEAT", "Patience", "Silence"]
+__all__ = ["HEARTBEAT", "StallTimer", "PeerStalled"]
 
-# How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again.
+# How often whoever has nothing to say says so, and how long a kernel call lasts at most before it is made again. It
+# bounds how late a cancelled thread ends, too. Four of it are one second, below which a pause of the interpreter would
+# pass for a failure. TCP's own keepalive would be no help: it begins after two hours (RFC 1122, 4.2.3.6).
 HEARTBEAT = timedelta(milliseconds=250)
 
 
-class Silence(PeerFailure):
+class PeerStalled(PeerFailure):
     """The peer is there, as far as the network knows, and nothing has come from it for too long."""
 
 
-class Patience:
+class StallTimer:
     """How long a call may go on.
 
     Args:
         deadline: It ends then, whatever happens.
-        silence: It ends when nothing has moved for so long; None for as long as you like.
+        stall: It ends when nothing has moved for so long; None for as long as you like.
         peer: Who is silent then, for the message.
     """
 
-    def __init__(self, deadline: Deadline, silence: timedelta | None = None, peer: str = "the peer") -> None:
+    def __init__(self, deadline: Deadline, stall: timedelta | None = None, peer: str = "the peer") -> None:
         self.deadline = deadline
         self._peer = peer
-        self._silent = Deadline(silence) if silence is not None else None
+        self._silent = Deadline(stall) if stall is not None else None
         self._cancelled = ""
 
-    def moved(self) -> None:
+    def progressed(self) -> None:
         """Something has: the silence is over, and begins anew."""
         if self._silent is not None:
             self._silent.restart()
@@ -55,12 +57,14 @@ class Patience:
 
         Raises:
             TransferTimeout: The deadline has passed.
-            Silence: Nothing has moved for too long.
+            PeerStalled: Nothing has moved for too long.
             PeerFailure: It is cancelled.
         """
+        # The deadline first: who is late and silent is late, which is what the caller has set and what the error's name
+        # promises. Silence last: the reason that somebody gave for cancelling says more.
         if self.deadline.expired():
             raise TransferTimeout(f"timed out after {self.deadline.timeout.total_seconds():g} s")
         if self._cancelled:
             raise PeerFailure(self._cancelled)
         if self._silent is not None and self._silent.expired():
-            raise Silence(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")
+            raise PeerStalled(f"{self._peer} has been silent for {self._silent.timeout.total_seconds():g} s")

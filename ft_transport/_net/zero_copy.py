@@ -33,6 +33,7 @@ class Splicer:
     """
 
     def __init__(self) -> None:
+        # Python has os.splice since 3.10, and no vmsplice.
         libc = ctypes.CDLL(None, use_errno=True)
         if not hasattr(os, "splice") or not hasattr(libc, "vmsplice"):
             raise OSError("this system cannot splice")
@@ -59,7 +60,10 @@ class Splicer:
             OSError: Pages of this memory cannot be referred to.
         """
         assert self.empty
+        # By address: from now on the kernel holds the pages, also if the memory is given back meanwhile. That their
+        # bytes stay as they are is for the caller to see to.
         extent = _Extent(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view))
+        # No SPLICE_F_GIFT: the pages stay the user's, who goes on to train with them.
         count: int = self._vmsplice(self._in, ctypes.byref(extent), 1, 0)
         if count <= 0:
             raise OSError(ctypes.get_errno(), "vmsplice")
@@ -72,6 +76,7 @@ class Splicer:
         Raises:
             OSError: As a ``send`` would, ``BlockingIOError`` when the socket's time-out has passed.
         """
+        # As MSG_MORE: a message's next piece, or its digest, follows at once.
         count = os.splice(self._out, descriptor, self._inside, flags=os.SPLICE_F_MORE)
         self._inside -= count
         return count

@@ -19,11 +19,11 @@ from typing import Literal, TypeVar
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.destination import Self
-from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.protocol import Visit, first_frame
-from ft_transport._lanes.source import Offer
-from ft_transport._net.endpoint import SECRET_BYTES, Invitation, in_order, interfaces, resolve
+from ft_transport._lanes.destination import LocalPeer
+from ft_transport._lanes.dispatcher import Dispatcher
+from ft_transport._lanes.protocol import FirstFrame, first_frame
+from ft_transport._lanes.source import SourceTransfer
+from ft_transport._net.endpoint import SECRET_BYTES, Endpoint, interfaces, rank_addresses, resolve
 from ft_transport._net.listener import Listener
 from ft_transport._options import CPU, LaneOptions
 from ft_transport._plan.torn import Attempt
@@ -120,9 +120,9 @@ class LaneTransport(ManagedTransport[T]):
         self._teller = Teller()
         self._serving = Serving()
         self._receiving = Receiving()
-        self._self, self._listener = _listen(host, interface, port, ssl_context)
-        # The listener's thread knows the desk alone, so a transport that nobody holds any more can be collected.
-        self._finalizer = weakref.finalize(self, _close, self._listener, self._self.desk)
+        self._local, self._listener = _listen(host, interface, port, ssl_context)
+        # The listener's thread knows the dispatcher alone, so a transport that nobody holds any more can be collected.
+        self._finalizer = weakref.finalize(self, _close, self._listener, self._local.dispatcher)
 
     def mark_restored(self) -> None:
         super().mark_restored()
@@ -137,7 +137,7 @@ class LaneTransport(ManagedTransport[T]):
         self._begin_quorum()
         # The same for the transport's whole life: torchft asks before the quorum, when nobody knows yet whether there
         # will be a transfer, so it cannot describe one.
-        return self._self.metadata
+        return self._local.metadata
 
     def disallow_checkpoint(self) -> None:
         """Wait until the state is no longer read; afterwards it may change.
@@ -179,7 +179,7 @@ class LaneTransport(ManagedTransport[T]):
         self._teller.call(partial(super()._publish, report))
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
-        """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
+        """SourceTransfer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
 
         Small tensors are copied before this returns, so forward may change buffers. A destination that dies, refuses,
         fails or is slow costs the others nothing and raises nothing anywhere: ``last_report`` says what became of it.
@@ -215,24 +215,24 @@ class LaneTransport(ManagedTransport[T]):
             # Whoever comes proves that it knows the secret, not which rank it is: torchft hands the same metadata to
             # all. With one there is nothing to mistake.
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
-            # It is the transfer's, and goes on when this has returned: an offer that nobody comes for ends then.
+            # It is the transfer's, and goes on when this has returned: an transfer that nobody comes for ends then.
             deadline = self._limit(timeout)
-            offer = Offer(self._options, deadline, report, self._self.desk, self._teller)
-            self._serving.serve(offer, state_dict, self._guard, blocking=self._blocking)
+            transfer = SourceTransfer(self._options, deadline, report, self._local.dispatcher, self._teller)
+            self._serving.serve(transfer, state_dict, self._guard, blocking=self._blocking)
 
     def _receive(
         self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
     ) -> Arrived:
-        from_itself = metadata == self._self.metadata
+        from_itself = metadata == self._local.metadata
         # A relay of an earlier receive still reads the template that this one is about to write.
-        self._serving.end(keep_offer=from_itself)
+        self._serving.end(keep_source=from_itself)
         report.peers = [PeerReport(src_rank)]
-        reception = self._receiving.begin(
-            Invitation.decode(metadata), self._self, self._options, deadline, report, attempt, trains=trains
+        transfer = self._receiving.begin(
+            Endpoint.decode(metadata), self._local, self._options, deadline, report, attempt, trains=trains
         )
         with watching(report, deadline):
             # What the template holds is what is sent, if this side is the source, too.
-            received = self._receiving.run(reception, None if from_itself else self._template())
+            received = self._receiving.run(transfer, None if from_itself else self._template())
         self._serving.relay = received.relay
         return Arrived(received.state, received.written, received.rewrite)
 
@@ -268,7 +268,7 @@ def _listen(
     interface: str | None,
     port: int,
     contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None,
-) -> tuple[Self, Listener[Visit]]:
+) -> tuple[LocalPeer, Listener[FirstFrame]]:
     """Begin to listen, and say where.
 
     Raises:
@@ -284,24 +284,26 @@ def _listen(
     # like.
     hosts = resolve(host) if host is not None else []
     try:
-        addresses = in_order(interfaces(), hosts, interface, os.environ)
+        addresses = rank_addresses(interfaces(), hosts, interface, os.environ)
     except OSError as exc:
         raise LocalProtocolError(f"the addresses of this machine cannot be listed: {exc}") from None
     # New for each transport, and never written down: it goes to the other replicas by way of torchft's servers, in the
     # metadata.
     secret = secrets.token_bytes(SECRET_BYTES)
-    desk = Desk()
+    dispatcher = Dispatcher()
     try:
-        listener = Listener(secret, port, contexts[0] if contexts else None, first_frame, desk.welcome, desk.tick)
+        listener = Listener(
+            secret, port, contexts[0] if contexts else None, first_frame, dispatcher.dispatch, dispatcher.tick
+        )
     except OSError as exc:
         raise LocalProtocolError(f"cannot listen on port {port}: {exc}") from None
-    metadata = Invitation(addresses, listener.port, secret, contexts is not None).encode()
+    metadata = Endpoint(addresses, listener.port, secret, contexts is not None).encode()
     # For people alone, in the source's report.
     name = f"{platform.node()} pid {os.getpid()}"
-    return Self(secrets.token_bytes(16), name, metadata, desk, contexts), listener
+    return LocalPeer(secrets.token_bytes(16), name, metadata, dispatcher, contexts), listener
 
 
-def _close(listener: Listener[Visit], desk: Desk) -> None:
+def _close(listener: Listener[FirstFrame], dispatcher: Dispatcher) -> None:
     # No waiting in here: where the transport was forgotten this runs wherever its last reference went.
     listener.close()
-    desk.close_all()
+    dispatcher.close_all()

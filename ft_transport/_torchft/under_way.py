@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.destination import Received, Reception, Self
+from ft_transport._lanes.destination import DestinationTransfer, LocalPeer, Received
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.source import Offer
-from ft_transport._net.endpoint import Invitation
+from ft_transport._lanes.source import SourceTransfer
+from ft_transport._net.endpoint import Endpoint
 from ft_transport._options import LaneOptions
 from ft_transport._plan.resume import Kept
 from ft_transport._plan.torn import Attempt, TornGuard
@@ -34,34 +34,34 @@ class Serving:
     """What goes on when the call that has begun it is over.
 
     Attributes:
-        offer: As the source.
+        transfer: As the source.
         relay: As a destination that passes the state on.
     """
 
     def __init__(self) -> None:
-        self.offer: Offer | None = None
+        self.transfer: SourceTransfer | None = None
         self.relay: Relay | None = None
 
-    def serve(self, offer: Offer, state_dict: object, guard: TornGuard, *, blocking: bool) -> None:
-        """Offer a state. Returns when it is served if that is asked for, or if it may change before :meth:`finish`.
+    def serve(self, transfer: SourceTransfer, state_dict: object, guard: TornGuard, *, blocking: bool) -> None:
+        """Serve a state. Returns once that is done if it is asked for, or the state may change before :meth:`finish`.
 
         Raises:
             TornStateError: It is a mix. Destinations are told.
             LocalProtocolError: A leaf cannot travel. As above.
         """
-        self.offer = offer
+        self.transfer = transfer
         try:
             guard.check_source()
         except TornStateError as exc:
             # Destinations wait for this step's state: told why there is none they fail within a moment.
-            offer.refuse(exc.message)
+            transfer.refuse(exc.message)
             raise
-        offer.open(state_dict)
+        transfer.open(state_dict)
         # DiLoCo asks for the quorum in a hook behind its inner optimizer's step, and writes parameters through
         # ``.data`` as soon as that returns: nothing may read them by then.
-        if blocking or offer.within_step():
+        if blocking or transfer.within_step():
             try:
-                offer.drain()
+                transfer.drain()
             finally:
                 self.end()
 
@@ -70,27 +70,27 @@ class Serving:
 
         Never raises: the Manager's call that leads here is in no ``try``, and no socket is worth a training process.
         """
-        offer, relay = self.offer, self.relay
+        transfer, relay = self.transfer, self.relay
         try:
-            if offer is not None:
-                offer.drain()
+            if transfer is not None:
+                transfer.drain()
             if relay is not None:
                 relay.drain()
             self.end()
         except Exception:
             logger.exception("the transfer could not be ended as it should")
 
-    def end(self, *, keep_offer: bool = False) -> None:
+    def end(self, *, keep_source: bool = False) -> None:
         """End what an earlier call has left under way; nothing reads the state any more then."""
-        offer, relay = None if keep_offer else self.offer, self.relay
-        if offer is not None:
-            offer.close()
+        transfer, relay = None if keep_source else self.transfer, self.relay
+        if transfer is not None:
+            transfer.close()
         if relay is not None:
             relay.close()
         # Forgotten only now: Ctrl-C may have come, and whoever calls next must find what still reads. And not what
         # another thread has begun meanwhile.
-        if self.offer is offer:
-            self.offer = None
+        if self.transfer is transfer:
+            self.transfer = None
         if self.relay is relay:
             self.relay = None
 
@@ -107,38 +107,38 @@ class Receiving:
         self.kept: Kept | None = None
         self.is_shut_down = False
         self._num_attempts = 0
-        self._running: tuple[Reception, int] | None = None  # and the thread that it runs in
+        self._running: tuple[DestinationTransfer, int] | None = None  # and the thread that it runs in
 
     def begin(
         self,
-        invitation: Invitation,
-        local: Self,
+        endpoint: Endpoint,
+        local: LocalPeer,
         options: LaneOptions,
         deadline: Deadline,
         report: TransferReport,
         attempt: Attempt,
         *,
         trains: bool,
-    ) -> Reception:
+    ) -> DestinationTransfer:
         """A receive, which :meth:`run` runs; see ``_lanes/destination.py``."""
         # By this number the source tells which of two conversations with one destination is the later one: that of an
         # earlier receive, which is over here, may reach it after this one's.
         self._num_attempts += 1
         number, step = self._num_attempts, report.step
         assert step is not None, "torchft always gives one"
-        return Reception(invitation, step, number, local, options, deadline, report, attempt, trains=trains)
+        return DestinationTransfer(endpoint, step, number, local, options, deadline, report, attempt, trains=trains)
 
-    def run(self, reception: Reception, template: Callable[[], object] | None) -> Received:
+    def run(self, transfer: DestinationTransfer, template: Callable[[], object] | None) -> Received:
         """Receive."""
-        self._running = reception, threading.get_ident()
+        self._running = transfer, threading.get_ident()
         if self.is_shut_down:  # since this call has begun, so nobody has cancelled it
-            reception.cancel(SHUT_DOWN)
+            transfer.cancel(SHUT_DOWN)
         # For this attempt alone, whatever becomes of it: it says itself what is left afterwards.
         earlier, self.kept = self.kept, None
         try:
-            return reception.run(template, earlier)
+            return transfer.run(template, earlier)
         finally:
-            self._running, self.kept = None, reception.kept
+            self._running, self.kept = None, transfer.kept
 
     def shut_down(self) -> bool:
         """Let the receive that is under way fail within a moment; gives whether there is one to wait for.
@@ -150,7 +150,7 @@ class Receiving:
         running = self._running
         if running is None:
             return False
-        reception, thread = running
-        reception.cancel(SHUT_DOWN)
+        transfer, thread = running
+        transfer.cancel(SHUT_DOWN)
         # Else the callback that has called this would wait for the call that it is in.
         return thread != threading.get_ident()

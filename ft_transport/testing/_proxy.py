@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from ft_transport._deadline import Deadline
-from ft_transport._net.endpoint import Invitation
+from ft_transport._net.endpoint import Endpoint
 from ft_transport.testing._faults import Faults
 from ft_transport.testing._stream import FrameStream
 
@@ -84,7 +84,7 @@ class FaultProxy(Faults):
         self.nbytes = 0
         self.num_connections = 0
         self._nbytes_down = 0
-        self._target = Invitation.decode(metadata)
+        self._target = Endpoint.decode(metadata)
         self._tamper = tamper
         self._frozen = False
         self._over = threading.Event()

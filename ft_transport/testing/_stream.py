@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, Frame, Header, decode_header
+from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneHeader, decode_header
 from ft_transport.errors import RemoteProtocolError
 from ft_transport.testing._faults import Faults, damaged
 
@@ -55,7 +55,7 @@ class FrameStream:
             self._lost = True
             passed += self._release()
             return data
-        rest = header.nbytes + (TRAILER.size if header.frame is Frame.MESSAGE else 0)
+        rest = header.nbytes + (TRAILER.size if header.frame is LaneFrame.MESSAGE else 0)
         faults = self._faults._of(_message(header))
         if not faults:
             passed += self._release()
@@ -82,5 +82,5 @@ class FrameStream:
         return held
 
 
-def _message(header: Header) -> int | str:
-    return header.number if header.frame is Frame.MESSAGE else header.frame.name
+def _message(header: LaneHeader) -> int | str:
+    return header.number if header.frame is LaneFrame.MESSAGE else header.frame.name

@@ -174,6 +174,6 @@ class Watched(CheckpointTransport[dict[str, Any]]):
 
 def _port(metadata: str) -> int:
     """The port in what a transport gives out, 0 if there is none."""
-    from ft_transport._net.endpoint import Invitation
+    from ft_transport._net.endpoint import Endpoint
 
-    return Invitation.decode(metadata).port if metadata != "<n/a>" else 0
+    return Endpoint.decode(metadata).port if metadata != "<n/a>" else 0

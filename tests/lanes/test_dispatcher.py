@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.protocol import Frame, Header, Visit
-from ft_transport._lanes.session import Talk
+from ft_transport._lanes.dispatcher import Dispatcher
+from ft_transport._lanes.protocol import FirstFrame, LaneFrame, LaneHeader
+from ft_transport._lanes.session import Session
 
 
 class Caller:
@@ -39,44 +39,44 @@ class Transfer:
     def __init__(self) -> None:
         self.taken: list[Any] = []
 
-    def receive_guest(self, talk: Talk, visit: Visit) -> bool:
-        self.taken.append(talk.connection)
+    def accept(self, session: Session, first: FirstFrame) -> bool:
+        self.taken.append(session.connection)
         return True
 
     def tick(self) -> None:
         pass
 
 
-def come(desk: Desk, caller: Any) -> None:
-    desk.welcome(caller, Visit(Header(Frame.HELLO, 1, 7), (secrets.token_bytes(16), "name")))  # type: ignore[arg-type]
+def come(dispatcher: Dispatcher, caller: Any) -> None:
+    dispatcher.dispatch(caller, FirstFrame(LaneHeader(LaneFrame.HELLO, 1, 7), (secrets.token_bytes(16), "name")))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["there", "gone"])
 def test_who_is_told_while_a_transfer_begins_is_let_in_afterwards(gone: bool) -> None:
-    desk, transfer = Desk(), Transfer()
-    talking = Caller(lambda: desk.open(transfer))
-    come(desk, talking)
+    dispatcher, transfer = Dispatcher(), Transfer()
+    talking = Caller(lambda: dispatcher.open(transfer))
+    come(dispatcher, talking)
     talking.idle = not gone
-    desk.tick()
+    dispatcher.tick()
     assert talking.closed is gone
     assert transfer.taken == ([] if gone else [talking])
 
 
 def test_who_is_told_while_everything_is_closed_is_closed() -> None:
-    desk = Desk()
-    talking = Caller(desk.close_all)
-    come(desk, talking)
-    desk.tick()
+    dispatcher = Dispatcher()
+    talking = Caller(dispatcher.close_all)
+    come(dispatcher, talking)
+    dispatcher.tick()
     assert talking.closed
 
 
 def test_how_many_wait_is_bounded_and_the_oldest_make_room() -> None:
-    desk = Desk()
+    dispatcher = Dispatcher()
     callers = [Caller() for _ in range(1000)]
     for caller in callers:
-        come(desk, caller)
+        come(dispatcher, caller)
     closed = [caller.closed for caller in callers]
     assert 0 < closed.count(False) <= 300
     assert closed == sorted(closed, reverse=True)
-    desk.close_all()
+    dispatcher.close_all()
     assert all(caller.closed for caller in callers)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-from ft_transport._lanes.pending import Work
+from ft_transport._lanes.pending import PendingMessages
 
 
 def never() -> bool:
@@ -27,65 +27,65 @@ def in_thread(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def test_messages_are_taken_in_order_and_once() -> None:
-    work = Work(3)
-    assert [work.take(never, block=False) for _ in range(4)] == [0, 1, 2, None]
+    pending = PendingMessages(3)
+    assert [pending.take(never, block=False) for _ in range(4)] == [0, 1, 2, None]
 
 
 def test_what_was_given_back_is_taken_first() -> None:
-    work = Work(4)
-    taken = [work.take(never, block=False) for _ in range(3)]
-    work.give_back([message for message in taken if message is not None])
-    assert [work.take(never, block=False) for _ in range(4)] == [0, 1, 2, 3]
+    pending = PendingMessages(4)
+    taken = [pending.take(never, block=False) for _ in range(3)]
+    pending.give_back([message for message in taken if message is not None])
+    assert [pending.take(never, block=False) for _ in range(4)] == [0, 1, 2, 3]
 
 
 def test_a_lane_waits_for_what_others_may_give_back() -> None:
-    work = Work(1)
-    assert work.take(never, block=False) == 0
-    end = in_thread(lambda: work.take(never, block=True))
-    work.give_back([0])
+    pending = PendingMessages(1)
+    assert pending.take(never, block=False) == 0
+    end = in_thread(lambda: pending.take(never, block=True))
+    pending.give_back([0])
     assert end() == 0
 
 
 def test_waiting_ends_when_everything_is_here() -> None:
-    work = Work(1)
-    work.take(never, block=False)
-    end = in_thread(lambda: work.take(never, block=True))
-    work.landed(0, 5)
+    pending = PendingMessages(1)
+    pending.take(never, block=False)
+    end = in_thread(lambda: pending.take(never, block=True))
+    pending.landed(0, 5)
     assert end() is None
-    assert work.complete
+    assert pending.complete
 
 
 def test_waiting_ends_when_it_is_stopped() -> None:
-    work, stopped = Work(1), threading.Event()
-    work.take(never, block=False)
-    end = in_thread(lambda: work.take(stopped.is_set, block=True))
+    pending, stopped = PendingMessages(1), threading.Event()
+    pending.take(never, block=False)
+    end = in_thread(lambda: pending.take(stopped.is_set, block=True))
     stopped.set()
-    work.wake()
+    pending.wake()
     assert end() is None
 
 
 def test_damage_is_counted_until_another_supplies() -> None:
-    work = Work(2)
-    work.take(never, block=False)
-    assert not work.was_damaged(0)
-    assert work.damaged(0) == 1
-    assert work.take(never, block=False) == 0
-    assert work.damaged(0) == 2
-    assert work.was_damaged(0)
-    work.forgive()
-    assert not work.was_damaged(0)
+    pending = PendingMessages(2)
+    pending.take(never, block=False)
+    assert not pending.was_damaged(0)
+    assert pending.damaged(0) == 1
+    assert pending.take(never, block=False) == 0
+    assert pending.damaged(0) == 2
+    assert pending.was_damaged(0)
+    pending.forgive()
+    assert not pending.was_damaged(0)
 
 
 def test_the_next_in_the_chain_waits_for_a_message() -> None:
-    work = Work(2)
-    assert not work.await_message(1, timedelta(0))
-    end = in_thread(lambda: work.await_message(1, timedelta(seconds=10)))
-    work.landed(1, 9)
+    pending = PendingMessages(2)
+    assert not pending.await_message(1, timedelta(0))
+    end = in_thread(lambda: pending.await_message(1, timedelta(seconds=10)))
+    pending.landed(1, 9)
     assert end()
-    assert work.digests == {1: 9}
+    assert pending.digests == {1: 9}
 
 
 def test_a_state_without_messages_is_complete() -> None:
-    work = Work(0)
-    assert work.complete
-    assert work.take(never, block=True) is None
+    pending = PendingMessages(0)
+    assert pending.complete
+    assert pending.take(never, block=True) is None

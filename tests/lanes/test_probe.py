@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ft_transport._lanes.probe import Trial
+from ft_transport._lanes.probe import SourceProbe
 
 SOON, LATER = timedelta(milliseconds=20), timedelta(seconds=60)
 
@@ -23,14 +23,14 @@ class Lanes:
         self.closed += 1
 
 
-def trial(lanes: Lanes, source: Lanes, interval: timedelta = SOON) -> tuple[Trial, list[Lanes]]:
+def probe(lanes: Lanes, source: Lanes, interval: timedelta = SOON) -> tuple[SourceProbe, list[Lanes]]:
     begun: list[Any] = []
 
     def begin() -> Any:
         begun.append(source)
         return source
 
-    return Trial(lanes, begin, interval), begun  # type: ignore[arg-type]
+    return SourceProbe(lanes, begin, interval), begun  # type: ignore[arg-type]
 
 
 def wait(interval: timedelta) -> None:
@@ -38,7 +38,7 @@ def wait(interval: timedelta) -> None:
 
 
 def test_the_destination_before_is_left_alone_first() -> None:
-    found, begun = trial(Lanes(), Lanes(), LATER)
+    found, begun = probe(Lanes(), Lanes(), LATER)
     assert not found.look()
     assert begun == []
 
@@ -46,7 +46,7 @@ def test_the_destination_before_is_left_alone_first() -> None:
 @pytest.mark.parametrize(("before", "source", "much_quicker"), [(0, 10**9, True), (10**9, 1, False), (0, 0, False)])
 def test_speeds_are_compared_once_it_is_over(before: int, source: int, much_quicker: bool) -> None:
     lanes, tried = Lanes(), Lanes(alive=True)
-    found, begun = trial(lanes, tried)
+    found, begun = probe(lanes, tried)
     wait(SOON)
     assert not found.look()
     assert begun == [tried]
@@ -59,7 +59,7 @@ def test_speeds_are_compared_once_it_is_over(before: int, source: int, much_quic
 
 def test_what_had_landed_before_the_last_trial_does_not_count() -> None:
     lanes, tried = Lanes(10**12), Lanes(1000)
-    found, _ = trial(lanes, tried)
+    found, _ = probe(lanes, tried)
     wait(SOON)
     found.look()
     assert found.look(), "since then nothing has come from the destination before"
@@ -67,7 +67,7 @@ def test_what_had_landed_before_the_last_trial_does_not_count() -> None:
 
 def test_each_trial_that_changes_nothing_doubles_the_interval() -> None:
     interval = timedelta(milliseconds=200)
-    found, begun = trial(Lanes(), Lanes(), interval)
+    found, begun = probe(Lanes(), Lanes(), interval)
     wait(interval)
     found.look()
     assert not found.look()
@@ -81,7 +81,7 @@ def test_each_trial_that_changes_nothing_doubles_the_interval() -> None:
 
 def test_close_ends_what_is_under_way() -> None:
     tried = Lanes(alive=True)
-    found, _ = trial(Lanes(), tried)
+    found, _ = probe(Lanes(), tried)
     wait(SOON)
     found.look()
     found.close()

@@ -23,9 +23,9 @@ from ft_transport._lanes.protocol import (
     TABLE,
     TRAILER,
     VERSION,
-    Conversation,
-    Frame,
-    Header,
+    LaneFrame,
+    LaneHeader,
+    LaneProtocol,
     Role,
     State,
     decode_body,
@@ -43,7 +43,7 @@ PROTOCOL = Path(__file__).resolve().parents[2] / "docs" / "protocol.md"
 # -------------------------------------------------------------------------------------------- frames
 
 
-def read(data: bytes) -> tuple[Header, Any]:
+def read(data: bytes) -> tuple[LaneHeader, Any]:
     header = decode_header(data[:HEADER_BYTES])
     return header, decode_body(header, data[HEADER_BYTES:])
 
@@ -53,7 +53,7 @@ def as_tuple(body: Any) -> Any:
 
 
 @pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: frame.name)
-def test_round_trip(frame: Frame) -> None:
+def test_round_trip(frame: LaneFrame) -> None:
     header, body = read(encode(frame, 3, 1 << 40, 17, EXAMPLES[frame]))
     assert (header.frame, header.attempt, header.step, header.number) == (frame, 3, 1 << 40, 17)
     assert body == as_tuple(EXAMPLES[frame])
@@ -69,7 +69,7 @@ def test_frames_are_written_and_read_as_they_were() -> None:
         assert body == as_tuple(expected)
     data = bytes.fromhex(lines["MESSAGE"])
     header, payload = decode_header(data[:HEADER_BYTES]), data[HEADER_BYTES:-8]
-    assert (header.frame, header.number, header.nbytes, payload) == (Frame.MESSAGE, 17, 5, b"bytes")
+    assert (header.frame, header.number, header.nbytes, payload) == (LaneFrame.MESSAGE, 17, 5, b"bytes")
     assert TRAILER.unpack(data[-8:]) == (digest_bytes(payload),)
 
 
@@ -95,12 +95,12 @@ def test_version_1_refuses_this_one_by_name(name: str, data: bytes) -> None:
 
 
 def test_every_frame_has_an_example_and_a_body() -> None:
-    assert set(EXAMPLES) | {Frame.MESSAGE} == set(Frame)
-    assert set(BODIES) | {Frame.MANIFEST, Frame.MESSAGE} == set(Frame)
+    assert set(EXAMPLES) | {LaneFrame.MESSAGE} == set(LaneFrame)
+    assert set(BODIES) | {LaneFrame.MANIFEST, LaneFrame.MESSAGE} == set(LaneFrame)
 
 
 @pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: frame.name)
-def test_any_flipped_bit_is_found(frame: Frame) -> None:
+def test_any_flipped_bit_is_found(frame: LaneFrame) -> None:
     data = encode(frame, 1, 7, 2, EXAMPLES[frame])
     for bit in range(8 * len(data)):
         damaged = bytearray(data)
@@ -110,7 +110,7 @@ def test_any_flipped_bit_is_found(frame: Frame) -> None:
 
 
 @pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: frame.name)
-def test_trailing_and_missing_bytes_are_found(frame: Frame) -> None:
+def test_trailing_and_missing_bytes_are_found(frame: LaneFrame) -> None:
     data = encode(frame, 1, 7, 2, EXAMPLES[frame])
     with pytest.raises(RemoteProtocolError):
         read(data + b"\0")
@@ -128,15 +128,15 @@ def test_garbage_is_no_header(data: bytes) -> None:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        (Header(Frame.READY, 1, 1, nbytes=1 << 21), "READY of 2097152 bytes, at most 65536"),
-        (Header(Frame.MANIFEST, 1, 1, nbytes=(256 << 20) + 1), "MANIFEST of"),
-        (Header(Frame.REFUSE, 1, 1, nbytes=(1 << 20) + 1), "REFUSE of 1048577 bytes, at most 1048576"),
-        (Header(Frame.FAILED, 1, 1, nbytes=256 << 20), "FAILED of"),
-        (Header(Frame.CHECK, 1, 1, nbytes=(64 << 10) + 1), "CHECK of"),
-        (Header(99, 1, 1), "unknown frame 99"),  # type: ignore[arg-type]
+        (LaneHeader(LaneFrame.READY, 1, 1, nbytes=1 << 21), "READY of 2097152 bytes, at most 65536"),
+        (LaneHeader(LaneFrame.MANIFEST, 1, 1, nbytes=(256 << 20) + 1), "MANIFEST of"),
+        (LaneHeader(LaneFrame.REFUSE, 1, 1, nbytes=(1 << 20) + 1), "REFUSE of 1048577 bytes, at most 1048576"),
+        (LaneHeader(LaneFrame.FAILED, 1, 1, nbytes=256 << 20), "FAILED of"),
+        (LaneHeader(LaneFrame.CHECK, 1, 1, nbytes=(64 << 10) + 1), "CHECK of"),
+        (LaneHeader(99, 1, 1), "unknown frame 99"),  # type: ignore[arg-type]
     ],
 )
-def test_headers_out_of_bounds(header: Header, reason: str) -> None:
+def test_headers_out_of_bounds(header: LaneHeader, reason: str) -> None:
     with pytest.raises(RemoteProtocolError, match=reason):
         decode_header(encode_header(header))
 
@@ -144,36 +144,36 @@ def test_headers_out_of_bounds(header: Header, reason: str) -> None:
 @pytest.mark.parametrize(
     ("frame", "body"),
     [
-        (Frame.HELLO, ["i", "n"]),
-        (Frame.HELLO, [b"i"]),
-        (Frame.READY, ["m", b"", b""]),
-        (Frame.READY, ["m", 3]),
-        (Frame.ROUTE, [b"", b""]),
-        (Frame.FAILED, "why"),
-        (Frame.FAILED, [b"why"]),
-        (Frame.CHECK, [True]),
-        (Frame.CHECK, {"a": 1}),
-        (Frame.WANT, []),
+        (LaneFrame.HELLO, ["i", "n"]),
+        (LaneFrame.HELLO, [b"i"]),
+        (LaneFrame.READY, ["m", b"", b""]),
+        (LaneFrame.READY, ["m", 3]),
+        (LaneFrame.ROUTE, [b"", b""]),
+        (LaneFrame.FAILED, "why"),
+        (LaneFrame.FAILED, [b"why"]),
+        (LaneFrame.CHECK, [True]),
+        (LaneFrame.CHECK, {"a": 1}),
+        (LaneFrame.WANT, []),
     ],
 )
-def test_bodies_of_other_types_are_refused(frame: Frame, body: Any) -> None:
+def test_bodies_of_other_types_are_refused(frame: LaneFrame, body: Any) -> None:
     with pytest.raises(RemoteProtocolError, match=frame.name):
         read(encode(frame, 1, 1, 0, body))
 
 
 @pytest.mark.parametrize("depth", [2, 500, 1010, 2000])
 @pytest.mark.parametrize("frame", [frame for frame, body in BODIES.items() if body], ids=lambda frame: frame.name)
-def test_bodies_that_nest_are_refused(frame: Frame, depth: int) -> None:
+def test_bodies_that_nest_are_refused(frame: LaneFrame, depth: int) -> None:
     """Whatever it takes to read one, or to say what it is."""
     body = b"\x91" * depth + b"\xc0"
-    data = encode_header(Header(frame, 1, 1, 0, len(body), digest_bytes(body))) + body
+    data = encode_header(LaneHeader(frame, 1, 1, 0, len(body), digest_bytes(body))) + body
     with pytest.raises(RemoteProtocolError, match=frame.name):
         read(data)
 
 
 @pytest.mark.parametrize("reasons", [["é" * (1 << 20)], ["short", "x" * (3 << 20)], ["path"] * 1000, []])
-@pytest.mark.parametrize("frame", [Frame.REFUSE, Frame.FAILED], ids=lambda frame: frame.name)
-def test_reasons_that_are_too_long_are_cut(frame: Frame, reasons: list[str]) -> None:
+@pytest.mark.parametrize("frame", [LaneFrame.REFUSE, LaneFrame.FAILED], ids=lambda frame: frame.name)
+def test_reasons_that_are_too_long_are_cut(frame: LaneFrame, reasons: list[str]) -> None:
     _, body = read(encode(frame, 1, 1, 0, reasons))
     assert len(body) == len(reasons)
     for reason, got in zip(reasons, body, strict=True):
@@ -181,18 +181,18 @@ def test_reasons_that_are_too_long_are_cut(frame: Frame, reasons: list[str]) -> 
 
 
 def test_a_reason_that_is_no_text_for_others_is_given_all_the_same() -> None:
-    (reason,) = read(encode(Frame.FAILED, 1, 1, 0, ["path.\udc80"]))[1]
+    (reason,) = read(encode(LaneFrame.FAILED, 1, 1, 0, ["path.\udc80"]))[1]
     assert reason == "path.\\udc80"
-    _, text, _ = read(encode(Frame.REROUTE, 1, 1, 0, [b"i", "x" * (1 << 20), False]))[1]
+    _, text, _ = read(encode(LaneFrame.REROUTE, 1, 1, 0, [b"i", "x" * (1 << 20), False]))[1]
     assert len(text) <= MAX_BODY_BYTES // 4
 
 
 # --------------------------------------------------------------------------------------------- table
 
 
-def path_to(goal: State) -> list[tuple[Role, Frame]]:
+def path_to(goal: State) -> list[tuple[Role, LaneFrame]]:
     """Frames that lead from OPEN to a state, the fewest."""
-    paths: dict[State, list[tuple[Role, Frame]]] = {State.OPEN: []}
+    paths: dict[State, list[tuple[Role, LaneFrame]]] = {State.OPEN: []}
     while goal not in paths:
         for state, path in list(paths.items()):
             for sent, following in TABLE[state].items():
@@ -200,24 +200,24 @@ def path_to(goal: State) -> list[tuple[Role, Frame]]:
     return paths[goal]
 
 
-def deliver(ends: dict[Role, Conversation], sender: Role, frame: Frame, number: int = 0) -> None:
+def deliver(ends: dict[Role, LaneProtocol], sender: Role, frame: LaneFrame, number: int = 0) -> None:
     ends[sender].sent(frame, number)
     receiver = DESTINATION if sender is SOURCE else SOURCE
-    ends[receiver].received(Header(frame, 1, 7, number))
+    ends[receiver].received(LaneHeader(frame, 1, 7, number))
 
 
-def both_in(state: State) -> dict[Role, Conversation]:
-    ends = {role: Conversation(role, 1, 7) for role in Role}
+def both_in(state: State) -> dict[Role, LaneProtocol]:
+    ends = {role: LaneProtocol(role, 1, 7) for role in Role}
     for sender, frame in path_to(state):
         deliver(ends, sender, frame)
     assert {end.state for end in ends.values()} == {state}
     return ends
 
 
-@pytest.mark.parametrize(("state", "sender", "frame"), list(itertools.product(State, Role, Frame)))
-def test_the_table_decides(state: State, sender: Role, frame: Frame) -> None:
+@pytest.mark.parametrize(("state", "sender", "frame"), list(itertools.product(State, Role, LaneFrame)))
+def test_the_table_decides(state: State, sender: Role, frame: LaneFrame) -> None:
     ends = both_in(state)
-    answers = frame in (Frame.MESSAGE, Frame.SAME)
+    answers = frame in (LaneFrame.MESSAGE, LaneFrame.SAME)
     following = TABLE[state].get((sender, frame))
     if following is not None and not answers:
         deliver(ends, sender, frame)
@@ -227,7 +227,7 @@ def test_the_table_decides(state: State, sender: Role, frame: Frame) -> None:
         ends[sender].sent(frame)
     receiver = DESTINATION if sender is SOURCE else SOURCE
     with pytest.raises(RemoteProtocolError, match=frame.name):
-        ends[receiver].received(Header(frame, 1, 7))
+        ends[receiver].received(LaneHeader(frame, 1, 7))
     assert {end.state for end in ends.values()} == {state}
 
 
@@ -242,9 +242,9 @@ def test_every_state_can_be_reached_and_left() -> None:
 def test_frames_that_cross_are_allowed_on_both_sides() -> None:
     """One side may send before it has read what the other has sent: whatever moves on must bear what still comes."""
     late = {
-        State.ROUTING: [(DESTINATION, Frame.PROGRESS), (SOURCE, Frame.WAIT)],
-        State.MOVING: [(DESTINATION, Frame.PROGRESS), (SOURCE, Frame.WAIT)],
-        State.DONE: [(SOURCE, Frame.WAIT), (SOURCE, Frame.FAILED)],
+        State.ROUTING: [(DESTINATION, LaneFrame.PROGRESS), (SOURCE, LaneFrame.WAIT)],
+        State.MOVING: [(DESTINATION, LaneFrame.PROGRESS), (SOURCE, LaneFrame.WAIT)],
+        State.DONE: [(SOURCE, LaneFrame.WAIT), (SOURCE, LaneFrame.FAILED)],
     }
     for state, crossing in late.items():
         assert set(crossing) <= set(TABLE[state])
@@ -252,25 +252,25 @@ def test_frames_that_cross_are_allowed_on_both_sides() -> None:
 
 def test_answers_come_in_the_order_of_the_questions() -> None:
     ends = both_in(State.LANE)
-    for number, frame in enumerate((Frame.WANT, Frame.CHECK, Frame.WANT)):
+    for number, frame in enumerate((LaneFrame.WANT, LaneFrame.CHECK, LaneFrame.WANT)):
         deliver(ends, DESTINATION, frame, number)
-    deliver(ends, SOURCE, Frame.WAIT)
-    deliver(ends, SOURCE, Frame.MESSAGE, 0)
+    deliver(ends, SOURCE, LaneFrame.WAIT)
+    deliver(ends, SOURCE, LaneFrame.MESSAGE, 0)
     with pytest.raises(RemoteProtocolError, match="MESSAGE 2 is out of order"):
-        ends[DESTINATION].received(Header(Frame.MESSAGE, 1, 7, 2))
-    deliver(ends, SOURCE, Frame.SAME, 1)
+        ends[DESTINATION].received(LaneHeader(LaneFrame.MESSAGE, 1, 7, 2))
+    deliver(ends, SOURCE, LaneFrame.SAME, 1)
     with pytest.raises(RemoteProtocolError, match="SAME 2"):  # it was not offered
-        ends[DESTINATION].received(Header(Frame.SAME, 1, 7, 2))
-    deliver(ends, SOURCE, Frame.MESSAGE, 2)
+        ends[DESTINATION].received(LaneHeader(LaneFrame.SAME, 1, 7, 2))
+    deliver(ends, SOURCE, LaneFrame.MESSAGE, 2)
     with pytest.raises(RemoteProtocolError, match="MESSAGE 2"):
-        ends[DESTINATION].received(Header(Frame.MESSAGE, 1, 7, 2))
+        ends[DESTINATION].received(LaneHeader(LaneFrame.MESSAGE, 1, 7, 2))
 
 
 @pytest.mark.parametrize(("attempt", "step"), [(2, 7), (1, 8)])
 def test_frames_of_another_attempt_or_step_are_refused(attempt: int, step: int) -> None:
-    source = Conversation(SOURCE, 1, 7)
+    source = LaneProtocol(SOURCE, 1, 7)
     with pytest.raises(RemoteProtocolError, match="expected a frame of step 7, attempt 1"):
-        source.received(Header(Frame.HELLO, attempt, step))
+        source.received(LaneHeader(LaneFrame.HELLO, attempt, step))
 
 
 # ----------------------------------------------------------------------------------------- documents
@@ -286,7 +286,7 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_the_documented_frames_are_these() -> None:
     assert [(int(number), name) for number, name, *_ in rows("Frames of lanes")] == [
-        (frame.value, frame.name) for frame in Frame
+        (frame.value, frame.name) for frame in LaneFrame
     ]
 
 
@@ -304,8 +304,8 @@ def test_the_documented_table_is_this_one() -> None:
 
 
 def test_the_documented_limits_are_these() -> None:
-    documented = {name: int(nbytes.replace(",", "")) for name, nbytes in rows("Limits of lanes")[: len(Frame)]}
-    limits = {frame.name: max_body_bytes(frame) for frame in Frame if frame is not Frame.MESSAGE}
+    documented = {name: int(nbytes.replace(",", "")) for name, nbytes in rows("Limits of lanes")[: len(LaneFrame)]}
+    limits = {frame.name: max_body_bytes(frame) for frame in LaneFrame if frame is not LaneFrame.MESSAGE}
     assert documented.pop("others") == MAX_BODY_BYTES
     assert documented == {name: nbytes for name, nbytes in limits.items() if nbytes != MAX_BODY_BYTES}
     assert set(documented.values()) == {MAX_LONG_BODY_BYTES, MAX_MANIFEST_BYTES}

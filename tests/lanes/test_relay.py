@@ -14,12 +14,12 @@ import torch
 from helpers import CPU, noise
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.dispatcher import Desk
-from ft_transport._lanes.pending import Work
-from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, Frame, Header, Visit, encode
+from ft_transport._lanes.dispatcher import Dispatcher
+from ft_transport._lanes.pending import PendingMessages
+from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, FirstFrame, LaneFrame, LaneHeader, encode
 from ft_transport._lanes.relay import Relay
 from ft_transport._net.connection import Connection
-from ft_transport._net.stall import Patience
+from ft_transport._net.stall import StallTimer
 from ft_transport._net.zero_copy import SPLICE_FROM
 from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.compare import compare
@@ -33,19 +33,19 @@ LARGE = SPLICE_FROM // 4  # elements of four bytes
 
 
 @contextlib.contextmanager
-def passing_on(template: dict[str, Any], *, verified: bool) -> Iterator[tuple[Relay, Desk, Work]]:
+def passing_on(template: dict[str, Any], *, verified: bool) -> Iterator[tuple[Relay, Dispatcher, PendingMessages]]:
     """A relay of a state that lands in the template, all of which is here."""
     report = TransferReport("destination", "test", 7)
     manifest, _ = describe(template)
     layout = lay_out(manifest, Limits())
     matched = match_template(manifest, template, report)
     landing = Landing(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
-    work, desk = Work(len(layout.messages)), Desk()
+    pending, dispatcher = PendingMessages(len(layout.messages)), Dispatcher()
     for message in range(len(layout.messages)):
-        work.landed(message, 5)
-    patience = Patience(Deadline(timedelta(seconds=20)), timedelta(seconds=5))
-    relay = Relay(desk, layout, landing, work, patience, verified=verified)
-    yield relay, desk, work
+        pending.landed(message, 5)
+    timer = StallTimer(Deadline(timedelta(seconds=20)), timedelta(seconds=5))
+    relay = Relay(dispatcher, layout, landing, pending, timer, verified=verified)
+    yield relay, dispatcher, pending
     relay.close()
 
 
@@ -54,12 +54,12 @@ def test_what_nobody_could_check_is_copied_before_this_side_goes_on(verified: bo
     """What was written and not yet read changes with memory that is spliced, and then there must be a digest."""
     weight = noise(LARGE, 1)
     before = weight.clone()
-    with passing_on({"weight": weight}, verified=verified) as (relay, desk, _), contextlib.ExitStack() as stack:
+    with passing_on({"weight": weight}, verified=verified) as (relay, dispatcher, _), contextlib.ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         theirs = stack.enter_context(socket.create_connection(server.getsockname()))
         ours = Connection(server.accept()[0], "peer")
-        desk.welcome(ours, Visit(Header(Frame.ATTACH, 1, 7), (relay.ident,)))
-        theirs.sendall(encode(Frame.WANT, 1, 7, 0))
+        dispatcher.dispatch(ours, FirstFrame(LaneHeader(LaneFrame.ATTACH, 1, 7), (relay.ident,)))
+        theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0))
         nbytes = HEADER_BYTES + SPLICE_FROM + TRAILER.size
         limit = time.monotonic() + 10
         while ours.nbytes_wire < nbytes + HEADER_BYTES:  # what was asked counts as well
@@ -68,8 +68,8 @@ def test_what_nobody_could_check_is_copied_before_this_side_goes_on(verified: bo
         weight.zero_()
         got = Connection(theirs.dup(), "relay")
         stack.callback(got.close)
-        got.read(HEADER_BYTES, Patience(Deadline(timedelta(seconds=10))))
-        data = got.read(SPLICE_FROM, Patience(Deadline(timedelta(seconds=10))))
+        got.read(HEADER_BYTES, StallTimer(Deadline(timedelta(seconds=10))))
+        data = got.read(SPLICE_FROM, StallTimer(Deadline(timedelta(seconds=10))))
     assert data == bytes((weight if verified else before).view(torch.uint8).numpy())
 
 

@@ -14,48 +14,48 @@ from helpers import CPU, noise
 
 from ft_transport import LaneTransport, PeerFailure
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.protocol import Conversation, Frame, Role, encode
-from ft_transport._lanes.session import Talk
+from ft_transport._lanes.protocol import LaneFrame, LaneProtocol, Role, encode
+from ft_transport._lanes.session import Session
 from ft_transport._net.dial import dial
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.stall import Patience
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.stall import StallTimer
 
 TIMEOUT = timedelta(seconds=20)
 STEP = 7
 STATE = {"weight": noise(1000, 1)}
-ELSEWHERE = Invitation(("127.0.0.1",), 9, bytes(32), False)
+ELSEWHERE = Endpoint(("127.0.0.1",), 9, bytes(32), False)
 
 
-def patience(seconds: float = 10) -> Patience:
-    return Patience(Deadline(timedelta(seconds=seconds)))
+def timer(seconds: float = 10) -> StallTimer:
+    return StallTimer(Deadline(timedelta(seconds=seconds)))
 
 
-class Guest:
+class Destination:
     """A destination. Its relay, if it has one, is nowhere."""
 
     def __init__(self, source: LaneTransport[Any], identity: bytes, attempt: int = 1) -> None:
-        invitation = Invitation.decode(source.metadata())._replace(addresses=("127.0.0.1",))
-        hello = encode(Frame.HELLO, attempt, STEP, body=[identity, "guest"])
-        self.connection = dial(invitation, hello, patience(), None)
-        conversation = Conversation(Role.DESTINATION, attempt, STEP)
-        conversation.sent(Frame.HELLO)
-        self.talk = Talk(self.connection, conversation)
+        endpoint = Endpoint.decode(source.metadata())._replace(addresses=("127.0.0.1",))
+        hello = encode(LaneFrame.HELLO, attempt, STEP, body=[identity, "guest"])
+        self.connection = dial(endpoint, hello, timer(), None)
+        protocol = LaneProtocol(Role.DESTINATION, attempt, STEP)
+        protocol.sent(LaneFrame.HELLO)
+        self.session = Session(self.connection, protocol)
         self.relay = secrets.token_bytes(16)
 
-    def hear(self, frame: Frame) -> Any:
+    def recv(self, frame: LaneFrame) -> Any:
         """The body of the next frame but for those that only say that the source is there."""
         while True:
-            header, body = self.talk.hear(patience())
-            if header.frame is not Frame.WAIT:
+            header, body = self.session.recv(timer())
+            if header.frame is not LaneFrame.WAIT:
                 assert header.frame is frame, (header.frame, body)
                 return body
 
-    def be_ready(self, relays: bool = True) -> Any:
+    def send_ready(self, relays: bool = True) -> Any:
         """Agree to the state; gives where to fetch it."""
-        self.hear(Frame.MANIFEST)
+        self.recv(LaneFrame.MANIFEST)
         body = [ELSEWHERE.encode(), self.relay] if relays else ["", b""]
-        self.talk.say(Frame.READY, patience(), body=body)
-        return self.hear(Frame.ROUTE)
+        self.session.send(LaneFrame.READY, timer(), body=body)
+        return self.recv(LaneFrame.ROUTE)
 
 
 @pytest.fixture
@@ -66,14 +66,14 @@ def source() -> Iterator[LaneTransport[Any]]:
 
 
 @pytest.fixture
-def come(source: LaneTransport[Any]) -> Iterator[Callable[..., Guest]]:
+def come(source: LaneTransport[Any]) -> Iterator[Callable[..., Destination]]:
     """Lets a destination come."""
     with contextlib.ExitStack() as stack:
 
-        def come(identity: bytes = b"", attempt: int = 1) -> Guest:
-            guest = Guest(source, identity or secrets.token_bytes(16), attempt)
-            stack.callback(guest.connection.close)
-            return guest
+        def come(identity: bytes = b"", attempt: int = 1) -> Destination:
+            destination = Destination(source, identity or secrets.token_bytes(16), attempt)
+            stack.callback(destination.connection.close)
+            return destination
 
         yield come
 
@@ -90,49 +90,49 @@ def outcomes(source: LaneTransport[Any]) -> list[str]:
     return [peer.outcome for peer in source.last_report.peers]
 
 
-def test_who_has_failed_supplies_nobody(source: LaneTransport[Any], come: Callable[..., Guest]) -> None:
+def test_who_has_failed_supplies_nobody(source: LaneTransport[Any], come: Callable[..., Destination]) -> None:
     """Those behind would dial a process that is gone, or frozen, and wait."""
     source.send_checkpoint([1, 2, 3, 4], STEP, STATE, TIMEOUT)
     first = come()
-    assert first.be_ready()[0] is None
+    assert first.send_ready()[0] is None
     second = come()
-    assert second.be_ready()[:2] == (ELSEWHERE.encode(), first.relay)
+    assert second.send_ready()[:2] == (ELSEWHERE.encode(), first.relay)
     second.connection.close()
     until(lambda: outcomes(source).count("dead") == 1)
-    assert come().be_ready(relays=False)[:2] == (ELSEWHERE.encode(), first.relay)
-    first.talk.say(Frame.FAILED, patience(), body=["no more"])
+    assert come().send_ready(relays=False)[:2] == (ELSEWHERE.encode(), first.relay)
+    first.session.send(LaneFrame.FAILED, timer(), body=["no more"])
     first.connection.close()
     until(lambda: outcomes(source).count("failed") == 1)
-    assert come().be_ready()[0] is None
+    assert come().send_ready()[0] is None
 
 
 def test_whoever_comes_again_is_served_in_place_of_the_earlier_visit(
-    source: LaneTransport[Any], come: Callable[..., Guest]
+    source: LaneTransport[Any], come: Callable[..., Destination]
 ) -> None:
     """The earlier one is cut, which nobody would miss for long, and the report has one entry for both."""
     identity = secrets.token_bytes(16)
     source.send_checkpoint([1], STEP, STATE, TIMEOUT)
     earlier = come(identity, attempt=1)
-    earlier.be_ready()
+    earlier.send_ready()
     again = come(identity, attempt=2)
-    again.be_ready()
+    again.send_ready()
     with pytest.raises(PeerFailure):
-        earlier.connection.read(1, patience(3))
+        earlier.connection.read(1, timer(3))
     assert outcomes(source) == ["pending"]
 
 
 @pytest.mark.parametrize("when", ["planning", "moving", "talking on"])
-def test_the_sources_deadline_is_told(source: LaneTransport[Any], come: Callable[..., Guest], when: str) -> None:
+def test_the_sources_deadline_is_told(source: LaneTransport[Any], come: Callable[..., Destination], when: str) -> None:
     """Whether the destination is silent or goes on talking: it has a reason, and need not wait for its own deadline."""
     source.send_checkpoint([1], STEP, STATE, timedelta(seconds=0.4))
-    guest = come()
+    destination = come()
     if when == "moving":
-        guest.be_ready()
+        destination.send_ready()
     else:
-        guest.hear(Frame.MANIFEST)
-    while when == "talking on" and guest.connection.idle:
-        guest.talk.say(Frame.PROGRESS, patience())
+        destination.recv(LaneFrame.MANIFEST)
+    while when == "talking on" and destination.connection.idle:
+        destination.session.send(LaneFrame.PROGRESS, timer())
         time.sleep(0.001)  # much more often than the source would look at its clock by itself
-    assert "timed out after 0.4 s" in "; ".join(guest.hear(Frame.FAILED))
-    guest.connection.close()
+    assert "timed out after 0.4 s" in "; ".join(destination.recv(LaneFrame.FAILED))
+    destination.connection.close()
     until(lambda: outcomes(source) == ["timed out"])

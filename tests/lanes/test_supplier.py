@@ -14,10 +14,10 @@ import pytest
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import supplier
-from ft_transport._lanes.protocol import Frame, Header, encode
-from ft_transport._lanes.supplier import Supply
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader, encode
+from ft_transport._lanes.supplier import Supplier
 from ft_transport._net.connection import Connection
-from ft_transport._net.stall import Patience
+from ft_transport._net.stall import StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket
 from ft_transport.errors import LocalProtocolError
@@ -30,7 +30,7 @@ class Empty:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
-        self.verified = self.steady = self.is_whole_offer = False
+        self.verified = self.steady = self.is_whole_transfer = False
 
     def await_message(self, message: int) -> bool:
         raise NotImplementedError
@@ -52,20 +52,20 @@ class Empty:
 
 
 @pytest.fixture
-def lane() -> Iterator[tuple[socket.socket, Supply]]:
+def lane() -> Iterator[tuple[socket.socket, Supplier]]:
     """A destination's end of a lane, and the supply that serves it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname())
         ours, _ = server.accept()
-    supply = Supply(Empty(), Patience(Deadline(timedelta(seconds=20)), timedelta(seconds=8)))
-    supply.attach(Connection(ours, "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
+    supply = Supplier(Empty(), StallTimer(Deadline(timedelta(seconds=20)), timedelta(seconds=8)))
+    supply.attach(Connection(ours, "peer"), LaneHeader(LaneFrame.ATTACH, 1, 7, 0, 0))
     with theirs:
         yield theirs, supply
         supply.close()
 
 
 def test_the_stall_time_out_begins_when_somebody_waits(
-    lane: tuple[socket.socket, Supply], caplog: pytest.LogCaptureFixture
+    lane: tuple[socket.socket, Supplier], caplog: pytest.LogCaptureFixture
 ) -> None:
     destination, supply = lane
     time.sleep(STALL + 0.1)
@@ -78,7 +78,7 @@ def test_the_stall_time_out_begins_when_somebody_waits(
 
 
 def test_who_does_not_leave_is_not_waited_for(
-    lane: tuple[socket.socket, Supply], caplog: pytest.LogCaptureFixture
+    lane: tuple[socket.socket, Supplier], caplog: pytest.LogCaptureFixture
 ) -> None:
     _, supply = lane
     with caplog.at_level(logging.WARNING, "ft_transport"):
@@ -88,19 +88,19 @@ def test_who_does_not_leave_is_not_waited_for(
 
 @pytest.mark.parametrize("number", [0, 1, (1 << 64) - 1])
 def test_a_message_that_there_is_not_is_not_looked_for(
-    lane: tuple[socket.socket, Supply], caplog: pytest.LogCaptureFixture, number: int
+    lane: tuple[socket.socket, Supplier], caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     """The lane is closed; that is the peer's fault, and no trouble of this side."""
     destination, _ = lane
     destination.settimeout(10)
     with caplog.at_level(logging.WARNING, "ft_transport"):
-        destination.sendall(encode(Frame.WANT, 1, 7, number))
+        destination.sendall(encode(LaneFrame.WANT, 1, 7, number))
         assert destination.recv(1) == b""
     assert not caplog.records
 
 
 def test_how_many_lanes_a_destination_may_open_is_bounded(
-    lane: tuple[socket.socket, Supply], monkeypatch: pytest.MonkeyPatch
+    lane: tuple[socket.socket, Supplier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each has a thread."""
     first, supply = lane
@@ -109,7 +109,7 @@ def test_how_many_lanes_a_destination_may_open_is_bounded(
     with contextlib.ExitStack() as stack, socket.create_server(("127.0.0.1", 0)) as server:
         for _ in range(3):
             peers.append(stack.enter_context(socket.create_connection(server.getsockname())))
-            supply.attach(Connection(server.accept()[0], "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
+            supply.attach(Connection(server.accept()[0], "peer"), LaneHeader(LaneFrame.ATTACH, 1, 7, 0, 0))
         for peer in peers[2:]:
             peer.settimeout(3)
             assert peer.recv(1) == b""
@@ -152,9 +152,9 @@ def test_who_reads_slowly_is_waited_for_and_who_has_stopped_is_not(
         ours = socket.create_connection(server.getsockname())
         theirs, _ = server.accept()
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
-    supply = Supply(Large(2 << 20), Patience(Deadline(timedelta(seconds=60)), timedelta(seconds=8)))
-    supply.attach(Connection(ours, "peer"), Header(Frame.ATTACH, 1, 7, 0, 0))
-    theirs.sendall(encode(Frame.WANT, 1, 7, 0))
+    supply = Supplier(Large(2 << 20), StallTimer(Deadline(timedelta(seconds=60)), timedelta(seconds=8)))
+    supply.attach(Connection(ours, "peer"), LaneHeader(LaneFrame.ATTACH, 1, 7, 0, 0))
+    theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0))
     heard = 0
 
     def read() -> None:

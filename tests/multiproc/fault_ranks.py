@@ -24,7 +24,7 @@ from ft_transport import LaneTransport, LocalProtocolError, PGTransport, Progres
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import FRAME_TAG
 from ft_transport._net.connection import Connection
-from ft_transport._net.stall import Patience
+from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions, Options
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import FaultyTransport
@@ -540,23 +540,23 @@ def _fault_in_lane_manifest(patch: pytest.MonkeyPatch, case: Case, rank: int) ->
     """As :func:`_fault_in_manifest`, over lanes."""
     read, write = Connection.read, Connection.write
 
-    def patched_read(self: Connection, nbytes: int, patience: Patience) -> bytearray:
+    def patched_read(self: Connection, nbytes: int, timer: StallTimer) -> bytearray:
         if nbytes <= MIB:
-            return read(self, nbytes, patience)
-        begin = read(self, MIB, patience)
+            return read(self, nbytes, timer)
+        begin = read(self, MIB, timer)
         arrive(case, "manifest")
         if rank in case.victims:
             have_fault(case)
-        return begin + read(self, nbytes - MIB, patience)
+        return begin + read(self, nbytes - MIB, timer)
 
-    def patched_write(self: Connection, parts: Any, patience: Patience, **options: Any) -> None:
+    def patched_write(self: Connection, parts: Any, timer: StallTimer, **options: Any) -> None:
         if 0 in case.victims and sum(map(len, parts)) > 4 * MIB:
             data = b"".join(parts)
-            write(self, [data[: 2 * MIB]], patience)
+            write(self, [data[: 2 * MIB]], timer)
             wait_until(lambda: arrived(case, "manifest") == len(DESTINATIONS))
             _first_has_fault(case)
             parts = [data[2 * MIB :]]
-        write(self, parts, patience, **options)
+        write(self, parts, timer, **options)
 
     patch.setattr(Connection, "read", patched_read)
     patch.setattr(Connection, "write", patched_write)

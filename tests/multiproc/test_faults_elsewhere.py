@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from ft_transport import LaneTransport, PeerFailure, TransferError
-from ft_transport._net.endpoint import Invitation
+from ft_transport._net.endpoint import Endpoint
 from ft_transport.testing import FaultyTransport
 
 from .harness import Worker, digest, quiet
@@ -112,7 +112,7 @@ def test_a_full_listen_queue(destination: LaneTransport[Any], template: dict[str
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
-        metadata = Invitation(("127.0.0.1",), full.getsockname()[1], bytes(32), False).encode()
+        metadata = Endpoint(("127.0.0.1",), full.getsockname()[1], bytes(32), False).encode()
         begin = time.monotonic()
         with pytest.raises(PeerFailure, match="silent") as info:
             destination.recv_checkpoint(0, metadata, STEP, TIMEOUT)
@@ -132,7 +132,7 @@ def test_a_source_without_descriptors(
         destination.recv_checkpoint(0, metadata, STEP, TIMEOUT)
     assert time.monotonic() - begin < STALL.total_seconds() + 1.0
     assert not info.value.torn
-    with socket.create_connection(("127.0.0.1", Invitation.decode(metadata).port)):
+    with socket.create_connection(("127.0.0.1", Endpoint.decode(metadata).port)):
         assert source.call(num_warnings, 1.0) < 20
     source.call(starve, False)
     destination.recv_checkpoint(0, metadata, STEP, TIMEOUT)
@@ -146,7 +146,7 @@ def test_a_source_that_dies_and_comes_back_within_the_same_heal(
 ) -> None:
     """The new process is not the one that was asked; asked itself, it sends what is missing."""
     metadata = source.call(offer, 0)
-    port = Invitation.decode(metadata).port
+    port = Endpoint.decode(metadata).port
     back = Worker("source, again")
 
     def die(text: str) -> None:

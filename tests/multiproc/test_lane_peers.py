@@ -20,11 +20,11 @@ from ft_transport import LocalProtocolError, PeerFailure
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import admission, dispatcher, serving
 from ft_transport._lanes import news as _news
-from ft_transport._lanes.protocol import Conversation, Frame, Header, Role, encode
-from ft_transport._lanes.session import Talk
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role, encode
+from ft_transport._lanes.session import Session
 from ft_transport._net.dial import dial
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.stall import Patience
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.stall import StallTimer
 from ft_transport._torchft import lanes as _lanes
 from ft_transport.errors import TransferTimeout
 
@@ -38,18 +38,18 @@ __all__ = ["lanes"]  # the fixture
 CALM: dict[str, Any] = {"stall_timeout": timedelta(seconds=10)}
 
 
-class Peer(Talk):
+class Peer(Session):
     """A destination that says what the test has it say."""
 
     def __init__(self, metadata: str, step: int = STEP, identity: bytes = b"", attempt: int = 1) -> None:
-        self.patience = Patience(Deadline(TIMEOUT))
-        hello = encode(Frame.HELLO, attempt, step, body=[identity or secrets.token_bytes(16), "peer"])
-        connection = dial(Invitation.decode(metadata), hello, self.patience, None)
-        super().__init__(connection, Conversation(Role.DESTINATION, attempt, step))
-        self.conversation.sent(Frame.HELLO)
+        self.timer = StallTimer(Deadline(TIMEOUT))
+        hello = encode(LaneFrame.HELLO, attempt, step, body=[identity or secrets.token_bytes(16), "peer"])
+        connection = dial(Endpoint.decode(metadata), hello, self.timer, None)
+        super().__init__(connection, LaneProtocol(Role.DESTINATION, attempt, step))
+        self.protocol.sent(LaneFrame.HELLO)
 
-    def await_frame(self, frame: Frame) -> tuple[Header, Any]:
-        while (heard := self.hear(self.patience))[0].frame is Frame.WAIT:
+    def await_frame(self, frame: LaneFrame) -> tuple[LaneHeader, Any]:
+        while (heard := self.recv(self.timer))[0].frame is LaneFrame.WAIT:
             pass
         assert heard[0].frame is frame
         return heard
@@ -63,7 +63,7 @@ def peer(*arguments: Any, **keywords: Any) -> Iterator[Peer]:
 
 
 def waiting(source: Any) -> int:
-    return len(source._self.desk._waiting)
+    return len(source._local.dispatcher._waiting)
 
 
 def outcomes(source: Any) -> list[str]:
@@ -125,26 +125,26 @@ def test_an_earlier_attempt_that_comes_late_does_not_cut_the_later_one(lanes: La
     source = lanes.transport(**CALM)
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
     with peer(source.metadata(), identity=b"i" * 16, attempt=2) as later:
-        later.await_frame(Frame.MANIFEST)
+        later.await_frame(LaneFrame.MANIFEST)
         with peer(source.metadata(), identity=b"i" * 16, attempt=1) as earlier:
-            _, reasons = earlier.await_frame(Frame.FAILED)
+            _, reasons = earlier.await_frame(LaneFrame.FAILED)
             assert reasons == ("a later attempt has come before",)
-        later.say(Frame.READY, later.patience, body=["", b""])
-        later.await_frame(Frame.ROUTE)
+        later.send(LaneFrame.READY, later.timer, body=["", b""])
+        later.await_frame(LaneFrame.ROUTE)
 
 
 # ----------------------------------------------------------------------------- what a peer says of itself
 
 
-@pytest.mark.parametrize(("metadata", "ident"), [("nonsense", b"i" * 16), ("", b"i"), ("of another", b"i" * (1 << 19))])
+@pytest.mark.parametrize(("metadata", "ident"), [("nonsense", b"i" * 16), ("", b"i"), ("of another", b"i" * (1 << 15))])
 def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lanes, metadata: str, ident: bytes) -> None:
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
-        first.await_frame(Frame.MANIFEST)
+        first.await_frame(LaneFrame.MANIFEST)
         of_another = lanes.transport().metadata() if metadata == "of another" else metadata
-        first.say(Frame.READY, first.patience, body=[of_another, ident])
-        first.await_frame(Frame.ROUTE)
+        first.send(LaneFrame.READY, first.timer, body=[of_another, ident])
+        first.await_frame(LaneFrame.ROUTE)
         assert lanes.destination(make_state(2)).start(source.metadata()).join().sound(state)
     source.disallow_checkpoint()
     assert sorted(outcomes(source)) == ["complete", "dead"]
@@ -155,9 +155,9 @@ def test_a_route_that_nobody_can_read_is_answered(lanes: Lanes, monkeypatch: pyt
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
-        first.await_frame(Frame.MANIFEST)
-        first.say(Frame.READY, first.patience, body=["nonsense", b"i" * 16])
-        first.await_frame(Frame.ROUTE)
+        first.await_frame(LaneFrame.MANIFEST)
+        first.send(LaneFrame.READY, first.timer, body=["nonsense", b"i" * 16])
+        first.await_frame(LaneFrame.ROUTE)
         destination = lanes.destination(make_state(2)).start(source.metadata()).join()
         assert destination.sound(state), destination.error
     source.disallow_checkpoint()
@@ -167,11 +167,11 @@ def test_a_route_that_nobody_can_read_is_answered(lanes: Lanes, monkeypatch: pyt
 
 
 def guests() -> int:
-    return sum(thread.name == "ft_transport-guest" for thread in threading.enumerate())
+    return sum(thread.name == "ft_transport-destination" for thread in threading.enumerate())
 
 
 def test_so_many_are_served_at_once_and_the_others_wait(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "SPARE_GUESTS", 3)
+    monkeypatch.setattr(admission, "SPARE_DESTINATIONS", 3)
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     with contextlib.ExitStack() as stack:
@@ -193,9 +193,9 @@ def test_so_many_conversations_of_one_transfer_and_no_more(lanes: Lanes, monkeyp
     source.send_checkpoint([1, 2, 3], STEP, envelope(make_state()), TIMEOUT)
     for identity in (b"a", b"b", b"a"):
         with peer(source.metadata(), identity=identity) as one:
-            one.await_frame(Frame.MANIFEST)
+            one.await_frame(LaneFrame.MANIFEST)
     with peer(source.metadata()) as one:
-        _, reasons = one.await_frame(Frame.FAILED)
+        _, reasons = one.await_frame(LaneFrame.FAILED)
     assert reasons == ("too many have come for this transfer",)
     source.disallow_checkpoint()
     assert outcomes(source) == ["dead", "dead", "timed out"]
@@ -209,7 +209,7 @@ def test_so_many_lanes_in_all(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> 
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     destination = lanes.destination(make_state(2, large=12), lanes=8).start(proxy.metadata)
     wait_until(lambda: proxy.num_connections == 9)
-    assert sum(thread.name == "ft_transport-supply" for thread in threading.enumerate()) <= 2
+    assert sum(thread.name == "ft_transport-supplier" for thread in threading.enumerate()) <= 2
     assert destination.join().sound(state), destination.error
     source.disallow_checkpoint()
 
@@ -235,8 +235,8 @@ def test_an_event_callback_that_takes_its_time_holds_nobody(lanes: Lanes, monkey
     source = lanes.transport(on_event=slow)
     # Nobody comes, so it is the listener that finds the first one over.
     source.send_checkpoint([1], STEP, envelope(state), timedelta(milliseconds=200))
-    assert source._serving.offer is not None
-    wait_until(lambda: source._serving.offer.is_over)  # type: ignore[union-attr]
+    assert source._serving.transfer is not None
+    wait_until(lambda: source._serving.transfer.is_over)  # type: ignore[union-attr]
     early = lanes.destination(make_state(2)).start(source.metadata(), step=STEP + 1)
     time.sleep(1.5)  # more than the stall time-out
     source.disallow_checkpoint()
@@ -273,9 +273,9 @@ def test_a_log_handler_that_takes_its_time_does_not_hold_the_listener(lanes: Lan
     logger.addHandler(handler)
     try:
         with peer(source.metadata(), step=STEP - 1) as stale:  # which is logged
-            stale.await_frame(Frame.FAILED)
+            stale.await_frame(LaneFrame.FAILED)
         with peer(source.metadata()) as right:
-            right.await_frame(Frame.MANIFEST)
+            right.await_frame(LaneFrame.MANIFEST)
         assert slow.told == []
     finally:
         slow.go_on.set()
@@ -293,7 +293,7 @@ def test_a_frozen_one_costs_the_one_before_it_nothing(lanes: Lanes) -> None:
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     first = lanes.destination(make_state(2, large=8), stall_timeout=timedelta(seconds=15))
     proxy = lanes.proxy(first.transport.metadata(), slowly(20))
-    first.transport._self = first.transport._self._replace(metadata=proxy.metadata)
+    first.transport._local = first.transport._local._replace(metadata=proxy.metadata)
     assert first.start(source.metadata()).join().sound(state)
     second = lanes.destination(make_state(3, large=8), lanes=1).start(source.metadata())
     wait_until(lambda: proxy.nbytes > 4 * MIB)

@@ -30,8 +30,8 @@ from ft_transport import (
     TransferError,
 )
 from ft_transport._lanes.protocol import HEADER_BYTES
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.handshake import knock
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.handshake import client_handshake
 from ft_transport._options import LaneOptions
 from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import TransferTimeout
@@ -223,7 +223,7 @@ def test_the_destination_may_come_first_or_last(lanes: Lanes) -> None:
         destination = lanes.destination(make_state(2))
         if early:
             destination.start(source.metadata())
-            wait_until(lambda: bool(source._self.desk._waiting))
+            wait_until(lambda: bool(source._local.dispatcher._waiting))
         source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
         if not early:
             destination.start(source.metadata())
@@ -309,11 +309,11 @@ def test_ipv6(lanes: Lanes) -> None:
 
 def test_an_address_that_does_not_answer_costs_a_moment(lanes: Lanes) -> None:
     source, state = lanes.transport(), make_state()
-    invitation = Invitation.decode(lanes.proxy(source.metadata()).metadata)
+    endpoint = Endpoint.decode(lanes.proxy(source.metadata()).metadata)
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     # At the first address somebody listens who is no peer, at the second there is nobody.
-    with socket.create_server(("127.0.0.2", invitation.port)):
-        wrong = invitation._replace(addresses=("127.0.0.2", "127.0.0.3", "127.0.0.1")).encode()
+    with socket.create_server(("127.0.0.2", endpoint.port)):
+        wrong = endpoint._replace(addresses=("127.0.0.2", "127.0.0.3", "127.0.0.1")).encode()
         destination = lanes.destination(make_state(2)).start(wrong).join()
     assert destination.sound(state)
     assert destination.report.peers[0].address == "127.0.0.1"
@@ -357,7 +357,7 @@ def test_a_step_that_is_over_is_refused(lanes: Lanes) -> None:
 def test_a_state_that_cannot_travel(lanes: Lanes) -> None:
     source = lanes.transport()
     early = lanes.destination(make_state(2)).start(source.metadata())
-    wait_until(lambda: bool(source._self.desk._waiting))
+    wait_until(lambda: bool(source._local.dispatcher._waiting))
     with pytest.raises(LocalProtocolError, match=r"user\.default\.hook"):
         source.send_checkpoint([1, 2], STEP, envelope({"hook": lambda: None}), TIMEOUT)
     late = lanes.destination(make_state(2)).start(source.metadata())
@@ -412,7 +412,7 @@ def test_nobody_is_waited_for_where_none_is_named(lanes: Lanes) -> None:
 def test_where_none_is_named_the_deadline_ends_the_offer(lanes: Lanes) -> None:
     source = lanes.transport()
     source.send_checkpoint([], STEP, envelope(make_state()), timedelta(seconds=0.1))
-    offer = source._serving.offer
+    offer = source._serving.transfer
     assert offer is not None
     wait_until(lambda: offer.is_over)
 
@@ -539,7 +539,7 @@ def test_a_forked_process_keeps_nothing_open(lanes: Lanes) -> None:
         assert destination.join().sound(state)
         source.disallow_checkpoint()
         source.shutdown()
-        lanes.transport(port=Invitation.decode(source.metadata()).port)
+        lanes.transport(port=Endpoint.decode(source.metadata()).port)
     finally:
         os.close(go_on)
         os.close(waits)
@@ -572,7 +572,7 @@ def test_a_transport_that_nobody_holds_stops_listening() -> None:
 def test_one_at_a_time(lanes: Lanes) -> None:
     source = lanes.transport()
     destination = lanes.destination(make_state(2)).start(source.metadata())
-    wait_until(lambda: bool(source._self.desk._waiting))
+    wait_until(lambda: bool(source._local.dispatcher._waiting))
     with pytest.raises(LocalProtocolError, match="one at a time"):
         destination.transport.recv_checkpoint(0, source.metadata(), STEP, TIMEOUT)
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
@@ -587,7 +587,7 @@ def test_the_metadata_of_another_transport(lanes: Lanes) -> None:
 
 def test_nobody_there(lanes: Lanes) -> None:
     source = lanes.transport()
-    metadata = Invitation.decode(source.metadata())._replace(addresses=("127.0.0.1", "::1")).encode()
+    metadata = Endpoint.decode(source.metadata())._replace(addresses=("127.0.0.1", "::1")).encode()
     source.shutdown()
     destination = lanes.destination(make_state(2)).start(metadata).join()
     assert isinstance(destination.error, PeerFailure)
@@ -620,7 +620,7 @@ def test_wrong_arguments(arguments: dict[str, Any]) -> None:
 
 
 def test_a_port_that_is_taken(lanes: Lanes) -> None:
-    port = Invitation.decode(lanes.transport().metadata()).port
+    port = Endpoint.decode(lanes.transport().metadata()).port
     with pytest.raises(LocalProtocolError, match=f"cannot listen on port {port}"):
         LaneTransport(TIMEOUT, CPU, port=port)
 
@@ -897,11 +897,11 @@ def test_a_chain_whose_middle_is_cut_off(lanes: Lanes) -> None:
         metadata = lanes.proxy(source.metadata(), slowly(20)).metadata
         if position < 2:
             mine = lanes.proxy(destination.transport.metadata(), slowly(20))
-            destination.transport._self = destination.transport._self._replace(metadata=mine.metadata)
+            destination.transport._local = destination.transport._local._replace(metadata=mine.metadata)
             if position == 1:
                 middle = mine
         destinations.append(destination.start(metadata))
-        offer = source._serving.offer
+        offer = source._serving.transfer
         assert offer is not None
         wait_until(lambda position=position, offer=offer: len(offer._line._ready) == position + 1)
     wait_until(lambda: middle.nbytes > 4 * MIB)
@@ -959,7 +959,7 @@ def test_a_relay_waits_for_who_fetches_from_it(lanes: Lanes) -> None:
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     first = lanes.destination(make_state(2), **calm)
     mine = lanes.proxy(first.transport.metadata(), slowly(30))
-    first.transport._self = first.transport._self._replace(metadata=mine.metadata)
+    first.transport._local = first.transport._local._replace(metadata=mine.metadata)
     assert first.start(source.metadata()).join().sound(state)
     second = lanes.destination(make_state(2), **calm).start(source.metadata())
     wait_until(lambda: mine.nbytes > MIB)
@@ -998,7 +998,7 @@ def test_a_thousand_strangers(lanes: Lanes) -> None:
     source, state = lanes.transport(), make_state()
     destination = lanes.destination(make_state(2))
     received: list[bytes] = []
-    talking = [threading.Thread(target=talk, args=(source.metadata(), received)) for _ in range(4)]
+    talking = [threading.Thread(target=session, args=(source.metadata(), received)) for _ in range(4)]
     silent = [threading.Thread(target=be_silent, args=(source.metadata(), received, part)) for part in (b"", PART)]
 
     def heal_once(step: int) -> None:
@@ -1016,7 +1016,7 @@ def test_a_thousand_strangers(lanes: Lanes) -> None:
     while any(thread.is_alive() for thread in (*talking, *silent)):
         heal_once(step)
         step += 1
-        assert len(source._listener._handshakes._greetings) <= 64
+        assert len(source._listener._handshakes._pending) <= 64
     for thread in (*talking, *silent):
         thread.join()
     assert step > 4
@@ -1028,18 +1028,20 @@ def test_a_thousand_strangers(lanes: Lanes) -> None:
 PART = b"FTLN-knock\x01" + bytes(20)
 
 
-def talk(metadata: str, received: list[bytes]) -> None:
+def session(metadata: str, received: list[bytes]) -> None:
     """100 strangers who say something wrong."""
     for i in range(100):
-        said = [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10, os.urandom(75), next(knock(os.urandom(32)))][i % 3]
-        with socket.create_connection(("127.0.0.1", Invitation.decode(metadata).port), timeout=10) as connection:
+        said = [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 10, os.urandom(75), next(client_handshake(os.urandom(32)))][
+            i % 3
+        ]
+        with socket.create_connection(("127.0.0.1", Endpoint.decode(metadata).port), timeout=10) as connection:
             connection.sendall(said)  # type: ignore[arg-type]
             received.append(heard(connection))
 
 
 def be_silent(metadata: str, received: list[bytes], part: bytes) -> None:
     """300 strangers who say nothing, or begin and do not go on."""
-    port = Invitation.decode(metadata).port
+    port = Endpoint.decode(metadata).port
     connections = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(300)]
     for connection in connections:
         try:
@@ -1065,8 +1067,8 @@ def resident() -> int:
 def test_a_wrong_secret(lanes: Lanes) -> None:
     source = lanes.transport()
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
-    invitation = Invitation.decode(source.metadata())
-    wrong = invitation._replace(secret=bytes(32), addresses=("127.0.0.1",)).encode()
+    endpoint = Endpoint.decode(source.metadata())
+    wrong = endpoint._replace(secret=bytes(32), addresses=("127.0.0.1",)).encode()
     destination = lanes.destination(make_state(2)).start(wrong).join()
     assert isinstance(destination.error, PeerFailure)
     assert destination.seconds < 1.0
@@ -1078,17 +1080,17 @@ def test_a_wrong_secret(lanes: Lanes) -> None:
 
 def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
     from ft_transport._deadline import Deadline
-    from ft_transport._lanes.protocol import Frame, encode
+    from ft_transport._lanes.protocol import LaneFrame, encode
     from ft_transport._net.dial import dial
-    from ft_transport._net.stall import Patience
+    from ft_transport._net.stall import StallTimer
 
     source = lanes.transport()
-    first = encode(Frame.ATTACH, 1, STEP, body=[bytes(16)])
-    patience = Patience(Deadline(TIMEOUT), STALL)
-    connection = dial(Invitation.decode(source.metadata()), first, patience, None)
+    first = encode(LaneFrame.ATTACH, 1, STEP, body=[bytes(16)])
+    timer = StallTimer(Deadline(TIMEOUT), STALL)
+    connection = dial(Endpoint.decode(source.metadata()), first, timer, None)
     try:
         with pytest.raises(PeerFailure, match="closed by the peer"):
-            connection.read(1, patience)
+            connection.read(1, timer)
     finally:
         connection.close()
 
@@ -1096,7 +1098,7 @@ def test_lanes_for_what_nobody_supplies_are_closed(lanes: Lanes) -> None:
 # -------------------------------------------------------------------------------------------- threads
 
 
-@pytest.mark.parametrize("name", ["ft_transport-lane", "ft_transport-supply"])
+@pytest.mark.parametrize("name", ["ft_transport-lane", "ft_transport-supplier"])
 def test_a_lane_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     state, template = make_state(), make_state(2)
     refused = refuse_a_thread(monkeypatch, name)
@@ -1118,8 +1120,8 @@ def test_a_destination_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: p
     first = lanes.destination(make_state(2))
     if early:
         first.start(source.metadata())
-        wait_until(lambda: bool(source._self.desk._waiting), 5)
-    refused = refuse_a_thread(monkeypatch, "ft_transport-guest")
+        wait_until(lambda: bool(source._local.dispatcher._waiting), 5)
+    refused = refuse_a_thread(monkeypatch, "ft_transport-destination")
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     if not early:
         first.start(source.metadata())
@@ -1129,7 +1131,7 @@ def test_a_destination_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: p
     source.disallow_checkpoint()
     report = source.last_report
     assert report is not None
-    assert refused == ["ft_transport-guest"]
+    assert refused == ["ft_transport-destination"]
     assert [peer.outcome for peer in report.peers] == ["failed", "complete"]
     assert "no more threads" in report.peers[0].reason
 
@@ -1137,7 +1139,7 @@ def test_a_destination_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: p
 def test_the_last_destination_for_which_there_is_no_thread(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody is waited for any more then."""
     source = lanes.transport(stall_timeout=timedelta(seconds=10))
-    refuse_a_thread(monkeypatch, "ft_transport-guest")
+    refuse_a_thread(monkeypatch, "ft_transport-destination")
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
     begin = time.monotonic()
     waiting = threading.Thread(target=source.disallow_checkpoint)
@@ -1150,17 +1152,17 @@ def test_the_last_destination_for_which_there_is_no_thread(lanes: Lanes, monkeyp
 
 def test_a_pause_after_the_last_byte_is_no_silence(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without digests the source has the last word, and as long to say it as for any other."""
-    from ft_transport._lanes.messages import SourceStock
+    from ft_transport._lanes.messages import StateMessages
 
-    check = SourceStock.check_unchanged
+    check = StateMessages.check_unchanged
 
-    def late(stock: SourceStock) -> None:
+    def late(store: StateMessages) -> None:
         report = source.last_report
         if report is not None and all(peer.nbytes == report.nbytes_total for peer in report.peers):
             time.sleep(1.3)
-        check(stock)
+        check(store)
 
-    monkeypatch.setattr(SourceStock, "check_unchanged", late)
+    monkeypatch.setattr(StateMessages, "check_unchanged", late)
     state = make_state()
     source = lanes.transport(verify=False, stall_timeout=timedelta(seconds=8))
     destination = lanes.destination(make_state(2), stall_timeout=timedelta(seconds=8)).start(source.metadata())
@@ -1272,14 +1274,14 @@ def test_a_connection_that_is_not_there_at_once(lanes: Lanes, contexts: Any, tls
     """As over any real network. On this machine: one that waits for room in the listener's queue, one second or so."""
     own = contexts if tls else None
     source = lanes.transport(ssl_context=own)
-    invitation = Invitation.decode(source.metadata())
+    endpoint = Endpoint.decode(source.metadata())
     with socket.create_server(("127.0.0.1", 0), backlog=0) as server, ExitStack() as stack:
         port = server.getsockname()[1]
         for _ in range(2):
             waiting = stack.enter_context(socket.socket())
             waiting.setblocking(False)
             waiting.connect_ex(("127.0.0.1", port))
-        far = invitation._replace(addresses=("127.0.0.1",), port=port).encode()
+        far = endpoint._replace(addresses=("127.0.0.1",), port=port).encode()
         destination = (
             lanes.destination(make_state(2), ssl_context=own).start(far, timeout=timedelta(seconds=0.5)).join()
         )
@@ -1302,8 +1304,8 @@ def test_tls_without_the_certificate(lanes: Lanes, contexts: Any) -> None:
     bare = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     bare.check_hostname = False
     bare.verify_mode = ssl.CERT_NONE
-    invitation = Invitation.decode(source.metadata())._replace(addresses=("127.0.0.1",))
-    destination = lanes.destination(make_state(2), ssl_context=(contexts[0], bare)).start(invitation.encode()).join()
+    endpoint = Endpoint.decode(source.metadata())._replace(addresses=("127.0.0.1",))
+    destination = lanes.destination(make_state(2), ssl_context=(contexts[0], bare)).start(endpoint.encode()).join()
     assert isinstance(destination.error, PeerFailure)
     source.shutdown()
 

@@ -23,7 +23,7 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TransferReport
-from ft_transport._net.endpoint import Invitation
+from ft_transport._net.endpoint import Endpoint
 from ft_transport.testing import FaultProxy, FaultyTransport
 
 from .harness import Worker, digest, tell, wait_for_heartbeat
@@ -260,9 +260,9 @@ def cluster(
     """A Lighthouse and replicas, all of which have joined."""
     lighthouse = new_lighthouse()
     # Its port stays taken for a while after it has ended.
-    gate = FaultProxy(Invitation(("127.0.0.1",), port_of(lighthouse), bytes(32), False).encode())
+    gate = FaultProxy(Endpoint(("127.0.0.1",), port_of(lighthouse), bytes(32), False).encode())
     signals = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    address = f"http://127.0.0.1:{Invitation.decode(gate.metadata).port}"
+    address = f"http://127.0.0.1:{Endpoint.decode(gate.metadata).port}"
     found = Cluster(Job(address, signals.port, replicas, group_size, async_quorum, keys, lanes, slow_heals))
     found.lighthouse, found.gate = lighthouse, gate
     try:

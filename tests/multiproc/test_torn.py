@@ -30,7 +30,7 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TornStateError
-from ft_transport._lanes.messages import SourceStock
+from ft_transport._lanes.messages import StateMessages
 from ft_transport._options import Options
 from ft_transport._wire.layout import Limits
 
@@ -100,13 +100,13 @@ def few_under_way(self: Options, nbytes: int) -> Limits:
 
 def arm(doom: Doom) -> None:
     """For lanes, whose messages do not pass through the group."""
-    view = SourceStock.view
+    view = StateMessages.view
 
-    def doomed_view(self: SourceStock, message: int, bucket: Any) -> memoryview:
+    def doomed_view(self: StateMessages, message: int, bucket: Any) -> memoryview:
         doom.strike()
         return view(self, message, bucket)
 
-    SourceStock.view = doomed_view  # type: ignore[method-assign]
+    StateMessages.view = doomed_view  # type: ignore[method-assign]
 
 
 class Replica:

@@ -10,8 +10,8 @@ import torch
 
 from ft_transport import LocalProtocolError, PeerFailure, TornStateError, TransferTimeout
 from ft_transport._lanes.control import ControlConnection
-from ft_transport._lanes.protocol import Frame
-from ft_transport._lanes.session import Talk
+from ft_transport._lanes.protocol import LaneFrame
+from ft_transport._lanes.session import Session
 
 from .harness import digest, wait_until
 from .test_lanes import (
@@ -84,7 +84,7 @@ def test_torn_until_a_complete_receive(lanes: Lanes, resumed: bool) -> None:
 def test_a_torn_replica_does_not_serve_and_says_so_at_once(lanes: Lanes) -> None:
     torn = tear(lanes).transport
     early = lanes.destination(make_state(4)).start(torn.metadata())
-    wait_until(lambda: bool(torn._self.desk._waiting))
+    wait_until(lambda: bool(torn._local.dispatcher._waiting))
     with pytest.raises(TornStateError) as info:
         torn.send_checkpoint([1, 2], STEP, envelope(make_state()), TIMEOUT)
     assert info.value.torn
@@ -155,13 +155,13 @@ def test_shadow_cannot_compare(lanes: Lanes) -> None:
 
 def change_at_the_end(patch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
     """When everything is there, and the destination is about to say so."""
-    say_done = ControlConnection.say_done
+    send_done = ControlConnection.send_done
 
     def changed(self: ControlConnection, **options: Any) -> None:
         change()
-        say_done(self, **options)
+        send_done(self, **options)
 
-    patch.setattr(ControlConnection, "say_done", changed)
+    patch.setattr(ControlConnection, "send_done", changed)
 
 
 @pytest.mark.parametrize("shadow", [False, True], ids=["in place", "shadow"])
@@ -222,13 +222,13 @@ def test_a_source_that_ends_after_everything_is_there_voids_nothing(
     lanes: Lanes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has checked, and is merely kept from saying goodbye."""
-    say = Talk.say
+    send = Session.send
 
-    def interrupted(self: Talk, frame: Frame, *args: Any, **kwargs: Any) -> None:
-        if frame is Frame.BYE:
+    def interrupted(self: Session, frame: LaneFrame, *args: Any, **kwargs: Any) -> None:
+        if frame is LaneFrame.BYE:
             raise TransferTimeout("timed out just now")
-        say(self, frame, *args, **kwargs)
+        send(self, frame, *args, **kwargs)
 
-    monkeypatch.setattr(Talk, "say", interrupted)
+    monkeypatch.setattr(Session, "send", interrupted)
     state = make_state()
     assert heal(lanes, state).sound(state)

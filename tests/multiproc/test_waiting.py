@@ -20,7 +20,7 @@ from ft_transport._group.channel import Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG
 from ft_transport._group.destination import receive
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.source import Offer
+from ft_transport._lanes.source import SourceTransfer
 from ft_transport._options import Options
 from ft_transport._plan.unchanged import Reading
 from ft_transport._telemetry.report import PeerReport, TransferReport
@@ -111,7 +111,7 @@ def test_a_source_waits_until_it_is_read(lanes: Lanes, monkeypatch: pytest.Monke
     destination = begun(lanes, source, gate)
     source.send_checkpoint([1], STEP, envelope(trained.state_dict()), TIMEOUT)
     assert gate.reached.wait(20)
-    step = Step(monkeypatch, trained.optimizer, Offer, "end_reading")
+    step = Step(monkeypatch, trained.optimizer, SourceTransfer, "end_reading")
     assert torch.equal(trained.weight, before)
     gate.open()
     step.join()
@@ -130,8 +130,8 @@ def test_a_source_waits_no_longer_than_its_deadline(lanes: Lanes) -> None:
     destination = begun(lanes, source, gate)
     source.send_checkpoint([1], STEP, envelope(trained.state_dict()), TIMEOUT)
     assert gate.reached.wait(20)
-    assert source._serving.offer is not None
-    source._serving.offer._deadline.expire()
+    assert source._serving.transfer is not None
+    source._serving.transfer._deadline.expire()
     trained.optimizer.step()
     assert not torch.equal(trained.weight, before)
     report = source.last_report
@@ -179,7 +179,7 @@ def test_a_step_after_everybody_was_served_voids_nothing(lanes: Lanes) -> None:
     source.send_checkpoint([1], STEP, envelope(trained.state_dict()), TIMEOUT)
     destination = lanes.destination(Trained(2).state_dict()).start(source.metadata())
     assert got(destination) == offered
-    wait_until(lambda: source._serving.offer is not None and source._serving.offer.is_over)
+    wait_until(lambda: source._serving.transfer is not None and source._serving.transfer.is_over)
     trained.optimizer.step()
     trained.weight.detach().add_(1)
     source.disallow_checkpoint()
@@ -194,7 +194,7 @@ def test_shutdown_ends_the_wait(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -
     destination = begun(lanes, source, gate)
     source.send_checkpoint([1], STEP, envelope(trained.state_dict()), TIMEOUT)
     assert gate.reached.wait(20)
-    step = Step(monkeypatch, trained.optimizer, Offer, "end_reading")
+    step = Step(monkeypatch, trained.optimizer, SourceTransfer, "end_reading")
     source.shutdown()
     step.join()
     gate.open()
@@ -208,7 +208,7 @@ def chain_of_two(lanes: Lanes, trained: Trained, receive: Callable[[Destination,
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     first = lanes.destination(trained.state_dict(), **CALM)
     proxy = lanes.proxy(first.transport.metadata(), gate)
-    first.transport._self = first.transport._self._replace(metadata=proxy.metadata)
+    first.transport._local = first.transport._local._replace(metadata=proxy.metadata)
     receive(first, source.metadata())
     second = lanes.destination(Trained(3).state_dict(), lanes=1, **CALM)
     return source, first, second, gate, digest(state)

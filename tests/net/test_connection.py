@@ -18,7 +18,7 @@ import pytest
 from ft_transport._deadline import Deadline
 from ft_transport._net import connection as _connection
 from ft_transport._net.connection import Connection
-from ft_transport._net.stall import Patience, Silence
+from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport.errors import PeerFailure, TransferTimeout
 
 MUCH = _connection._MUCH_BYTES
@@ -48,8 +48,8 @@ def noise(nbytes: int) -> bytes:
     return bytes(range(251)) * (nbytes // 251) + bytes(nbytes % 251)
 
 
-def patience(silence: float | None = None, seconds: float = 20) -> Patience:
-    return Patience(Deadline(timedelta(seconds=seconds)), timedelta(seconds=silence) if silence else None)
+def timer(silence: float | None = None, seconds: float = 20) -> StallTimer:
+    return StallTimer(Deadline(timedelta(seconds=seconds)), timedelta(seconds=silence) if silence else None)
 
 
 @pytest.mark.parametrize("nbytes", [2 * MUCH - 1, 2 * MUCH, 2 * MUCH + 1, 5 * MUCH + 77])
@@ -66,8 +66,8 @@ def test_as_much_as_was_asked_for(pair: tuple[socket.socket, Connection], nbytes
 
     thread = threading.Thread(target=write)
     thread.start()
-    assert connection.read(nbytes, patience(silence=2)) == data[:nbytes]
-    assert connection.read(6, patience(silence=2)) == b"behind"
+    assert connection.read(nbytes, timer(silence=2)) == data[:nbytes]
+    assert connection.read(6, timer(silence=2)) == b"behind"
     thread.join()
     assert connection.nbytes_wire == len(data)
 
@@ -83,7 +83,7 @@ def test_a_trickle_is_no_silence(pair: tuple[socket.socket, Connection]) -> None
     thread = threading.Thread(target=trickle)
     thread.start()
     with pytest.raises(TransferTimeout):
-        connection.read(4 * MUCH, patience(silence=0.6, seconds=2))
+        connection.read(4 * MUCH, timer(silence=0.6, seconds=2))
     over.set()
     thread.join()
     assert connection.nbytes_wire > 10_000
@@ -111,7 +111,7 @@ def test_what_goes_on_coming_has_a_deadline(
     try:
         read = connection.read if in_steps else lambda n, p: connection.read_into(memoryview(bytearray(n)), p)
         with pytest.raises(TransferTimeout):
-            read(times * nbytes, patience(seconds=0.5))
+            read(times * nbytes, timer(seconds=0.5))
     finally:
         connection.abort()
         thread.join()
@@ -121,28 +121,28 @@ def test_what_goes_on_coming_has_a_deadline(
 def test_silence(pair: tuple[socket.socket, Connection]) -> None:
     peer, connection = pair
     peer.sendall(bytes(MUCH + 1))
-    with pytest.raises(Silence):
-        connection.read(4 * MUCH, patience(silence=0.5))
+    with pytest.raises(PeerStalled):
+        connection.read(4 * MUCH, timer(silence=0.5))
     assert connection.nbytes_wire == MUCH + 1
 
 
 def test_a_silence_begins_when_something_moved_last() -> None:
     """Not when it is asked about, which is a tick later: ticks would add up to more than anybody was promised."""
-    silent = patience(silence=0.05)
+    silent = timer(silence=0.05)
     silent.check()
-    silent.moved()
+    silent.progressed()
     time.sleep(0.06)
-    with pytest.raises(Silence):
+    with pytest.raises(PeerStalled):
         silent.check()
-    silent.moved()
+    silent.progressed()
     silent.check()
 
 
 def test_a_peer_that_does_not_read_takes_no_more(pair: tuple[socket.socket, Connection]) -> None:
     _, connection = pair
     assert connection.takes_more
-    with pytest.raises(Silence):
-        connection.write([bytes(64 << 20)], patience(silence=0.5))
+    with pytest.raises(PeerStalled):
+        connection.write([bytes(64 << 20)], timer(silence=0.5))
     assert not connection.takes_more
 
 
@@ -159,13 +159,13 @@ def test_a_peer_that_reads_slowly_has_a_deadline(
         while not over.wait(0.01):
             peer.recv(1 << 20)
 
-    limit = patience(silence=1, seconds=0.8 if ended == "deadline" else 20)
+    limit = timer(silence=1, seconds=0.8 if ended == "deadline" else 20)
     if ended == "cancelled":
         threading.Timer(0.8, limit.cancel, ["enough"]).start()
     thread = threading.Thread(target=trickle)
     thread.start()
     try:
-        write = connection.write_steady if steady else lambda view, limit: connection.write([view], limit)
+        write = connection.write_zero_copy if steady else lambda view, limit: connection.write([view], limit)
         with pytest.raises(TransferTimeout if ended == "deadline" else PeerFailure):
             write(memory, limit)
     finally:
@@ -189,14 +189,14 @@ def test_the_peer_closes(pair: tuple[socket.socket, Connection]) -> None:
     peer.sendall(bytes(MUCH + 1))
     peer.close()
     with pytest.raises(PeerFailure, match="closed by the peer"):
-        connection.read(4 * MUCH, patience())
+        connection.read(4 * MUCH, timer())
 
 
 def test_somebody_aborts(pair: tuple[socket.socket, Connection]) -> None:
     _, connection = pair
     threading.Timer(0.1, connection.abort).start()
     with pytest.raises(PeerFailure):
-        connection.read(4 * MUCH, patience())
+        connection.read(4 * MUCH, timer())
 
 
 def test_a_peer_that_is_gone_already() -> None:
@@ -206,7 +206,7 @@ def test_a_peer_that_is_gone_already() -> None:
     time.sleep(0.05)
     connection = Connection(ours, "peer")
     with pytest.raises(PeerFailure):
-        connection.read(1, patience())
+        connection.read(1, timer())
     connection.close()
 
 
@@ -216,7 +216,7 @@ def test_a_system_that_cannot(pair: tuple[socket.socket, Connection], monkeypatc
     data = noise(4 * MUCH)
     thread = threading.Thread(target=peer.sendall, args=(data,))
     thread.start()
-    assert connection.read(len(data), patience()) == data
+    assert connection.read(len(data), timer()) == data
     thread.join()
 
 
@@ -241,12 +241,12 @@ def test_a_handler_that_runs_again_and_again_does_not_prolong_a_wait(
     ending = threading.Timer(6, over.set)  # else it would never end
     sending.start()
     ending.start()
-    limit = patience(seconds=0.4)
+    limit = timer(seconds=0.4)
     waits = {
         "read": lambda: connection.read(10, limit),
         "read much": lambda: connection.read(4 * MUCH, limit),
         "write": lambda: connection.write([memory], limit),
-        "write steady": lambda: connection.write_steady(memory, limit),
+        "write steady": lambda: connection.write_zero_copy(memory, limit),
     }
     try:
         with pytest.raises(TransferTimeout):
@@ -267,7 +267,7 @@ def test_what_is_only_claimed_takes_no_memory(pair: tuple[socket.socket, Connect
     tracemalloc.start()
     try:
         with pytest.raises(PeerFailure):
-            connection.read(256 << 20, patience())
+            connection.read(256 << 20, timer())
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

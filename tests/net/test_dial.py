@@ -14,19 +14,19 @@ from typing import Any, cast
 import pytest
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.protocol import Frame, Header, encode, encode_header, first_frame
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader, encode, encode_header, first_frame
 from ft_transport._net import handshake_io as _handshake_io
 from ft_transport._net import listener as _listener
 from ft_transport._net.connection import Connection
 from ft_transport._net.dial import dial
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.handshake import knock
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.handshake import client_handshake
 from ft_transport._net.listener import Listener
-from ft_transport._net.stall import Patience
+from ft_transport._net.stall import StallTimer
 from ft_transport._wire.digest import digest_bytes
 
 TIMEOUT = timedelta(seconds=10)
-HELLO = encode(Frame.HELLO, 1, 7, 0, [b"i" * 16, "name"])
+HELLO = encode(LaneFrame.HELLO, 1, 7, 0, [b"i" * 16, "name"])
 
 
 def congestion_control(sock: socket.socket) -> bytes:
@@ -53,29 +53,29 @@ def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 
 
 @pytest.fixture
-def welcome() -> queue.SimpleQueue[Connection]:
+def dispatch() -> queue.SimpleQueue[Connection]:
     """The listener's ends of the connections that it has let in."""
     return queue.SimpleQueue()
 
 
 @pytest.fixture
-def invitation(welcome: queue.SimpleQueue[Connection]) -> Iterator[Invitation]:
+def endpoint(dispatch: queue.SimpleQueue[Connection]) -> Iterator[Endpoint]:
     """To a listener on this machine."""
     secret = secrets.token_bytes(32)
-    listener = Listener(secret, 0, None, first_frame, lambda connection, _: welcome.put(connection), lambda: None)
+    listener = Listener(secret, 0, None, first_frame, lambda connection, _: dispatch.put(connection), lambda: None)
     try:
-        yield Invitation(("127.0.0.1",), listener.port, secret, False)
+        yield Endpoint(("127.0.0.1",), listener.port, secret, False)
     finally:
         listener.close()
         listener.join()
 
 
 @pytest.fixture
-def let_in(invitation: Invitation, welcome: queue.SimpleQueue[Connection]) -> Iterator[Connection]:
+def let_in(endpoint: Endpoint, dispatch: queue.SimpleQueue[Connection]) -> Iterator[Connection]:
     """A listener's end of a connection, from this machine."""
     with (
-        contextlib.closing(dial(invitation, HELLO, Patience(Deadline(TIMEOUT)), None)),
-        contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())) as connection,
+        contextlib.closing(dial(endpoint, HELLO, StallTimer(Deadline(TIMEOUT)), None)),
+        contextlib.closing(dispatch.get(timeout=TIMEOUT.total_seconds())) as connection,
     ):
         yield connection
 
@@ -85,51 +85,54 @@ def test_congestion_control_is_what_the_system_has_chosen(chosen: bytes, let_in:
 
 
 def test_strangers_do_not_crowd_out_who_knows_the_secret(
-    invitation: Invitation, welcome: queue.SimpleQueue[Connection], monkeypatch: pytest.MonkeyPatch
+    endpoint: Endpoint, dispatch: queue.SimpleQueue[Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_listener, "_MAX_HANDSHAKES", 4)
     with contextlib.ExitStack() as stack:
 
         def connect() -> socket.socket:
-            return stack.enter_context(socket.create_connection(("127.0.0.1", invitation.port), timeout=10))
+            return stack.enter_context(socket.create_connection(("127.0.0.1", endpoint.port), timeout=10))
 
-        peer, knocking = connect(), knock(invitation.secret)
+        peer, knocking = connect(), client_handshake(endpoint.secret)
         peer.sendall(cast(bytes, next(knocking)))
         answer = peer.recv(cast(int, next(knocking)), socket.MSG_WAITALL)
         strangers = [connect() for _ in range(20)]
         assert strangers[0].recv(1) == b""
         peer.sendall(cast(bytes, knocking.send(answer)) + HELLO)
-        with contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())) as connection:
+        with contextlib.closing(dispatch.get(timeout=TIMEOUT.total_seconds())) as connection:
             assert connection.address == "127.0.0.1"
 
 
-def call(invitation: Invitation, first: bytes) -> socket.socket:
+def call(endpoint: Endpoint, first: bytes) -> socket.socket:
     """A peer that has shown that it knows the secret, and has sent its first frame."""
-    peer, knocking = socket.create_connection(("127.0.0.1", invitation.port), timeout=10), knock(invitation.secret)
+    peer, knocking = (
+        socket.create_connection(("127.0.0.1", endpoint.port), timeout=10),
+        client_handshake(endpoint.secret),
+    )
     peer.sendall(cast(bytes, next(knocking)))
     answer = peer.recv(cast(int, next(knocking)), socket.MSG_WAITALL)
     peer.sendall(cast(bytes, knocking.send(answer)) + first)
     return peer
 
 
-def nested(frame: Frame, depth: int) -> bytes:
+def nested(frame: LaneFrame, depth: int) -> bytes:
     body = b"\x91" * depth + b"\xc0"
-    return encode_header(Header(frame, 1, 7, 0, len(body), digest_bytes(body))) + body
+    return encode_header(LaneHeader(frame, 1, 7, 0, len(body), digest_bytes(body))) + body
 
 
 @pytest.mark.parametrize("depth", [500, 1010, 2000])
-@pytest.mark.parametrize("frame", [Frame.HELLO, Frame.ATTACH], ids=lambda frame: frame.name)
+@pytest.mark.parametrize("frame", [LaneFrame.HELLO, LaneFrame.ATTACH], ids=lambda frame: frame.name)
 def test_a_first_frame_that_nests_ends_its_connection_alone(
-    invitation: Invitation, welcome: queue.SimpleQueue[Connection], frame: Frame, depth: int
+    endpoint: Endpoint, dispatch: queue.SimpleQueue[Connection], frame: LaneFrame, depth: int
 ) -> None:
-    with call(invitation, nested(frame, depth)) as peer:
+    with call(endpoint, nested(frame, depth)) as peer:
         assert peer.recv(1) == b""
-    with call(invitation, HELLO), contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())):
+    with call(endpoint, HELLO), contextlib.closing(dispatch.get(timeout=TIMEOUT.total_seconds())):
         pass
 
 
 def test_no_exception_ends_the_listener(
-    invitation: Invitation, welcome: queue.SimpleQueue[Connection], monkeypatch: pytest.MonkeyPatch
+    endpoint: Endpoint, dispatch: queue.SimpleQueue[Connection], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a handshake, in a welcome, and in what the log makes of it."""
 
@@ -148,15 +151,15 @@ def test_no_exception_ends_the_listener(
     logger.addFilter(theirs)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(_listener, "admit", broken)
-            with socket.create_connection(("127.0.0.1", invitation.port), timeout=10) as peer:
+            patch.setattr(_listener, "server_handshake", broken)
+            with socket.create_connection(("127.0.0.1", endpoint.port), timeout=10) as peer:
                 peer.sendall(b"x")
                 assert peer.recv(1) == b""
         with monkeypatch.context() as patch:
             patch.setattr(_handshake_io, "Connection", no_connection)
-            with call(invitation, HELLO) as peer:
+            with call(endpoint, HELLO) as peer:
                 assert peer.recv(1) == b""
     finally:
         logger.removeFilter(theirs)
-    with call(invitation, HELLO), contextlib.closing(welcome.get(timeout=TIMEOUT.total_seconds())):
+    with call(endpoint, HELLO), contextlib.closing(dispatch.get(timeout=TIMEOUT.total_seconds())):
         pass

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ft_transport._net.endpoint import MAX_ADDRESSES, Interface, Invitation, in_order, interfaces, resolve
+from ft_transport._net.endpoint import MAX_ADDRESSES, Endpoint, Interface, interfaces, rank_addresses, resolve
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 SECRET = bytes(range(32))
@@ -20,8 +20,8 @@ SECRET = bytes(range(32))
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_metadata_round_trip(tls: bool) -> None:
-    invitation = Invitation(("10.0.0.1", "fd00::2", "127.0.0.1", "::1"), 4711, SECRET, tls)
-    assert Invitation.decode(invitation.encode()) == invitation
+    endpoint = Endpoint(("10.0.0.1", "fd00::2", "127.0.0.1", "::1"), 4711, SECRET, tls)
+    assert Endpoint.decode(endpoint.encode()) == endpoint
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_metadata_round_trip(tls: bool) -> None:
 )
 def test_other_metadata_is_refused(metadata: Any) -> None:
     with pytest.raises(RemoteProtocolError, match="metadata"):
-        Invitation.decode(metadata)
+        Endpoint.decode(metadata)
 
 
 def test_another_version_is_refused_by_name() -> None:
     for version in (1, 3):
         with pytest.raises(RemoteProtocolError, match=f"expected version 2 of the lanes, the source has {version}"):
-            Invitation.decode(f"ft-lanes://10.0.0.1:1/{version}/" + "00" * 32)
+            Endpoint.decode(f"ft-lanes://10.0.0.1:1/{version}/" + "00" * 32)
 
 
 @pytest.mark.parametrize("tls", [False, True])
@@ -57,16 +57,16 @@ def test_version_1_refuses_this_one_by_name(tls: bool) -> None:
     version_1 = re.compile(
         r"(ft-lanes(?:\+tls)?)://([0-9a-fA-F.:,\[\]]{2,4000}):(\d{1,5})/(\d{1,4})/((?:[0-9a-f]{2}){16,64})"
     )
-    found = version_1.fullmatch(Invitation(("10.0.0.1", "fd00::2"), 4711, SECRET, tls).encode())
+    found = version_1.fullmatch(Endpoint(("10.0.0.1", "fd00::2"), 4711, SECRET, tls).encode())
     assert found is not None, "it would be called another transport's"
     assert found[4] == "2"
 
 
 def test_the_secret_is_in_no_message() -> None:
-    metadata = Invitation(("10.0.0.1",), 4711, SECRET, False).encode()
+    metadata = Endpoint(("10.0.0.1",), 4711, SECRET, False).encode()
     for wrong in (metadata.replace("ft-lanes", "other"), metadata.replace("/2/", "/1/"), metadata + "x"):
         with pytest.raises(RemoteProtocolError) as info:
-            Invitation.decode(wrong)
+            Endpoint.decode(wrong)
         assert SECRET.hex()[:8] not in str(info.value)
 
 
@@ -104,12 +104,12 @@ def test_addresses_in_order(
     hosts: list[str], interface: str | None, environ: dict[str, str], first: tuple[str, ...]
 ) -> None:
     expected = (*first, *(address for address in OTHERS if address not in first))
-    assert in_order(FOUND, hosts, interface, environ) == expected
+    assert rank_addresses(FOUND, hosts, interface, environ) == expected
 
 
 def test_an_interface_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"interface: expected one of \['eth0', 'eth1', 'ib0', 'lo'\], got 'eth9'"):
-        in_order(FOUND, [], "eth9", {})
+        rank_addresses(FOUND, [], "eth9", {})
 
 
 MANY_IPV4 = [Interface(f"veth{i}", f"100.100.1{i // 100:02}.1{i % 100:02}") for i in range(300)]
@@ -118,11 +118,11 @@ MANY_IPV6 = [Interface(f"veth{i}", f"2001:db8:1111:2222:3333:4444:5555:{0x1000 +
 
 @pytest.mark.parametrize("found", [MANY_IPV4, MANY_IPV6[:150], [*MANY_IPV4, *MANY_IPV6]], ids=["IPv4", "IPv6", "both"])
 def test_the_metadata_of_a_host_with_many_addresses_can_be_read(found: list[Interface]) -> None:
-    addresses = in_order(found, ["192.168.0.1"], "veth149", {"GLOO_SOCKET_IFNAME": "veth77"})
-    invitation = Invitation(addresses, 4711, SECRET, True)
-    known = Invitation.decode(invitation.encode())
+    addresses = rank_addresses(found, ["192.168.0.1"], "veth149", {"GLOO_SOCKET_IFNAME": "veth77"})
+    endpoint = Endpoint(addresses, 4711, SECRET, True)
+    known = Endpoint.decode(endpoint.encode())
     named = ("192.168.0.1", *(entry.address for name in ("veth149", "veth77") for entry in found if entry.name == name))
-    assert known == invitation._replace(addresses=addresses[:MAX_ADDRESSES])
+    assert known == endpoint._replace(addresses=addresses[:MAX_ADDRESSES])
     assert known.addresses[: len(named)] == named
     assert len(known.addresses) == MAX_ADDRESSES
 
@@ -130,12 +130,12 @@ def test_the_metadata_of_a_host_with_many_addresses_can_be_read(found: list[Inte
 @pytest.mark.parametrize("found", [[], [Interface("eth0", "fe80::1"), Interface("eth1", "169.254.3.4")]])
 def test_a_host_that_nobody_could_reach(found: list[Interface]) -> None:
     with pytest.raises(LocalProtocolError, match="could not be reached by anybody: no network interface is up"):
-        in_order(found, [], None, {})
-    assert in_order(found, ["10.0.0.1"], None, {}) == ("10.0.0.1",)
+        rank_addresses(found, [], None, {})
+    assert rank_addresses(found, ["10.0.0.1"], None, {}) == ("10.0.0.1",)
 
 
 def test_loopback_alone_is_an_address() -> None:
-    assert in_order([Interface("lo", "127.0.0.1")], [], None, {}) == ("127.0.0.1",)
+    assert rank_addresses([Interface("lo", "127.0.0.1")], [], None, {}) == ("127.0.0.1",)
 
 
 # ---------------------------------------------------------------------------------------- of a machine

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_transport._lanes.protocol import Frame, Visit, encode, first_frame
-from ft_transport._net.handshake import admit, knock
+from ft_transport._lanes.protocol import FirstFrame, LaneFrame, encode, first_frame
+from ft_transport._net.handshake import client_handshake, server_handshake
 from ft_transport.errors import RemoteProtocolError
 
 SECRET = bytes(range(32))
-HELLO = encode(Frame.HELLO, 1, 7, 0, [b"i" * 16, "name"])
+HELLO = encode(LaneFrame.HELLO, 1, 7, 0, [b"i" * 16, "name"])
 
 
 # ----------------------------------------------------------------------------------------- handshake
@@ -60,15 +60,15 @@ class Side:
         return sent
 
 
-def listening_side(secret: bytes) -> Generator[Any, bytes, Visit]:
+def listening_side(secret: bytes) -> Generator[Any, bytes, FirstFrame]:
     """As the listener runs it."""
-    yield from admit(secret)
+    yield from server_handshake(secret)
     return (yield from first_frame())
 
 
 def meet(dialling: bytes, listening: bytes, piece: int) -> tuple[Side, Side]:
     """Run both sides against each other, so many bytes at a time."""
-    caller, listener = Side(knock(dialling)), Side(listening_side(listening))
+    caller, listener = Side(client_handshake(dialling)), Side(listening_side(listening))
     for _ in range(3):
         for sender, receiver in ((caller, listener), (listener, caller)):
             data = sender.take()
@@ -84,7 +84,7 @@ def test_handshake(piece: int) -> None:
     assert not listener.over
     for begin in range(0, len(HELLO), piece):
         listener.feed(HELLO[begin : begin + piece])
-    assert isinstance(listener.result, Visit)
+    assert isinstance(listener.result, FirstFrame)
     assert listener.result.body == (b"i" * 16, "name")
     assert listener.result.header.step == 7
 
@@ -104,11 +104,11 @@ def test_a_stranger_gets_no_byte() -> None:
 
 
 def knock_bytes(secret: bytes) -> bytes:
-    return Side(knock(secret)).take()
+    return Side(client_handshake(secret)).take()
 
 
 def test_a_recorded_knock_does_not_enter() -> None:
-    caller, first = Side(knock(SECRET)), Side(listening_side(SECRET))
+    caller, first = Side(client_handshake(SECRET)), Side(listening_side(SECRET))
     recorded = caller.take()
     first.feed(recorded)
     caller.feed(first.take())
@@ -120,7 +120,7 @@ def test_a_recorded_knock_does_not_enter() -> None:
 
 
 def test_a_listener_without_the_secret_is_found() -> None:
-    caller = Side(knock(SECRET))
+    caller = Side(client_handshake(SECRET))
     with pytest.raises(RemoteProtocolError, match="does not know the secret"):
         caller.feed(b"\0" * 64)
 
@@ -134,7 +134,9 @@ def test_any_flipped_bit_makes_a_stranger(bit: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", [encode(Frame.DONE, 1, 7), encode(Frame.HELLO, 1, 7, 0, [b"i" * 16, "n" * 5000])], ids=["DONE", "long"]
+    "first",
+    [encode(LaneFrame.DONE, 1, 7), encode(LaneFrame.HELLO, 1, 7, 0, [b"i" * 16, "n" * 5000])],
+    ids=["DONE", "long"],
 )
 def test_only_small_first_frames_are_read(first: bytes) -> None:
     _, listener = meet(SECRET, SECRET, 1000)

@@ -16,7 +16,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._lanes.session import _PIECE_BYTES
 from ft_transport._net import zero_copy as _zero_copy
 from ft_transport._net.connection import Connection
-from ft_transport._net.stall import Patience
+from ft_transport._net.stall import StallTimer
 from ft_transport._net.zero_copy import SPLICE_FROM, Splicer
 from ft_transport._process import memory_at
 from ft_transport.errors import PeerFailure, TransferTimeout
@@ -24,8 +24,8 @@ from ft_transport.errors import PeerFailure, TransferTimeout
 NBYTES = 5 << 20
 
 
-def patience(seconds: float = 20) -> Patience:
-    return Patience(Deadline(timedelta(seconds=seconds)))
+def timer(seconds: float = 20) -> StallTimer:
+    return StallTimer(Deadline(timedelta(seconds=seconds)))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def state(begin: int = 0) -> tuple[torch.Tensor, memoryview]:
 
 
 def read(connection: Connection, nbytes: int) -> bytes:
-    return bytes(connection.read(nbytes, patience()))
+    return bytes(connection.read(nbytes, timer()))
 
 
 @pytest.mark.parametrize("begin", [0, 1, 4095])
@@ -55,9 +55,9 @@ def test_bytes_arrive(pair: tuple[Connection, Connection], begin: int) -> None:
     keep, view = state(begin)
 
     def write() -> None:
-        ours.write([b"before"], patience(), more=True)
-        ours.write_steady(view, patience())
-        ours.write([b"behind"], patience())
+        ours.write([b"before"], timer(), more=True)
+        ours.write_zero_copy(view, timer())
+        ours.write([b"behind"], timer())
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -73,7 +73,7 @@ def test_nothing_is_copied(pair: tuple[Connection, Connection]) -> None:
     ours, theirs = pair
     keep, view = state()
     part = view[:SPLICE_FROM]
-    ours.write_steady(part, patience())
+    ours.write_zero_copy(part, timer())
     keep.fill_(7)
     assert read(theirs, len(part)) == bytes([7]) * len(part)
 
@@ -83,7 +83,7 @@ def test_closing_drops_what_has_not_arrived(pair: tuple[Connection, Connection])
     ours, theirs = pair
     keep, view = state()
     with pytest.raises(TransferTimeout):
-        ours.write_steady(view, patience(0.6))  # nobody reads
+        ours.write_zero_copy(view, timer(0.6))  # nobody reads
     ours.close()
     keep.fill_(7)
     with pytest.raises(PeerFailure):
@@ -99,7 +99,7 @@ def test_without_splice(pair: tuple[Connection, Connection], monkeypatch: pytest
     monkeypatch.setattr(_zero_copy, "Splicer", refuse)
     ours, theirs = pair
     keep, view = state()
-    thread = threading.Thread(target=ours.write_steady, args=(view, patience()))
+    thread = threading.Thread(target=ours.write_zero_copy, args=(view, timer()))
     thread.start()
     assert read(theirs, NBYTES) == bytes(view)
     thread.join()
@@ -115,7 +115,7 @@ def test_memory_that_cannot_be_referred_to_is_copied(
     monkeypatch.setattr(Splicer, "fill", refuse)
     ours, theirs = pair
     keep, view = state()
-    thread = threading.Thread(target=ours.write_steady, args=(view, patience()))
+    thread = threading.Thread(target=ours.write_zero_copy, args=(view, timer()))
     thread.start()
     assert read(theirs, NBYTES) == bytes(view)
     thread.join()
@@ -127,7 +127,7 @@ def test_a_closed_peer_is_a_failure(pair: tuple[Connection, Connection]) -> None
     theirs.close()
     keep, view = state()
     with pytest.raises(PeerFailure):
-        ours.write_steady(view, patience())
+        ours.write_zero_copy(view, timer())
     del keep
 
 
