@@ -1,4 +1,11 @@
-"""Where those who call are received: each is led to the transfer that it is for, or waits for one."""
+"""Leads each connection that was let in to the transfer that it is for, or lets it wait for one.
+
+Strategy: a process listens on one port for as long as its transport lives, and transfers come and go: a quorum may have
+a destination dial before its source has been told of it. So who comes early waits here, without a thread, and is told
+every now and then that somebody is there. Lanes name the supplier that they are for, and wait for nothing.
+
+Not here: who is let in (``_net.listener``), and who is served by a transfer (``_lanes.admission``).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Fetches a whole state, from whomever it takes. Drives: who is next is decided in ``_lanes.chain``."""
+"""Fetches a whole state, from whomever it takes.
+
+Strategy: one supplier at a time, until its lanes have ended or the source has named a better one; what follows is a
+table in ``_lanes.chain``. Whatever has landed stays, whoever it came from: digests are the source's in any case. This
+drives, and is the only one to know of lanes and of the control connection at the same time.
+"""
 
 from __future__ import annotations
 

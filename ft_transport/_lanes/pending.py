@@ -1,4 +1,9 @@
-"""Which messages are still to be fetched. No I/O."""
+"""Which messages are still to be fetched. No I/O.
+
+Strategy: one queue for all lanes, from which each takes the next message when it has room: so a quick lane takes more
+than a slow one, and what a broken lane owed is the others' next. What is here is known by its digest, which is what a
+relay passes on and a later receive resumes from.
+"""
 
 from __future__ import annotations
 

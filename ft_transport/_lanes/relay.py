@@ -1,4 +1,10 @@
-"""Passes a state on, from the memory that it landed in, to the next destination in the chain."""
+"""Passes a state on, from the memory that it landed in, to the next destination in the chain.
+
+Strategy: a message is passed on the moment it is sound, so a chain takes little longer than one transfer. It is the
+template's own memory that is read, and training goes on with it: small messages are copied, since forward changes
+buffers; for large ones the optimizer waits, in the hook that torch calls before each step; what forward overwrites is
+kept by ``_plan.rewrite``. What slips through is found by the one who gets it, for whom the digest does not agree.
+"""
 
 from __future__ import annotations
 

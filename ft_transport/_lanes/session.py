@@ -1,4 +1,11 @@
-"""One side of a session over a connection: frames and messages, held to the table as they pass."""
+"""One side of a session over a connection: frames and messages, held to the table as they pass.
+
+Strategy: a message is read and written piece by piece, and each piece is fingerprinted while it is in the processor's
+cache: to read a state once more for its digests alone would cost a fifth of the speed where cores are few. Memory of a
+user's may be given back while it is read; what tells so (``Held``) is asked where it is read, and after an error.
+
+Not here: what frames mean (``_lanes.protocol``), and how long a peer is waited for (``_net.stall``).
+"""
 
 from __future__ import annotations
 

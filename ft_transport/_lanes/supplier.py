@@ -1,4 +1,9 @@
-"""Answers on lanes: the source to its destinations, and a destination to the one behind it in the chain."""
+"""Answers on lanes: the source to its destinations, and a destination to the one behind it in the chain.
+
+Strategy: it keeps no account of anybody. A question comes, the answer goes, a thread for each lane; who has what, who
+was sent something damaged and what a broken lane owed is known where it is asked. Source and relay differ in what they
+have (:class:`MessageStore`) and in nothing else.
+"""
 
 from __future__ import annotations
 

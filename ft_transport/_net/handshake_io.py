@@ -1,4 +1,10 @@
-"""A handshake under way on a socket that does not block."""
+"""A handshake under way on a socket that does not block.
+
+Strategy: many at once in one thread, for both who dials and who listens: whichever socket is ready goes on by as much
+as it can, and says what it waits for next. Once it is through, the socket is handed over and blocks from then on.
+
+Not here: what is said (``_net.handshake``), and which sockets there are (``_net.dial``, ``_net.listener``).
+"""
 
 from __future__ import annotations
 

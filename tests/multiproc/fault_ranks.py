@@ -142,8 +142,8 @@ class Outcome:
     @property
     def raised(self) -> str:
         """The name of the error's public class."""
-        names = (cls.__name__ for cls in type(self.error).__mro__)
-        return "" if self.error is None else next(name for name in names if name[0] != "_" and name != "Silence")
+        public = (cls.__name__ for cls in type(self.error).__mro__ if not cls.__module__.startswith("ft_transport._"))
+        return "" if self.error is None else next(public)
 
     @property
     def torn(self) -> bool:
