@@ -245,7 +245,7 @@ class PGTransport(TransportBase):
             state_dict: The state; must not change until this returns.
 
         Raises:
-            LocalProtocolError: A leaf cannot travel; nothing was sent.
+            LocalProtocolError: A leaf cannot travel; nothing was sent. Or another transfer is under way.
             TornStateError: This rank is torn; nothing was sent.
             TransferTimeout: The time-out passed before every destination had taken everything.
             PeerFailure: A destination is gone. The others have what they took.
@@ -317,6 +317,8 @@ class PGTransport(TransportBase):
             TransferTimeout: The time-out passed.
             PeerFailure: The source is gone, or could not describe its state and said why.
             RemoteProtocolError: The state does not fit the template; every path is listed.
+            LocalProtocolError: This side has no room, or its own code has raised (the template's function, a class), or
+                another transfer is under way.
 
         After an error: nothing writes to the template any more; if ``error.torn``, it holds a mix of two states.
             The group must be made anew.

@@ -164,7 +164,7 @@ class Control:
 
     def give_up(self, reason: str, kind: Frame = Frame.FAILED) -> None:
         """Tell the peer, which waits for a frame, why it will not come. The channel stays whole."""
-        # Not the channel's end: a refused destination and one that was told can go on with the same group.
+        # What becomes of the group is for the caller to say: a source goes on serving the others over it.
         self.send_frame(encode_frame(kind, [reason]))
         self.flush()
         self.is_over = True

@@ -241,8 +241,7 @@ class _DestinationFlights:
         self._header, self._layout, self._landing, self._rewrite = plan
         self._options = options
         self._report = report
-        # As many as flights may be filled at once: with no bucket free the next flight is not posted, and its signal
-        # not awaited.
+        # While gloo fills one, the other is emptied. With none free the next flight is not posted yet.
         self._buckets = [Bucket(options.device) for _ in range(NUM_BUCKETS)]
         self._moving: deque[tuple[list[_Arrival], Bucket | None]] = deque()
         self._answers: deque[Pending] = deque()

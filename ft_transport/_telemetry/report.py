@@ -179,7 +179,7 @@ class TransferReport:
     began: dict[str, float] = field(default_factory=dict)
     mismatched: dict[str, str] = field(default_factory=dict)
 
-    # Without annotations, so that they are no fields: as_dict() and pickles do not have them.
+    # Without annotations, so that they are no fields: neither as_dict() nor a comparison sees them.
     _finished = False
     unfit = False  # whether the state was refused because the template cannot take it
 
