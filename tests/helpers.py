@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -246,6 +247,25 @@ def num_posted(channel: Any) -> int:
     while not isinstance(channel, MemoryChannel):
         channel = channel._channel
     return channel.num_posted
+
+
+# --------------------------------------------------------------------------------------------- time
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Look again and again until it holds: for what happens in a thread that tells nobody."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        pace(0.001)
+
+
+def pace(seconds: float) -> None:
+    """Let a peer that a test plays take its time, as a slow one does.
+
+    For that alone: never to give something time to happen, which it may not take, or take longer.
+    """
+    threading.Event().wait(seconds)
 
 
 # -------------------------------------------------------------------------------------------- fakes

@@ -14,7 +14,8 @@ import pytest
 import ft_transport
 
 PACKAGE = Path(ft_transport.__file__).parent
-PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
+TESTS = Path(__file__).resolve().parent
+PYPROJECT = TESTS.parent / "pyproject.toml"
 BENCH = sorted((PACKAGE / "bench").glob("*.py"))
 TESTING = sorted((PACKAGE / "testing").glob("*.py"))
 # Registers the kinds, all in one place: their order matters.
@@ -56,6 +57,20 @@ ALLOWED_TESTING: dict[str, set[str]] = {
     "_proxy": {"_deadline", "_net/endpoint"},
     "_transport": {"_group/channel", "_telemetry/report"},
 }
+# Source files without a test file of their own: where what they say is tested instead.
+TESTED_ELSEWHERE = {
+    "__init__": "test_layering.py",
+    "_version": "test_layering.py",
+    "_state/kinds": "state/kinds/test_base.py",
+    "_lanes/chain": "lanes/test_probe.py",
+    "_lanes/destination": "multiproc/test_lanes.py",
+    "_lanes/fetch": "multiproc/test_lanes.py",
+    "_net/endpoint": "net/test_handshake.py",
+    "_net/listener": "net/test_dial.py",
+    "_net/stall": "net/test_connection.py",
+}
+# Folders of tests that may wait for time to pass: of several processes, which share no clock but that one.
+IN_REAL_TIME = {"chaos", "gpu", "multiproc", "netns"}
 # The benchmark is a user: public names only.
 PUBLIC = {"state_digest", "errors", "distributed", "testing", "bench"}
 
@@ -136,6 +151,39 @@ def test_every_folder_is_in_the_wheel() -> None:
     listed = re.findall(r'^    "(ft_transport[\w.]*)",$', PYPROJECT.read_text(encoding="utf-8"), re.MULTILINE)
     folders = {file.parent.relative_to(PACKAGE.parent).as_posix() for file in PACKAGE.rglob("*.py")}
     assert sorted(listed) == sorted(name.replace("/", ".") for name in folders)
+
+
+def file_of_tests(name: str) -> str:
+    """Where the tests of a source file are. A room has its folder, without the underscore where Python allows it."""
+    *rooms, module = name.split("/")
+    if rooms and rooms[0] != "_torchft":  # a folder torchft would be imported in the place of torchft itself
+        rooms[0] = rooms[0].removeprefix("_")
+    return "/".join([*rooms, f"test_{module.removeprefix('_')}.py"])
+
+
+def test_every_source_file_has_its_test_file() -> None:
+    folders = {name_of(file) for file in FILES if file.name == "__init__.py" and file.parent not in (PACKAGE, KINDS)}
+    names = {name_of(file) for file in FILES} - folders
+    missing = {name for name in names if not (TESTS / file_of_tests(name)).exists()}
+    assert missing == set(TESTED_ELSEWHERE)
+    assert all((TESTS / where).exists() for where in TESTED_ELSEWHERE.values())
+
+
+def test_every_test_file_of_a_room_has_its_source_file() -> None:
+    rooms = {(TESTS / file_of_tests(name_of(file))).parent for file in FILES} - {TESTS}
+    found = {file.relative_to(TESTS).as_posix() for room in rooms for file in room.glob("test_*.py")}
+    assert found - {file_of_tests(name_of(file)) for file in FILES} == set()
+
+
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: file.relative_to(TESTS).as_posix())
+def test_only_tests_of_several_processes_sleep(file: Path) -> None:
+    if file.relative_to(TESTS).parts[0] in IN_REAL_TIME:
+        return
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Attribute) and node.attr == "sleep":
+            assert ast.unparse(node.value) != "time", f"{file.name}:{node.lineno}: say what is waited for"
+        if isinstance(node, ast.ImportFrom):
+            assert node.module != "time", f"{file.name}: from time import … hides who sleeps"
 
 
 @pytest.mark.parametrize("file", TESTING, ids=lambda file: file.stem)

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from ft_transport import PeerFailure
-from ft_transport._group.fan_out import for_each
+from ft_transport._group.fan_out import in_parallel
 from ft_transport.testing import MemoryChannel, memory_channels
 
 
@@ -18,14 +18,14 @@ def channels(number: int) -> list[MemoryChannel]:
 def test_all_are_under_way_at_once() -> None:
     """One that waits for its peer must not hold up the others: here each waits for all."""
     met = threading.Barrier(3)
-    assert for_each(channels(3), lambda index: met.wait(10) and None) == [None] * 3
+    assert in_parallel(channels(3), lambda index: met.wait(10) and None) == [None] * 3
 
 
 def test_one_alone_is_served_on_the_callers_thread() -> None:
     served: list[threading.Thread] = []
-    assert for_each(channels(1), lambda index: served.append(threading.current_thread())) == [None]
+    assert in_parallel(channels(1), lambda index: served.append(threading.current_thread())) == [None]
     assert served == [threading.current_thread()]
-    assert for_each([], lambda index: pytest.fail("there is nobody")) == []
+    assert in_parallel([], lambda index: pytest.fail("there is nobody")) == []
 
 
 def test_what_is_raised_is_given_in_the_order_of_the_channels_without_frames() -> None:
@@ -35,7 +35,7 @@ def test_what_is_raised_is_given_in_the_order_of_the_channels_without_frames() -
         if index != 1:
             raise PeerFailure(f"peer {index}")
 
-    errors = for_each(channels(3), run)
+    errors = in_parallel(channels(3), run)
     assert [str(error) if error else None for error in errors] == ["peer 0", None, "peer 2"]
     assert all(error is None or error.__traceback__ is None for error in errors)
 
@@ -60,6 +60,6 @@ def test_no_more_threads_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(end, "abort", event.set)
     monkeypatch.setattr(threading.Thread, "start", start_two)
     with pytest.raises(RuntimeError, match="can't start new thread"):
-        for_each(ends, run)
+        in_parallel(ends, run)
     assert all(event.is_set() for event in aborted)
     assert not any(thread.is_alive() for thread in started)

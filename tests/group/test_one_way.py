@@ -78,7 +78,7 @@ def test_a_destination_that_goes_is_the_error_and_nothing_more_is_posted_to_it()
     (error,) = errors
     assert isinstance(error, PeerFailure)
     (peer,) = report.peers
-    assert (peer.outcome, peer.nbytes) == ("failed", 0)
+    assert (peer.outcome, peer.nbytes) == ("dead", 0)
     assert peer.reason == error.message
 
 

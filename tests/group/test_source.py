@@ -14,7 +14,7 @@ from helpers import CPU, SMALL, noise
 from ft_transport import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferReport, TransferTimeout
 from ft_transport._deadline import Deadline
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
-from ft_transport._group.source import serve, tell_failure
+from ft_transport._group.source import send_failure, serve
 from ft_transport._plan.source import Outbound
 from ft_transport._telemetry.report import PeerReport
 from ft_transport._wire.digest import digest_bytes
@@ -155,7 +155,7 @@ def test_why_there_will_be_no_state(gone: bool) -> None:
         far.abort()
     thread = threading.Thread(target=lambda: heard.append(gone or decode_frame(control.recv_bytes())))
     thread.start()
-    tell_failure(near, CPU, Deadline(timedelta(seconds=10)), "no leaf of this can travel")
+    send_failure(near, CPU, Deadline(timedelta(seconds=10)), "no leaf of this can travel")
     thread.join(10)
     assert heard == [True] if gone else heard[0][0] is Frame.FAILED
     assert near.num_posted == 0

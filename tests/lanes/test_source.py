@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from helpers import CPU, noise
+from helpers import CPU, noise, pace, until
 
 from ft_transport import LaneTransport, PeerFailure
 from ft_transport._deadline import Deadline
@@ -78,13 +77,6 @@ def come(source: LaneTransport[Any]) -> Iterator[Callable[..., Destination]]:
         yield come
 
 
-def until(condition: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.001)
-
-
 def outcomes(source: LaneTransport[Any]) -> list[str]:
     assert source.last_report is not None
     return [peer.outcome for peer in source.last_report.peers]
@@ -132,7 +124,7 @@ def test_the_sources_deadline_is_told(source: LaneTransport[Any], come: Callable
         destination.recv(LaneFrame.MANIFEST)
     while when == "talking on" and destination.connection.idle:
         destination.session.send(LaneFrame.PROGRESS, timer())
-        time.sleep(0.001)  # much more often than the source would look at its clock by itself
+        pace(0.001)  # much more often than the source would look at its clock by itself
     assert "timed out after 0.4 s" in "; ".join(destination.recv(LaneFrame.FAILED))
     destination.connection.close()
     until(lambda: outcomes(source) == ["timed out"])

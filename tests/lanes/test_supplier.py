@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
+from helpers import pace
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import supplier
@@ -68,7 +69,7 @@ def test_the_stall_time_out_begins_when_somebody_waits(
     lane: tuple[socket.socket, Supplier], caplog: pytest.LogCaptureFixture
 ) -> None:
     destination, supply = lane
-    time.sleep(STALL + 0.1)
+    pace(STALL + 0.1)
     leaving = threading.Timer(0.1, destination.close)
     leaving.start()
     with caplog.at_level(logging.WARNING, "ft_transport"):
@@ -162,7 +163,7 @@ def test_who_reads_slowly_is_waited_for_and_who_has_stopped_is_not(
         while heard < (1 << 20 if frozen else 2 << 20):
             heard += len(theirs.recv(64 << 10))
             if not frozen:
-                time.sleep(0.03)
+                pace(0.03)
         if not frozen:
             theirs.close()
 

@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
@@ -35,6 +36,7 @@ __all__ = [
     "Worker",
     "Workers",
     "digest",
+    "new_manager",
     "quiet",
     "residue",
     "store_address",
@@ -149,6 +151,22 @@ def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None
         if time.monotonic() > limit:
             raise TimeoutError(f"still not so after {seconds:g} s")
         time.sleep(0.001)
+
+
+def new_manager(lighthouse: str, store_port: int, replica_id: str, timeout: timedelta, **options: Any) -> Manager:
+    """A Manager of this machine, which forms a quorum of its own if nobody else is there.
+
+    Args:
+        lighthouse: Its address.
+        store_port: Of the replica's own store.
+        replica_id: How logs and the Lighthouse call it.
+        timeout: Of each call, and for connecting.
+        options: What the test is about; ``rank`` and ``world_size`` only where a replica has several ranks.
+    """
+    usual: dict[str, Any] = {"rank": 0, "world_size": 1, "min_replica_size": 1, "quorum_timeout": timedelta(seconds=60)}
+    where = {"store_addr": "localhost", "store_port": store_port, "hostname": "localhost"}
+    who = {"lighthouse_addr": lighthouse, "replica_id": replica_id}
+    return Manager(**usual | options | where | who, timeout=timeout, connect_timeout=timeout)
 
 
 def wait_for_heartbeat(lighthouse: str, manager: Manager) -> None:

@@ -15,12 +15,11 @@ import torch
 from torch.distributed import TCPStore
 from torchft.coordination import LighthouseServer
 from torchft.local_sgd import DiLoCo
-from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport
 
-from .harness import digest, tell, wait_for_heartbeat, workers
+from .harness import digest, new_manager, tell, wait_for_heartbeat, workers
 
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=20)
@@ -65,22 +64,15 @@ def replicate(replica: int, lanes: bool, delay: int, lighthouse: str, signals_po
         return {key: state_dict() for key, state_dict in manager._user_state_dicts.items()}
 
     transport: Any = OverLanes(TIMEOUT, CPU, template) if lanes else OverGroup(group, TIMEOUT, CPU, template)
-    manager = Manager(
+    manager = new_manager(
+        lighthouse,
+        store.port,
+        f"diloco_{replica}",
+        TIMEOUT,
         pg=group,
         load_state_dict=lambda state: (model.load_state_dict(state["model"]), inner.load_state_dict(state["inner"])),
         state_dict=lambda: {"model": model.state_dict(), "inner": inner.state_dict()},
-        min_replica_size=1,
         use_async_quorum=False,
-        timeout=TIMEOUT,
-        quorum_timeout=timedelta(seconds=60),
-        connect_timeout=TIMEOUT,
-        rank=0,
-        world_size=1,
-        store_addr="localhost",
-        store_port=store.port,
-        lighthouse_addr=lighthouse,
-        replica_id=f"diloco_{replica}",
-        hostname="localhost",
         checkpoint_transport=transport,
     )
     wait_for_heartbeat(lighthouse, manager)

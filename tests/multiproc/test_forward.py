@@ -18,12 +18,11 @@ import torch
 from torch.distributed import TCPStore
 from torchft.checkpointing.http_transport import HTTPTransport
 from torchft.coordination import LighthouseServer
-from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport
 
-from .harness import digest, wait_for_heartbeat
+from .harness import digest, new_manager, wait_for_heartbeat
 
 AHEAD, BEHIND = 10, 5
 TIMEOUT = timedelta(seconds=30)
@@ -74,22 +73,16 @@ class Replica:
             "lanes": lambda: LaneTransport(TRANSFER_TIMEOUT, CPU, **options),
             "http": lambda: HTTPTransport(TRANSFER_TIMEOUT, num_chunks=0),
         }[kind]()
-        self.manager = Manager(
+        self.manager = new_manager(
+            lighthouse,
+            self.store.port,
+            f"replica_{number}",
+            TIMEOUT,
             pg=group,
-            load_state_dict=cast(Any, self.load_state_dict),
+            load_state_dict=self.load_state_dict,
             state_dict=self.state_dict,
-            min_replica_size=1,
             use_async_quorum=async_quorum,
-            timeout=TIMEOUT,
             quorum_timeout=TIMEOUT,
-            connect_timeout=TIMEOUT,
-            rank=0,
-            world_size=1,
-            store_addr="localhost",
-            store_port=self.store.port,
-            lighthouse_addr=lighthouse,
-            replica_id=f"replica_{number}",
-            hostname="localhost",
             checkpoint_transport=self.transport,
         )
         self.manager.load_state_dict({"step": step, "batches_committed": step})

@@ -19,14 +19,13 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 from torchft.coordination import LighthouseServer
-from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TransferReport
 from ft_transport._net.endpoint import Endpoint
 from ft_transport.testing import FaultProxy, FaultyTransport
 
-from .harness import Worker, digest, tell, wait_for_heartbeat
+from .harness import Worker, digest, new_manager, tell, wait_for_heartbeat
 
 KILL_AT = 3  # committed steps
 GATE = 6  # up to which the others go on alone
@@ -107,22 +106,17 @@ class Rank:
             faulty = FaultyTransport(self.transport, role="destination", on_fault=lambda text: tell("heals"))
             self.transport = cast(Any, faulty.wait_in("agree", 1.5))
         first = self.parts["default"] if job.keys == ("default",) else None
-        self.manager = Manager(
+        self.manager = new_manager(
+            job.lighthouse,
+            store,
+            f"replica_{replica}",
+            TIMEOUT,
             pg=group,
-            load_state_dict=cast(Any, first.load_state_dict if first else None),
+            load_state_dict=first.load_state_dict if first else None,
             state_dict=first.state_dict if first else None,
-            min_replica_size=1,
             use_async_quorum=job.async_quorum,
-            timeout=TIMEOUT,
-            quorum_timeout=timedelta(seconds=60),
-            connect_timeout=TIMEOUT,
             rank=group_rank,
             world_size=job.group_size,
-            store_addr="localhost",
-            store_port=store,
-            lighthouse_addr=job.lighthouse,
-            replica_id=f"replica_{replica}",
-            hostname="localhost",
             checkpoint_transport=self.transport,
         )
         if first is None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.distributed import TCPStore
-from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, RemoteProtocolError
 
-from .harness import Worker, digest, tell, wait_for_heartbeat
+from .harness import Worker, digest, new_manager, tell, wait_for_heartbeat
 from .test_manager import new_lighthouse
 
 TIMEOUT = timedelta(seconds=10)
@@ -57,22 +56,16 @@ class Replica:
             if job.lanes
             else PGTransport(self.group, TRANSFER_TIMEOUT, cpu, self.state_dict, **options)
         )
-        self.manager = Manager(
+        self.manager = new_manager(
+            job.lighthouse,
+            job.store,
+            f"replica_{number}",
+            TIMEOUT,
             pg=self.group,
-            load_state_dict=cast(Any, self.load_state_dict),
+            load_state_dict=self.load_state_dict,
             state_dict=self.state_dict,
-            min_replica_size=1,
             use_async_quorum=job.async_quorum,
-            timeout=TIMEOUT,
             quorum_timeout=timedelta(seconds=30),
-            connect_timeout=TIMEOUT,
-            rank=0,
-            world_size=1,
-            store_addr="localhost",
-            store_port=job.store,
-            lighthouse_addr=job.lighthouse,
-            replica_id=f"replica_{number}",
-            hostname="localhost",
             checkpoint_transport=self.transport,
         )
         wait_for_heartbeat(job.lighthouse, self.manager)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ from ft_transport._lanes.messages import StateMessages
 from ft_transport._options import Options
 from ft_transport._wire.layout import Limits
 
-from .harness import Worker, digest, tell, wait_for_heartbeat
+from .harness import Worker, digest, new_manager, tell, wait_for_heartbeat
 
 AHEAD, BEHIND = 10, 5
 TIMEOUT = timedelta(seconds=20)
@@ -130,22 +130,15 @@ class Replica:
         group = DoomedGroup(timeout=TIMEOUT)
         group.doom = Doom(job)
         self.transport = self._transport(job, group)
-        self.manager = Manager(
+        self.manager = new_manager(
+            job.lighthouse,
+            store,
+            f"replica_{number}",
+            TIMEOUT,
             pg=group,
-            load_state_dict=cast(Any, self.load_state_dict),
+            load_state_dict=self.load_state_dict,
             state_dict=self.state_dict,
-            min_replica_size=1,
             use_async_quorum=job.async_quorum,
-            timeout=TIMEOUT,
-            quorum_timeout=timedelta(seconds=60),
-            connect_timeout=TIMEOUT,
-            rank=0,
-            world_size=1,
-            store_addr="localhost",
-            store_port=store,
-            lighthouse_addr=job.lighthouse,
-            replica_id=f"replica_{number}",
-            hostname="localhost",
             checkpoint_transport=self.transport,
         )
         self.manager.load_state_dict({"step": step, "batches_committed": step})
@@ -462,20 +455,15 @@ _recording: tuple[Recording, Manager] | None = None
 def join_recording(address: str, async_quorum: bool, number: int, step: int, store: int) -> None:
     global _recording
     transport = Recording()
-    manager = Manager(
+    manager = new_manager(
+        address,
+        store,
+        f"replica_{number}",
+        TIMEOUT,
         pg=ProcessGroupGloo(timeout=TIMEOUT),
         load_state_dict=lambda state: None,
         state_dict=dict,
-        min_replica_size=1,
         use_async_quorum=async_quorum,
-        timeout=TIMEOUT,
-        rank=0,
-        world_size=1,
-        store_addr="localhost",
-        store_port=store,
-        lighthouse_addr=address,
-        replica_id=f"replica_{number}",
-        hostname="localhost",
         checkpoint_transport=transport,
     )
     manager.load_state_dict({"step": step, "batches_committed": step})

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import resource
+import select
 import signal
 import socket
 import struct
 import threading
-import time
 import tracemalloc
 from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
+from helpers import pace
 
 from ft_transport._deadline import Deadline
 from ft_transport._net import connection as _connection
@@ -62,7 +63,7 @@ def test_as_much_as_was_asked_for(pair: tuple[socket.socket, Connection], nbytes
     def write() -> None:
         for begin in range(0, len(data), step):
             peer.sendall(data[begin : begin + step])
-            time.sleep(0.001)
+            pace(0.001)
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -104,7 +105,7 @@ def test_what_goes_on_coming_has_a_deadline(
         with contextlib.suppress(OSError):
             for _ in range(times):
                 peer.sendall(bytes(nbytes))
-                time.sleep(seconds)
+                pace(seconds)
 
     thread = threading.Thread(target=write)
     thread.start()
@@ -131,7 +132,8 @@ def test_a_silence_begins_when_something_moved_last() -> None:
     silent = timer(silence=0.05)
     silent.check()
     silent.progressed()
-    time.sleep(0.06)
+    assert silent._silent is not None
+    silent._silent.expire()
     with pytest.raises(PeerStalled):
         silent.check()
     silent.progressed()
@@ -203,7 +205,7 @@ def test_a_peer_that_is_gone_already() -> None:
     ours, theirs = connected(NEAR)
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("@ii", 1, 0))
     theirs.close()
-    time.sleep(0.05)
+    select.select([ours], [], [], 10)  # the reset is here
     connection = Connection(ours, "peer")
     with pytest.raises(PeerFailure):
         connection.read(1, timer())

@@ -1,0 +1,92 @@
+"""What a LaneTransport takes, where it listens, and what is left of it."""
+
+from __future__ import annotations
+
+import gc
+import socket
+import ssl
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from helpers import CPU
+
+from ft_transport import LaneTransport, LocalProtocolError, RemoteProtocolError
+
+SECOND = timedelta(seconds=1)
+CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"stall_timeout": timedelta(0)},
+        {"lanes": 0},
+        {"lanes": 17},
+        {"lanes": 2.0},
+        {"lanes": True},
+        {"port": -1},
+        {"port": 1 << 16},
+        {"port": "80"},
+        {"ssl_context": CONTEXT},
+        {"ssl_context": (CONTEXT, None)},
+        {"topology": "ring"},
+        {"skip_unchanged": True, "shadow": True},
+    ],
+    ids=lambda wrong: f"{', '.join(wrong)} {wrong.get('port', '')}",
+)
+def test_arguments_that_cannot_be(wrong: dict[str, Any]) -> None:
+    name = next(iter(wrong))
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        LaneTransport(SECOND, CPU, **wrong)
+
+
+def test_a_port_that_somebody_else_has() -> None:
+    with socket.create_server(("", 0)) as taken, pytest.raises(LocalProtocolError, match="cannot listen on port"):
+        LaneTransport(SECOND, CPU, port=taken.getsockname()[1])
+
+
+def threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("ft_transport")}
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_shutting_down_twice_leaves_nothing(wait: bool) -> None:
+    before = threads()
+    transport: LaneTransport[Any] = LaneTransport(SECOND, CPU, host="127.0.0.1")
+    new = threads() - before
+    assert new
+    transport.shutdown(wait)
+    transport.shutdown()
+    for thread in new:
+        thread.join(10)
+        assert not thread.is_alive()
+    for call in (
+        lambda: transport.send_checkpoint([1], 7, {}, SECOND),
+        lambda: transport.recv_checkpoint(0, transport.metadata(), 7, SECOND),
+    ):
+        with pytest.raises(LocalProtocolError, match="shut down"):
+            call()
+
+
+def test_one_that_nobody_holds_listens_no_more() -> None:
+    before = threads()
+    transport: LaneTransport[Any] | None = LaneTransport(SECOND, CPU, host="127.0.0.1")
+    (listening,) = threads() - before
+    del transport
+    gc.collect()
+    listening.join(10)
+    assert not listening.is_alive()
+
+
+@pytest.mark.parametrize("metadata", ["", "<n/a>", "http://10.0.0.1:80/checkpoint/", "ft-lanes://"])
+def test_metadata_of_another_transport(metadata: str) -> None:
+    transport: LaneTransport[Any] = LaneTransport(SECOND, CPU, host="127.0.0.1")
+    try:
+        with pytest.raises(RemoteProtocolError):
+            transport.recv_checkpoint(0, metadata, 7, SECOND)
+        assert transport.last_report is not None
+        assert not transport.last_report.complete
+    finally:
+        transport.shutdown()

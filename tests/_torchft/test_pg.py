@@ -1,0 +1,90 @@
+"""Which ranks a PGTransport takes, and which of its destinations' errors are its own."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers import CPU
+
+from ft_transport import (
+    LocalProtocolError,
+    PeerFailure,
+    PGTransport,
+    RemoteProtocolError,
+    TransferError,
+    TransferTimeout,
+)
+from ft_transport._torchft.pg import _raise_own
+
+SECOND = timedelta(seconds=1)
+
+
+class Group:
+    """One of three ranks; whoever posts anything has looked at the ranks too late: torchft's group would crash."""
+
+    _rank = 1
+
+    def size(self) -> int:
+        return 3
+
+
+def transport() -> Any:
+    group: Any = Group()
+    return PGTransport(group, SECOND, CPU)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([0, 3], "rank 3: expected 0 to 2"),
+        ([-1], "rank -1: expected 0 to 2"),
+        ([0, 1], "rank 1: expected another rank than this replica's own"),
+        ([2, 0, 2], "expected each once"),
+    ],
+)
+def test_ranks_that_cannot_be(ranks: list[int], message: str) -> None:
+    with pytest.raises(LocalProtocolError, match=message):
+        transport().send_checkpoint(ranks, 7, {}, SECOND)
+    if len(ranks) == 1:
+        with pytest.raises(LocalProtocolError, match=message):
+            transport().recv_checkpoint(ranks[0], "<n/a>", 7, SECOND)
+
+
+def test_nobody_to_send_to() -> None:
+    made = transport()
+    made.send_checkpoint([], 7, {"a": 1}, SECOND)
+    assert made.last_report.complete
+    assert made.last_report.peers == []
+
+
+TIMEOUT, GONE, REFUSED, OWN = TransferTimeout("t"), PeerFailure("g"), RemoteProtocolError("r"), LocalProtocolError("o")
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ([(None, False), (None, False)], None),
+        ([(GONE, False), (None, False)], None),
+        ([(GONE, False), (REFUSED, False)], None),
+        ([(GONE, False), (OWN, False)], OWN),
+        ([(GONE, True), (OWN, False)], OWN),
+        ([(GONE, True), (None, False)], GONE),
+        ([(GONE, True), (TIMEOUT, True)], TIMEOUT),
+        ([(REFUSED, True), (GONE, True)], REFUSED),
+    ],
+)
+def test_only_what_is_this_sides_own_trouble_is_raised(
+    ends: list[tuple[TransferError | None, bool]], expected: TransferError | None
+) -> None:
+    """A destination that dies costs the others nothing, unless the group is unusable after it."""
+    channels: list[Any] = [SimpleNamespace(broken=broken) for _, broken in ends]
+    errors = [error for error, _ in ends]
+    if expected is None:
+        _raise_own(channels, errors)  # type: ignore[arg-type]
+        return
+    with pytest.raises(type(expected)) as caught:
+        _raise_own(channels, errors)  # type: ignore[arg-type]
+    assert caught.value is expected

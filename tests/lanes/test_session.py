@@ -1,0 +1,142 @@
+"""Frames and messages over a connection: in order, of the length that was said, with the digest of what was read."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from helpers import noise
+
+from ft_transport._deadline import Deadline
+from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneProtocol, Role
+from ft_transport._lanes.session import _PIECE_BYTES, Session, fingerprint
+from ft_transport._net.connection import Connection
+from ft_transport._net.stall import StallTimer
+from ft_transport._plan.blocks import Block, Held, held
+from ft_transport._wire.digest import digest_bytes
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError
+
+
+def timer() -> StallTimer:
+    return StallTimer(Deadline(timedelta(seconds=10)))
+
+
+class Lane:
+    """A lane between two ends in this process: the destination, and who supplies it."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            near = socket.create_connection(server.getsockname())
+            far, _ = server.accept()
+        self.destination, self.supplier = (
+            Session(Connection(sock, "peer"), LaneProtocol(role, 1, 7))
+            for sock, role in ((near, Role.DESTINATION), (far, Role.SOURCE))
+        )
+        self.destination.send(LaneFrame.ATTACH, timer(), body=[b"i" * 16])
+        self.supplier.recv(timer())
+
+    def ask(self, number: int) -> None:
+        self.destination.send(LaneFrame.WANT, timer(), number)
+        header, _ = self.supplier.recv(timer())
+        assert (header.frame, header.number) == (LaneFrame.WANT, number)
+
+
+@pytest.fixture
+def lane() -> Iterator[Lane]:
+    made = Lane()
+    yield made
+    for session in (made.destination, made.supplier):
+        session.connection.close()
+
+
+def moved(lane: Lane, data: bytes, *, digest: int | None = None, verify: bool = True) -> tuple[int, Any, bytes]:
+    """A message there: what was sent as its digest, what came of it, and where it landed."""
+    lane.ask(3)
+    sent: list[int] = []
+    thread = threading.Thread(
+        target=lambda: sent.append(lane.supplier.send_message(3, memoryview(data), digest, timer()))
+    )
+    thread.start()
+    landed = bytearray(len(data))
+    header = lane.destination.recv_header(timer())
+    found = lane.destination.recv_message(header, memoryview(landed), verify=verify, timer=timer())
+    thread.join(10)
+    return sent[0], found, bytes(landed)
+
+
+@pytest.mark.parametrize("nbytes", [1, _PIECE_BYTES - 1, _PIECE_BYTES, _PIECE_BYTES + 1, 3 * _PIECE_BYTES + 77])
+def test_the_digest_in_pieces_is_that_of_the_whole(lane: Lane, nbytes: int) -> None:
+    """It is taken on the way, on both sides, while each piece is in the cache."""
+    data = bytes(range(256)) * (nbytes // 256) + bytes(nbytes % 256)
+    assert moved(lane, data) == (digest_bytes(data), digest_bytes(data), data)
+    assert fingerprint(memoryview(data)) == digest_bytes(data)
+    assert lane.destination.connection.nbytes_wire == lane.supplier.connection.nbytes_wire
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_bytes_that_are_not_what_was_fingerprinted_are_damaged(lane: Lane, verify: bool) -> None:
+    """A supplier that has a message from another passes on the digest that came with it, right or wrong."""
+    sent, found, landed = moved(lane, b"data", digest=5, verify=verify)
+    assert sent == 5
+    assert found == (None if verify else 5)
+    assert landed == b"data"
+
+
+def test_a_message_of_another_length_is_refused_before_it_is_read(lane: Lane) -> None:
+    lane.ask(3)
+    lane.supplier.send_message(3, memoryview(b"12345"), None, timer())
+    header = lane.destination.recv_header(timer())
+    with pytest.raises(RemoteProtocolError, match="message 3: expected 4 bytes, got 5"):
+        lane.destination.recv_message(header, memoryview(bytearray(4)), verify=True, timer=timer())
+    rest = lane.destination.connection.read(5 + TRAILER.size, timer())
+    assert bytes(rest[:5]) == b"12345"
+
+
+def test_a_message_where_none_may_be(lane: Lane) -> None:
+    lane.ask(3)
+    lane.supplier.send_message(3, memoryview(b"x"), None, timer())
+    with pytest.raises(RemoteProtocolError, match="message 3 is out of order"):
+        lane.destination.recv(timer())
+
+
+def test_the_conversation_is_held_to_its_table(lane: Lane) -> None:
+    """On the side that says it before a byte leaves, and on the other before the body is read."""
+    before = lane.supplier.connection.nbytes_wire
+    with pytest.raises(LocalProtocolError):
+        lane.supplier.send(LaneFrame.SAME, timer(), 5)
+    assert lane.supplier.connection.nbytes_wire == before
+    lane.ask(3)
+    forged = LaneProtocol(Role.SOURCE, 1, 7)
+    forged.received = lambda header: None  # type: ignore[method-assign]
+    forged.sent = lambda frame, number=0: None  # type: ignore[method-assign]
+    Session(lane.supplier.connection, forged).send(LaneFrame.SAME, timer(), 5)
+    with pytest.raises(RemoteProtocolError):
+        lane.destination.recv(timer())
+
+
+def test_memory_that_was_taken_away_is_named_in_place_of_a_broken_connection(lane: Lane) -> None:
+    tensor = noise(300_000, 1)
+    (block,) = held([Block(tensor)])
+    part = Held(block, 0, tensor.numel() * 4)
+    view = part.view
+    tensor.untyped_storage().resize_(0)
+    lane.ask(3)
+    with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+        lane.supplier.send_message(3, view, None, timer(), held=part)
+
+
+def test_an_end_in_mid_message_is_a_failure_of_the_peer(lane: Lane) -> None:
+    lane.ask(3)
+    data = torch.zeros(100, dtype=torch.uint8)
+    lane.supplier.send_message(3, memoryview(data.numpy()), None, timer())
+    header = lane.destination.recv_header(timer())
+    assert lane.destination.connection.nbytes_wire >= HEADER_BYTES
+    lane.destination.connection.read(50, timer())
+    lane.supplier.connection.close()
+    with pytest.raises(PeerFailure):
+        lane.destination.recv_message(header, memoryview(bytearray(100)), verify=True, timer=timer())

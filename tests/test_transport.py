@@ -1,0 +1,150 @@
+"""What is true of each call of a torchft transport, whatever it moves over."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+from helpers import CPU, noise
+from plan.test_torn import Group, Pair
+
+from ft_transport import LaneTransport, LocalProtocolError, PGTransport, TransferError, state_digest
+from ft_transport.testing import memory_channels
+
+SECOND = timedelta(seconds=1)
+
+
+@pytest.fixture(params=["group", "lanes"])
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Makes a transport of each kind."""
+    made: list[Any] = []
+
+    def one(state_dict: Any = None, **options: Any) -> Any:
+        if request.param == "lanes":
+            made.append(LaneTransport(10 * SECOND, CPU, state_dict, host="127.0.0.1", **options))
+        else:
+            group: Any = Group(memory_channels()[0], 0)
+            made.append(PGTransport(group, 10 * SECOND, CPU, state_dict, **options))
+        return made[-1]
+
+    yield one
+    for transport in made:
+        transport.shutdown()
+
+
+def raised(call: Callable[[], object]) -> TransferError:
+    with pytest.raises(TransferError) as caught:
+        call()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"timeout": timedelta(0)},
+        {"timeout": -SECOND},
+        {"state_dict": "trainer"},
+        {"strict": True},
+        {"on_mismatch": "ignore"},
+    ],
+    ids=str,
+)
+def test_arguments_that_cannot_be(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    arguments: dict[str, Any] = {"timeout": SECOND, "device": CPU, **wrong}
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        PGTransport(Group(None, 0), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        LaneTransport(**arguments)
+
+
+def test_before_the_first_transfer(make: Callable[..., Any]) -> None:
+    transport = make()
+    assert transport.last_report is None
+    assert not transport.torn
+    transport.metadata()
+    transport.disallow_checkpoint()
+
+
+def test_whatever_is_raised_becomes_an_error_that_says_where(make: Callable[..., Any]) -> None:
+    """torchft catches Exception, and logs it: the one line must be enough."""
+
+    class Odd:
+        def __reduce__(self) -> Any:
+            raise KeyError("no such thing")
+
+    events: list[dict[str, Any]] = []
+    transport = make(on_event=events.append)
+    error = raised(lambda: transport.send_checkpoint([1], 5, {"a": Odd()}, SECOND))
+    assert isinstance(error, LocalProtocolError)
+    assert "no such thing" in str(error)
+    assert (error.step, error.phase, error.torn) == (5, "describe", False)
+    transport.shutdown()
+    report = transport.last_report
+    assert not report.complete
+    assert report.step == 5
+    assert [(event["outcome"], event["step"], event["phase"]) for event in events] == [("failed", 5, "describe")]
+
+
+def test_a_rank_named_twice(make: Callable[..., Any]) -> None:
+    error = raised(lambda: make().send_checkpoint([1, 1], 5, {}, SECOND))
+    assert "expected each once" in str(error)
+
+
+def test_a_second_call_is_kept_out() -> None:
+    """From the callback that gives the template, which is a call under way."""
+    inner: list[TransferError] = []
+
+    def template() -> Any:
+        inner.append(raised(lambda: pair.destination.recv_checkpoint(0, "", 7, SECOND)))
+        return {"w": noise(3, 2)}
+
+    pair = Pair(None)
+    pair.destination._state_dict = template
+    errors = pair.heal({"w": noise(3, 1)})
+    assert errors == [None, None]
+    assert "one at a time" in str(inner[0])
+
+
+def test_a_call_that_failed_lets_the_next_one_in() -> None:
+    pair = Pair({"w": noise(3, 2)})
+    raised(lambda: pair.source.send_checkpoint([5], 7, {}, SECOND))
+    assert pair.heal({"w": noise(3, 1)}) == [None, None]
+    assert pair.source.last_report is not None
+    assert pair.source.last_report.complete
+
+
+def test_modes_of_the_calling_thread_are_out_of_a_transfer_and_back_after_it() -> None:
+    pair, state = Pair({"w": noise(3, 2)}), {"w": noise(3, 1)}
+    with torch.device("meta"):
+        assert pair.heal(state) == [None, None]
+        assert torch.empty(1).is_meta
+
+
+def test_a_captured_template_is_asked_for_once(make: Callable[..., Any]) -> None:
+    asked: list[threading.Thread] = []
+    state = {"w": noise(3, 1)}
+
+    def template() -> object:
+        asked.append(threading.current_thread())
+        return state
+
+    transport = make(template)
+    transport.capture_template()
+    assert asked == [threading.current_thread()]
+    assert transport._template()() is state
+    assert len(asked) == 1
+    with pytest.raises(ValueError, match="state_dict: expected one"):
+        make().capture_template()
+
+
+def test_the_digest_of_what_the_function_gives(make: Callable[..., Any]) -> None:
+    transport = make(lambda: {"w": noise(3, 1)})
+    assert transport.state_digest() == state_digest({"w": noise(3, 1)})
+    assert transport.state_digest({"w": noise(3, 2)}) != transport.state_digest()
+    with pytest.raises(ValueError, match="state_dict: expected one"):
+        make().state_digest()
