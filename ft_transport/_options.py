@@ -48,6 +48,7 @@ class Options:
         on_mismatch: As a destination, what becomes of a leaf that does not fit the template's.
         copies: What is known of the callback that gives the template; None: that it gives no copies.
         shared: Whether the group moves all that it is given into shared memory.
+        fresh_device: Where fresh leaves live that were on an accelerator at the source; None for ``device``.
         on_phase: Called as each phase begins, with the report that it is of; for ``ft_transport.testing``.
     """
 
@@ -60,6 +61,7 @@ class Options:
     on_mismatch: OnMismatch = "fresh"
     copies: Copies | None = None
     shared: bool = False
+    fresh_device: torch.device | None = None
     on_phase: PhaseCallback | None = None
 
     def limits(self, nbytes: int) -> Limits:
@@ -91,14 +93,13 @@ class LaneOptions(Options):
     """As ``Options``; messages always live on the CPU.
 
     Attributes:
-        fresh_device: Where fresh leaves live that were on an accelerator at the source.
         stall: How long a peer may be silent before it counts as gone.
         lanes: Connections that a destination opens for the state's bytes.
         chain: As a source, let destinations pass the state on to each other.
         skip_unchanged: As a destination, compare what the template holds before it is moved.
     """
 
-    fresh_device: torch.device = CPU
+    fresh_device: torch.device | None = CPU
     stall: timedelta = timedelta(seconds=5)
     lanes: int = 2
     chain: bool = True

@@ -28,12 +28,13 @@ from torch.utils import _pytree as pytree
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import GroupChannel
 from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
-from ft_transport._group.one_way import description, land_all, note_state, post_and_wait
+from ft_transport._group.one_way import description, land_all, post_and_wait
 from ft_transport._group.source import LAST_WORDS
 from ft_transport._options import CPU, Options
 from ft_transport._plan.blocks import storage_as
 from ft_transport._plan.compare import compare
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
+from ft_transport._plan.placement import note_state
 from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.source import place
 from ft_transport._plan.template import match_template
@@ -352,7 +353,7 @@ class PGTransport(TransportBase):
                 raise ended(RemoteProtocolError("; ".join(disagreements), phase="agree"), "refused")
             # Planned as a whole, as the other transports do: the template is not touched before every leaf has its
             # place.
-            landing = Landing(
+            landing = DestinationPlan(
                 manifest,
                 layout,
                 matched,

@@ -19,11 +19,11 @@ from ft_transport._lanes import protocol as lanes
 from ft_transport._state.describe import describe
 from ft_transport._wire.digest import digest_bytes
 from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import VERSION, Frame, Header, encode_frame
+from ft_transport._wire.frames import VERSION, Frame, ManifestHeader, encode_frame
 from ft_transport._wire.layout import Limits
 
 DATA = Path(__file__).parent / "data"
-HEADER = Header(11, Limits(1 << 20, 4 << 20, 1 << 10, 8, 4), "xxh3")
+HEADER = ManifestHeader(11, Limits(1 << 20, 4 << 20, 1 << 10, 8, 4), "xxh3")
 
 # The body of every frame that is no manifest.
 BODIES: dict[Frame, tuple[Any, ...]] = {

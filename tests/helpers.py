@@ -17,7 +17,7 @@ from ft_transport._group.channel import Channel, GroupChannel, Pending
 from ft_transport._group.destination import receive
 from ft_transport._group.source import serve
 from ft_transport._options import Options
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._state.tree import flatten, format_path, paths_of
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport._wire.layout import Limits
@@ -202,7 +202,7 @@ def transfer(
     ends = channels or memory_channels()
     source = Side(TransferReport("source", "test", step, [PeerReport(1)]), ends[0])
     destination = Side(TransferReport("destination", "test", step, [PeerReport(0)]), ends[1])
-    outbound = Outbound(state, step, options, source.report)
+    outbound = SourcePlan(state, step, options, source.report)
 
     def run_destination() -> None:
         try:

@@ -40,7 +40,7 @@ from ft_transport._group.destination import _check_header, _verify
 from ft_transport._lanes import protocol as lanes
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._plan.compare import compare
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.template import match_template
 from ft_transport._state.kinds.base import Part
 from ft_transport._state.manifest import Manifest
@@ -302,7 +302,7 @@ def land(body: Any, template: object = None) -> Manifest:
     if disagreements:
         raise RemoteProtocolError("; ".join(disagreements))
     if layout.nbytes <= MAX_LANDED_BYTES:
-        landing = Landing(manifest, layout, matched, targets, CPU, report)
+        landing = DestinationPlan(manifest, layout, matched, targets, CPU, report)
         looking = any(_kinds_in(leaf.part) & LOOK_AT_BYTES for leaf in manifest.leaves)
         with contextlib.suppress(Exception) if looking else contextlib.nullcontext():
             landing.rebuild()

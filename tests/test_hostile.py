@@ -30,7 +30,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ft_transport import TransferReport
 from ft_transport._plan import destination as _destination
 from ft_transport._plan.compare import compare
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.template import match_template
 from ft_transport._process import Room, physical_bytes
 from ft_transport._state import classes as _classes
@@ -43,10 +43,10 @@ from ft_transport._state.values import encode_value
 from ft_transport._wire import decode as _decode
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import Frame, Header, decode_frame, encode_frame
+from ft_transport._wire.frames import Frame, ManifestHeader, decode_frame, encode_frame
 from ft_transport._wire.layout import Limits, lay_out
 
-HEADER = Header(7, Limits(), "xxh3")
+HEADER = ManifestHeader(7, Limits(), "xxh3")
 
 pytestmark = pytest.mark.filterwarnings(*WARNINGS)
 
@@ -62,7 +62,7 @@ def _allowed() -> Iterator[None]:
 # The body of a manifest: [header, nodes, shapes, leaves, storages, shared].
 
 
-def honest_frame(state: object, header: Header = HEADER) -> bytes:
+def honest_frame(state: object, header: ManifestHeader = HEADER) -> bytes:
     return encode_manifest(describe(state)[0], header)
 
 
@@ -851,7 +851,9 @@ def test_attributes_that_a_tensor_has_already(name: str) -> None:
     body = body_of(torch.nn.Buffer(noise(2, 1)))
     body[3][0][2][4] = pickle.dumps({name: 1}, 2)
     manifest, header = decode_manifest(decode_frame(frame(body))[1])
-    landing = Landing(manifest, lay_out(manifest, header.limits), {}, {}, CPU, TransferReport("destination", "test", 1))
+    landing = DestinationPlan(
+        manifest, lay_out(manifest, header.limits), {}, {}, CPU, TransferReport("destination", "test", 1)
+    )
     with pytest.raises(ValueError, match="an attribute of a tensor called"):
         landing.rebuild()
 
@@ -871,7 +873,7 @@ def rebuild(state: object, offsets: list[int], template: object = None) -> objec
     manifest, header = decode_manifest(decode_frame(honest_frame(state))[1])
     layout, report = lay_out(manifest, header.limits), TransferReport("destination", "test", 1)
     matched = match_template(manifest, template, report) if template is not None else {}
-    landing = Landing(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
+    landing = DestinationPlan(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
     for index, piece in enumerate(layout.ranges):
         if piece.end - piece.begin == 8 * len(offsets):
             landing.placement.blocks[index].bytes(0, 8 * len(offsets)).copy_(torch.tensor(offsets).view(torch.uint8))
@@ -1023,7 +1025,7 @@ def test_more_than_the_machine_has(device_type: str, num_storages: int) -> None:
     manifest, header = decode_manifest(decode_frame(frame(body))[1])
     report = TransferReport("destination", "test", 1)
     with pytest.raises(MemoryError, match="more than this machine has"):
-        Landing(manifest, lay_out(manifest, header.limits), {}, {}, torch.device("cpu"), report)
+        DestinationPlan(manifest, lay_out(manifest, header.limits), {}, {}, torch.device("cpu"), report)
 
 
 def test_more_than_the_memory_cgroup_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1034,7 +1036,7 @@ def test_more_than_the_memory_cgroup_has_left(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(_destination, "room", lambda left=left: Room(left, "the memory cgroup /a has left"))
         refused = pytest.raises(MemoryError, match="8000 bytes of fresh storages are more than the memory cgroup /a")
         with contextlib.nullcontext() if fits else refused:
-            Landing(manifest, layout, {}, {}, torch.device("cpu"), report)
+            DestinationPlan(manifest, layout, {}, {}, torch.device("cpu"), report)
 
 
 # ---------------------------------------------------------------------------------------- plain values

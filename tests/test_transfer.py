@@ -51,7 +51,7 @@ from ft_transport._group.fan_out import in_parallel
 from ft_transport._group.source import serve
 from ft_transport._options import Options
 from ft_transport._plan.rebuild import mark_changed
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.progress import report_progress
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import memory_channels
@@ -564,8 +564,8 @@ def test_a_namedtuple_that_is_not_allowed_is_named_with_its_path_and_the_remedy(
     assert difference(result, state) == ""
 
 
-def outbound(state: object) -> Outbound:
-    return Outbound(state, 7, PLAIN, TransferReport("source", "test", 7))
+def outbound(state: object) -> SourcePlan:
+    return SourcePlan(state, 7, PLAIN, TransferReport("source", "test", 7))
 
 
 def test_what_cannot_travel_is_refused_by_name_all_at_once() -> None:

@@ -15,17 +15,15 @@ from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
 from ft_transport._group.fan_out import close_failed
 from ft_transport._options import NUM_BUCKETS, Options
 from ft_transport._plan.buffers import Bucket, aligned
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan, plan_destination
 from ft_transport._plan.rewrite import Rewrite
-from ft_transport._plan.template import fit
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
-from ft_transport._state.manifest import Manifest
 from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import Progress, TransferReport
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.digest import ALGORITHMS, digest_bytes, digest_message
-from ft_transport._wire.frames import Frame, Header, encode_frame
+from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame
 from ft_transport._wire.layout import Layout, lay_out
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended
 
@@ -131,9 +129,9 @@ class Received(NamedTuple):
 class _Plan(NamedTuple):
     """What both sides have agreed on."""
 
-    header: Header
+    header: ManifestHeader
     layout: Layout
-    landing: Landing
+    landing: DestinationPlan
     rewrite: Rewrite | None
 
 
@@ -151,7 +149,7 @@ def _agree(
             manifest, header = decode_manifest(control.check(Frame.MANIFEST, data))
             _check_header(header, step)
             layout = lay_out(manifest, header.limits)
-            landing = _landing(manifest, layout, state_dict, options, report, beside or set())
+            landing = plan_destination(manifest, layout, state_dict, options, report, beside or frozenset())
     # Nobody to refuse anything to.
     except PeerFailure:
         raise
@@ -167,47 +165,12 @@ def _agree(
     return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None)
 
 
-def _check_header(header: Header, step: int | None) -> None:
+def _check_header(header: ManifestHeader, step: int | None) -> None:
     if header.step != step:
         raise RemoteProtocolError(f"expected step {step}, source has step {header.step}")
     # By name, since this version cannot compute what it does not know. None at all is the source's choice.
     if header.digest and header.digest not in ALGORITHMS:
         raise RemoteProtocolError(f"expected a digest of {', '.join(ALGORITHMS)}, source has {header.digest!r}")
-
-
-def _landing(
-    manifest: Manifest,
-    layout: Layout,
-    state_dict: Callable[[], object] | None,
-    options: Options,
-    report: TransferReport,
-    beside: set[str],
-) -> Landing:
-    """Check the state against the template, and decide where each byte lands."""
-    matched, targets, here = fit(
-        manifest,
-        state_dict,
-        report,
-        strict=options.strict,
-        on_mismatch=options.on_mismatch,
-        copies=options.copies,
-    )
-    landing = Landing(
-        manifest,
-        layout,
-        matched,
-        targets,
-        options.device,
-        report,
-        surroundings=here,
-        shadow=options.shadow,
-        beside=beside,
-        shared=options.shared,
-    )
-    report.num_leaves = len(manifest.leaves)
-    report.num_messages = len(layout.messages)
-    report.nbytes_total = layout.nbytes
-    return landing
 
 
 # ---------------------------------------------------------------------------------------------- move

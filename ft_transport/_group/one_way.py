@@ -15,20 +15,13 @@ from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._options import NUM_BUCKETS
 from ft_transport._plan.buffers import Bucket, aligned
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.placement import Placement
-from ft_transport._state.manifest import Manifest
 from ft_transport._telemetry.report import TransferReport, outcome_of
 from ft_transport._wire.layout import Layout
 from ft_transport.errors import TransferError
 
-__all__ = ["description", "land_all", "note_state", "post_and_wait"]
-
-
-def note_state(report: TransferReport, manifest: Manifest, layout: Layout) -> None:
-    report.num_leaves = len(manifest.leaves)
-    report.num_messages = len(layout.messages)
-    report.nbytes_total = layout.nbytes
+__all__ = ["description", "land_all", "post_and_wait"]
 
 
 def description(data: bytes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,7 +90,9 @@ def post_and_wait(
     return list(failed.values())
 
 
-def land_all(channel: GroupChannel, layout: Layout, landing: Landing, device: torch.device, deadline: Deadline) -> None:
+def land_all(
+    channel: GroupChannel, layout: Layout, landing: DestinationPlan, device: torch.device, deadline: Deadline
+) -> None:
     """Receive all messages; what is staged waits for its bucket."""
     buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
     # Receives in the source's order, since without answers nothing else says which message comes next.

@@ -20,7 +20,7 @@ from ft_transport._group.control import FIRST_MESSAGE_TAG, Control, Posted
 from ft_transport._group.fan_out import close_failed
 from ft_transport._options import NUM_BUCKETS
 from ft_transport._plan.buffers import Bucket
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import PeerReport, Progress
 from ft_transport._wire.digest import digest_bytes
@@ -35,7 +35,7 @@ logger = logging.getLogger("ft_transport")
 LAST_WORDS = timedelta(seconds=1)
 
 
-def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerReport) -> None:
+def serve(channel: Channel, outbound: SourcePlan, deadline: Deadline, peer: PeerReport) -> None:
     """Send a described state to one destination.
 
     Args:
@@ -74,7 +74,7 @@ def serve(channel: Channel, outbound: Outbound, deadline: Deadline, peer: PeerRe
         peer.nbytes_wire = channel.nbytes_wire
 
 
-def _send(control: Control, outbound: Outbound, peer: PeerReport) -> None:
+def _send(control: Control, outbound: SourcePlan, peer: PeerReport) -> None:
     lost: PeerFailure | None = None
     try:
         _SourceFlights(control, outbound, peer).send()
@@ -90,7 +90,7 @@ def _send(control: Control, outbound: Outbound, peer: PeerReport) -> None:
         lost = None
 
 
-def _check_unchanged(control: Control, outbound: Outbound) -> None:
+def _check_unchanged(control: Control, outbound: SourcePlan) -> None:
     """Void the transfer if the state has changed or moved meanwhile."""
     try:
         outbound.placement.check()
@@ -113,7 +113,7 @@ class _Flight(NamedTuple):
 class _SourceFlights:
     """The flights to one destination."""
 
-    def __init__(self, control: Control, outbound: Outbound, peer: PeerReport) -> None:
+    def __init__(self, control: Control, outbound: SourcePlan, peer: PeerReport) -> None:
         self._control = control
         self._outbound = outbound
         self._peer = peer

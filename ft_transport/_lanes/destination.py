@@ -28,20 +28,17 @@ from ft_transport._net.dial import dial
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
-from ft_transport._options import CPU, LaneOptions
+from ft_transport._options import LaneOptions
 from ft_transport._plan.buffers import settled_stream
-from ft_transport._plan.destination import Landing
-from ft_transport._plan.resume import Kept, state_of
+from ft_transport._plan.destination import DestinationPlan, plan_destination
+from ft_transport._plan.resume import PartialReceive, manifest_fingerprint
 from ft_transport._plan.rewrite import Rewrite
-from ft_transport._plan.template import fit
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
-from ft_transport._state.manifest import Manifest
 from ft_transport._telemetry.report import Outcome, TransferReport
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.frames import Frame as CodecFrame
-from ft_transport._wire.frames import Header as ManifestHeader
-from ft_transport._wire.frames import decode_frame
+from ft_transport._wire.frames import ManifestHeader, decode_frame
 from ft_transport._wire.layout import Layout, lay_out
 from ft_transport.errors import (
     LocalProtocolError,
@@ -95,7 +92,7 @@ class _Plan(NamedTuple):
     header: ManifestHeader
     state: int
     layout: Layout
-    landing: Landing
+    landing: DestinationPlan
     rewrite: Rewrite | None
 
 
@@ -133,40 +130,19 @@ class _Planner:
         if header.digest not in ("", "xxh3") or header.sample >= 0:
             raise RemoteProtocolError(f"expected xxh3 digests of every byte, or none, source has {header.digest!r}")
         layout = lay_out(manifest, header.limits)
-        landing = self._landing(manifest, layout, state_dict)
-        self._report.num_leaves = len(manifest.leaves)
-        self._report.num_messages = len(layout.messages)
-        self._report.nbytes_total = layout.nbytes
+        landing = plan_destination(manifest, layout, state_dict, self._options, self._report)
         # Before the first byte: from now on the guard can name what is torn.
         if self._torn is not None:
             self._torn.landing = landing
         return _Plan(
-            header, state_of(data, body[0]), layout, landing, Rewrite(layout, landing) if self._trains else None
-        )
-
-    def _landing(self, manifest: Manifest, layout: Layout, state_dict: Callable[[], object] | None) -> Landing:
-        report, options = self._report, self._options
-        matched, targets, here = fit(
-            manifest,
-            state_dict,
-            report,
-            strict=options.strict,
-            on_mismatch=options.on_mismatch,
-            copies=options.copies,
-        )
-        return Landing(
-            manifest,
+            header,
+            manifest_fingerprint(data, body[0]),
             layout,
-            matched,
-            targets,
-            CPU,
-            report,
-            surroundings=here,
-            fresh_device=options.fresh_device,
-            shadow=options.shadow,
+            landing,
+            Rewrite(layout, landing) if self._trains else None,
         )
 
-    def sink(self, plan: _Plan, earlier: Kept | None, stream: Any) -> Sink:
+    def sink(self, plan: _Plan, earlier: PartialReceive | None, stream: Any) -> Sink:
         """Where the messages land, with those that may be there already."""
         claims: dict[int, int | None] = {}
         in_template = plan.landing.in_template
@@ -223,7 +199,7 @@ class DestinationTransfer:
         *,
         trains: bool = False,
     ) -> None:
-        self.kept: Kept | None = None
+        self.kept: PartialReceive | None = None
         self._endpoint = endpoint
         self._step = step
         self._attempt = attempt
@@ -236,7 +212,7 @@ class DestinationTransfer:
         self._planner = _Planner(step, options, report, torn, trains)
         self._control: ControlConnection | None = None
 
-    def run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
+    def run(self, state_dict: Callable[[], object] | None, earlier: PartialReceive | None) -> Received:
         """Receive the state.
 
         Args:
@@ -265,7 +241,7 @@ class DestinationTransfer:
                 self._report.peers[0].nbytes_wire += self._control.session.connection.nbytes_wire
                 self._control.close()
 
-    def _run(self, state_dict: Callable[[], object] | None, earlier: Kept | None) -> Received:
+    def _run(self, state_dict: Callable[[], object] | None, earlier: PartialReceive | None) -> Received:
         (peer,) = self._report.peers
         with peer.enter("agree", "destination", self._options.on_phase):
             control = self._control = self._call()
@@ -289,7 +265,7 @@ class DestinationTransfer:
             plan.rewrite.note_digests(sink.pending.digests, plan.header.digest)
         return Received(state, plan.landing.written(), self._relay, plan.rewrite)
 
-    def _rebuild(self, landing: Landing) -> object:
+    def _rebuild(self, landing: DestinationPlan) -> object:
         # With shadow, this is where the template is written to: what fails in between leaves a mix.
         self._report.torn = self._report.torn or landing.copies
         state = landing.rebuild()
@@ -319,7 +295,7 @@ class DestinationTransfer:
         return ControlConnection(session, wakeup, self._endpoint, deadline, options.stall, tally)
 
     def _agree(
-        self, control: ControlConnection, state_dict: Callable[[], object] | None, earlier: Kept | None
+        self, control: ControlConnection, state_dict: Callable[[], object] | None, earlier: PartialReceive | None
     ) -> tuple[_Plan, Sink]:
         header, data = control.await_manifest()
         try:
@@ -375,7 +351,7 @@ class DestinationTransfer:
             # Also of what an earlier receive had left and this one has not come to: it is still in the template.
             if sink.verified and sink.pending.digests:
                 known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}
-                self.kept = Kept(self._step, plan.state, plan.layout, known | sink.pending.digests)
+                self.kept = PartialReceive(self._step, plan.state, plan.layout, known | sink.pending.digests)
 
     def _end_badly(self, exc: BaseException) -> None:
         """Note how it ended, tell the source where it still listens, pass nothing on any more."""

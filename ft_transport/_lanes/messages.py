@@ -13,7 +13,7 @@ from typing import Any
 from ft_transport._options import CPU
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._wire.layout import SMALL_BYTES
 from ft_transport.errors import LocalProtocolError
 
@@ -37,7 +37,7 @@ class StateMessages:
     # Whoever writes to large tensors voids the transfer anyway, so they may leave by their pages, without a copy.
     steady = is_whole_transfer = True
 
-    def __init__(self, outbound: Outbound, stream: Any = None) -> None:
+    def __init__(self, outbound: SourcePlan, stream: Any = None) -> None:
         self.sizes = outbound.layout.sizes
         self.verified = bool(outbound.header.digest)
         self.frame = outbound.frame

@@ -19,7 +19,7 @@ from ft_transport._lanes.supplier import Supplier
 from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._plan.unchanged import Reading
 from ft_transport._process import memory_at
@@ -55,7 +55,7 @@ class Relay:
         self,
         dispatcher: Dispatcher,
         layout: Layout,
-        landing: Landing,
+        landing: DestinationPlan,
         pending: PendingMessages,
         timer: StallTimer,
         *,

@@ -18,7 +18,7 @@ from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.session import Session, fingerprint
 from ft_transport._net.stall import StallTimer
 from ft_transport._plan.buffers import Bucket, aligned
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._process import memory_at
 from ft_transport._telemetry.report import TransferReport
@@ -59,7 +59,7 @@ class Sink:
     def __init__(
         self,
         layout: Layout,
-        landing: Landing,
+        landing: DestinationPlan,
         pending: PendingMessages,
         report: TransferReport,
         claims: dict[int, int | None],

@@ -24,7 +24,7 @@ from ft_transport._lanes.session import Session
 from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions
 from ft_transport._plan.buffers import settled_stream
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.report import Outcome, TransferReport
 from ft_transport._telemetry.teller import Teller
 from ft_transport._threads import ThreadGroup, uninterrupted
@@ -75,7 +75,9 @@ class SourceTransfer:
         try:
             with report.phase("describe", self._options.on_phase):
                 stream = settled_stream()
-                outbound = Outbound(state_dict, report.step, self._options, report, lambda reading: self.end_reading())
+                outbound = SourcePlan(
+                    state_dict, report.step, self._options, report, lambda reading: self.end_reading()
+                )
                 self._store = StateMessages(outbound, stream)
         except BaseException as exc:
             # Destinations are told: they would wait for their whole time-out, and with them the collectives of

@@ -11,18 +11,19 @@ Not here: which tensors of the template may be written to at all (``_plan.compar
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence, Set
+from collections.abc import Callable, Container, Sequence, Set
 from itertools import chain
 from typing import NamedTuple
 
 import torch
 
-from ft_transport._options import CPU
+from ft_transport._options import CPU, Options
 from ft_transport._plan.blocks import CARRIERS, Block, Places, held, indexed, share, storage_as
 from ft_transport._plan.buffers import FROM_ARENA, Arena, allocate
 from ft_transport._plan.compare import Slot, Targets, same_strides
-from ft_transport._plan.placement import Placement
+from ft_transport._plan.placement import Placement, note_state
 from ft_transport._plan.rebuild import Landed, Rebuild, empty, quiet, view_of
+from ft_transport._plan.template import fit
 from ft_transport._process import Room, room
 from ft_transport._state.geometry import covered
 from ft_transport._state.kinds.base import Surroundings
@@ -31,10 +32,57 @@ from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Gaps, Layout, Piece
 
-__all__ = ["Landing"]
+__all__ = ["DestinationPlan", "plan_destination"]
 
 
-class Landing:
+def plan_destination(
+    manifest: Manifest,
+    layout: Layout,
+    state_dict: Callable[[], object] | None,
+    options: Options,
+    report: TransferReport,
+    beside: Set[str] = frozenset(),
+) -> DestinationPlan:
+    """Check what the source sends against the template, and decide where each byte lands.
+
+    Args:
+        manifest: What the source described.
+        layout: Its messages.
+        state_dict: Gives the template; None for a fresh state.
+        options: The caller's choices.
+        report: Filled with what the state is, and what lands where.
+        beside: Paths of leaves that must not land in the template, but be copied to it in the end.
+
+    Raises:
+        MemoryError: There is no room for the fresh leaves.
+        RemoteProtocolError: The template cannot take it, or a leaf cannot be rebuilt; every path is listed.
+    """
+    matched, targets, here = fit(
+        manifest,
+        state_dict,
+        report,
+        strict=options.strict,
+        on_mismatch=options.on_mismatch,
+        copies=options.copies,
+    )
+    plan = DestinationPlan(
+        manifest,
+        layout,
+        matched,
+        targets,
+        options.device,
+        report,
+        surroundings=here,
+        fresh_device=options.fresh_device,
+        shadow=options.shadow,
+        beside=beside,
+        shared=options.shared,
+    )
+    note_state(report, manifest, layout)
+    return plan
+
+
+class DestinationPlan:
     """The plan for one receive, and the building of its result. Making one allocates what is fresh.
 
     Args:
@@ -234,7 +282,7 @@ class _Plan:
 
     Attributes:
         landed: What has been decided of each view.
-        large: As in :class:`Landing`.
+        large: As in :class:`DestinationPlan`.
         fresh_ranges: The ranges that do not land in the template.
         nbytes_in_place: Bytes that do.
         nbytes_copied: Bytes that are copied to it in the end.

@@ -17,10 +17,19 @@ import torch
 from ft_transport._plan.blocks import Block, Held, Places, copy_blocks
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._process import memory_at
+from ft_transport._state.manifest import Manifest
+from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Layout
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Placement"]
+__all__ = ["Placement", "note_state"]
+
+
+def note_state(report: TransferReport, manifest: Manifest, layout: Layout) -> None:
+    """Note in the report what is moved."""
+    report.num_leaves = len(manifest.leaves)
+    report.num_messages = len(layout.messages)
+    report.nbytes_total = layout.nbytes
 
 
 class Placement:
@@ -34,8 +43,8 @@ class Placement:
     """
 
     def __init__(self, layout: Layout, blocks: Sequence[Block], places: Places, device: torch.device) -> None:
-        # Not private: a ``load_state_dict`` may exchange the template's tensors behind us, and ``Landing.find_again``
-        # then puts other blocks here.
+        # Not private: a ``load_state_dict`` may exchange the template's tensors behind us, and then
+        # ``DestinationPlan.find_again`` puts other blocks here.
         self.blocks = blocks
         self._layout = layout
         self._places = places

@@ -16,10 +16,10 @@ from ft_transport._state.geometry import merge
 from ft_transport._wire.digest import digest_bytes
 from ft_transport._wire.layout import Layout, Piece
 
-__all__ = ["Kept", "state_of"]
+__all__ = ["PartialReceive", "manifest_fingerprint"]
 
 
-def state_of(data: bytes, header: Any) -> int:
+def manifest_fingerprint(data: bytes, header: Any) -> int:
     """Fingerprint of what a MANIFEST frame says of the state, whatever its header says.
 
     Args:
@@ -31,12 +31,12 @@ def state_of(data: bytes, header: Any) -> int:
     return digest_bytes(memoryview(data)[len(msgpack.packb(header)) :])
 
 
-class Kept(NamedTuple):
+class PartialReceive(NamedTuple):
     """What a receive has left.
 
     Attributes:
         step: Of the state.
-        state: See :func:`state_of`.
+        state: See :func:`manifest_fingerprint`.
         layout: How the source had cut it.
         digests: Of the messages that were sound; None where it is still to be taken.
     """

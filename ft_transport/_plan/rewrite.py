@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from ft_transport._plan.buffers import Arena, aligned
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.unchanged import Reading
 from ft_transport._wire.digest import digest_message
 from ft_transport._wire.layout import SMALL_BYTES, Layout
@@ -40,7 +40,7 @@ class Rewrite:
         landing: Where they land. Counts are noted here and now: before the first byte.
     """
 
-    def __init__(self, layout: Layout, landing: Landing) -> None:
+    def __init__(self, layout: Layout, landing: DestinationPlan) -> None:
         self._layout = layout
         self._landing = landing
         self._lock = threading.Lock()

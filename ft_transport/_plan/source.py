@@ -15,22 +15,22 @@ import torch
 
 from ft_transport._options import Options
 from ft_transport._plan.blocks import Block, Places, held, indexed, share
-from ft_transport._plan.placement import Placement
-from ft_transport._plan.unchanged import Reading, Versions
+from ft_transport._plan.placement import Placement, note_state
+from ft_transport._plan.unchanged import ChangeDetector, Reading
 from ft_transport._process import no_collection
 from ft_transport._state.describe import Tensors, describe
 from ft_transport._state.manifest import Manifest, View, made
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.digest import digest_message
 from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import Header
+from ft_transport._wire.frames import ManifestHeader
 from ft_transport._wire.layout import Gaps, Layout, Piece, lay_out
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Outbound", "place"]
+__all__ = ["SourcePlan", "place"]
 
 
-class Outbound:
+class SourcePlan:
     """A described state, ready to be served to any number of destinations at once.
 
     Args:
@@ -67,15 +67,13 @@ class Outbound:
                 manifest, tensors = describe(state_dict)
             # How it is cut is decided here alone: the destination finds the limits in the manifest, and need not agree.
             limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
-            self.header = Header(step, limits, options.digest, options.sample)
+            self.header = ManifestHeader(step, limits, options.digest, options.sample)
             self.layout = lay_out(manifest, limits)
             self.frame = encode_manifest(manifest, self.header)
             self.placement = place(manifest, self.layout, tensors, options.device)
-        self.versions = Versions(manifest, self.layout, self.placement.memory(), await_end)
+        self.versions = ChangeDetector(manifest, self.layout, self.placement.memory(), await_end)
         self._digests: dict[int, int] = {}
-        report.num_leaves = len(manifest.leaves)
-        report.num_messages = len(self.layout.messages)
-        report.nbytes_total = self.layout.nbytes
+        note_state(report, manifest, self.layout)
         report.nbytes_staged = self.placement.staged_bytes(range(report.num_messages))
 
     def note_digest(self, message: int, data: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ from ft_transport._state.tree import format_path
 from ft_transport._wire.layout import Layout
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Reading", "Versions", "watch_optimizers"]
+__all__ = ["Reading", "ChangeDetector", "watch_optimizers"]
 
 # Paths that an error names: an optimizer that stepped too early changes all of them.
 _MAX_NAMED = 8
@@ -132,7 +132,7 @@ class Reading:
         return {which for which in read for begin, end in _extents(memory[which]) if written.overlap(begin, end)}
 
 
-class Versions(Reading):
+class ChangeDetector(Reading):
     """The counts of a described state's large tensors, as they are now; from now on, whether an optimizer steps.
 
     Args:

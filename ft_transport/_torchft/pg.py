@@ -20,7 +20,7 @@ from ft_transport._group.destination import receive
 from ft_transport._group.fan_out import in_parallel
 from ft_transport._group.source import LAST_WORDS, send_failure, serve
 from ft_transport._options import Options
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching
@@ -172,7 +172,7 @@ class PGTransport(ManagedTransport[T]):
         try:
             self._guard.check_source()
             with report.phase("describe", self._options.on_phase):
-                outbound = Outbound(
+                outbound = SourcePlan(
                     # An optimizer that is about to write what is read waits until it is read no more, or the deadline
                     # is over: this call returns only then, so nobody else can end it.
                     state_dict,

@@ -18,7 +18,7 @@ from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.source import SourceTransfer
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._options import LaneOptions
-from ft_transport._plan.resume import Kept
+from ft_transport._plan.resume import PartialReceive
 from ft_transport._plan.torn import Attempt, TornGuard
 from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import TornStateError
@@ -104,7 +104,7 @@ class Receiving:
     """
 
     def __init__(self) -> None:
-        self.kept: Kept | None = None
+        self.kept: PartialReceive | None = None
         self.is_shut_down = False
         self._num_attempts = 0
         self._running: tuple[DestinationTransfer, int] | None = None  # and the thread that it runs in

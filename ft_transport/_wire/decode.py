@@ -36,7 +36,7 @@ from ft_transport._state.tree import (
 )
 from ft_transport._state.values import check_keys, decode_value, not_allowed_in
 from ft_transport._wire.digest import NUM_SAMPLES
-from ft_transport._wire.frames import Header
+from ft_transport._wire.frames import ManifestHeader
 from ft_transport._wire.layout import Limits
 from ft_transport.errors import RemoteProtocolError
 
@@ -60,7 +60,7 @@ _PLACE_BYTES = 9
 MAX_TEXT = 4_000
 
 
-def decode_manifest(body: Any) -> tuple[Manifest, Header]:
+def decode_manifest(body: Any) -> tuple[Manifest, ManifestHeader]:
     """Read the body of a MANIFEST frame; every number in it is checked before it is used.
 
     Raises:
@@ -100,12 +100,12 @@ def decode_manifest(body: Any) -> tuple[Manifest, Header]:
 _ALWAYS_BUILT = frozenset({"leaf", "dict", "list", "tuple", "OrderedDict", "pytree"})
 
 
-def _decode_header(step: Any, limits: Any, digest: Any, sample: Any) -> Header:
+def _decode_header(step: Any, limits: Any, digest: Any, sample: Any) -> ManifestHeader:
     if step is not None:
         expect(int, step)
     if not -1 <= expect(int, sample) < NUM_SAMPLES:
         raise ValueError(f"sample {sample} of {NUM_SAMPLES}")
-    return Header(step, _decode_limits(limits), expect(str, digest), sample)
+    return ManifestHeader(step, _decode_limits(limits), expect(str, digest), sample)
 
 
 def _decode_limits(data: Any) -> Limits:

@@ -17,13 +17,13 @@ from ft_transport._state.kinds.base import VALUE, Part, check_readable
 from ft_transport._state.manifest import Leaf, Manifest, View
 from ft_transport._state.tree import LEAF, NAMES_A_CLASS, Node, check_names, format_path, path_of_container
 from ft_transport._state.values import encode_value
-from ft_transport._wire.frames import Frame, Header, encode_frame
+from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["encode_manifest"]
 
 
-def encode_manifest(manifest: Manifest, header: Header) -> bytes:
+def encode_manifest(manifest: Manifest, header: ManifestHeader) -> bytes:
     """The MANIFEST frame.
 
     Raises:

@@ -18,7 +18,7 @@ import msgpack
 from ft_transport._wire.layout import Limits
 from ft_transport.errors import RemoteProtocolError
 
-__all__ = ["MAX_FRAME_BYTES", "Frame", "Header", "decode_frame", "encode_frame"]
+__all__ = ["MAX_FRAME_BYTES", "Frame", "ManifestHeader", "decode_frame", "encode_frame"]
 
 # First of all bytes, so that another program on the same tags, or upstream's own transport, is told apart by name and
 # not by a crash.
@@ -41,7 +41,7 @@ class Frame(IntEnum):
     FAILED = 6
 
 
-class Header(NamedTuple):
+class ManifestHeader(NamedTuple):
     """What both sides must agree on before anything else.
 
     Attributes:
@@ -58,7 +58,7 @@ class Header(NamedTuple):
 
 
 def encode_frame(kind: Frame, body: object) -> bytes:
-    """Header and msgpack of ``body``."""
+    """ManifestHeader and msgpack of ``body``."""
     # Keys and paths may be lone surrogates: file names and JSON bring them.
     packed: bytes = msgpack.packb(body, use_bin_type=True, unicode_errors="surrogatepass")
     return _HEADER.pack(MAGIC, VERSION, kind) + packed

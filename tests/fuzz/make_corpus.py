@@ -21,7 +21,7 @@ import states  # noqa: E402
 
 from ft_transport._state.describe import describe  # noqa: E402
 from ft_transport._wire.encode import encode_manifest  # noqa: E402
-from ft_transport._wire.frames import Frame, Header, encode_frame  # noqa: E402
+from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame  # noqa: E402
 from ft_transport._wire.layout import Limits  # noqa: E402
 
 CORPUS = Path(__file__).resolve().parent / "corpus"
@@ -32,9 +32,9 @@ MAX_SEED_BYTES = 4096
 def frames() -> Iterator[tuple[str, bytes]]:
     """Name and bytes of each seed."""
     headers = [
-        Header(7, Limits(), "xxh3"),
-        Header(None, Limits(64, 64, 0, 1, 1), ""),
-        Header(0, Limits(1 << 20, 4 << 20, 1 << 10, 8, 4), "sum", 3),
+        ManifestHeader(7, Limits(), "xxh3"),
+        ManifestHeader(None, Limits(64, 64, 0, 1, 1), ""),
+        ManifestHeader(0, Limits(1 << 20, 4 << 20, 1 << 10, 8, 4), "sum", 3),
     ]
     with hostile.process_group() as mesh:
         made = {name: make(1) for name, make in states.STATES.items()}

@@ -19,12 +19,12 @@ from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import PeerReport
 from ft_transport._wire.digest import digest_bytes
 from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import Frame, Header, encode_frame
+from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import memory_channels
 
 STATE = {"w": noise(50, 1), "n": 3}
-MANIFEST = encode_manifest(describe(STATE)[0], Header(7, Limits(), "xxh3"))
+MANIFEST = encode_manifest(describe(STATE)[0], ManifestHeader(7, Limits(), "xxh3"))
 
 
 def received(say: Callable[[Control], object], template: Any = None) -> tuple[PeerReport, Any, Any]:
@@ -63,9 +63,15 @@ def says(data: bytes, frame: Frame = Frame.READY) -> Callable[[Control], object]
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (encode_manifest(describe(STATE)[0], Header(8, Limits(), "xxh3")), "expected step 7, source has step 8"),
-        (encode_manifest(describe(STATE)[0], Header(None, Limits(), "xxh3")), "expected step 7, source has step None"),
-        (encode_manifest(describe(STATE)[0], Header(7, Limits(), "crc")), "expected a digest of"),
+        (
+            encode_manifest(describe(STATE)[0], ManifestHeader(8, Limits(), "xxh3")),
+            "expected step 7, source has step 8",
+        ),
+        (
+            encode_manifest(describe(STATE)[0], ManifestHeader(None, Limits(), "xxh3")),
+            "expected step 7, source has step None",
+        ),
+        (encode_manifest(describe(STATE)[0], ManifestHeader(7, Limits(), "crc")), "expected a digest of"),
         (encode_frame(Frame.MANIFEST, [1, 2]), "damaged"),
         (b"HTTP/1.1 200 OK", "expected"),
     ],

@@ -13,8 +13,9 @@ from helpers import CPU, difference, group_channels, noise
 from ft_transport import PeerFailure, TransferReport
 from ft_transport._deadline import Deadline
 from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
-from ft_transport._group.one_way import description, land_all, note_state, post_and_wait
-from ft_transport._plan.destination import Landing
+from ft_transport._group.one_way import description, land_all, post_and_wait
+from ft_transport._plan.destination import DestinationPlan
+from ft_transport._plan.placement import note_state
 from ft_transport._plan.source import place
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import PeerReport
@@ -35,7 +36,7 @@ def run(state: object, *, break_before: int | None = None) -> tuple[Any, list[An
     report = TransferReport("source", "test", None, [PeerReport(1)])
     note_state(report, manifest, layout)
     received = TransferReport("destination", "test", None, [PeerReport(0)])
-    landing = Landing(manifest, layout, {}, {}, CPU, received)
+    landing = DestinationPlan(manifest, layout, {}, {}, CPU, received)
     result: list[object] = []
 
     def receive() -> None:

@@ -15,7 +15,7 @@ from ft_transport import LocalProtocolError, PeerFailure, RemoteProtocolError, T
 from ft_transport._deadline import Deadline
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
 from ft_transport._group.source import send_failure, serve
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.report import PeerReport
 from ft_transport._wire.digest import digest_bytes
 from ft_transport._wire.frames import Frame, decode_frame, encode_frame
@@ -27,7 +27,7 @@ STATE = {"large": noise(700, 1), "small": [noise(3, 2 + i) for i in range(6)]}
 class Destination:
     """Says what it is told to."""
 
-    def __init__(self, outbound: Outbound, channel: Any) -> None:
+    def __init__(self, outbound: SourcePlan, channel: Any) -> None:
         self.outbound = outbound
         self.control = Control(channel, CPU, Deadline(timedelta(seconds=10)))
         self.messages: list[bytes] = []
@@ -59,7 +59,7 @@ def served(act: Callable[[Destination], object], state: object = STATE) -> tuple
     """The report on a destination that acts so, what serving it raised, and what acting gave."""
     near, far = memory_channels()
     report = TransferReport("source", "test", 7, [PeerReport(1)])
-    outbound = Outbound(state, 7, SMALL, report)
+    outbound = SourcePlan(state, 7, SMALL, report)
     given, error = list[Any](), None
 
     def run() -> None:

@@ -22,7 +22,7 @@ from ft_transport._net.stall import StallTimer
 from ft_transport._net.zero_copy import SPLICE_FROM
 from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.compare import compare
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import TransferReport
@@ -38,7 +38,7 @@ def passing_on(template: dict[str, Any], *, verified: bool) -> Iterator[tuple[Re
     manifest, _ = describe(template)
     layout = lay_out(manifest, Limits())
     matched = match_template(manifest, template, report)
-    landing = Landing(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
+    landing = DestinationPlan(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
     pending, dispatcher = PendingMessages(len(layout.messages)), Dispatcher()
     for message in range(len(layout.messages)):
         pending.landed(message, 5)

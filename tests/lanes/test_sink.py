@@ -17,7 +17,7 @@ from ft_transport._lanes.sink import Sink
 from ft_transport._net.stall import StallTimer
 from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.compare import compare
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import PeerReport, TransferReport
@@ -53,7 +53,7 @@ class Destination:
         assert layout.sizes == [len(LARGE), len(SMALL)]
         matched = match_template(manifest, self.template, self.report)
         targets, _ = compare(manifest, matched, self.report)
-        landing = Landing(manifest, layout, matched, targets, CPU, self.report)
+        landing = DestinationPlan(manifest, layout, matched, targets, CPU, self.report)
         self.work, self.session, self.bucket = PendingMessages(2), Session(), Bucket(CPU)
         self.sink = Sink(layout, landing, self.work, self.report, claims or {}, verified=True)
 

@@ -24,7 +24,7 @@ from ft_transport._group.source import serve
 from ft_transport._lanes.session import fingerprint
 from ft_transport._options import Options
 from ft_transport._plan.blocks import Block, Held, held
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport.errors import LocalProtocolError
 from ft_transport.testing import FaultProxy
@@ -245,7 +245,7 @@ def group(move: Move, side: str, shadow: bool) -> dict[str, Any]:
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        outbound = Outbound(state, STEP, settings, reports[0])
+        outbound = SourcePlan(state, STEP, settings, reports[0])
         serve(source, outbound, Deadline(TIMEOUT), reports[0].peers[0])
     except Exception as exc:
         errors[0] = exc

@@ -9,7 +9,7 @@ from helpers import CPU
 from ft_transport import TransferReport
 from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.compare import compare
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.source import place
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
@@ -18,7 +18,9 @@ from ft_transport._wire.layout import Limits, lay_out
 LIMITS = Limits(message_bytes=256, flight_bytes=256, pack_below=64, pack_from=3, window=2)
 
 
-def land(state: object, template: object = None, limits: Limits = LIMITS) -> tuple[Any, TransferReport, Landing]:
+def land(
+    state: object, template: object = None, limits: Limits = LIMITS
+) -> tuple[Any, TransferReport, DestinationPlan]:
     """Move a state into a template message by message, in this thread."""
     report = TransferReport("destination", "test", 1)
     manifest, tensors = describe(state)
@@ -26,7 +28,7 @@ def land(state: object, template: object = None, limits: Limits = LIMITS) -> tup
     matched = match_template(manifest, template, report) if template is not None else {}
     targets, disagreements = compare(manifest, matched, report)
     assert disagreements == []
-    landing = Landing(manifest, layout, matched, targets, CPU, report)
+    landing = DestinationPlan(manifest, layout, matched, targets, CPU, report)
     source = place(manifest, layout, tensors, CPU)
     for message in range(len(layout.messages)):
         bucket = Bucket(CPU)

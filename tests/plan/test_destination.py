@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ft_transport import TransferReport
 from ft_transport._plan.compare import compare
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
 from ft_transport._wire.layout import lay_out
@@ -120,7 +120,9 @@ def test_planning_touches_nothing() -> None:
     manifest, _ = describe([noise(10, 3), noise((4, 3), 4)])
     report = TransferReport("destination", "test", 1)
     matched = match_template(manifest, template, report)
-    landing = Landing(manifest, lay_out(manifest, LIMITS), matched, compare(manifest, matched, report)[0], CPU, report)
+    landing = DestinationPlan(
+        manifest, lay_out(manifest, LIMITS), matched, compare(manifest, matched, report)[0], CPU, report
+    )
     assert landing.in_place
     assert snapshot(template) == before
 
@@ -142,7 +144,7 @@ def test_more_than_the_machine_has_is_refused_before_it_is_asked_for() -> None:
     manifest.storages[0] = manifest.storages[0]._replace(nbytes=1 << 60)
     assert geometry.numel == 4
     with pytest.raises(MemoryError, match="more than this machine has"):
-        Landing(manifest, lay_out(manifest, LIMITS), {}, {}, CPU, TransferReport("destination", "test", 1))
+        DestinationPlan(manifest, lay_out(manifest, LIMITS), {}, {}, CPU, TransferReport("destination", "test", 1))
 
 
 # --------------------------------------------------------------------------------------------- template

@@ -6,7 +6,7 @@ from helpers import CPU, noise
 
 from ft_transport import TransferReport
 from ft_transport._plan.compare import compare
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
 from ft_transport._wire.layout import lay_out
@@ -19,7 +19,7 @@ def test_a_range_lands_directly_where_strides_agree() -> None:
     manifest, _ = describe({"a": noise(100, 1), "b": noise((5, 4), 4).t()})
     layout = lay_out(manifest, LIMITS)
     matched = match_template(manifest, template, report)
-    landing = Landing(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
+    landing = DestinationPlan(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
     assert landing.in_place
     direct = [landing.placement.direct(message) for message in range(len(layout.messages))]
     assert direct[0] is not None

@@ -23,8 +23,8 @@ from ft_transport._group.channel import Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG
 from ft_transport._options import Options
 from ft_transport._plan import unchanged
-from ft_transport._plan.source import Outbound, place
-from ft_transport._plan.unchanged import Reading, Versions, watch_optimizers
+from ft_transport._plan.source import SourcePlan, place
+from ft_transport._plan.unchanged import ChangeDetector, Reading, watch_optimizers
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Limits, lay_out
@@ -39,13 +39,13 @@ def _watched() -> None:
     watch_optimizers()
 
 
-def versions(state: object) -> Versions:
+def versions(state: object) -> ChangeDetector:
     manifest, tensors = describe(state)
     layout = lay_out(manifest, Limits())
-    return Versions(manifest, layout, place(manifest, layout, tensors, CPU).memory())
+    return ChangeDetector(manifest, layout, place(manifest, layout, tensors, CPU).memory())
 
 
-def found(noted: Versions) -> str:
+def found(noted: ChangeDetector) -> str:
     with pytest.raises(LocalProtocolError) as info:
         noted.check()
     return info.value.message
@@ -336,7 +336,7 @@ class Waited:
         self._weight, self._ends = weight, ends
         manifest, tensors = describe({"weight": weight.detach()})
         layout = lay_out(manifest, Limits())
-        self.noted = Versions(manifest, layout, place(manifest, layout, tensors, CPU).memory(), self._await_end)
+        self.noted = ChangeDetector(manifest, layout, place(manifest, layout, tensors, CPU).memory(), self._await_end)
 
     def _await_end(self, reading: Reading) -> None:
         assert reading is self.noted
@@ -516,10 +516,10 @@ def test_cost() -> None:
     spent = []
     for _ in range(5):
         start = time.process_time()
-        Versions(manifest, layout, memory).check()
+        ChangeDetector(manifest, layout, memory).check()
         spent.append(time.process_time() - start)
     start = time.process_time()
-    Outbound(state, 7, options, TransferReport("source", "test", 7))
+    SourcePlan(state, 7, options, TransferReport("source", "test", 7))
     assert min(spent) < 0.25 * (time.process_time() - start)
 
 

@@ -15,17 +15,17 @@ from ft_transport._state.describe import describe
 from ft_transport._state.manifest import Manifest
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import Frame, Header, decode_frame, encode_frame
+from ft_transport._wire.frames import Frame, ManifestHeader, decode_frame, encode_frame
 from ft_transport._wire.layout import Limits, lay_out
 
-HEADER = Header(7, Limits(), "xxh3")
+HEADER = ManifestHeader(7, Limits(), "xxh3")
 
 
-def encode(state: object, header: Header = HEADER) -> bytes:
+def encode(state: object, header: ManifestHeader = HEADER) -> bytes:
     return encode_manifest(describe(state)[0], header)
 
 
-def decode(data: bytes) -> tuple[Manifest, Header]:
+def decode(data: bytes) -> tuple[Manifest, ManifestHeader]:
     kind, body = decode_frame(data)
     assert kind is Frame.MANIFEST
     return decode_manifest(body)
@@ -75,7 +75,7 @@ def honest() -> list[Any]:
     return body_of({"w": noise((2, 3), 1), "p": torch.nn.Parameter(noise(2, 2)), "v": 1})
 
 
-def read_body(body: Any) -> tuple[Manifest, Header]:
+def read_body(body: Any) -> tuple[Manifest, ManifestHeader]:
     return decode(encode_frame(Frame.MANIFEST, body))
 
 

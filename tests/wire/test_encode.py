@@ -18,7 +18,7 @@ from ft_transport import LocalProtocolError
 from ft_transport._state.describe import describe
 from ft_transport._state.kinds.base import Surroundings, unflatten_leaf
 from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import Header
+from ft_transport._wire.frames import ManifestHeader
 from ft_transport._wire.layout import Limits
 from wire.manifests import HEADER, decode, encode, same
 
@@ -60,7 +60,7 @@ def test_keys_come_back_as_they_were(key: Any) -> None:
 @pytest.mark.parametrize("step", [None, 0, 1, 1 << 40])
 @pytest.mark.parametrize("digest", ["", "xxh3", "sum"])
 def test_headers_come_back_as_they_were(step: int | None, digest: str) -> None:
-    header = Header(step, Limits(64, 64, 0, 1, 1), digest)
+    header = ManifestHeader(step, Limits(64, 64, 0, 1, 1), digest)
     assert decode(encode({"a": 1}, header))[1] == header
 
 

@@ -15,7 +15,7 @@ from ft_transport._state.manifest import Leaf, Manifest, Storage, View
 from ft_transport._state.tree import LEAF
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import Frame, Header, decode_frame
+from ft_transport._wire.frames import Frame, ManifestHeader, decode_frame
 from ft_transport._wire.layout import Layout, Limits, Piece, lay_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -69,7 +69,7 @@ def test_states(name: str, limits: Limits) -> None:
 def test_both_sides_derive_the_same(name: str) -> None:
     limits = Limits(256, 256, 100, 4, 2)
     manifest, _ = describe(STATES[name](1))
-    kind, body = decode_frame(encode_manifest(manifest, Header(1, limits, "")))
+    kind, body = decode_frame(encode_manifest(manifest, ManifestHeader(1, limits, "")))
     assert kind is Frame.MANIFEST
     decoded, header = decode_manifest(body)
     one, other = lay_out(decoded, header.limits), lay_out(manifest, limits)
