@@ -38,6 +38,8 @@ _LAST_WORDS = timedelta(seconds=1)
 class GaveUp(PeerFailure):
     """The source has said that it will not go on."""
 
+    _outcome = "failed"
+
 
 class Tally:
     """How many bytes are here, and how many of them the caller's callback knows of."""

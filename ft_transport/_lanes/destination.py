@@ -35,14 +35,13 @@ from ft_transport._plan.resume import PartialReceive, manifest_fingerprint
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
-from ft_transport._telemetry.report import Outcome, TransferReport
+from ft_transport._telemetry.report import TransferReport, outcome_of
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.frames import Frame as CodecFrame
 from ft_transport._wire.frames import ManifestHeader, decode_frame
 from ft_transport._wire.layout import Layout, lay_out
 from ft_transport.errors import (
     LocalProtocolError,
-    PeerFailure,
     RemoteProtocolError,
     TransferError,
     TransferTimeout,
@@ -360,17 +359,8 @@ class DestinationTransfer:
         if self._relay is not None:
             # First: those behind turn to the source then, and are not fed from a state that is a mix.
             self._relay.close()
-        refused = peer.outcome == "refused"
-        peer.outcome = _outcome(exc, refused=refused)
+        refused, outcome = peer.outcome == "refused", outcome_of(exc)
+        peer.outcome = "refused" if refused and outcome == "failed" else outcome
         if self._control is not None and self._control.lost is None and not isinstance(exc, GaveUp):
             late = isinstance(exc, (PeerStalled, TransferTimeout))
             self._control.send_failed(peer.reason, refused=refused, late=late)
-
-
-def _outcome(exc: BaseException, *, refused: bool) -> Outcome:
-    """How a receive has ended that raised this."""
-    if isinstance(exc, (TransferTimeout, PeerStalled)):
-        return "timed out"
-    if isinstance(exc, PeerFailure) and not isinstance(exc, GaveUp):
-        return "dead"
-    return "refused" if refused else "failed"

@@ -22,12 +22,11 @@ from ft_transport._lanes.session import Session
 from ft_transport._lanes.supplier import Supplier
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.stall import HEARTBEAT, PeerStalled, StallTimer
-from ft_transport._telemetry.report import Outcome, PhaseCallback, TransferReport
+from ft_transport._telemetry.report import Outcome, PhaseCallback, TransferReport, outcome_of
 from ft_transport.errors import (
-    PeerFailure,
     RemoteProtocolError,
     TransferError,
-    TransferTimeout,
+    ended,
     printable,
     reason_of,
 )
@@ -38,14 +37,6 @@ logger = logging.getLogger("ft_transport")
 
 # The longest identity of a supplier that is passed on to others, in bytes. Ours have 16; another make's may differ.
 _MAX_IDENT_BYTES = 64
-
-
-class _Refused(TransferError):
-    """The destination does not accept the state."""
-
-
-class _Failure(TransferError):
-    """One side has given up for a reason of its own."""
 
 
 class Line:
@@ -135,7 +126,7 @@ class Serving:
             return "complete"
         except Exception as exc:
             peer.reason = reason_of(exc)
-            outcome = _outcome(exc, self._timer)
+            outcome = outcome_of(exc, cancelled=self._timer.cancelled)
             if outcome in ("failed", "timed out") and not self._has_all:
                 # Who has been silent for so long is told, and not waited for.
                 send_failed(self.session, peer.reason, wait=not isinstance(exc, PeerStalled))
@@ -151,7 +142,7 @@ class Serving:
 
     def _serve(self, store: StateMessages | None, failure: str) -> None:
         if failure:
-            raise _Failure(failure)
+            raise TransferError(failure)
         assert store is not None, "only once nobody is served any more"
         peer, session, timer = self.state.peer, self.session, self._timer
         with peer.enter("agree", "source", self._on_phase):
@@ -190,9 +181,9 @@ class Serving:
     def _take(self, frame: LaneFrame, body: Any) -> None:
         state = self.state
         if frame is LaneFrame.REFUSE:
-            raise _Refused(f"the destination refuses this state: {'; '.join(body)}")
+            raise ended(TransferError(f"the destination refuses this state: {'; '.join(body)}"), "refused")
         if frame is LaneFrame.FAILED:
-            raise _Failure(f"the destination gave up: {'; '.join(body)}")
+            raise TransferError(f"the destination gave up: {'; '.join(body)}")
         if frame is LaneFrame.READY:
             state.metadata, state.relay = body
             if state.metadata and not _is_invitation(state.metadata, state.relay):
@@ -213,17 +204,6 @@ def _is_invitation(metadata: str, ident: bytes) -> bool:
     except RemoteProtocolError:
         return False
     return len(ident) <= _MAX_IDENT_BYTES
-
-
-def _outcome(exc: Exception, timer: StallTimer) -> Outcome:
-    if isinstance(exc, _Refused):
-        return "refused"
-    if isinstance(exc, (TransferTimeout, PeerStalled)):
-        return "timed out"
-    # A cancelled one has ended by our own doing, whatever its connection made of that.
-    if isinstance(exc, PeerFailure) and not timer.cancelled:
-        return "dead"
-    return "failed"
 
 
 def send_failed(session: Session, reason: str, *, wait: bool) -> None:

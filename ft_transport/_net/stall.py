@@ -22,6 +22,8 @@ HEARTBEAT = timedelta(milliseconds=250)
 class PeerStalled(PeerFailure):
     """The peer is there, as far as the network knows, and nothing has come from it for too long."""
 
+    _outcome = "timed out"
+
 
 class StallTimer:
     """How long a call may go on.
