@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -93,6 +94,16 @@ def test_a_large_tensor_that_changes_makes_it_void(change: Callable[[torch.Tenso
     with pytest.raises(LocalProtocolError, match=text) as info:
         store.check_unchanged()
     assert store.error is info.value
+
+
+@pytest.mark.parametrize(("numel", "is_void"), [(LARGE, True), (10, False)], ids=["large", "small"])
+def test_an_optimizer_changes_nothing_that_is_copied(numel: int, is_void: bool) -> None:
+    weight = torch.nn.Parameter(torch.zeros(numel))
+    weight.grad = torch.ones_like(weight)
+    store = offered({"weight": weight, "bias": noise(20, 1)})
+    torch.optim.SGD([weight], lr=0.1).step()
+    with pytest.raises(LocalProtocolError) if is_void else nullcontext():
+        store.check_unchanged()
 
 
 def test_what_a_lane_has_found_missing_is_said_even_if_it_is_there_again() -> None:
