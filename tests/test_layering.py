@@ -64,7 +64,6 @@ TESTED_ELSEWHERE = {
     "_state/kinds": "state/kinds/test_base.py",
     "_lanes/chain": "lanes/test_probe.py",
     "_lanes/destination": "multiproc/test_lanes.py",
-    "_lanes/fetch": "multiproc/test_lanes.py",
     "_net/endpoint": "net/test_handshake.py",
     "_net/listener": "net/test_dial.py",
     "_net/stall": "net/test_connection.py",

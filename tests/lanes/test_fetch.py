@@ -1,0 +1,148 @@
+"""Lanes to one supplier: each message comes once, whichever lanes break, and what keeps one from opening is known."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from helpers import CPU, noise, raw_bytes, until
+
+from ft_transport._deadline import Deadline
+from ft_transport._lanes import fetch
+from ft_transport._lanes.chain import Route
+from ft_transport._lanes.fetch import Fetcher
+from ft_transport._lanes.pending import Work
+from ft_transport._lanes.protocol import Conversation, Frame, Header, Role
+from ft_transport._lanes.session import Talk
+from ft_transport._lanes.sink import Sink
+from ft_transport._net.connection import Bell, Connection
+from ft_transport._net.endpoint import Invitation
+from ft_transport._net.stall import Patience
+from ft_transport._options import LaneOptions
+from ft_transport._plan.destination import Landing
+from ft_transport._state.describe import describe
+from ft_transport._telemetry.report import PeerReport, TransferReport
+from ft_transport._wire.layout import Limits, lay_out
+from ft_transport.errors import PeerFailure, TransferError
+
+STATE = [noise(256, i) for i in range(12)]  # a message each
+LIMITS = Limits(message_bytes=1024, flight_bytes=1024, pack_below=0, pack_from=2, window=2)
+
+
+def patience(label: str = "the source") -> Patience:
+    return Patience(Deadline(timedelta(seconds=20)), None, label)
+
+
+class Supplier:
+    """Lets lanes in, and answers so many questions on each before it closes it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> None:
+        self.asked: list[int] = []
+        self._answers = list(answers)
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        monkeypatch.setattr(fetch, "dial", self._dial)
+
+    def _dial(self, *_: object) -> Connection:
+        if not self._answers:
+            raise PeerFailure("nobody answers")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            near, (far, _) = socket.create_connection(server.getsockname()), server.accept()
+        lane = Connection(far, "lane"), self._answers.pop(0)
+        self._threads.append(threading.Thread(target=self._supply, args=lane))
+        self._threads[-1].start()
+        return Connection(near, "127.0.0.1")
+
+    def _supply(self, connection: Connection, answers: int) -> None:
+        talk = Talk(connection, Conversation(Role.SOURCE, 1, 7))
+        talk.conversation.received(Header(Frame.ATTACH, 1, 7))
+        with contextlib.suppress(TransferError):
+            for _ in range(answers):
+                header, _ = talk.hear(patience())
+                with self._lock:
+                    self.asked.append(header.number)
+                talk.say_message(header.number, memoryview(raw_bytes(STATE[header.number])), None, patience())
+        connection.close()
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join(10)
+
+
+@pytest.fixture
+def into() -> tuple[Work, Any, Any]:
+    """What is pending, where it lands, and what has landed."""
+    report = TransferReport("destination", "test", 7, [PeerReport(0)])
+    manifest, _ = describe(STATE)
+    layout = lay_out(manifest, LIMITS)
+    assert len(layout.messages) == len(STATE)
+    landing, work = Landing(manifest, layout, {}, {}, CPU, report), Work(len(STATE))
+    return work, Sink(layout, landing, work, report, {}, verified=True), landing.rebuild
+
+
+def fetched(supplier: Supplier, into: tuple[Work, Any, Any], lanes: int, num_messages: int | None = None) -> Fetcher:
+    work, sink, _ = into
+    with contextlib.closing(Bell()) as bell:
+        fetcher = Fetcher(sink, bell, LaneOptions(CPU, lanes=lanes), 1, 7, num_messages=num_messages)
+        route = Route(Invitation(("127.0.0.1",), 9, bytes(32), False), b"i", True)
+        fetcher.open(route, None, patience)
+        until(lambda: not fetcher.alive or work.complete)
+        fetcher.close()
+        fetcher.close()
+    supplier.join()
+    assert not fetcher.alive
+    return fetcher
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_every_message_is_asked_for_once(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any], lanes: int
+) -> None:
+    supplier = Supplier(monkeypatch, [100] * lanes)
+    fetcher = fetched(supplier, into, lanes)
+    assert sorted(supplier.asked) == list(range(12))
+    assert [raw_bytes(tensor) for tensor in into[2]()] == [raw_bytes(tensor) for tensor in STATE]
+    assert fetcher.error is None
+    assert fetcher.nbytes == 12 * 1024
+
+
+def test_what_a_broken_lane_owes_comes_over_the_others(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any]
+) -> None:
+    fetched(Supplier(monkeypatch, [1, 2, 100]), into, 3)
+    assert into[0].complete
+    assert [raw_bytes(tensor) for tensor in into[2]()] == [raw_bytes(tensor) for tensor in STATE]
+
+
+def test_when_all_lanes_have_broken_the_rest_is_still_to_be_fetched(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any]
+) -> None:
+    fetcher = fetched(Supplier(monkeypatch, [2, 3]), into, 2)
+    assert not into[0].complete
+    assert isinstance(fetcher.error, PeerFailure)
+    assert not fetcher.hopeless, "new lanes to it may help"
+    assert fetcher.nbytes <= 5 * 1024
+    again = fetched(Supplier(monkeypatch, [100]), into, 1)
+    assert into[0].complete
+    assert fetcher.nbytes + again.nbytes == 12 * 1024
+
+
+def test_a_lane_that_cannot_be_opened_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any]
+) -> None:
+    fetcher = fetched(Supplier(monkeypatch, [100]), into, 4)
+    assert into[0].complete
+    assert str(fetcher.error) == "nobody answers"
+
+
+def test_a_trial_takes_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any]) -> None:
+    """Over one lane, so that it says what one lane of this supplier is worth."""
+    supplier = Supplier(monkeypatch, [100, 100])
+    fetcher = fetched(supplier, into, 4, num_messages=3)
+    assert supplier.asked == [0, 1, 2]
+    assert fetcher.nbytes == 3 * 1024
+    assert fetcher.error is None
