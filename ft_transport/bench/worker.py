@@ -46,8 +46,6 @@ def run_rank(job: Job, rank: int, address: tuple[str, int], log: str) -> None:
     for turn in job.turns:
         sample = worker.take(turn)
         store.set(f"sample/{turn.index}/{rank}", sample.to_json())
-        # After the sample is in the store: the supervisor sees the death at any moment from here on, and looks for its
-        # cause.
         # Once the sample is in the store: from here on the supervisor may see a death, and looks for its cause there.
         if sample.error:
             # Not by way of the interpreter's end: the threads of a broken group may never join.

@@ -85,7 +85,6 @@ class FaultyChannel(Faults):
 
     def _damage(self, tensor: torch.Tensor, fault: Fault) -> torch.Tensor:
         data = bytes(tensor.cpu().view(torch.uint8).tolist())
-        # A shorter message leaves the rest of the receive as it was.
         # Of the same length: a gloo receive that meets a shorter message completes without error and keeps its old
         # tail, so what arrives would depend on what the memory held before. With zeros each run is the same.
         found = damaged(data, (0, 0), fault, self._random).ljust(len(data), b"\0")

@@ -89,7 +89,7 @@ class MemoryChannel:
     def wait(self, pending: Pending, deadline: Deadline) -> None:
         self._posted.remove(pending)
         operation = pending.work
-        # Before it waits: an error that somebody keeps holds this frame, and must not hold the tensor with it.
+        # Before it waits, as over a real group: whoever keeps the handle of a wait that failed keeps no memory with it.
         pending.drop()
         with self._link.changed:
             done = self._link.changed.wait_for(
