@@ -62,11 +62,9 @@ TESTED_ELSEWHERE = {
     "__init__": "test_layering.py",
     "_version": "test_layering.py",
     "_state/kinds": "state/kinds/test_base.py",
-    "_lanes/chain": "lanes/test_probe.py",
+    "_lanes/control": "multiproc/test_lanes.py",
     "_lanes/destination": "multiproc/test_lanes.py",
-    "_net/endpoint": "net/test_handshake.py",
     "_net/listener": "net/test_dial.py",
-    "_net/stall": "net/test_connection.py",
 }
 # Folders of tests that may wait for time to pass: of several processes, which share no clock but that one.
 IN_REAL_TIME = {"chaos", "gpu", "multiproc", "netns"}

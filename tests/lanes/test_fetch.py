@@ -15,15 +15,15 @@ from ft_transport._deadline import Deadline
 from ft_transport._lanes import fetch
 from ft_transport._lanes.chain import Route
 from ft_transport._lanes.fetch import Fetcher
-from ft_transport._lanes.pending import Work
-from ft_transport._lanes.protocol import Conversation, Frame, Header, Role
-from ft_transport._lanes.session import Talk
+from ft_transport._lanes.pending import PendingMessages
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
+from ft_transport._lanes.session import Session
 from ft_transport._lanes.sink import Sink
-from ft_transport._net.connection import Bell, Connection
-from ft_transport._net.endpoint import Invitation
-from ft_transport._net.stall import Patience
+from ft_transport._net.connection import Connection, Wakeup
+from ft_transport._net.endpoint import Endpoint
+from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions
-from ft_transport._plan.destination import Landing
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport._wire.layout import Limits, lay_out
@@ -33,8 +33,8 @@ STATE = [noise(256, i) for i in range(12)]  # a message each
 LIMITS = Limits(message_bytes=1024, flight_bytes=1024, pack_below=0, pack_from=2, window=2)
 
 
-def patience(label: str = "the source") -> Patience:
-    return Patience(Deadline(timedelta(seconds=20)), None, label)
+def timer(label: str = "the source") -> StallTimer:
+    return StallTimer(Deadline(timedelta(seconds=20)), None, label)
 
 
 class Supplier:
@@ -58,14 +58,14 @@ class Supplier:
         return Connection(near, "127.0.0.1")
 
     def _supply(self, connection: Connection, answers: int) -> None:
-        talk = Talk(connection, Conversation(Role.SOURCE, 1, 7))
-        talk.conversation.received(Header(Frame.ATTACH, 1, 7))
+        session = Session(connection, LaneProtocol(Role.SOURCE, 1, 7))
+        session.protocol.received(LaneHeader(LaneFrame.ATTACH, 1, 7))
         with contextlib.suppress(TransferError):
             for _ in range(answers):
-                header, _ = talk.hear(patience())
+                header, _ = session.recv(timer())
                 with self._lock:
                     self.asked.append(header.number)
-                talk.say_message(header.number, memoryview(raw_bytes(STATE[header.number])), None, patience())
+                session.send_message(header.number, memoryview(raw_bytes(STATE[header.number])), None, timer())
         connection.close()
 
     def join(self) -> None:
@@ -74,22 +74,24 @@ class Supplier:
 
 
 @pytest.fixture
-def into() -> tuple[Work, Any, Any]:
+def into() -> tuple[PendingMessages, Any, Any]:
     """What is pending, where it lands, and what has landed."""
     report = TransferReport("destination", "test", 7, [PeerReport(0)])
     manifest, _ = describe(STATE)
     layout = lay_out(manifest, LIMITS)
     assert len(layout.messages) == len(STATE)
-    landing, work = Landing(manifest, layout, {}, {}, CPU, report), Work(len(STATE))
+    landing, work = DestinationPlan(manifest, layout, {}, {}, CPU, report), PendingMessages(len(STATE))
     return work, Sink(layout, landing, work, report, {}, verified=True), landing.rebuild
 
 
-def fetched(supplier: Supplier, into: tuple[Work, Any, Any], lanes: int, num_messages: int | None = None) -> Fetcher:
+def fetched(
+    supplier: Supplier, into: tuple[PendingMessages, Any, Any], lanes: int, num_messages: int | None = None
+) -> Fetcher:
     work, sink, _ = into
-    with contextlib.closing(Bell()) as bell:
+    with contextlib.closing(Wakeup()) as bell:
         fetcher = Fetcher(sink, bell, LaneOptions(CPU, lanes=lanes), 1, 7, num_messages=num_messages)
-        route = Route(Invitation(("127.0.0.1",), 9, bytes(32), False), b"i", True)
-        fetcher.open(route, None, patience)
+        route = Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", True)
+        fetcher.open(route, None, timer)
         until(lambda: not fetcher.alive or work.complete)
         fetcher.close()
         fetcher.close()
@@ -100,7 +102,7 @@ def fetched(supplier: Supplier, into: tuple[Work, Any, Any], lanes: int, num_mes
 
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_every_message_is_asked_for_once(
-    monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any], lanes: int
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any], lanes: int
 ) -> None:
     supplier = Supplier(monkeypatch, [100] * lanes)
     fetcher = fetched(supplier, into, lanes)
@@ -111,7 +113,7 @@ def test_every_message_is_asked_for_once(
 
 
 def test_what_a_broken_lane_owes_comes_over_the_others(
-    monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any]
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
 ) -> None:
     fetched(Supplier(monkeypatch, [1, 2, 100]), into, 3)
     assert into[0].complete
@@ -119,7 +121,7 @@ def test_what_a_broken_lane_owes_comes_over_the_others(
 
 
 def test_when_all_lanes_have_broken_the_rest_is_still_to_be_fetched(
-    monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any]
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
 ) -> None:
     fetcher = fetched(Supplier(monkeypatch, [2, 3]), into, 2)
     assert not into[0].complete
@@ -132,14 +134,16 @@ def test_when_all_lanes_have_broken_the_rest_is_still_to_be_fetched(
 
 
 def test_a_lane_that_cannot_be_opened_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any]
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
 ) -> None:
     fetcher = fetched(Supplier(monkeypatch, [100]), into, 4)
     assert into[0].complete
     assert str(fetcher.error) == "nobody answers"
 
 
-def test_a_trial_takes_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch, into: tuple[Work, Any, Any]) -> None:
+def test_a_trial_takes_no_more_than_it_may(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
+) -> None:
     """Over one lane, so that it says what one lane of this supplier is worth."""
     supplier = Supplier(monkeypatch, [100, 100])
     fetcher = fetched(supplier, into, 4, num_messages=3)

@@ -14,7 +14,7 @@ from ft_transport._lanes import messages
 from ft_transport._lanes.messages import StateMessages
 from ft_transport._options import LaneOptions
 from ft_transport._plan.buffers import Bucket, aligned
-from ft_transport._plan.source import Outbound
+from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import LocalProtocolError
 
@@ -22,7 +22,7 @@ LARGE = 100_000  # elements of four bytes, more than a small range
 
 
 def offered(state: object, **options: Any) -> StateMessages:
-    return StateMessages(Outbound(state, 7, LaneOptions(CPU, **options), TransferReport("source", "test", 7)))
+    return StateMessages(SourcePlan(state, 7, LaneOptions(CPU, **options), TransferReport("source", "test", 7)))
 
 
 def read(store: StateMessages, nbytes: int) -> bytes:
