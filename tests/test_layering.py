@@ -62,9 +62,7 @@ TESTED_ELSEWHERE = {
     "__init__": "test_layering.py",
     "_version": "test_layering.py",
     "_state/kinds": "state/kinds/test_base.py",
-    "_lanes/control": "multiproc/test_lanes.py",
     "_lanes/destination": "multiproc/test_lanes.py",
-    "_lanes/move": "multiproc/test_lanes.py",
     "_net/listener": "net/test_dial.py",
 }
 # Folders of tests that may wait for time to pass: of several processes, which share no clock but that one.

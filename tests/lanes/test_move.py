@@ -155,7 +155,7 @@ def test_if_all_is_here_already_the_source_is_still_heard() -> None:
     assert (named, play.asked) == ([], [])
 
 
-def test_what_forward_has_written_to_is_fetched_once_more_and_is_no_break() -> None:
+def test_what_forward_has_written_to_is_fetched_as_often_as_that_happens() -> None:
     play = Play([SOURCE], lands(0), lands(1), lands(0), lands(0), lands(0), lands(0))
     play.overwritten = [[0]] * (MAX_BREAKS + 1)
     run(play)
