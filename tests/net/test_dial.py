@@ -80,7 +80,16 @@ def let_in(endpoint: Endpoint, dispatch: queue.SimpleQueue[Connection]) -> Itera
         yield connection
 
 
-def test_congestion_control_is_what_the_system_has_chosen(chosen: bytes, let_in: Connection) -> None:
+def test_nothing_paces_what_stays_on_the_machine(chosen: bytes, let_in: Connection) -> None:
+    assert congestion_control(let_in._socket) == (b"reno" if chosen == b"bbr" else chosen)
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_listener, "is_local", lambda sock: False)
+
+
+def test_a_network_is_treated_as_the_system_has_chosen(chosen: bytes, far: None, let_in: Connection) -> None:
     assert congestion_control(let_in._socket) == chosen
 
 
