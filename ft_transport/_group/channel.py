@@ -171,8 +171,8 @@ class GroupChannel:
             with self._lock:
                 # Neither abort() nor configure() of a group wakes who waits, or stops what is posted: a message that is
                 # under way lands in the user's tensor afterwards, in silence. Only the end of the pair does, and this
-                # is the way to end it that gloo has: when a wait expires, every pair closes.
-                # The shortest wait that gloo does not take for "none": when it expires, every pair closes.
+                # is the way to end it that gloo has: when a wait expires, every pair closes. MIN_WAIT is the shortest
+                # that gloo does not take for "none".
                 never = torch.empty(1, dtype=torch.int64, device=self._device)
                 self._pg.recv([never], self.peer_rank, tag=_NEVER).wait(MIN_WAIT)
         except Exception:

@@ -16,7 +16,7 @@ from ft_transport._group.fan_out import close_failed
 from ft_transport._options import NUM_BUCKETS, Options
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import DestinationPlan, plan_destination
-from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.rewrite import Received, Rewrite
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._telemetry.progress import report_progress
@@ -27,7 +27,7 @@ from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame
 from ft_transport._wire.layout import Layout, lay_out
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended
 
-__all__ = ["Received", "receive"]
+__all__ = ["receive"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -107,20 +107,6 @@ def receive(
     finally:
         channel.drop()
         peer.nbytes_wire = channel.nbytes_wire
-
-
-class Received(NamedTuple):
-    """A received state.
-
-    Attributes:
-        state: The state dict.
-        written: The template's tensors that hold a new value; autograd has not been told of it.
-        rewrite: Makes it the source's again before the optimizer steps; None if nobody trains meanwhile.
-    """
-
-    state: object
-    written: list[torch.Tensor]
-    rewrite: Rewrite | None
 
 
 # --------------------------------------------------------------------------------------------- agree

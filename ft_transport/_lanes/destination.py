@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
-
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.control import ControlConnection, GaveUp, Tally
 from ft_transport._lanes.dispatcher import Dispatcher
@@ -32,7 +30,7 @@ from ft_transport._options import LaneOptions
 from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.destination import DestinationPlan, plan_destination
 from ft_transport._plan.resume import PartialReceive, manifest_fingerprint
-from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.rewrite import Received, Rewrite
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._telemetry.report import TransferReport, outcome_of
@@ -48,7 +46,7 @@ from ft_transport.errors import (
     reason_of,
 )
 
-__all__ = ["Received", "DestinationTransfer", "LocalPeer"]
+__all__ = ["DestinationTransfer", "LocalPeer"]
 
 
 class LocalPeer(NamedTuple):
@@ -67,22 +65,6 @@ class LocalPeer(NamedTuple):
     metadata: str
     dispatcher: Dispatcher
     contexts: SslContexts | None
-
-
-class Received(NamedTuple):
-    """A received state.
-
-    Attributes:
-        state: The state dict.
-        written: The template's tensors that hold a new value; autograd has not been told of it.
-        relay: Goes on passing the state on until it is closed; None if nobody would ask.
-        rewrite: Makes it the source's again before the optimizer steps; None if nobody trains meanwhile.
-    """
-
-    state: object
-    written: list[torch.Tensor]
-    relay: Relay | None
-    rewrite: Rewrite | None
 
 
 class _Plan(NamedTuple):
@@ -211,12 +193,17 @@ class DestinationTransfer:
         self._planner = _Planner(step, options, report, torn, trains)
         self._control: ControlConnection | None = None
 
-    def run(self, state_dict: Callable[[], object] | None, earlier: PartialReceive | None) -> Received:
+    def run(
+        self, state_dict: Callable[[], object] | None, earlier: PartialReceive | None
+    ) -> tuple[Received, Relay | None]:
         """Receive the state.
 
         Args:
             state_dict: Gives the template, None for a fresh state.
             earlier: What an earlier receive has left.
+
+        Returns:
+            The state, and what goes on passing it on until it is closed; None if nobody would ask.
 
         Raises:
             TransferError: As it happened. Nothing reads or writes the template any more; ``report.torn`` says whether
@@ -240,7 +227,9 @@ class DestinationTransfer:
                 self._report.peers[0].nbytes_wire += self._control.session.connection.nbytes_wire
                 self._control.close()
 
-    def _run(self, state_dict: Callable[[], object] | None, earlier: PartialReceive | None) -> Received:
+    def _run(
+        self, state_dict: Callable[[], object] | None, earlier: PartialReceive | None
+    ) -> tuple[Received, Relay | None]:
         (peer,) = self._report.peers
         with peer.enter("agree", "destination", self._options.on_phase):
             control = self._control = self._call()
@@ -262,7 +251,7 @@ class DestinationTransfer:
         # By these the training thread sees later what forward has changed since.
         if plan.rewrite is not None and plan.header.digest:
             plan.rewrite.note_digests(sink.pending.digests, plan.header.digest)
-        return Received(state, plan.landing.written(), self._relay, plan.rewrite)
+        return Received(state, plan.landing.written(), plan.rewrite), self._relay
 
     def _rebuild(self, landing: DestinationPlan) -> object:
         # With shadow, this is where the template is written to: what fails in between leaves a mix.

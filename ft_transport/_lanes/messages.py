@@ -21,12 +21,12 @@ __all__ = ["StateMessages"]
 
 
 class StateMessages:
-    """The messages of a described state; see ``_lanes.supplier.Stock``.
+    """The messages of a described state; see ``_lanes.supplier.MessageStore``.
 
     The small ones are copied here and now: forward goes on meanwhile, and changes small buffers (BatchNorm).
 
     Args:
-        outbound: The described state.
+        plan: The described state.
         stream: The accelerator's stream to gather in, None without one.
 
     Attributes:
@@ -37,23 +37,23 @@ class StateMessages:
     # Whoever writes to large tensors voids the transfer anyway, so they may leave by their pages, without a copy.
     steady = is_whole_transfer = True
 
-    def __init__(self, outbound: SourcePlan, stream: Any = None) -> None:
-        self.sizes = outbound.layout.sizes
-        self.verified = bool(outbound.header.digest)
-        self.frame = outbound.frame
+    def __init__(self, plan: SourcePlan, stream: Any = None) -> None:
+        self.sizes = plan.layout.sizes
+        self.verified = bool(plan.header.digest)
+        self.frame = plan.frame
         self.stream = stream
         self.error: LocalProtocolError | None = None
         self._gone: LocalProtocolError | None = None
-        self._placement = outbound.placement
-        self._versions = outbound.versions
+        self._placement = plan.placement
+        self._versions = plan.versions
         self._digests: dict[int, int] = {}
         self._copies: dict[int, memoryview] = {}
         small, room = [], SMALL_BYTES
         # In the layout's order, as far as there is room: 64 MiB hold the buffers of any model, and copying more would
         # make the source wait for what forward never writes to.
-        for message in range(len(outbound.layout.messages)):
+        for message in range(len(plan.layout.messages)):
             nbytes = aligned(self.sizes[message])
-            if outbound.layout.is_small(message) and nbytes <= room:
+            if plan.layout.is_small(message) and nbytes <= room:
                 room -= nbytes
                 small.append(message)
         # Kept as long as the copies: they are views of it, which hold nothing themselves.

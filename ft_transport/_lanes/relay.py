@@ -30,7 +30,7 @@ __all__ = ["Relay"]
 
 
 class Relay:
-    """What has landed here and is sound, for whoever the source sends here. Is a ``_lanes.supplier.Stock``.
+    """What has landed here and is sound, for whoever the source sends here. Is a ``_lanes.supplier.MessageStore``.
 
     A message is passed on with the digest that the source has given it, so what this side has done to its memory in the
     meantime is found by the one who gets it.

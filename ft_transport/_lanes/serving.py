@@ -107,7 +107,6 @@ class Serving:
         self._news = news
         self._on_phase = on_phase
         self._supplier: Supplier | None = None
-        self._has_all = False  # and the state had not changed: whatever happens now, it is not told to discard it
 
     def cancel(self, reason: str) -> None:
         """Let it end at the next heartbeat. Any thread."""
@@ -127,8 +126,9 @@ class Serving:
         except Exception as exc:
             peer.reason = reason_of(exc)
             outcome = outcome_of(exc, cancelled=self._timer.cancelled)
-            if outcome in ("failed", "timed out") and not self._has_all:
-                # Who has been silent for so long is told, and not waited for.
+            if outcome in ("failed", "timed out"):
+                # Not after BYE, when the protocol is closed: it has everything, and is not told to discard it. Who has been
+                # silent for so long is told, and not waited for.
                 send_failed(self.session, peer.reason, wait=not isinstance(exc, PeerStalled))
             return outcome
         finally:
@@ -156,7 +156,6 @@ class Serving:
                 session.send(LaneFrame.ROUTE, timer, body=self._line.route(self.state))
                 self._recv(store, until=State.DONE)
         store.check_unchanged()
-        self._has_all = True
         session.send(LaneFrame.BYE, timer)
         # BYE is worth a moment: a destination that does not hear it has its state all the same, and logs a warning.
         session.connection.finish(StallTimer(timer.deadline, HEARTBEAT))
@@ -186,7 +185,7 @@ class Serving:
             raise TransferError(f"the destination gave up: {'; '.join(body)}")
         if frame is LaneFrame.READY:
             state.metadata, state.relay = body
-            if state.metadata and not _is_invitation(state.metadata, state.relay):
+            if state.metadata and not _is_endpoint(state.metadata, state.relay):
                 # It may be of another version; whoever were sent there would only come back and ask again.
                 logger.warning("%s cannot pass the state on: nobody could read its metadata", state.peer.label)
                 state.metadata = ""
@@ -197,7 +196,7 @@ class Serving:
                 logger.warning("%s turns to another supplier: %s", state.peer.label, printable(reason))
 
 
-def _is_invitation(metadata: str, ident: bytes) -> bool:
+def _is_endpoint(metadata: str, ident: bytes) -> bool:
     """Whether those behind a destination can make something of where it says that they may fetch."""
     try:
         Endpoint.decode(metadata)

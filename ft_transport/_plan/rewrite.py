@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -29,7 +30,7 @@ from ft_transport._plan.unchanged import Reading
 from ft_transport._wire.digest import digest_message
 from ft_transport._wire.layout import SMALL_BYTES, Layout
 
-__all__ = ["Rewrite"]
+__all__ = ["Received", "Rewrite"]
 
 
 class Rewrite:
@@ -178,3 +179,17 @@ class Rewrite:
     def paths(self, messages: Iterable[int]) -> list[str]:
         """The leaves that these messages are of."""
         return self._landing.paths_of(set().union(*map(self._layout.owners.__getitem__, messages)))
+
+
+class Received(NamedTuple):
+    """A received state, whatever it came over.
+
+    Attributes:
+        state: The state dict.
+        written: The template's tensors that hold a new value; autograd has not been told of it.
+        rewrite: Makes it the source's again before the optimizer steps; None if nobody trains meanwhile.
+    """
+
+    state: object
+    written: list[torch.Tensor]
+    rewrite: Rewrite | None

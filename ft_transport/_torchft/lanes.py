@@ -26,12 +26,13 @@ from ft_transport._lanes.source import SourceTransfer
 from ft_transport._net.endpoint import SECRET_BYTES, Endpoint, interfaces, rank_addresses, resolve
 from ft_transport._net.listener import Listener
 from ft_transport._options import CPU, LaneOptions
+from ft_transport._plan.rewrite import Received
 from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 from ft_transport._telemetry.teller import Teller
-from ft_transport._torchft.managed import Arrived, ManagedTransport, StateDict, check_distinct
+from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
 from ft_transport._torchft.under_way import SHUT_DOWN, Receiving, Serving
 from ft_transport._transport import check_duration
 from ft_transport.errors import LocalProtocolError
@@ -215,14 +216,14 @@ class LaneTransport(ManagedTransport[T]):
             # Whoever comes proves that it knows the secret, not which rank it is: torchft hands the same metadata to
             # all. With one there is nothing to mistake.
             report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
-            # It is the transfer's, and goes on when this has returned: an transfer that nobody comes for ends then.
+            # It is the transfer's, and goes on when this has returned: a transfer that nobody comes for ends then.
             deadline = self._limit(timeout)
             transfer = SourceTransfer(self._options, deadline, report, self._local.dispatcher, self._teller)
             self._serving.serve(transfer, state_dict, self._guard, blocking=self._blocking)
 
     def _receive(
         self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
-    ) -> Arrived:
+    ) -> Received:
         from_itself = metadata == self._local.metadata
         # A relay of an earlier receive still reads the template that this one is about to write.
         self._serving.end(keep_source=from_itself)
@@ -232,11 +233,11 @@ class LaneTransport(ManagedTransport[T]):
         )
         with watching(report, deadline):
             # What the template holds is what is sent, if this side is the source, too.
-            received = self._receiving.run(transfer, None if from_itself else self._template())
-        self._serving.relay = received.relay
-        return Arrived(received.state, received.written, received.rewrite)
+            received, relay = self._receiving.run(transfer, None if from_itself else self._template())
+        self._serving.relay = relay
+        return received
 
-    def _end_receive(self, arrived: Arrived) -> None:
+    def _end_receive(self, arrived: Received) -> None:
         super()._end_receive(arrived)
         if (relay := self._serving.relay) is not None:
             relay.let_training_go_on()

@@ -12,7 +12,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Literal, NamedTuple, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from torchft.checkpointing.transport import CheckpointTransport
@@ -20,7 +20,7 @@ from torchft.checkpointing.transport import CheckpointTransport
 from ft_transport._deadline import Deadline
 from ft_transport._options import Options
 from ft_transport._plan.rebuild import mark_changed
-from ft_transport._plan.rewrite import Rewrite
+from ft_transport._plan.rewrite import Received, Rewrite
 from ft_transport._plan.torn import Attempt
 from ft_transport._plan.unchanged import watch_optimizers
 from ft_transport._process import undisturbed
@@ -30,7 +30,7 @@ from ft_transport._transport import TransportBase
 from ft_transport.errors import LocalProtocolError
 from ft_transport.state_digest import StateDigest, state_digest
 
-__all__ = ["Arrived", "ManagedTransport", "StateDict", "check_distinct"]
+__all__ = ["ManagedTransport", "StateDict", "check_distinct"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -38,20 +38,6 @@ T = TypeVar("T")
 
 # What a constructor takes as ``state_dict``.
 StateDict = Callable[[], object] | Literal["manager"] | None
-
-
-class Arrived(NamedTuple):
-    """A received state.
-
-    Attributes:
-        state: The state dict.
-        written: The template's tensors that hold a new value; autograd has not been told of it.
-        rewrite: Makes it the source's again before the optimizer steps; None if nobody trains meanwhile.
-    """
-
-    state: object
-    written: list[torch.Tensor]
-    rewrite: Rewrite | None
 
 
 class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[misc]
@@ -163,7 +149,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
     @abstractmethod
     def _receive(
         self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
-    ) -> Arrived:
+    ) -> Received:
         """Move a state here; ``trains`` says whether the training thread goes on meanwhile."""
 
     # ------------------------------------------------------------------- what the Manager's calls mean
@@ -191,7 +177,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         self._registered.note(manager)
         return goes_on_training(manager)
 
-    def _end_receive(self, arrived: Arrived) -> None:
+    def _end_receive(self, arrived: Received) -> None:
         """Remember what has been received, until :meth:`_before_step`."""
         self._changed, self._rewrite = arrived.written, arrived.rewrite
         if arrived.rewrite is not None:

@@ -20,12 +20,13 @@ from ft_transport._group.destination import receive
 from ft_transport._group.fan_out import in_parallel
 from ft_transport._group.source import LAST_WORDS, send_failure, serve
 from ft_transport._options import Options
+from ft_transport._plan.rewrite import Received
 from ft_transport._plan.source import SourcePlan
 from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
-from ft_transport._torchft.managed import Arrived, ManagedTransport, StateDict, check_distinct
+from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout, reason_of
 
 __all__ = ["PGTransport"]
@@ -201,11 +202,11 @@ class PGTransport(ManagedTransport[T]):
 
     def _receive(
         self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
-    ) -> Arrived:
+    ) -> Received:
         _check_ranks(self._pg, [src_rank])
         report.peers = [PeerReport(src_rank)]
         with watching(report, deadline):
-            received = receive(
+            return receive(
                 self._channel(src_rank),
                 report.step,
                 self._template(),
@@ -215,7 +216,6 @@ class PGTransport(ManagedTransport[T]):
                 attempt=attempt,
                 beside=self._beside if trains else None,
             )
-        return Arrived(*received)
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
         return GroupChannel(self._pg, rank, self._options.device, lock)

@@ -13,12 +13,13 @@ import threading
 from collections.abc import Callable
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.destination import DestinationTransfer, LocalPeer, Received
+from ft_transport._lanes.destination import DestinationTransfer, LocalPeer
 from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.source import SourceTransfer
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._options import LaneOptions
 from ft_transport._plan.resume import PartialReceive
+from ft_transport._plan.rewrite import Received
 from ft_transport._plan.torn import Attempt, TornGuard
 from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import TornStateError
@@ -128,7 +129,9 @@ class Receiving:
         assert step is not None, "torchft always gives one"
         return DestinationTransfer(endpoint, step, number, local, options, deadline, report, attempt, trains=trains)
 
-    def run(self, transfer: DestinationTransfer, template: Callable[[], object] | None) -> Received:
+    def run(
+        self, transfer: DestinationTransfer, template: Callable[[], object] | None
+    ) -> tuple[Received, Relay | None]:
         """Receive."""
         self._running = transfer, threading.get_ident()
         if self.is_shut_down:  # since this call has begun, so nobody has cancelled it

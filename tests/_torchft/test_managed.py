@@ -11,7 +11,8 @@ from helpers import CPU
 
 from ft_transport import LocalProtocolError, TornStateError
 from ft_transport._options import Options
-from ft_transport._torchft.managed import Arrived, ManagedTransport, check_distinct
+from ft_transport._plan.rewrite import Received
+from ft_transport._torchft.managed import ManagedTransport, check_distinct
 
 TIMEOUT = timedelta(seconds=5)
 
@@ -41,10 +42,12 @@ class Made(ManagedTransport[Any]):
         self.trained: list[bool] = []
         self._arriving = rewrite
 
-    def _receive(self, report: Any, src_rank: int, metadata: str, deadline: Any, attempt: Any, trains: bool) -> Arrived:
+    def _receive(
+        self, report: Any, src_rank: int, metadata: str, deadline: Any, attempt: Any, trains: bool
+    ) -> Received:
         self.trained.append(trains)
         template = self._template()
-        return Arrived(None if template is None else template(), [self.weight], self._arriving)
+        return Received(None if template is None else template(), [self.weight], self._arriving)
 
     def metadata(self) -> str:
         self._begin_quorum()

@@ -6,7 +6,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
 
@@ -21,9 +21,10 @@ from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Ro
 from ft_transport._lanes.session import Session
 from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.endpoint import Endpoint
-from ft_transport._net.stall import HEARTBEAT, PeerStalled, StallTimer
+from ft_transport._net.stall import HEARTBEAT, PeerStalled
 from ft_transport._telemetry.report import PeerReport, Progress, TransferReport
 from ft_transport.errors import PeerFailure, TransferError, TransferTimeout
+from lanes.heard import Script, heard
 
 LONG, NONE = timedelta(seconds=10), timedelta(0)
 # The source has two addresses, and the second one has answered.
@@ -32,7 +33,6 @@ ELSEWHERE = Endpoint(("127.0.0.1",), 9, bytes(32), False)
 NBYTES = 7
 F = LaneFrame
 
-Script = list[tuple[LaneFrame, int, Any]]
 Say = tuple[LaneFrame, Any]
 WAIT: Say = (F.WAIT, None)
 MANIFEST: Say = (F.MANIFEST, b"manifest")
@@ -75,16 +75,7 @@ class Source:
     def heard(self) -> Script:
         """All that it was told, until the destination closed the connection."""
         self.control.close()
-        mine = Session(Connection(self.socket, "destination"), LaneProtocol(Role.SOURCE, 1, 7))
-        mine.protocol.received = lambda header: None  # type: ignore[method-assign]
-        found: Script = []
-        with closing(mine.connection):
-            while True:
-                try:
-                    header, body = mine.recv(StallTimer(Deadline(LONG)))
-                except PeerFailure:
-                    return found
-                found.append((header.frame, header.number, body))
+        return heard(self.socket, Role.SOURCE)
 
 
 Make = Callable[..., Source]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Iterator
-from contextlib import closing
 from datetime import timedelta
 from typing import Any
 
@@ -20,13 +19,13 @@ from ft_transport._net.connection import Connection
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.stall import StallTimer
 from ft_transport._telemetry.report import PeerReport, TransferReport
-from ft_transport.errors import LocalProtocolError, PeerFailure, TransferError
+from ft_transport.errors import LocalProtocolError, TransferError
+from lanes.heard import Script, heard
 
 LONG = timedelta(seconds=10)
 ELSEWHERE = Endpoint(("127.0.0.1",), 9, bytes(32), False).encode()
 F = LaneFrame
 
-Script = list[tuple[LaneFrame, int, Any]]
 READY = (F.READY, 0, [ELSEWHERE, b"relay"])
 DONE = (F.DONE, 5, None)
 
@@ -108,16 +107,7 @@ class Destination:
 
     def heard(self) -> Script:
         """All that the source has said, until it closed the connection."""
-        mine = Session(Connection(self.socket, "source"), LaneProtocol(Role.DESTINATION, 1, 7))
-        mine.protocol.received = lambda header: None  # type: ignore[method-assign]
-        found: Script = []
-        with closing(mine.connection):
-            while True:
-                try:
-                    header, body = mine.recv(StallTimer(Deadline(LONG)))
-                except PeerFailure:
-                    return found
-                found.append((header.frame, header.number, body))
+        return heard(self.socket, Role.DESTINATION)
 
 
 def frames(script: Script) -> list[LaneFrame]:

@@ -151,7 +151,7 @@ def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lane
 
 
 def test_a_route_that_nobody_can_read_is_answered(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_is_invitation", lambda metadata, ident: True)
+    monkeypatch.setattr(serving, "_is_endpoint", lambda metadata, ident: True)
     source, state = lanes.transport(**CALM), make_state()
     source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
     with peer(source.metadata()) as first:
