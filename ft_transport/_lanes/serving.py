@@ -127,8 +127,8 @@ class Serving:
             peer.reason = reason_of(exc)
             outcome = outcome_of(exc, cancelled=self._timer.cancelled)
             if outcome in ("failed", "timed out"):
-                # After BYE the protocol is closed and nothing is said: it has everything, and need not discard it. Who has
-                # been silent for so long is told, and not waited for.
+                # After BYE the protocol is closed and nothing is said: it has everything, and need not discard it.
+                # Who has been silent for so long is told, and not waited for.
                 send_failed(self.session, peer.reason, wait=not isinstance(exc, PeerStalled))
             return outcome
         finally:
