@@ -107,6 +107,7 @@ class Serving:
         self._news = news
         self._on_phase = on_phase
         self._supplier: Supplier | None = None
+        self._has_all = False  # and the state had not changed: whatever happens now, it is not told to discard it
 
     def cancel(self, reason: str) -> None:
         """Let it end at the next heartbeat. Any thread."""
@@ -126,8 +127,7 @@ class Serving:
         except Exception as exc:
             peer.reason = reason_of(exc)
             outcome = outcome_of(exc, cancelled=self._timer.cancelled)
-            if outcome in ("failed", "timed out"):
-                # After BYE the protocol is closed and nothing is said: it has everything, and need not discard it.
+            if outcome in ("failed", "timed out") and not self._has_all:
                 # Who has been silent for so long is told, and not waited for.
                 send_failed(self.session, peer.reason, wait=not isinstance(exc, PeerStalled))
             return outcome
@@ -156,6 +156,8 @@ class Serving:
                 session.send(LaneFrame.ROUTE, timer, body=self._line.route(self.state))
                 self._recv(store, until=State.DONE)
         store.check_unchanged()
+        # Before BYE and not by it: what keeps this side from saying goodbye must not void a state that has arrived.
+        self._has_all = True
         session.send(LaneFrame.BYE, timer)
         # BYE is worth a moment: a destination that does not hear it has its state all the same, and logs a warning.
         session.connection.finish(StallTimer(timer.deadline, HEARTBEAT))
