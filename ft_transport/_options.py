@@ -10,6 +10,7 @@ import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 
@@ -18,9 +19,11 @@ from ft_transport._telemetry.report import Copies, OnMismatch, PhaseCallback, Pr
 from ft_transport._wire.digest import NUM_SAMPLES
 from ft_transport._wire.layout import Limits
 
-__all__ = ["CPU", "NUM_BUCKETS", "LaneOptions", "Options"]
+__all__ = ["CPU", "NUM_BUCKETS", "Fabric", "LaneOptions", "Options"]
 
 CPU = torch.device("cpu")
+
+Fabric = Literal["auto", "tcp", "cma"]
 
 # Buckets on each side for each peer of a group. While one moves, the other is filled or emptied.
 NUM_BUCKETS = 2
@@ -97,6 +100,7 @@ class LaneOptions(Options):
         lanes: Connections that a destination opens for the state's bytes.
         chain: As a source, let destinations pass the state on to each other.
         skip_unchanged: As a destination, compare what the template holds before it is moved.
+        fabric: By what messages move within a machine: "cma" is memory that is read, "auto" the same where it works.
     """
 
     fresh_device: torch.device | None = CPU
@@ -104,6 +108,12 @@ class LaneOptions(Options):
     lanes: int = 2
     chain: bool = True
     skip_unchanged: bool = False
+    fabric: Fabric = "auto"
+
+    @property
+    def direct(self) -> bool:
+        """Whether memory of another process on this machine may be read, and this one's by it."""
+        return self.fabric != "tcp"
 
     def limits(self, nbytes: int) -> Limits:
         """As ``Options.limits``.

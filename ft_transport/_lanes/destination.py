@@ -324,6 +324,7 @@ class DestinationTransfer:
             sink.pending,
             control.timer(),
             verified=sink.verified,
+            direct=self._options.direct,
             stream=stream,
             rewrite=plan.rewrite,
         )
@@ -336,6 +337,7 @@ class DestinationTransfer:
             mover.run()
         finally:
             self._report.peers[0].nbytes_wire += mover.nbytes_wire
+            self._report.peers[0].nbytes_direct += mover.nbytes_direct
             # Also of what an earlier receive had left and this one has not come to: it is still in the template.
             if sink.verified and sink.pending.digests:
                 known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}

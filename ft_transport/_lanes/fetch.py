@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 from ft_transport._lanes.chain import Route
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role, encode
-from ft_transport._lanes.session import Session
+from ft_transport._lanes.session import Session, Unreadable
 from ft_transport._lanes.sink import Incurable, Sink
+from ft_transport._net.cma import PeerMemory, new_token
 from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.dial import dial
 from ft_transport._net.handshake_io import SslContexts
@@ -43,9 +44,11 @@ class Fetcher:
         attempt: As in every header.
         step: As in every header.
         num_messages: How many to fetch, over one lane; None for all that are left.
+        direct: Whether to read the memory of a supplier on this machine, if the options say so.
 
     Attributes:
         error: Why a lane could not be opened or has ended, the newest; None while all is well.
+        unreadable: Whether that memory could not be read any more: new lanes should not try.
     """
 
     def __init__(
@@ -57,14 +60,17 @@ class Fetcher:
         step: int,
         *,
         num_messages: int | None = None,
+        direct: bool = True,
     ) -> None:
         self.error: TransferError | None = None
+        self.unreadable = False
         self._sink = sink
         self._wakeup = wakeup
         self._options = options
         self._attempt = attempt
         self._step = step
         self._num_messages = num_messages
+        self._direct = direct and options.direct
         self._lanes: list[_Lane] = []
         self._crew = ThreadGroup()
         self._closing = False
@@ -124,6 +130,11 @@ class Fetcher:
         return sum(lane.session.connection.nbytes_wire for lane in self._lanes)
 
     @property
+    def nbytes_direct(self) -> int:
+        """Bytes that were read from the supplier's memory."""
+        return sum(lane.session.nbytes_direct for lane in self._lanes)
+
+    @property
     def fatal(self) -> Exception | None:
         """This side's own trouble, which no other supplier would mend."""
         return next((lane.fatal for lane in self._lanes if lane.fatal is not None), None)
@@ -152,6 +163,8 @@ class Fetcher:
         eager = self._options.on_progress is not None
         try:
             self._sink.enter()
+            if self._direct and lane.session.connection.is_local:
+                lane.try_memory()
             while lane.ask(lambda: self._closing):
                 lane.take_answer()
                 if eager or self._sink.pending.complete:
@@ -159,6 +172,7 @@ class Fetcher:
         except LocalProtocolError as exc:
             lane.fatal = self._sink.named(exc)
         except TransferError as exc:
+            self.unreadable |= isinstance(exc, Unreadable)
             if not self._closing:
                 self.error = exc
         except Exception as exc:
@@ -189,6 +203,19 @@ class _Lane:
         self._bucket = Bucket(CPU, pinned=True)
         self._lock = threading.Lock()
 
+    def try_memory(self) -> None:
+        """Find out whether the supplier's memory can be read; if so, it tells from now on where messages are."""
+        session, token = self.session, new_token()
+        session.send(LaneFrame.LOCATE, self._timer, body=[token])
+        _, (pid, address) = session.recv(self._timer)
+        try:
+            session.memory = PeerMemory(pid, address, token)
+        except OSError as exc:
+            # As on most machines with containers, and on none of two: messages come over the connection then.
+            logger.debug("the memory of %s cannot be read: %s", session.connection.address, exc)
+            return
+        session.send(LaneFrame.DIRECT, self._timer)
+
     def ask(self, stopped: Callable[[], bool]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
         pending, asked = self._sink.pending, self.session.protocol.asked
@@ -215,7 +242,7 @@ class _Lane:
     def take_answer(self) -> None:
         """Read one frame, and land the message if it is one."""
         header = self.session.recv_header(self._timer)
-        if header.frame is LaneFrame.MESSAGE:
+        if header.frame in (LaneFrame.MESSAGE, LaneFrame.PLACE):
             self._land(header)
             return
         self.session.recv_body(header, self._timer)

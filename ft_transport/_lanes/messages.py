@@ -28,6 +28,7 @@ class StateMessages:
     Args:
         plan: The described state.
         stream: The accelerator's stream to gather in, None without one.
+        direct: Whether destinations on this machine may read it from here themselves.
 
     Attributes:
         frame: The manifest, as it travels.
@@ -37,11 +38,12 @@ class StateMessages:
     # Whoever writes to large tensors voids the transfer anyway, so they may leave by their pages, without a copy.
     steady = is_whole_transfer = True
 
-    def __init__(self, plan: SourcePlan, stream: Any = None) -> None:
+    def __init__(self, plan: SourcePlan, stream: Any = None, *, direct: bool = True) -> None:
         self.sizes = plan.layout.sizes
         self.verified = bool(plan.header.digest)
         self.frame = plan.frame
         self.stream = stream
+        self.direct = direct
         self.error: LocalProtocolError | None = None
         self._gone: LocalProtocolError | None = None
         self._placement = plan.placement

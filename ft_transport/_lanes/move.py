@@ -48,12 +48,13 @@ class Mover:
 
     Attributes:
         nbytes_wire: All bytes of the lanes, those of probes among them.
+        nbytes_direct: How many of them were read from a supplier's memory.
     """
 
     def __init__(
         self, control: ControlConnection, sink: Sink, options: LaneOptions, contexts: SslContexts | None
     ) -> None:
-        self.nbytes_wire = 0
+        self.nbytes_wire = self.nbytes_direct = 0
         self._control = control
         self._sink = sink
         self._options = options
@@ -126,6 +127,9 @@ class Mover:
             finally:
                 fetcher.close()
             self.nbytes_wire += fetcher.nbytes_wire + probe.nbytes_wire
+            self.nbytes_direct += fetcher.nbytes_direct
+            if fetcher.unreadable:
+                self._new = partial(self._new, direct=False)
         if fetcher.fatal is not None:
             raise fetcher.fatal
         if not self._sink.pending.complete:

@@ -48,7 +48,7 @@ __all__ = [
 MAGIC = b"FTLN"
 # Peers of two versions refuse each other by name, and nothing is negotiated: the replicas of one job run one version,
 # but for the minutes in which it is replaced.
-VERSION = 2
+VERSION = 3
 # Magic, version, frame, attempt, step, number, bytes of the body, digest of the body, digest of all before it.
 # The header has a digest of its own, since its length is believed before a byte of the body is here. Attempt and step
 # in each frame: what an earlier receive has asked for cannot be taken for an answer to this one, whatever is between
@@ -56,7 +56,7 @@ VERSION = 2
 _HEADER = struct.Struct("<4sBB2xIqQQQQ")
 _CHECKED = _HEADER.size - 8
 HEADER_BYTES = _HEADER.size
-# Follows the body of a MESSAGE: its digest, which is known only once its last byte has been read.
+# Follows the body of a MESSAGE or PLACE: the message's digest, which is known only once its last byte has been read.
 TRAILER = struct.Struct("<Q")
 
 # Bound what a peer can make us allocate, in bytes of a body; all but a manifest is read by a source, too. Reasons name
@@ -96,10 +96,14 @@ class LaneFrame(IntEnum):
     CHECK = 14
     MESSAGE = 15
     SAME = 16
+    LOCATE = 17
+    LOCATION = 18
+    DIRECT = 19
+    PLACE = 20
 
 
 class State(Enum):
-    """Where a connection is. A lane is LANE from its first frame to its end."""
+    """Where a connection is. A lane is LANE to its end, or DIRECT from when its destination reads memory."""
 
     OPEN = "open"
     WAITING = "waiting"
@@ -108,6 +112,8 @@ class State(Enum):
     MOVING = "moving"
     DONE = "done"
     LANE = "lane"
+    LOCATING = "locating"
+    DIRECT = "direct"
     CLOSED = "closed"
 
 
@@ -157,12 +163,24 @@ TABLE: dict[State, dict[tuple[Role, LaneFrame], State]] = {
         (_S, LaneFrame.MESSAGE): State.LANE,
         (_S, LaneFrame.SAME): State.LANE,
         (_S, LaneFrame.WAIT): State.LANE,
+        (_D, LaneFrame.LOCATE): State.LOCATING,
+        (_D, LaneFrame.DIRECT): State.DIRECT,
+    },
+    State.LOCATING: {(_S, LaneFrame.LOCATION): State.LANE},
+    # Entered on the destination's word alone: whether it can read the supplier's memory, it has found out.
+    State.DIRECT: {
+        (_D, LaneFrame.WANT): State.DIRECT,
+        (_D, LaneFrame.CHECK): State.DIRECT,
+        (_S, LaneFrame.PLACE): State.DIRECT,
+        (_S, LaneFrame.MESSAGE): State.DIRECT,
+        (_S, LaneFrame.SAME): State.DIRECT,
+        (_S, LaneFrame.WAIT): State.DIRECT,
     },
     State.CLOSED: {},
 }
 
 _ASKS = (LaneFrame.WANT, LaneFrame.CHECK)
-_ANSWERS = (LaneFrame.MESSAGE, LaneFrame.SAME)
+_ANSWERS = (LaneFrame.MESSAGE, LaneFrame.PLACE, LaneFrame.SAME)
 
 # The body of each frame: the types of an array's entries, ``str`` for an array of any number of texts, None for none.
 # MANIFEST and MESSAGE are not here: their bodies are bytes as they are.
@@ -181,6 +199,10 @@ BODIES: dict[LaneFrame, tuple[tuple[type, ...], ...] | type[str] | None] = {
     LaneFrame.WANT: None,
     LaneFrame.CHECK: ((int,),),
     LaneFrame.SAME: None,
+    LaneFrame.LOCATE: ((bytes,),),
+    LaneFrame.LOCATION: ((int,), (int,)),
+    LaneFrame.DIRECT: None,
+    LaneFrame.PLACE: ((int,), (int,)),
 }
 
 _LONG = (LaneFrame.REFUSE, LaneFrame.FAILED)
@@ -200,7 +222,7 @@ class LaneHeader(NamedTuple):
         frame: What it is.
         attempt: Which attempt of the destination this is, counted by it.
         step: The step that the destination asks for.
-        number: Of the message (WANT, CHECK, MESSAGE, SAME), or bytes that have landed (PROGRESS, DONE).
+        number: Of the message (WANT, CHECK, MESSAGE, PLACE, SAME), or bytes that have landed (PROGRESS, DONE).
         nbytes: Length of the body.
         digest: Of the body; 0 for MESSAGE, whose digest follows its body.
     """

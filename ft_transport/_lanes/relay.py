@@ -41,6 +41,7 @@ class Relay:
         landing: Where they land.
         pending: Which of them are here.
         verified: Whether messages have digests.
+        direct: Whether those behind on this machine may read it from here themselves.
         stream: The accelerator's stream to gather in, None without one.
         timer: Until when it waits for the others in :meth:`drain`.
         rewrite: Has messages as they came, too; None if nobody trains meanwhile.
@@ -60,12 +61,14 @@ class Relay:
         timer: StallTimer,
         *,
         verified: bool,
+        direct: bool = True,
         stream: Any = None,
         rewrite: Rewrite | None = None,
     ) -> None:
         # Keeps lanes that an earlier receive was asked for from being taken for this one's.
         self.ident = secrets.token_bytes(16)
         self.verified = verified
+        self.direct = direct
         # Training goes on with this memory once this side has the state, whatever the next one still reads.
         self.steady = verified
         self._dispatcher = dispatcher

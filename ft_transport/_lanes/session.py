@@ -4,13 +4,18 @@ Strategy: a message is read and written piece by piece, and each piece is finger
 cache: to read a state once more for its digests alone would cost a fifth of the speed where cores are few. Memory of a
 user's may be given back while it is read; what tells so (``Held``) is asked where it is read, and after an error.
 
+Within a machine a message may be told by its place in the supplier's memory, and is read there (``_net.cma``). All else
+is as for one that comes over the connection: who asks for it, its digest behind it, what is done about damage.
+
 Not here: what frames mean (``_lanes.protocol``), and how long a peer is waited for (``_net.stall``).
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import xxhash
@@ -21,21 +26,29 @@ from ft_transport._lanes.protocol import (
     LaneFrame,
     LaneHeader,
     LaneProtocol,
+    State,
     decode_body,
     decode_header,
     encode,
     encode_header,
 )
+from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 
-__all__ = ["Session", "fingerprint"]
+__all__ = ["Session", "Unreadable", "fingerprint"]
 
 # A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache. Wherever
 # one begins, its pages fit into a pipe of 1 MiB.
 _PIECE_BYTES = (1 << 20) - mmap.PAGESIZE
+# Fewer bytes are as quickly here as the word where they are.
+_DIRECT_FROM = 64 << 10
+
+
+class Unreadable(PeerFailure):
+    """Memory of the supplier's, which could be read before, cannot be read (any more)."""
 
 
 class Session:
@@ -44,11 +57,17 @@ class Session:
     Args:
         connection: To the peer.
         protocol: New, or as far as it has come.
+
+    Attributes:
+        memory: The peer's, once it is known that it can be read here.
+        nbytes_direct: How many bytes were read from there.
     """
 
     def __init__(self, connection: Connection, protocol: LaneProtocol) -> None:
         self.connection = connection
         self.protocol = protocol
+        self.memory: PeerMemory | None = None
+        self.nbytes_direct = 0
 
     def send(self, frame: LaneFrame, timer: StallTimer, number: int = 0, body: Any = None) -> None:
         """Send a frame; raises as ``Connection.write``."""
@@ -64,7 +83,7 @@ class Session:
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
         """
         header = self.recv_header(timer)
-        if header.frame is LaneFrame.MESSAGE:
+        if header.frame in (LaneFrame.MESSAGE, LaneFrame.PLACE):
             raise RemoteProtocolError(f"message {header.number} is out of order")
         return header, self.recv_body(header, timer)
 
@@ -93,7 +112,8 @@ class Session:
         """Send a message and then its digest, which is taken on the way where it is not known yet; gives the digest.
 
         Args:
-            steady: Whether the memory stays as it is until the peer has it: then it is not copied.
+            steady: Whether the memory stays as it is until the peer has it: then it is not copied, and where the peer
+                can read it, it is told the place.
             held: What ``view`` is of, if it is of a user's memory.
 
         Raises:
@@ -101,6 +121,8 @@ class Session:
             PeerFailure, TransferTimeout: As ``Connection.write``.
         """
         protocol, connection = self.protocol, self.connection
+        if steady and protocol.state is State.DIRECT and len(view) >= _DIRECT_FROM:
+            return self._send_place(number, view, digest, timer, held)
         protocol.sent(LaneFrame.MESSAGE, number)
         header = LaneHeader(LaneFrame.MESSAGE, protocol.attempt, protocol.step, number, len(view))
         # The header waits in the kernel for the first bytes of the message, else it would be a packet of its own.
@@ -124,10 +146,28 @@ class Session:
         connection.write([TRAILER.pack(digest)], timer)
         return digest
 
+    def _send_place(
+        self, number: int, view: memoryview, digest: int | None, timer: StallTimer, held: Held | None
+    ) -> int:
+        _check(held)
+        protocol, address = self.protocol, ctypes.addressof(ctypes.c_char.from_buffer(view))
+        protocol.sent(LaneFrame.PLACE, number)
+        place = encode(LaneFrame.PLACE, protocol.attempt, protocol.step, number, [address, len(view)])
+        self.connection.write([place], timer)
+        # While the peer reads. Should its memory be given back meanwhile, neither side's read ends a process, and what
+        # the peer has is not what the digest is of.
+        digest = fingerprint(view, held) if digest is None else digest
+        self.connection.write([TRAILER.pack(digest)], timer)
+        self.connection.nbytes_wire += len(view)
+        return digest
+
     def recv_message(
         self, header: LaneHeader, view: memoryview, *, verify: bool, timer: StallTimer, held: Held | None = None
     ) -> int | None:
-        """Receive a message, whose header is here already, into ``view``; gives its digest, None if it came damaged.
+        """Receive a message, whose header (MESSAGE, PLACE) is here already, into ``view``.
+
+        Returns:
+            Its digest, None if it came damaged.
 
         Args:
             held: What ``view`` is of, if it is of a user's memory.
@@ -138,13 +178,14 @@ class Session:
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
         After an error: ``view`` holds some, all or none of it.
         """
-        if header.nbytes != len(view):
-            raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {header.nbytes}")
+        nbytes, read = self._reader(header, timer)
+        if nbytes != len(view):
+            raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {nbytes}")
         hashed = xxhash.xxh3_64()
         update = _reads(hashed, held)
         for piece in _pieces(view, whole=not verify):
             try:
-                self.connection.read_into(piece, timer)
+                read(piece)
             except PeerFailure:
                 _check(held)
                 raise
@@ -154,6 +195,28 @@ class Session:
         # Behind the message, so that the one who reads it first can take its digest while it leaves.
         (expected,) = TRAILER.unpack(self.connection.read(TRAILER.size, timer))
         return expected if not verify or hashed.intdigest() == expected else None
+
+    def _reader(self, header: LaneHeader, timer: StallTimer) -> tuple[int, Callable[[memoryview], None]]:
+        """How many bytes a message has, and what reads the next ones of them."""
+        if header.frame is LaneFrame.MESSAGE:
+            return header.nbytes, partial(self.connection.read_into, timer=timer)
+        address, nbytes = self.recv_body(header, timer)
+        memory = self.memory
+        assert memory is not None, "this side has said DIRECT"
+
+        def read(piece: memoryview) -> None:
+            nonlocal address
+            try:
+                memory.read_into(address, piece)
+            except OSError as exc:
+                raise Unreadable(f"the supplier's memory cannot be read: {exc}") from None
+            address += len(piece)
+            self.connection.nbytes_wire += len(piece)
+            self.nbytes_direct += len(piece)
+            timer.progressed()
+            timer.check()  # whatever else it is, a copy is not waited for: the deadline holds between two
+
+        return nbytes, read
 
 
 def _pieces(view: memoryview, *, whole: bool) -> Iterator[memoryview]:

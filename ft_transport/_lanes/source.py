@@ -78,7 +78,7 @@ class SourceTransfer:
                 outbound = SourcePlan(
                     state_dict, report.step, self._options, report, lambda reading: self.end_reading()
                 )
-                self._store = StateMessages(outbound, stream)
+                self._store = StateMessages(outbound, stream, direct=self._options.direct)
         except BaseException as exc:
             # Destinations are told: they would wait for their whole time-out, and with them the collectives of
             # everybody.

@@ -17,6 +17,7 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session, fingerprint
+from ft_transport._net.cma import ShownToken
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
@@ -43,11 +44,13 @@ class MessageStore(Protocol):
         sizes: Bytes of each message.
         verified: Whether messages have digests.
         steady: Whether their memory stays as it is until its reader has it, or learns that the transfer has failed.
+        direct: Whether readers on this machine may take it from this process's memory themselves.
         is_whole_transfer: Whether a message that cannot be read ends the transfer, as the reader learns elsewhere.
     """
 
     verified: bool
     steady: bool
+    direct: bool
     is_whole_transfer: bool
 
     @property
@@ -146,9 +149,17 @@ class Supplier:
         # connection.
         timer = StallTimer(self._timer.deadline)
         bucket = Bucket(torch.device("cpu"), pinned=True)
+        shown = None
         while True:
-            asked, claimed = session.recv(timer)
+            asked, body = session.recv(timer)
             self._timer.progressed()
+            if asked.frame is LaneFrame.LOCATE:
+                # Kept until the lane ends: the one who asks looks for it there.
+                shown = ShownToken(body[0]) if self._store.direct else None
+                session.send(LaneFrame.LOCATION, timer, body=[shown.pid, shown.address] if shown else [0, 0])
+                continue
+            if asked.frame is LaneFrame.DIRECT:
+                continue  # the protocol has noted it
             message = asked.number
             if message >= len(self._store.sizes):
                 raise RemoteProtocolError(f"message {message} of {len(self._store.sizes)}")
@@ -162,7 +173,7 @@ class Supplier:
             view = self._store.view(message, bucket)
             # To compare costs a read on both sides, and saves the wire; a digest that somebody has taken before costs
             # nothing.
-            if asked.frame is LaneFrame.CHECK and self._digest(message, view) == claimed[0]:
+            if asked.frame is LaneFrame.CHECK and self._digest(message, view) == body[0]:
                 session.send(LaneFrame.SAME, timer, message)
                 continue
             digest = self._store.digest(message) if self._store.verified else 0

@@ -50,19 +50,21 @@ class Connection:
 
     Attributes:
         address: Of the peer.
+        is_local: Whether it is on this machine, for all that addresses tell.
         nbytes_wire: Bytes in both directions so far.
     """
 
     def __init__(self, sock: socket.socket, address: str) -> None:
         self.address = address
         self.nbytes_wire = 0
+        self.is_local = is_local(sock)
         self._socket = sock
         keep_out_of_forks(sock)
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._splicer: Splicer | None = None
         self._can_splice = not self._tls
         # Within a machine there are no packets to wait for; there MSG_WAITALL alone was quicker.
-        self._can_read_much = not self._tls and not is_local(sock) and hasattr(select, "poll")
+        self._can_read_much = not self._tls and not self.is_local and hasattr(select, "poll")
         # One for each direction: a heartbeat may be written while another thread reads.
         self._readable, self._writable = _poll_for(sock, select.POLLIN), _poll_for(sock, select.POLLOUT)
         _set_up(sock)

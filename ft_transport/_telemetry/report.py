@@ -89,6 +89,8 @@ class PeerReport:
         address: The peer's address that was used, empty where the transport has none.
         name: What the peer calls itself, empty if it does not.
         began: When each phase began, on the clock of ``time.perf_counter``.
+        nbytes_direct: As a destination over lanes: of ``nbytes_wire``, bytes that were read from the memory of a
+            process on the same machine, and did not go over TCP (see ``fabric`` of ``LaneTransport``).
     """
 
     rank: int
@@ -101,6 +103,7 @@ class PeerReport:
     address: str = ""
     name: str = ""
     began: dict[str, float] = field(default_factory=dict)
+    nbytes_direct: int = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What the peer may have chosen is shown in logs, events and spans.

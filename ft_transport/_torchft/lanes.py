@@ -14,7 +14,7 @@ import weakref
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import torch
 
@@ -23,9 +23,10 @@ from ft_transport._lanes.destination import LocalPeer
 from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.protocol import FirstFrame, first_frame
 from ft_transport._lanes.source import SourceTransfer
+from ft_transport._net.cma import let_others_read
 from ft_transport._net.endpoint import SECRET_BYTES, Endpoint, interfaces, rank_addresses, resolve
 from ft_transport._net.listener import Listener
-from ft_transport._options import CPU, LaneOptions
+from ft_transport._options import CPU, Fabric, LaneOptions
 from ft_transport._plan.rewrite import Received
 from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
@@ -63,6 +64,10 @@ class LaneTransport(ManagedTransport[T]):
         stall_timeout: How long a peer may be silent before it counts as gone.
         blocking: :meth:`send_checkpoint` returns only when every destination is served or has failed.
         skip_unchanged: As a destination, compare the template with the source's state first, and move what differs.
+        fabric: By what the bytes of a state move between processes of one machine: ``"auto"`` has the destination read
+            them from the source's memory (``process_vm_readv``) where the system allows that, and else over TCP, as
+            between machines; ``"cma"`` also lets every process of this user read this one where Yama forbids it, as a
+            debugger does (``prctl(PR_SET_PTRACER)``); ``"tcp"`` never reads memory, and lets nobody read this one's.
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
         on_progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
         shadow: As for ``PGTransport``. A receive that broke is not resumed then, but begins anew.
@@ -91,6 +96,7 @@ class LaneTransport(ManagedTransport[T]):
         stall_timeout: timedelta = LaneOptions.stall,
         blocking: bool = False,
         skip_unchanged: bool = False,
+        fabric: Fabric = LaneOptions.fabric,
         verify: bool = True,
         strict: bool = False,
         on_progress: ProgressCallback | None = None,
@@ -112,10 +118,13 @@ class LaneTransport(ManagedTransport[T]):
             lanes=lanes,
             chain=topology == "chain",
             skip_unchanged=skip_unchanged,
+            fabric=fabric,
         )
         _check(options, topology)
         super().__init__(options, state_dict, timeout)
         self._options: LaneOptions = options
+        if fabric == "cma":
+            let_others_read()
         self._blocking = blocking
         # Calls the user's code in the place of the listener's thread, whose silence is taken for the source's death.
         self._teller = Teller()
@@ -252,6 +261,8 @@ def _end_all(serving: Serving, receive_is_over: AbstractContextManager[object]) 
 def _check(options: LaneOptions, topology: str) -> None:
     if topology not in ("chain", "star"):
         raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
+    if options.fabric not in get_args(Fabric):
+        raise ValueError(f"fabric: expected one of {get_args(Fabric)}, got {options.fabric!r}")
     check_duration("stall_timeout", options.stall)
     # One lane more costs a thread on each side; sixteen are far more than fill any link.
     if type(options.lanes) is not int or not 1 <= options.lanes <= 16:

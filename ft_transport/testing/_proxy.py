@@ -25,6 +25,9 @@ P = TypeVar("P", bound="FaultProxy")
 # first byte in that direction, and the bytes; gives what passes on instead, None to cut the connection.
 Tamper = Callable[[int, str, int, bytes], "bytes | None"]
 
+# Where proxies listen; see FaultProxy. All of 127.0.0.0/8 is this machine (RFC 1122, 3.2.1.3).
+_ADDRESS = "127.0.0.2"
+
 # Taken at once; small enough for throttling to be smooth.
 _PIECE_BYTES = 1 << 16
 # Held back at most in each direction of a connection, where bytes are late.
@@ -91,11 +94,13 @@ class FaultProxy(Faults):
         self._lock = threading.Lock()
         self._link = _Link()
         # Loopback only: whatever passes is a state dict, and no fault is worth offering it to the network.
-        listener = socket.create_server(("127.0.0.1", 0), backlog=64)
+        # And at another address than a process's own: what it passes on is tampered with, so it must not be taken for a
+        # way within the machine, on which messages go past every connection (``fabric``).
+        listener = socket.create_server((_ADDRESS, 0), backlog=64)
         self._sockets = [listener]
         port = listener.getsockname()[1]
         # The secret stays the source's: the proxy passes the handshake on and does not take part in it.
-        self.metadata = self._target._replace(addresses=("127.0.0.1",), port=port).encode()
+        self.metadata = self._target._replace(addresses=(_ADDRESS,), port=port).encode()
         self._threads = [threading.Thread(target=self._accept, args=(listener,), name="fault proxy", daemon=True)]
         self._threads[0].start()
 

@@ -32,6 +32,7 @@ CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         {"ssl_context": CONTEXT},
         {"ssl_context": (CONTEXT, None)},
         {"topology": "ring"},
+        {"fabric": "rdma"},
         {"skip_unchanged": True, "shadow": True},
     ],
     ids=lambda wrong: f"{', '.join(wrong)} {wrong.get('port', '')}",

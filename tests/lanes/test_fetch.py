@@ -19,10 +19,12 @@ from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session
 from ft_transport._lanes.sink import Sink
+from ft_transport._net import connection as _connection
+from ft_transport._net.cma import ShownToken
 from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.stall import StallTimer
-from ft_transport._options import LaneOptions
+from ft_transport._options import Fabric, LaneOptions
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import PeerReport, TransferReport
@@ -42,6 +44,8 @@ class Supplier:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, answers: list[int]) -> None:
         self.asked: list[int] = []
+        self.honest = True  # about where its memory is
+        self.num_direct = 0  # lanes whose destination reads it
         self._answers = list(answers)
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -61,8 +65,16 @@ class Supplier:
         session = Session(connection, LaneProtocol(Role.SOURCE, 1, 7))
         session.protocol.received(LaneHeader(LaneFrame.ATTACH, 1, 7))
         with contextlib.suppress(TransferError):
-            for _ in range(answers):
-                header, _ = session.recv(timer())
+            while answers:
+                header, body = session.recv(timer())
+                if header.frame is LaneFrame.LOCATE:
+                    shown = ShownToken(body[0] if self.honest else bytes(16))
+                    session.send(LaneFrame.LOCATION, timer(), body=[shown.pid, shown.address])
+                    continue
+                if header.frame is LaneFrame.DIRECT:
+                    self.num_direct += 1
+                    continue
+                answers -= 1
                 with self._lock:
                     self.asked.append(header.number)
                 session.send_message(header.number, memoryview(raw_bytes(STATE[header.number])), None, timer())
@@ -85,11 +97,18 @@ def into() -> tuple[PendingMessages, Any, Any]:
 
 
 def fetched(
-    supplier: Supplier, into: tuple[PendingMessages, Any, Any], lanes: int, num_messages: int | None = None
+    supplier: Supplier,
+    into: tuple[PendingMessages, Any, Any],
+    lanes: int,
+    num_messages: int | None = None,
+    *,
+    fabric: Fabric = "auto",
+    direct: bool = True,
 ) -> Fetcher:
     work, sink, _ = into
     with contextlib.closing(Wakeup()) as bell:
-        fetcher = Fetcher(sink, bell, LaneOptions(CPU, lanes=lanes), 1, 7, num_messages=num_messages)
+        options = LaneOptions(CPU, lanes=lanes, fabric=fabric)
+        fetcher = Fetcher(sink, bell, options, 1, 7, num_messages=num_messages, direct=direct)
         route = Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", True)
         fetcher.open(route, None, timer)
         until(lambda: not fetcher.alive or work.complete)
@@ -150,3 +169,30 @@ def test_a_trial_takes_no_more_than_it_may(
     assert supplier.asked == [0, 1, 2]
     assert fetcher.nbytes == 3 * 1024
     assert fetcher.error is None
+
+
+# ------------------------------------------------------------------------------- the supplier's memory
+
+
+def test_memory_is_read_once_it_is_known_to_be_the_suppliers(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
+) -> None:
+    for honest, answers in ((False, [3, 3]), (True, [100, 100])):
+        supplier = Supplier(monkeypatch, answers)
+        supplier.honest = honest
+        fetched(supplier, into, 2)
+        assert (supplier.num_direct > 0) == honest
+    assert into[0].complete
+
+
+@pytest.mark.parametrize("how", ["the caller does not want it", "it could not be read before", "another machine"])
+def test_memory_is_not_asked_for(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any], how: str
+) -> None:
+    supplier = Supplier(monkeypatch, [100])
+    if how == "another machine":
+        monkeypatch.setattr(_connection, "is_local", lambda sock: False)
+    fabric: Fabric = "tcp" if how == "the caller does not want it" else "auto"
+    fetched(supplier, into, 1, fabric=fabric, direct=how != "it could not be read before")
+    assert supplier.num_direct == 0
+    assert into[0].complete

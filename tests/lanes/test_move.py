@@ -27,7 +27,7 @@ FIRST, SECOND = (Route(ENDPOINT, ident, from_source=False) for ident in (b"first
 class Lanes:
     """What a mover sees of a ``Fetcher``: all that this supplier has, then its end."""
 
-    nbytes, nbytes_wire = 0, 100
+    nbytes, nbytes_wire, nbytes_direct, unreadable = 0, 100, 0, False
 
     def __init__(self, play: Play, **how: Any) -> None:
         self._play = play

@@ -73,25 +73,33 @@ def test_frames_are_written_and_read_as_they_were() -> None:
     assert TRAILER.unpack(data[-8:]) == (digest_bytes(payload),)
 
 
-VERSION_1 = [line.split() for line in (DATA / "lanes_v1_frames.txt").read_text().splitlines()]
+EARLIER = {
+    version: [line.split() for line in (DATA / f"lanes_v{version}_frames.txt").read_text().splitlines()]
+    for version in range(1, VERSION)
+}
+EARLIER_FRAMES = [(version, name, data) for version, frames in EARLIER.items() for name, data in frames]
 
 
-@pytest.mark.parametrize(("name", "data"), VERSION_1, ids=[name for name, _ in VERSION_1])
-def test_version_1_is_refused_by_name(name: str, data: str) -> None:
-    """Whatever it says: a frame of the same name may mean something else there."""
-    with pytest.raises(RemoteProtocolError, match="expected version 2 of the lanes' wire, got 1"):
+@pytest.mark.parametrize(
+    ("version", "data"),
+    [(version, data) for version, _, data in EARLIER_FRAMES],
+    ids=[f"{version} {name}" for version, name, _ in EARLIER_FRAMES],
+)
+def test_earlier_versions_are_refused_by_name(version: int, data: str) -> None:
+    """Whatever they say: a frame of the same name may mean something else there."""
+    with pytest.raises(RemoteProtocolError, match=f"expected version {VERSION} of the lanes' wire, got {version}"):
         decode_header(bytes.fromhex(data)[:HEADER_BYTES])
 
 
 @pytest.mark.parametrize(("name", "data"), lane_frames().items(), ids=list(lane_frames()))
-def test_version_1_refuses_this_one_by_name(name: str, data: bytes) -> None:
-    """It reads a header's magic and version before anything else, from where these are in its own frames."""
-    _, old = VERSION_1[0]
+@pytest.mark.parametrize("version", EARLIER)
+def test_earlier_versions_refuse_this_one_by_name(version: int, name: str, data: bytes) -> None:
+    """They read a header's magic and version before anything else, from where these are in their own frames."""
+    _, old = EARLIER[version][0]
     offset = len(MAGIC)
-    assert (bytes.fromhex(old)[:offset], bytes.fromhex(old)[offset]) == (MAGIC, 1)
+    assert (bytes.fromhex(old)[:offset], bytes.fromhex(old)[offset]) == (MAGIC, version)
     assert (data[:offset], data[offset]) == (MAGIC, VERSION)
-    assert VERSION != 1
-    assert HEADER_BYTES == 52, "as many bytes as it waits for before it looks"
+    assert HEADER_BYTES == 52, "as many bytes as they wait for before they look"
 
 
 def test_every_frame_has_an_example_and_a_body() -> None:
@@ -217,7 +225,7 @@ def both_in(state: State) -> dict[Role, LaneProtocol]:
 @pytest.mark.parametrize(("state", "sender", "frame"), list(itertools.product(State, Role, LaneFrame)))
 def test_the_table_decides(state: State, sender: Role, frame: LaneFrame) -> None:
     ends = both_in(state)
-    answers = frame in (LaneFrame.MESSAGE, LaneFrame.SAME)
+    answers = frame in (LaneFrame.MESSAGE, LaneFrame.PLACE, LaneFrame.SAME)
     following = TABLE[state].get((sender, frame))
     if following is not None and not answers:
         deliver(ends, sender, frame)
@@ -236,7 +244,7 @@ def test_every_state_can_be_reached_and_left() -> None:
     for state in State:
         path_to(state)
         leads_on = any(following is not state for following in TABLE[state].values())
-        assert leads_on or state in (State.CLOSED, State.LANE)
+        assert leads_on or state in (State.CLOSED, State.DIRECT)
 
 
 def test_frames_that_cross_are_allowed_on_both_sides() -> None:
@@ -264,6 +272,18 @@ def test_answers_come_in_the_order_of_the_questions() -> None:
     deliver(ends, SOURCE, LaneFrame.MESSAGE, 2)
     with pytest.raises(RemoteProtocolError, match="MESSAGE 2"):
         ends[DESTINATION].received(LaneHeader(LaneFrame.MESSAGE, 1, 7, 2))
+
+
+def test_a_place_is_an_answer_as_any_other() -> None:
+    ends = both_in(State.DIRECT)
+    for number, frame in enumerate((LaneFrame.WANT, LaneFrame.CHECK, LaneFrame.WANT)):
+        deliver(ends, DESTINATION, frame, number)
+    with pytest.raises(RemoteProtocolError, match="PLACE 1"):
+        ends[DESTINATION].received(LaneHeader(LaneFrame.PLACE, 1, 7, 1))
+    for number, frame in enumerate((LaneFrame.PLACE, LaneFrame.PLACE, LaneFrame.MESSAGE)):
+        deliver(ends, SOURCE, frame, number)
+    assert not ends[SOURCE].asked
+    assert not ends[DESTINATION].asked
 
 
 @pytest.mark.parametrize(("attempt", "step"), [(2, 7), (1, 8)])

@@ -13,13 +13,14 @@ import torch
 from helpers import noise
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneProtocol, Role
-from ft_transport._lanes.session import _PIECE_BYTES, Session, fingerprint
+from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneProtocol, Role, encode
+from ft_transport._lanes.session import _DIRECT_FROM, _PIECE_BYTES, Session, Unreadable, fingerprint
+from ft_transport._net.cma import PeerMemory, ShownToken, new_token
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import StallTimer
 from ft_transport._plan.blocks import Block, Held, held
 from ft_transport._wire.digest import digest_bytes
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout
 
 
 def timer() -> StallTimer:
@@ -140,3 +141,102 @@ def test_an_end_in_mid_message_is_a_failure_of_the_peer(lane: Lane) -> None:
     lane.supplier.connection.close()
     with pytest.raises(PeerFailure):
         lane.destination.recv_message(header, memoryview(bytearray(100)), verify=True, timer=timer())
+
+
+# ------------------------------------------------------------------------------- told by their place
+
+
+@pytest.fixture
+def direct(lane: Lane) -> Lane:
+    """A lane whose destination has found that it can read the supplier's memory: here, this very process's."""
+    token = new_token()
+    shown = ShownToken(token)
+    lane.destination.memory = PeerMemory(shown.pid, shown.address, token)
+    lane.destination.send(LaneFrame.DIRECT, timer())
+    lane.supplier.recv(timer())
+    lane.ask(3)
+    return lane
+
+
+def arrives(lane: Lane, nbytes: int, *, verify: bool = True) -> tuple[LaneFrame, Any, bytearray]:
+    landed = bytearray(nbytes)
+    header = lane.destination.recv_header(timer())
+    found = lane.destination.recv_message(header, memoryview(landed), verify=verify, timer=timer())
+    return header.frame, found, landed
+
+
+@pytest.mark.parametrize("digest", [None, "known"])
+@pytest.mark.parametrize("nbytes", [_DIRECT_FROM, _PIECE_BYTES + 1, 3 * _PIECE_BYTES + 77])
+def test_a_message_is_read_where_it_lies(direct: Lane, nbytes: int, digest: str | None) -> None:
+    data = bytearray(noise(nbytes // 4 + 1, 1).view(torch.uint8)[:nbytes].tolist())
+    known = digest_bytes(data) if digest else None
+    assert direct.supplier.send_message(3, memoryview(data), known, timer(), steady=True) == digest_bytes(data)
+    assert arrives(direct, nbytes) == (LaneFrame.PLACE, digest_bytes(data), data)
+    assert direct.destination.nbytes_direct == nbytes
+    assert direct.destination.connection.nbytes_wire == direct.supplier.connection.nbytes_wire > nbytes
+
+
+@pytest.mark.parametrize(("nbytes", "steady"), [(_DIRECT_FROM - 1, True), (_DIRECT_FROM, False)])
+def test_what_is_small_or_will_not_stay_is_sent(direct: Lane, nbytes: int, steady: bool) -> None:
+    direct.supplier.send_message(3, memoryview(bytearray(nbytes)), None, timer(), steady=steady)
+    assert arrives(direct, nbytes)[0] is LaneFrame.MESSAGE
+    assert direct.destination.nbytes_direct == 0
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_memory_that_changes_before_it_is_read_is_damage(direct: Lane, verify: bool) -> None:
+    """As damage on the way: it is asked for again. Without digests it is for the source to have the last word."""
+    data = bytearray(_DIRECT_FROM)
+    digest = direct.supplier.send_message(3, memoryview(data), None, timer(), steady=True)
+    data[-1] = 1
+    assert arrives(direct, _DIRECT_FROM, verify=verify)[1] == (None if verify else digest)
+
+
+def test_a_place_of_another_length_is_refused_before_it_is_read(direct: Lane) -> None:
+    direct.supplier.send_message(3, memoryview(bytearray(_DIRECT_FROM)), None, timer(), steady=True)
+    with pytest.raises(RemoteProtocolError, match=f"message 3: expected 5 bytes, got {_DIRECT_FROM}"):
+        arrives(direct, 5)
+    assert direct.destination.nbytes_direct == 0
+
+
+def test_memory_that_is_not_there_any_more_is_no_protocol_of_its_own(direct: Lane) -> None:
+    """A failure of the peer's, after which it is asked elsewhere, or over the connection."""
+    protocol = direct.supplier.protocol
+    protocol.sent(LaneFrame.PLACE, 3)
+    direct.supplier.connection.write([encode(LaneFrame.PLACE, 1, 7, 3, [4096, _DIRECT_FROM])], timer())
+    with pytest.raises(Unreadable, match="the supplier's memory cannot be read") as info:
+        arrives(direct, _DIRECT_FROM)
+    assert isinstance(info.value, PeerFailure)
+
+
+def test_memory_that_was_taken_away_is_told_to_nobody(direct: Lane) -> None:
+    tensor = noise(300_000, 1)
+    (block,) = held([Block(tensor)])
+    part = Held(block, 0, tensor.numel() * 4)
+    view = part.view
+    before = direct.supplier.connection.nbytes_wire
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+        direct.supplier.send_message(3, view, None, timer(), steady=True, held=part)
+    assert direct.supplier.connection.nbytes_wire == before
+
+
+def test_the_deadline_holds_between_two_reads(direct: Lane) -> None:
+    data = bytearray(3 * _PIECE_BYTES)
+    direct.supplier.send_message(3, memoryview(data), None, timer(), steady=True)
+    header = direct.destination.recv_header(timer())
+    late = timer()
+
+    class Late(PeerMemory):
+        def __init__(self, inner: PeerMemory) -> None:
+            self.__dict__.update(vars(inner))
+
+        def read_into(self, address: int, view: memoryview) -> None:
+            super().read_into(address, view)
+            late.deadline.expire()
+
+    assert direct.destination.memory is not None
+    direct.destination.memory = Late(direct.destination.memory)
+    with pytest.raises(TransferTimeout):
+        direct.destination.recv_message(header, memoryview(bytearray(len(data))), verify=True, timer=late)
+    assert direct.destination.nbytes_direct == _PIECE_BYTES

@@ -360,6 +360,8 @@ def _transport(case: Case, rank: int, template: Callable[[], object] | None) -> 
             blocking=True,
             on_progress=_progress(case, rank),
             on_mismatch="refuse",
+            # Each fault of a process in some cells over TCP, in some from memory; a network's are always TCP's.
+            fabric="auto" if case.number % 2 else "tcp",
         )
         made._options = SmallLaneOptions(**vars(made._options))
     else:

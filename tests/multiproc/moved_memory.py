@@ -1,6 +1,7 @@
 """Moves memory away under a transfer, from another thread, and says what became of it. Run in a process of its own.
 
-Usage: ``python -m tests.multiproc.moved_memory lanes|group|relay|again|read``; prints one line of JSON for each case.
+Usage: ``python -m tests.multiproc.moved_memory lanes|direct|group|relay|again|read``. Prints a line of JSON for each
+case.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.destination import receive
 from ft_transport._group.source import serve
+from ft_transport._lanes import fetch
 from ft_transport._lanes.session import fingerprint
+from ft_transport._net.cma import TOKEN_BYTES, PeerMemory
 from ft_transport._options import Options
 from ft_transport._plan.blocks import Block, Held, held
 from ft_transport._plan.source import SourcePlan
@@ -90,21 +93,49 @@ def lanes(move: Move, side: str, shadow: bool) -> dict[str, Any]:
 
     source: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, host="127.0.0.1")
     one: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, lambda: template, host="127.0.0.1", lanes=1, shadow=shadow)
-    error: BaseException | None = None
     with FaultProxy(source.metadata(), tamper) as proxy:
-        source.send_checkpoint([1], STEP, state, TIMEOUT)
-        try:
-            one.recv_checkpoint(0, proxy.metadata, STEP, TIMEOUT)
-        except Exception as exc:
-            error = exc
+        found = _moved(source, one, proxy.metadata, state)
+    assert done.is_set()
+    return found
+
+
+def _moved(source: LaneTransport[Any], one: LaneTransport[Any], metadata: str, state: State) -> dict[str, Any]:
+    """How a transfer has ended, on both sides."""
+    error: BaseException | None = None
+    source.send_checkpoint([1], STEP, state, TIMEOUT)
+    try:
+        one.recv_checkpoint(0, metadata, STEP, TIMEOUT)
+    except Exception as exc:
+        error = exc
     report = source.last_report
     source.disallow_checkpoint()
     assert report is not None
-    assert done.is_set()
     found = {"error": repr(error), "torn": one.torn, "source": repr(report.error), "outcome": report.peers[0].outcome}
     for transport in (source, one):
         transport.shutdown()
     return found
+
+
+class ActingMemory(PeerMemory):
+    """Another process's memory; acts once the first piece of a message has been read from it."""
+
+    acts: list[Callable[[], None]] = []  # noqa: RUF012
+
+    def read_into(self, address: int, view: memoryview) -> None:
+        super().read_into(address, view)
+        if len(view) > TOKEN_BYTES and self.acts:
+            self.acts.pop()()
+
+
+def direct(move: Move, side: str, shadow: bool) -> dict[str, Any]:
+    """As over lanes; but the destination reads the source's memory."""
+    state, template = make(1), make(5)
+    victims = [*(state if side == "source" else template).values()][-2:]
+    ActingMemory.acts[:] = [lambda: in_another_thread(move, victims)]
+    fetch.PeerMemory = ActingMemory  # type: ignore[misc]
+    source: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, host="127.0.0.1")
+    one: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, lambda: template, host="127.0.0.1", lanes=1, shadow=shadow)
+    return _moved(source, one, source.metadata(), state)
 
 
 def relay(move: Move, side: str, shadow: bool) -> dict[str, Any]:
@@ -260,10 +291,11 @@ def main(way: str) -> None:
         return
     for move in MOVES:
         for side in ("destination",) if way == "relay" else ("source", "destination"):
-            for shadow in [False, True][: 2 if side == "destination" and way in ("lanes", "group") else 1]:
+            for shadow in [False, True][: 2 if side == "destination" and way in ("lanes", "direct", "group") else 1]:
                 if way == "group" and side == "destination" and not shadow and move in (give_back, give_half_back):
                     continue  # Gloo has the address, and writes there: see docs/faults.md
-                found = {"lanes": lanes, "group": group, "relay": relay, "again": again}[way](move, side, shadow)
+                ways = {"lanes": lanes, "direct": direct, "group": group, "relay": relay, "again": again}
+                found = ways[way](move, side, shadow)
                 print(json.dumps({"move": move.__name__, "side": side, "shadow": shadow, **found}), flush=True)
 
 

@@ -256,7 +256,8 @@ def cluster(
     # Its port stays taken for a while after it has ended.
     gate = FaultProxy(Endpoint(("127.0.0.1",), port_of(lighthouse), bytes(32), False).encode())
     signals = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    address = f"http://127.0.0.1:{Endpoint.decode(gate.metadata).port}"
+    way = Endpoint.decode(gate.metadata)
+    address = f"http://{way.addresses[0]}:{way.port}"
     found = Cluster(Job(address, signals.port, replicas, group_size, async_quorum, keys, lanes, slow_heals))
     found.lighthouse, found.gate = lighthouse, gate
     try:
