@@ -153,8 +153,11 @@ class TornGuard:
         if self.torn:
             raise TornStateError(f"this replica holds a mix of two states and cannot serve: {self._cause}", torn=True)
 
-    def check_step(self) -> None:
+    def check_step(self, *, failed: bool = False) -> None:
         """Call before the optimizer steps.
+
+        Args:
+            failed: The caller knows that it will not step: something else has failed before a heal could be tried.
 
         Raises:
             TornStateError: The state is a mix, and the newest quorum has found no source to heal it from, or takes it
@@ -170,7 +173,7 @@ class TornGuard:
             )
         # A receive that was tried and failed has failed the step: the Manager does not let the optimizer step, and
         # finds this replica behind in the next quorum. To stop here would end a process that can still be healed.
-        if self.torn and (self._unseen or not self._tried):
+        if self.torn and (self._unseen or not (self._tried or failed)):
             why = "which the Manager takes for healed" if self._unseen else "and nobody was left to heal it"
             raise TornStateError(
                 f"this replica holds a mix of two states, {why}: {self._cause}. Restart it "

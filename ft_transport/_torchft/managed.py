@@ -25,7 +25,7 @@ from ft_transport._plan.torn import Attempt
 from ft_transport._plan.unchanged import watch_optimizers
 from ft_transport._process import undisturbed
 from ft_transport._telemetry.report import TransferReport
-from ft_transport._torchft.manager import RegisteredState, calling_manager, goes_on_training
+from ft_transport._torchft.manager import RegisteredState, calling_manager, goes_on_training, has_failed
 from ft_transport._transport import TransportBase
 from ft_transport.errors import LocalProtocolError
 from ft_transport.state_digest import StateDigest, state_digest
@@ -197,7 +197,9 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         # torchft discards, would raise in the thread that trains.
         mark_changed(changed)
         # Last: all that was under way is over, whether this raises or not.
-        self._guard.check_step()
+        # A quorum whose group could not be configured (it counts one that has just died) has tried no heal, and its
+        # step is not committed: the next one can still heal this replica.
+        self._guard.check_step(failed=has_failed(calling_manager()))
 
     def _settle(self) -> None:
         """Make what was received the source's again, whatever forward has written. Never raises."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["RegisteredState", "calling_manager", "goes_on_training"]
+__all__ = ["RegisteredState", "calling_manager", "goes_on_training", "has_failed"]
 
 # Frames between a transport's method and the Manager's: wrappers, subclasses, profilers.
 _MAX_FRAMES = 32
@@ -54,6 +54,12 @@ def goes_on_training(manager: Any) -> bool:
             "expected a Manager with _use_async_quorum, as in torchft 0.2.0: this one does not say whether training "
             "goes on while a state lands"
         ) from None
+
+
+def has_failed(manager: Any) -> bool:
+    """Whether something has failed in this step, which the Manager has voted not to commit."""
+    # ``errored()`` is public. ``should_commit`` votes with it before it calls ``disallow_checkpoint``.
+    return manager is not None and manager.errored() is not None
 
 
 class RegisteredState:

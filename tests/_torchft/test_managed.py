@@ -9,12 +9,23 @@ import pytest
 import torch
 from helpers import CPU
 
+from _torchft.test_manager import called_by
 from ft_transport import LocalProtocolError, TornStateError
 from ft_transport._options import Options
 from ft_transport._plan.rewrite import Received
 from ft_transport._torchft.managed import ManagedTransport, check_distinct
 
 TIMEOUT = timedelta(seconds=5)
+
+
+class Manager:
+    """What is read of one."""
+
+    _use_async_quorum = True
+    error: Exception | None = None
+
+    def errored(self) -> Exception | None:
+        return self.error
 
 
 class Settled:
@@ -110,6 +121,20 @@ def test_what_cannot_be_written_again_stops_the_replica_by_name(lost: list[str] 
     assert made.torn
     made.mark_restored()
     made.disallow_checkpoint()
+
+
+def test_a_torn_replica_whose_step_has_failed_already_is_not_stopped() -> None:
+    """A group that could not be configured: no heal was tried, and the Manager has voted against the step."""
+    made = Made(None, rewrite=Settled([], ["norm.mean"]))
+    made._guard._tear("a receive broke off", set())
+    manager = Manager()
+    manager.error = RuntimeError("the group could not be configured")
+    called_by(manager, made.metadata)
+    called_by(manager, made.disallow_checkpoint)
+    manager.error = None
+    called_by(manager, made.metadata)
+    with pytest.raises(TornStateError, match="nobody was left to heal it"):
+        called_by(manager, made.disallow_checkpoint)
 
 
 def test_who_has_no_manager_goes_on_training() -> None:

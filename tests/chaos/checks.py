@@ -166,8 +166,10 @@ def _everyone_back(events: list[Event], settings: Settings) -> Promise:
             broken.append(f"replica {replica} has not committed a step since the last fault")
     struck = {event.life for event in told(events, "strike")}
     healed = {event.life for event in told(events, "commit")}
+    # Whether it might end so is another promise.
+    torn = {event.life for event in told(events, "ended") if event["reason"] == "torn"}
     for event in told(events, "started"):
-        if event.life not in struck | healed and event.time < calm:
+        if event.life not in struck | healed | torn and event.time < calm:
             broken.append(f"replica {event.replica}, started at {event.time:.2f} s, neither committed nor was struck")
     last = {event.life: event.time for event in events if event.name in ("commit", "strike", "gone")}
     for event in told(events, "continued"):
@@ -239,9 +241,12 @@ def _ends(events: list[Event]) -> Promise:
     reasons = {event.life: event for event in told(events, "ended")}
     hung = {event.life for event in told(events, "hangs")}
     killed = {e.life for e in told(events, "strike") if e["fault"]["kind"] in ("kill", "stop and kill")}
+    configured = {event.life: event["error"] for event in told(events, "end") if event["call"] == "configure"}
     broken = []
     for event in told(events, "gone"):
         why = reasons.get(event.life)
+        if why is not None and why["reason"] == "torn" and configured.get(event.life):
+            broken.append(f"{event.time:.2f} s: replica {event.replica}, torn, in a quorum that could try no heal")
         if why is not None and why["reason"] in ("torn", "finished"):
             continue
         if event["status"] != -9 or event.life not in killed | hung:

@@ -163,6 +163,13 @@ def test_a_torn_replica_may_stop() -> None:
     assert story.broken() == {}
 
 
+def test_a_torn_replica_does_not_stop_where_no_heal_was_tried() -> None:
+    """Its group could not be configured: the next quorum would heal it."""
+    story = begun().tell(1, "end", call="configure", number=3, seconds=3.0, error="DistStoreError: wait timeout")
+    story.tell(1, "ended", reason="torn", error="TornStateError: …").tell(1, "gone", status=70)
+    assert list(story.broken()) == ["no crash"]
+
+
 def health(story: Story, **more: Any) -> Story:
     story.now += 30.0
     look = {"threads": 10, "descriptors": 50, "rss": 300 << 20, "ours": ["ft_transport-listener"], **more}
@@ -185,6 +192,10 @@ def test_one_that_does_not_heal() -> None:
     story = begun().strike(2, "kill").again(2).tell(-1, "calm").commit(2, "b", 0, 1)
     found = story.tell(-1, "finishing", together=False).broken(whole=True)
     assert len(found["everyone healed"].broken) == 3
+    torn = begun().tell(2, "ended", reason="torn", error="TornStateError: …").tell(2, "gone", status=70).again(2)
+    torn.tell(2, "ended", reason="torn", error="TornStateError: …").tell(2, "gone", status=70).again(2)
+    torn.commit(2, "b", *ALL).tell(-1, "calm").commit(3, "c", *ALL).tell(-1, "finishing", together=True)
+    assert torn.broken(whole=True) == {}, "nobody was left to heal it"
 
 
 def test_what_is_left_afterwards() -> None:

@@ -288,6 +288,19 @@ def test_a_callback_is_asked_twice_once() -> None:
     assert pair.destination.last_report.in_place_share == 1.0
 
 
+def test_a_quorum_that_has_failed_before_a_heal_could_be_tried_stops_nobody() -> None:
+    """Whoever calls will not step, and the next quorum can heal. What counts as healed will never be."""
+    guard = TornGuard()
+    receive(guard, torn=True, error=PeerFailure("gone"))
+    guard.begin_quorum()
+    guard.check_step(failed=True)
+    with pytest.raises(TornStateError, match="nobody was left to heal it"):
+        guard.check_step()
+    guard.lose(["norm.mean"])
+    with pytest.raises(TornStateError, match="takes for healed"):
+        guard.check_step(failed=True)
+
+
 # ------------------------------------------------------------------------------------- refusals
 
 
