@@ -76,6 +76,20 @@ MUTANTS = [
         "tests/lanes/test_relay.py::test_what_nobody_could_check_is_copied_before_this_side_goes_on",
     ),
     Mutant(
+        "memory that the next message will overwrite is not told by its place",
+        "_lanes/session.py",
+        "if steady and protocol.state is State.DIRECT",
+        "if protocol.state is State.DIRECT",
+        "tests/lanes/test_session.py::test_what_is_small_or_will_not_stay_is_sent",
+    ),
+    Mutant(
+        "nobody reads a process that has not shown that it is the peer's",
+        "_net/cma.py",
+        "if found != token:",
+        "if False:",
+        "tests/net/test_cma.py::test_a_token_that_is_not_there_is_no_peers",
+    ),
+    Mutant(
         "a new supplier begins without the damage of the one before",
         "_lanes/move.py",
         "self._sink.pending.forgive()",

@@ -87,6 +87,18 @@ def test_where_the_system_does_not_let_anybody_read_tcp_serves(lanes: Lanes, mon
     source.disallow_checkpoint()
 
 
+def test_what_passes_a_fault_proxy_does_not_go_past_it(lanes: Lanes) -> None:
+    """Else nobody's fault would be seen by who tests with one."""
+    source, state = lanes.transport(fabric="auto"), make_state()
+    proxy = lanes.proxy(source.metadata())
+    destination = lanes.destination(make_state(2), fabric="auto").start(proxy.metadata)
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    assert destination.join().sound(state)
+    assert destination.report.peers[0].nbytes_direct == 0
+    assert proxy.nbytes > destination.report.nbytes_total
+    source.disallow_checkpoint()
+
+
 class Failing(PeerMemory):
     """Memory that cannot be read any more after some messages; what became of it is in the class."""
 
