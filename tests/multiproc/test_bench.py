@@ -96,7 +96,8 @@ def test_all_transports_bring_every_state_over(tmp_path: Path) -> None:
         assert len(row["samples"]) == 3
         assert row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
         assert row["reference"] == "torchft PGTransport"
-        assert row["nbytes_wire"] >= row["nbytes"]
+        # Of the loopback's; lanes read memory, where the system lets them.
+        assert row["nbytes_wire"] >= row["nbytes"] or transport.startswith("ft_transport lanes")
     assert found["environment"].keys() >= {"torch", "torchft", "ft_transport", "python", "cores", "command"}
     assert found["options"]["scale"] == 0.02
     assert out.count("equal") - out.count("equal.") >= len(SUBJECTS)
