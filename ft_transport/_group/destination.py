@@ -252,6 +252,8 @@ class _DestinationFlights:
                 arrivals.append(self._expect(message, target, staged=True))
             else:
                 arrivals.append(self._expect(message, target, staged=False))
+        # Of the signal behind them.
+        self._control.expect_ahead()
 
     def _expect(self, message: int, data: torch.Tensor, *, staged: bool) -> _Arrival:
         return _Arrival(message, data, staged, self._control.channel.recv(data, FIRST_MESSAGE_TAG + message))

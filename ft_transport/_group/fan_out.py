@@ -22,8 +22,12 @@ __all__ = ["close_failed", "in_parallel"]
 logger = logging.getLogger("ft_transport")
 
 
-def close_failed(control: Control, peer: PeerReport, exc: BaseException) -> None:
-    """Note how a transfer ended, tell the peer where it still listens, leave nothing that could touch memory."""
+def close_failed(control: Control, peer: PeerReport, exc: BaseException, *, can_speak: bool = True) -> None:
+    """Note how a transfer ended, tell the peer where it still listens, leave nothing that could touch memory.
+
+    Args:
+        can_speak: Whether the peer would take a word of this side's for one; else the channel breaks without.
+    """
     # Before anything is said to the peer: that may take its time, and whoever looks at the report sees why.
     peer.reason = reason_of(exc)
     peer.outcome = outcome_of(exc, cancelled=control.channel.broken)
@@ -33,7 +37,10 @@ def close_failed(control: Control, peer: PeerReport, exc: BaseException) -> None
             control.await_closure()
     elif not (control.is_over or isinstance(exc, _NOBODY_LISTENS) or peer.phase == "rebuild"):
         # In "rebuild" the source has its DONE, and listens no more.
-        control.last_words(peer.reason)
+        if can_speak:
+            control.last_words(peer.reason)
+        else:
+            control.channel.abort()
 
 
 # Who is out of time, or gone. After a wait that has expired every pair of the group is closed anyway.

@@ -91,6 +91,7 @@ class PGTransport(ManagedTransport[T]):
             copies=Copies(),
             # A Baby group runs in a child: what it is given moves into memory that both share, for good.
             shared=isinstance(pg, ProcessGroupBaby) and torch.device(device).type == "cpu",
+            in_order=_is_in_order(pg, torch.device(device)),
         )
         super().__init__(options, state_dict, timeout)
         self._pg = pg
@@ -218,7 +219,15 @@ class PGTransport(ManagedTransport[T]):
             )
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
-        return GroupChannel(self._pg, rank, self._options.device, lock)
+        return GroupChannel(self._pg, rank, self._options.device, lock, in_order=self._options.in_order)
+
+
+def _is_in_order(pg: ProcessGroup, device: torch.device) -> bool:
+    """Whether the operations of a pair run as they were posted, and tags are dropped."""
+    # NCCL and its like: one stream for each pair. torchft's group over torchcomms has no tags on the CPU either; by
+    # name, since importing it imports torchcomms, which few have.
+    names = {cls.__name__ for cls in type(pg).__mro__}
+    return device.type != "cpu" or "ProcessGroupTorchComms" in names
 
 
 def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
