@@ -182,6 +182,7 @@ class PGTransport(ManagedTransport[T]):
                     self._options,
                     report,
                     lambda reading: reading.await_release(deadline),
+                    deadline=deadline,
                 )
         except BaseException as exc:
             reason = reason_of(exc)
@@ -193,7 +194,9 @@ class PGTransport(ManagedTransport[T]):
             raise
         try:
             # Described once, read by all of them; each has its own place in it, and its own buckets.
-            errors = in_parallel(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+            errors = in_parallel(
+                channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]), outbound.streams
+            )
         finally:
             # Optimizers that wait for the end of this may step now. Also after an error: nothing is read any more.
             outbound.versions.release()
