@@ -149,6 +149,21 @@ class _Planner:
         )
 
 
+def _relay(dispatcher: Dispatcher, plan: _Plan, sink: Sink, timer: StallTimer, *, direct: bool) -> Relay:
+    """What passes on what lands in a sink."""
+    return Relay(
+        dispatcher,
+        plan.layout,
+        plan.landing,
+        sink.pending,
+        timer,
+        verified=sink.verified,
+        direct=direct,
+        streams=sink.streams,
+        rewrite=plan.rewrite,
+    )
+
+
 class DestinationTransfer:
     """One receive.
 
@@ -306,7 +321,9 @@ class DestinationTransfer:
             raise
         metadata, ident = "", b""
         if header.number > 1:  # there may be somebody behind
-            self._relay = sink.relay = self._pass_on(plan, sink, control)
+            self._relay = sink.relay = _relay(
+                self._local.dispatcher, plan, sink, control.timer(), direct=self._options.direct
+            )
             metadata, ident = self._local.metadata, self._relay.ident
         control.send_ready(metadata, ident)
         return plan, sink
@@ -318,19 +335,6 @@ class DestinationTransfer:
             if wait:
                 raise
         self._report.peers[0].outcome = "refused"
-
-    def _pass_on(self, plan: _Plan, sink: Sink, control: ControlConnection) -> Relay:
-        return Relay(
-            self._local.dispatcher,
-            plan.layout,
-            plan.landing,
-            sink.pending,
-            control.timer(),
-            verified=sink.verified,
-            direct=self._options.direct,
-            streams=sink.streams,
-            rewrite=plan.rewrite,
-        )
 
     # -------------------------------------------------------------------------------- move and end
 

@@ -69,8 +69,6 @@ class Relay:
         self.ident = secrets.token_bytes(16)
         self.verified = verified
         self.direct = direct
-        # Training goes on with this memory once this side has the state, whatever the next one still reads.
-        self.steady = verified
         self._dispatcher = dispatcher
         self._landing = landing
         self._pending = pending
@@ -85,6 +83,12 @@ class Relay:
         # From the beginning, with nothing here yet: whoever asks waits for each message, and so gets it the moment it
         # is sound.
         dispatcher.register(self.ident, self._supplier)
+
+    @property
+    def steady(self) -> bool:
+        # Training goes on with this memory once this side has the state, whatever the next one still reads. Where
+        # messages have digests, that one finds out.
+        return self.verified
 
     @property
     def sizes(self) -> list[int]:

@@ -49,10 +49,11 @@ class MessageStore(Protocol):
     """
 
     verified: bool
-    steady: bool
     direct: bool
     is_whole_transfer: bool
 
+    @property
+    def steady(self) -> bool: ...
     @property
     def sizes(self) -> Sequence[int]: ...
 
