@@ -5,13 +5,16 @@ place to be right, and one to be replaced by a stand-in (``ft_transport.testing.
 accelerator. A state names the devices that it is on, and no other is touched: to ask one that nobody uses makes a
 context on it, some hundred MiB. A state on the CPU alone asks nothing.
 
-Not here yet: copies between host and device, which are torch's own (``_plan.blocks``).
+Small tensors cross in one copy: packed on the device first, since a copy and a wait for each of five thousand is what
+takes the time.
+
+Not here yet: pieces with gaps or other strides, which torch copies one by one (``_plan.blocks``).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -20,18 +23,49 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport.errors import TransferTimeout
 
-__all__ = ["NO_STREAMS", "Seam", "Streams", "devices_of", "pinned", "replaced", "settle"]
+__all__ = [
+    "NO_STREAMS",
+    "Seam",
+    "Streams",
+    "devices_of",
+    "host_test",
+    "is_on",
+    "pinned",
+    "replaced",
+    "settle",
+    "to_device",
+    "to_host",
+]
 
 
 class Seam:
-    """What is asked of torch. A stand-in has the same methods."""
+    """What is asked of torch. A stand-in has the same methods.
+
+    Attributes:
+        on_host: Whether the CPU can read a tensor's memory.
+    """
+
+    # A function of C, asked for each of twenty thousand leaves.
+    on_host: Callable[[torch.Tensor], bool] = attrgetter("is_cpu")
 
     def devices_of(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.device, ...]:
         """The devices that some of the tensors are on, each once; without the CPU, and "meta", which has no bytes."""
-        if all(map(attrgetter("is_cpu"), tensors)):  # one call of C for each of twenty thousand
+        if all(map(self.on_host, tensors)):
             return ()
         found = dict.fromkeys(map(attrgetter("device"), tensors))
         return tuple(device for device in found if device.type not in ("cpu", "meta"))
+
+    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        """Copy flat tensors of uint8 on one device, one behind the other, to the host; they are there on return."""
+        target.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor) -> None:
+        """The other way round. What ``source`` holds may change once this has returned."""
+        if len(parts) == 1:
+            parts[0].copy_(source)
+            return
+        packed = source.to(parts[0].device)
+        torch._foreach_copy_(parts, list(torch.split(packed, [part.numel() for part in parts])))
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Memory of the host, flat uint8, that devices reach without the CPU. Raises RuntimeError for want of it."""
@@ -63,6 +97,26 @@ def replaced(seam: Seam) -> Seam:
 def devices_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
     """As ``Seam.devices_of``."""
     return _seam.devices_of(tensors if isinstance(tensors, Sequence) else list(tensors))
+
+
+def host_test() -> Callable[[torch.Tensor], bool]:
+    """``Seam.on_host``, to be called many times."""
+    return _seam.on_host
+
+
+def is_on(tensor: torch.Tensor, device_type: str) -> bool:
+    """Whether a tensor is on a device of this type, as it is: no copy is needed."""
+    return _seam.on_host(tensor) if device_type == "cpu" else tensor.device.type == device_type
+
+
+def to_host(target: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    """As ``Seam.to_host``."""
+    _seam.to_host(target, parts)
+
+
+def to_device(parts: list[torch.Tensor], source: torch.Tensor) -> None:
+    """As ``Seam.to_device``."""
+    _seam.to_device(parts, source)
 
 
 def pinned(nbytes: int) -> torch.Tensor:

@@ -225,6 +225,52 @@ def test_lanes_copy_in_the_streams_of_who_called() -> None:
         assert len(own) == 2, "of two callers"
 
 
+def many(value: float) -> dict[str, Any]:
+    return {f"bias {i}": torch.full((256,), value + i) for i in range(5000)}
+
+
+@WAYS
+@pytest.mark.parametrize("where", ["source", "destination", "both"])
+def test_many_small_tensors_cross_in_few_copies(way: str, where: str) -> None:
+    """Packed on the device: five thousand copies of 1 KiB, and as many waits, take as long as gigabytes."""
+    with StandInAccelerator(1) as devices:
+        sent, template = many(7.0), many(3.0)
+        for side, found in (("source", sent), ("destination", template)):
+            if where in (side, "both"):
+                for tensor in found.values():
+                    devices.put(tensor, 0)
+        with ends(way, template) as moved:
+            moved.move(sent)
+            assert all(torch.equal(moved.result[name], tensor) for name, tensor in sent.items())
+            assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
+            assert moved.destination.last_report.in_place_share == 1.0
+        sides = 2 if where == "both" else 1
+        assert 0 < devices.num_copies <= 20 * sides
+        assert devices.synchronized[0] <= 5 * sides
+
+
+@WAYS
+def test_what_is_here_and_there_arrives_where_it_belongs(way: str) -> None:
+    """Host, two devices, strided, empty and large, in one message and between them."""
+    with StandInAccelerator(2) as devices:
+        sent, template = mixed(7.0), mixed(3.0)
+        for found in (sent, template):
+            for name, tensor in found.items():
+                if (where := int(name.split()[1]) % 3) < 2:
+                    devices.put(tensor, where)
+        with ends(way, template) as moved:
+            moved.move(sent)
+            assert not moved.errors
+        assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
+
+
+def mixed(value: float) -> dict[str, torch.Tensor]:
+    small = {f"small {i}": torch.arange(10.0 + i) * value for i in range(60)}
+    strided = {f"strided {i}": (torch.arange(600.0) * value).view(20, 30).t() for i in range(6)}
+    large = {f"large {i}": torch.full(((1 << 20) + 7,), value) for i in range(6)}
+    return {**small, **strided, **large, "empty 0": torch.empty(0), "odd 1": torch.ones(3, dtype=torch.uint8)}
+
+
 def test_buckets_that_a_device_copies_to_are_pinned() -> None:
     with StandInAccelerator(1) as devices:
         sent = state(7.0)

@@ -59,6 +59,7 @@ class StandInAccelerator(Seam):
     Attributes:
         synchronized: How often each device was waited for, by index.
         streams: For each thread that was given one, its streams.
+        num_copies: Between the host and devices, both ways, so far.
         nbytes_pinned: Host memory that devices can reach, so far.
 
     Threading: any. Leaving the block ends what its devices still do.
@@ -67,7 +68,7 @@ class StandInAccelerator(Seam):
     def __init__(self, num_devices: int = 2) -> None:
         self.synchronized: Counter[int] = Counter()
         self.streams: dict[int, set[Any]] = {}
-        self.nbytes_pinned = 0
+        self.nbytes_pinned = self.num_copies = 0
         self._over = threading.Event()
         self._devices = [_Device(index, self._over) for index in range(num_devices)]
         self._places: dict[int, int] = {}
@@ -99,6 +100,17 @@ class StandInAccelerator(Seam):
         self._devices[index].tell(work, seconds)
 
     # What transports ask; see ``Seam``.
+
+    def on_host(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() not in self._places
+
+    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        self.num_copies += 1
+        super().to_host(target, parts)
+
+    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor) -> None:
+        self.num_copies += 1
+        super().to_device(parts, source)
 
     def devices_of(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.device, ...]:
         found = (self._places.get(tensor.untyped_storage().data_ptr()) for tensor in tensors)
