@@ -28,9 +28,9 @@ Fabric = Literal["auto", "tcp", "cma"]
 # Buckets on each side for each peer of a group. While one moves, the other is filled or emptied.
 NUM_BUCKETS = 2
 
-# On an accelerator's group the operations of a pair run in the order in which they are posted, so both sides must
-# post them alike: with no more flights than buckets, neither ever has to wait for a bucket out of turn.
-_ACCELERATOR_LIMITS = Limits(window=NUM_BUCKETS)
+# Where the operations of a pair run in the order in which they are posted, both sides must post them alike: with no
+# more flights than buckets, neither ever has to wait for a bucket out of turn.
+_IN_ORDER_LIMITS = Limits(window=NUM_BUCKETS)
 
 # Gloo keeps a core busy on each side. With fewer cores than this the digests would take from it.
 _CORES_TO_SPARE = 4
@@ -53,6 +53,7 @@ class Options:
         shared: Whether the group moves all that it is given into shared memory.
         fresh_device: Where fresh leaves live that were on an accelerator at the source; None for ``device``.
         on_phase: Called as each phase begins, with the report that it is of; for ``ft_transport.testing``.
+        in_order: As of ``_group.channel.Channel``: of the group that messages move over.
     """
 
     device: torch.device
@@ -66,10 +67,11 @@ class Options:
     shared: bool = False
     fresh_device: torch.device | None = None
     on_phase: PhaseCallback | None = None
+    in_order: bool = False
 
     def limits(self, nbytes: int) -> Limits:
         """How this side cuts the messages of a state of ``nbytes`` when it is the source."""
-        return Limits() if self.device.type == "cpu" else _ACCELERATOR_LIMITS
+        return _IN_ORDER_LIMITS if self.in_order else Limits()
 
     @property
     def digest(self) -> str:

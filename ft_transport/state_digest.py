@@ -210,7 +210,7 @@ class _Reader:
     """Fingerprints leaves, one after the other. What occurs twice is read once."""
 
     def __init__(self) -> None:
-        self._bucket = Bucket(CPU, pinned=True)
+        self._bucket = Bucket(CPU)
         self._shapes: dict[tuple[torch.dtype, torch.Size], str] = {}
         # By memory and view of it: of leaves alone, which the state holds meanwhile. What a kind makes when it is taken
         # apart is gone at once, and the next one may lie where it was.

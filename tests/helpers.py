@@ -289,6 +289,10 @@ class Wrapped:
     def broken(self) -> bool:
         return self._channel.broken
 
+    @property
+    def in_order(self) -> bool:
+        return self._channel.in_order
+
     def send(self, tensor: torch.Tensor, tag: int) -> Pending:
         return self._channel.send(tensor, tag)
 

@@ -44,6 +44,7 @@ from ft_transport import (
     TransferTimeout,
 )
 from ft_transport._deadline import Deadline
+from ft_transport._device import Streams
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FRAME_TAG
 from ft_transport._group.destination import receive
@@ -684,11 +685,11 @@ def test_for_each_where_the_stream_cannot_be_set(monkeypatch: pytest.MonkeyPatch
     def set_stream(stream: object) -> None:
         raise RuntimeError("no such stream")
 
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_stream", object)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.accelerator, "set_stream", set_stream)
     seen: list[int] = []
-    errors = in_parallel([memory_channels()[0] for _ in range(2)], seen.append)
+    streams = Streams([torch.device("cuda", 0)])
+    errors = in_parallel([memory_channels()[0] for _ in range(2)], seen.append, streams)
     assert [str(error) for error in errors] == ["no such stream"] * 2
     assert not seen
 

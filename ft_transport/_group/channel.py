@@ -49,11 +49,14 @@ class Channel(Protocol):
         peer_rank: Rank of the peer.
         nbytes_wire: Bytes posted so far in both directions.
         broken: Whether the group behind the channel must be configured anew before its next use.
+        in_order: Whether operations run one after the other as they were posted, sends and receives alike, and tags are
+            dropped (NCCL). Then an operation meets the peer's at the same place in its order, so both sides post alike.
     """
 
     peer_rank: int
     nbytes_wire: int
     broken: bool
+    in_order: bool
 
     def send(self, tensor: torch.Tensor, tag: int) -> Pending:
         """Post a send; the tensor must not change until the operation was waited for."""
@@ -89,10 +92,20 @@ class GroupChannel:
         peer_rank: Rank of the peer in it.
         device: Where control messages live.
         lock: Held during every call into the group, where a group cannot take calls from several threads.
+        in_order: As of ``Channel``.
     """
 
-    def __init__(self, pg: Any, peer_rank: int, device: torch.device, lock: threading.Lock | None = None) -> None:
+    def __init__(
+        self,
+        pg: Any,
+        peer_rank: int,
+        device: torch.device,
+        lock: threading.Lock | None = None,
+        *,
+        in_order: bool = False,
+    ) -> None:
         self.peer_rank = peer_rank
+        self.in_order = in_order
         self.nbytes_wire = 0
         self.broken = False
         self._pg = pg

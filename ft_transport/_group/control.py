@@ -8,6 +8,7 @@ once more, so that nobody has to wait for the frame itself (see ``_group.channel
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
@@ -20,8 +21,8 @@ from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError,
 
 __all__ = ["CONTROL_TAG", "FIRST_MESSAGE_TAG", "FRAME_TAG", "Control", "Posted"]
 
-# Gloo matches by tag, whatever the order. torchft's torchcomms group drops tags, so each side also posts in the order
-# in which the other one does.
+# Gloo matches by tag, whatever the order. NCCL, and torchft's group over torchcomms, have none and match by order, so
+# each side also posts in the order in which the other one does.
 CONTROL_TAG = 1
 FRAME_TAG = 2
 FIRST_MESSAGE_TAG = 3
@@ -53,6 +54,7 @@ class Control:
         self.is_over = False
         self._mid_frame = False
         self._device = device
+        self._ahead: deque[Posted] = deque()
         # Sends of frames, reclaimed when the peer has answered.
         self._unconfirmed: list[Pending] = []
 
@@ -94,7 +96,7 @@ class Control:
 
     def recv_bytes(self) -> bytes:
         """The bytes of the next frame, still to be checked."""
-        number = self._take(self.expect())
+        number = self._take(self._next())
         if number <= 0:
             raise RemoteProtocolError(f"expected a frame, got signal {-1 - number}")
         data = self._recv_body(number)
@@ -115,6 +117,15 @@ class Control:
         # One of a large message, of which some bytes have come, does not.
         return number, self.channel.recv(number, CONTROL_TAG)
 
+    def expect_ahead(self) -> None:
+        """Post the receive of a control message that comes behind what is posted already; the next one taken is it."""
+        # At its own place, for channels that run in order: there a receive that is posted only when it is waited for
+        # stands behind those of the next flights, and meets the wrong message.
+        self._ahead.append(self.expect())
+
+    def _next(self) -> Posted:
+        return self._ahead.popleft() if self._ahead else self.expect()
+
     def recv_signal(self, expected: int, posted: Posted | None = None) -> None:
         """Wait for a signal, on a receive that was posted before or on a new one.
 
@@ -122,7 +133,7 @@ class Control:
             RemoteProtocolError: It is another one.
             PeerFailure: The peer gave up.
         """
-        number = self._take(posted or self.expect())
+        number = self._take(posted or self._next())
         if number > 0:
             self._fail(*decode_frame(self._recv_body(number)))
         if -1 - number != expected:
@@ -141,7 +152,7 @@ class Control:
         body = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         pending = self.channel.recv(body, FRAME_TAG)
         # Behind the body, and small: once it is here, so is the body, and if the peer dies before, it raises.
-        again = self._take(self.expect())
+        again = self._take(self._next())
         self.channel.wait(pending, self.deadline)
         if again != nbytes:
             raise RemoteProtocolError(f"a frame of {nbytes} bytes ends with {again}")
@@ -183,6 +194,6 @@ class Control:
     def await_closure(self) -> None:
         """Wait for a peer that gave up to close its side: only then nothing posted moves any more. Never raises."""
         try:
-            self._take(self.expect())
+            self._take(self._next())
         except TransferError:
             pass

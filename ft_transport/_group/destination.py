@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._deadline import Deadline
+from ft_transport._device import devices_of, settle
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
 from ft_transport._group.fan_out import close_failed
@@ -93,6 +94,8 @@ def receive(
             result = landing.rebuild()
             if landing.copies:
                 landing.check()  # once more: it was written to
+            # What was copied on a device is there for whoever reads it on another stream.
+            settle(plan.devices, control.deadline)
         # Whole again. What follows only keeps the books.
         report.torn = False
         peer.outcome = "complete"
@@ -119,6 +122,7 @@ class _Plan(NamedTuple):
     layout: Layout
     landing: DestinationPlan
     rewrite: Rewrite | None
+    devices: tuple[torch.device, ...]
 
 
 def _agree(
@@ -136,6 +140,9 @@ def _agree(
             _check_header(header, step)
             layout = lay_out(manifest, header.limits)
             landing = plan_destination(manifest, layout, state_dict, options, report, beside or frozenset())
+            # Before a byte lands: what the template's devices still do may read it.
+            devices = devices_of(landing.placement.memory())
+            settle(devices, control.deadline)
     # Nobody to refuse anything to.
     except PeerFailure:
         raise
@@ -148,7 +155,7 @@ def _agree(
     # The digest of the manifest goes back with it: both sides derive all messages from that, and one flipped bit in it
     # would have them receive what was not sent.
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
-    return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None)
+    return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None, devices)
 
 
 def _check_header(header: ManifestHeader, step: int | None) -> None:
@@ -187,7 +194,7 @@ class _DestinationFlights:
     ) -> None:
         self.digests: list[int] = []
         self._control = control
-        self._header, self._layout, self._landing, self._rewrite = plan
+        self._header, self._layout, self._landing, self._rewrite, _ = plan
         self._options = options
         self._report = report
         # While gloo fills one, the other is emptied. With none free the next flight is not posted yet.
@@ -252,6 +259,8 @@ class _DestinationFlights:
                 arrivals.append(self._expect(message, target, staged=True))
             else:
                 arrivals.append(self._expect(message, target, staged=False))
+        # Of the signal behind them.
+        self._control.expect_ahead()
 
     def _expect(self, message: int, data: torch.Tensor, *, staged: bool) -> _Arrival:
         return _Arrival(message, data, staged, self._control.channel.recv(data, FIRST_MESSAGE_TAG + message))

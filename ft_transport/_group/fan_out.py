@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import torch
-
+from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._group.channel import Channel
 from ft_transport._group.control import Control
 from ft_transport._telemetry.report import PeerReport, outcome_of
@@ -22,8 +21,12 @@ __all__ = ["close_failed", "in_parallel"]
 logger = logging.getLogger("ft_transport")
 
 
-def close_failed(control: Control, peer: PeerReport, exc: BaseException) -> None:
-    """Note how a transfer ended, tell the peer where it still listens, leave nothing that could touch memory."""
+def close_failed(control: Control, peer: PeerReport, exc: BaseException, *, can_speak: bool = True) -> None:
+    """Note how a transfer ended, tell the peer where it still listens, leave nothing that could touch memory.
+
+    Args:
+        can_speak: Whether the peer would take a word of this side's for one; else the channel breaks without.
+    """
     # Before anything is said to the peer: that may take its time, and whoever looks at the report sees why.
     peer.reason = reason_of(exc)
     peer.outcome = outcome_of(exc, cancelled=control.channel.broken)
@@ -33,24 +36,28 @@ def close_failed(control: Control, peer: PeerReport, exc: BaseException) -> None
             control.await_closure()
     elif not (control.is_over or isinstance(exc, _NOBODY_LISTENS) or peer.phase == "rebuild"):
         # In "rebuild" the source has its DONE, and listens no more.
-        control.last_words(peer.reason)
+        if can_speak:
+            control.last_words(peer.reason)
+        else:
+            control.channel.abort()
 
 
 # Who is out of time, or gone. After a wait that has expired every pair of the group is closed anyway.
 _NOBODY_LISTENS = (TransferTimeout, PeerFailure)
 
 
-def in_parallel(channels: Sequence[Channel], run: Callable[[int], None]) -> list[BaseException | None]:
+def in_parallel(
+    channels: Sequence[Channel], run: Callable[[int], None], streams: Streams = NO_STREAMS
+) -> list[BaseException | None]:
     """Run ``run(index)`` for every channel at once, each in its own thread; gives what each raised.
 
-    A single channel is served in the caller's thread. The threads work on the caller's device and stream.
+    A single channel is served in the caller's thread. The threads copy in these streams.
     """
     errors: list[BaseException | None] = [None] * len(channels)
 
-    def guarded(index: int, stream: torch.Stream | None = None) -> None:
+    def guarded(index: int) -> None:
         try:
-            if stream is not None:
-                torch.accelerator.set_stream(stream)
+            streams.enter()
             run(index)
         except BaseException as exc:
             # A traceback kept here would keep the frames of this thread, and with them the group.
@@ -60,14 +67,10 @@ def in_parallel(channels: Sequence[Channel], run: Callable[[int], None]) -> list
     if len(channels) == 1:
         guarded(0)
         return errors
-    stream = torch.accelerator.current_stream() if torch.accelerator.is_available() else None
-
     threads = ThreadGroup()
     try:
         for index, channel in enumerate(channels):
-            # torch keeps device and stream for each thread: without this a copy to the host would run on the default
-            # stream, beside what has filled the tensor.
-            threads.start(f"rank{channel.peer_rank}", guarded, index, stream)
+            threads.start(f"rank{channel.peer_rank}", guarded, index)
         threads.attend()
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.

@@ -67,7 +67,8 @@ def serve(channel: Channel, outbound: SourcePlan, deadline: Deadline, peer: Peer
             control.recv_frame(Frame.DONE)
         peer.outcome = "complete"
     except BaseException as exc:
-        close_failed(control, peer, exc)
+        # In order, the next that the destination receives is a message: a word in its place would land in the state.
+        close_failed(control, peer, exc, can_speak=not (channel.in_order and peer.phase == "move"))
         raise
     finally:
         channel.drop()
@@ -141,9 +142,9 @@ class _SourceFlights:
         if bucket is not None:
             bucket.reset(staged_bytes)
         tensors = [outbound.placement.bytes_of(message, bucket) for message in messages]
-        # Gloo announces a receive behind the bytes that are queued already, so the answer's is posted first. On an
-        # accelerator's group the operations of a pair run one after the other: there it would never end.
-        answer = self._control.expect() if outbound.options.device.type == "cpu" else None
+        # Gloo announces a receive behind the bytes that are queued already, so the answer's is posted first. Where
+        # operations run one after the other it would never end: there it is posted when it is waited for.
+        answer = None if channel.in_order else self._control.expect()
         works = [
             channel.send(tensor, FIRST_MESSAGE_TAG + message) for message, tensor in zip(messages, tensors, strict=True)
         ]

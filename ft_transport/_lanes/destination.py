@@ -10,9 +10,10 @@ Not here: the conversation with the source (``_lanes.control``), and whom to fet
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ft_transport._deadline import Deadline
+from ft_transport._device import Streams, devices_of, settle
 from ft_transport._lanes.control import ControlConnection, GaveUp, Tally
 from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.move import Mover
@@ -27,7 +28,6 @@ from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import LaneOptions
-from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.destination import DestinationPlan, plan_destination
 from ft_transport._plan.resume import PartialReceive, manifest_fingerprint
 from ft_transport._plan.rewrite import Received, Rewrite
@@ -123,7 +123,7 @@ class _Planner:
             Rewrite(layout, landing) if self._trains else None,
         )
 
-    def sink(self, plan: _Plan, earlier: PartialReceive | None, stream: Any) -> Sink:
+    def sink(self, plan: _Plan, earlier: PartialReceive | None, streams: Streams) -> Sink:
         """Where the messages land, with those that may be there already."""
         claims: dict[int, int | None] = {}
         in_template = plan.landing.in_template
@@ -145,8 +145,23 @@ class _Planner:
             claims,
             verified=verified,
             rewrite=plan.rewrite,
-            stream=stream,
+            streams=streams,
         )
+
+
+def _relay(dispatcher: Dispatcher, plan: _Plan, sink: Sink, timer: StallTimer, *, direct: bool) -> Relay:
+    """What passes on what lands in a sink."""
+    return Relay(
+        dispatcher,
+        plan.layout,
+        plan.landing,
+        sink.pending,
+        timer,
+        verified=sink.verified,
+        direct=direct,
+        streams=sink.streams,
+        rewrite=plan.rewrite,
+    )
 
 
 class DestinationTransfer:
@@ -244,6 +259,8 @@ class DestinationTransfer:
             control.send_done(verified=sink.verified)
         with peer.enter("rebuild", "destination", self._options.on_phase), no_collection():
             state = self._rebuild(plan.landing)
+            # What rebuild has copied on a device is there for whoever reads it on another stream.
+            settle(sink.streams.devices, self._deadline)
         # Whole, whatever it was at the beginning: what an earlier receive had left is part of it now.
         self._report.torn = False
         self.kept = None
@@ -290,9 +307,10 @@ class DestinationTransfer:
             # To compare a large template, or a state_dict() that gathers shards, may take longer than the source waits
             # for a word.
             with control.heartbeats(), no_collection():
-                stream = settled_stream()
                 plan = self._planner.plan(data, state_dict)
-                sink = self._planner.sink(plan, earlier, stream)
+                # Before a byte lands: what the template's devices still do may read it.
+                streams = settle(devices_of(plan.landing.placement.memory()), self._deadline)
+                sink = self._planner.sink(plan, earlier, streams)
         except Exception as exc:
             # A callback of the user's has raised, say: the source is to know that it is not at fault.
             error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
@@ -303,7 +321,9 @@ class DestinationTransfer:
             raise
         metadata, ident = "", b""
         if header.number > 1:  # there may be somebody behind
-            self._relay = sink.relay = self._pass_on(plan, sink, control, stream)
+            self._relay = sink.relay = _relay(
+                self._local.dispatcher, plan, sink, control.timer(), direct=self._options.direct
+            )
             metadata, ident = self._local.metadata, self._relay.ident
         control.send_ready(metadata, ident)
         return plan, sink
@@ -315,19 +335,6 @@ class DestinationTransfer:
             if wait:
                 raise
         self._report.peers[0].outcome = "refused"
-
-    def _pass_on(self, plan: _Plan, sink: Sink, control: ControlConnection, stream: Any) -> Relay:
-        return Relay(
-            self._local.dispatcher,
-            plan.layout,
-            plan.landing,
-            sink.pending,
-            control.timer(),
-            verified=sink.verified,
-            direct=self._options.direct,
-            stream=stream,
-            rewrite=plan.rewrite,
-        )
 
     # -------------------------------------------------------------------------------- move and end
 

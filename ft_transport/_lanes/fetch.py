@@ -200,7 +200,7 @@ class _Lane:
         self._sink = sink
         self._timer = timer
         self._num_left = num_messages
-        self._bucket = Bucket(CPU, pinned=True)
+        self._bucket = Bucket(CPU, pinned=bool(sink.streams.devices))
         self._lock = threading.Lock()
 
     def try_memory(self) -> None:

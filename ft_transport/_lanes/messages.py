@@ -8,7 +8,6 @@ writes to them by hand, which is noticed (``_plan.unchanged``) and makes the who
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any
 
 from ft_transport._options import CPU
 from ft_transport._plan.blocks import Held
@@ -27,22 +26,22 @@ class StateMessages:
 
     Args:
         plan: The described state.
-        stream: The accelerator's stream to gather in, None without one.
         direct: Whether destinations on this machine may read it from here themselves.
 
     Attributes:
         frame: The manifest, as it travels.
+        streams: To copy in.
         error: Why the state is not what it was any more, once somebody has looked.
     """
 
     # Whoever writes to large tensors voids the transfer anyway, so they may leave by their pages, without a copy.
     steady = is_whole_transfer = True
 
-    def __init__(self, plan: SourcePlan, stream: Any = None, *, direct: bool = True) -> None:
+    def __init__(self, plan: SourcePlan, *, direct: bool = True) -> None:
         self.sizes = plan.layout.sizes
         self.verified = bool(plan.header.digest)
         self.frame = plan.frame
-        self.stream = stream
+        self.streams = plan.streams
         self.direct = direct
         self.error: LocalProtocolError | None = None
         self._gone: LocalProtocolError | None = None

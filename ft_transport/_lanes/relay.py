@@ -9,10 +9,10 @@ kept by ``_plan.rewrite``. What slips through is found by the one who gets it, f
 from __future__ import annotations
 
 import secrets
-from typing import Any
 
 import torch
 
+from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.supplier import Supplier
@@ -42,7 +42,7 @@ class Relay:
         pending: Which of them are here.
         verified: Whether messages have digests.
         direct: Whether those behind on this machine may read it from here themselves.
-        stream: The accelerator's stream to gather in, None without one.
+        streams: To copy in.
         timer: Until when it waits for the others in :meth:`drain`.
         rewrite: Has messages as they came, too; None if nobody trains meanwhile.
 
@@ -62,15 +62,13 @@ class Relay:
         *,
         verified: bool,
         direct: bool = True,
-        stream: Any = None,
+        streams: Streams = NO_STREAMS,
         rewrite: Rewrite | None = None,
     ) -> None:
         # Keeps lanes that an earlier receive was asked for from being taken for this one's.
         self.ident = secrets.token_bytes(16)
         self.verified = verified
         self.direct = direct
-        # Training goes on with this memory once this side has the state, whatever the next one still reads.
-        self.steady = verified
         self._dispatcher = dispatcher
         self._landing = landing
         self._pending = pending
@@ -81,10 +79,16 @@ class Relay:
         self._room = SMALL_BYTES
         self._reading: Reading | None = None
         self._layout = layout
-        self._supplier = Supplier(self, timer, stream)
+        self._supplier = Supplier(self, timer, streams)
         # From the beginning, with nothing here yet: whoever asks waits for each message, and so gets it the moment it
         # is sound.
         dispatcher.register(self.ident, self._supplier)
+
+    @property
+    def steady(self) -> bool:
+        # Training goes on with this memory once this side has the state, whatever the next one still reads. Where
+        # messages have digests, that one finds out.
+        return self.verified
 
     @property
     def sizes(self) -> list[int]:

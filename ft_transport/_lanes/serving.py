@@ -150,7 +150,7 @@ class Serving:
             self._recv(store, until=State.ROUTING)
         with peer.enter("move", "source", self._on_phase):
             # Also for one that fetches from another destination: it may come back at any moment, when that one is gone.
-            self._supplier = Supplier(store, StallTimer(timer.deadline), store.stream)
+            self._supplier = Supplier(store, StallTimer(timer.deadline), store.streams)
             self._dispatcher.register(self.state.ident, self._supplier)
             while session.protocol.state is State.ROUTING:
                 session.send(LaneFrame.ROUTE, timer, body=self._line.route(self.state))

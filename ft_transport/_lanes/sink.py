@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
 
 import torch
 
+from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.protocol import LaneHeader
 from ft_transport._lanes.relay import Relay
@@ -50,7 +50,7 @@ class Sink:
         verified: Whether messages have digests.
         claims: Messages that may be here already, with their digests; None where it is still to be taken.
         rewrite: Keeps what forward may overwrite; None if nobody trains meanwhile.
-        stream: The accelerator's stream to scatter in, None without one.
+        streams: To copy in.
 
     Attributes:
         relay: Passes on what has landed, None if nobody would ask.
@@ -66,13 +66,13 @@ class Sink:
         *,
         verified: bool,
         rewrite: Rewrite | None = None,
-        stream: Any = None,
+        streams: Streams = NO_STREAMS,
     ) -> None:
         self.pending = pending
         self.relay: Relay | None = None
         self.verified = verified
         self._layout = layout
-        self._stream = stream
+        self.streams = streams
         self._landing = landing
         self._report = report
         self._claims = claims
@@ -89,9 +89,7 @@ class Sink:
 
     def enter(self) -> None:
         """Called by each thread that lands messages, before it does."""
-        if self._stream is not None:
-            # A new thread has the default stream, on which a copy would not wait for what the caller's has begun.
-            torch.accelerator.set_stream(self._stream)
+        self.streams.enter()
 
     def fetch_written_again(self) -> bool:
         """Ask again for the large messages that forward has written to, to keep them; gives whether there are any."""

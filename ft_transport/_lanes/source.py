@@ -23,7 +23,6 @@ from ft_transport._lanes.serving import Line, Serving, send_failed
 from ft_transport._lanes.session import Session
 from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions
-from ft_transport._plan.buffers import settled_stream
 from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.report import Outcome, TransferReport
 from ft_transport._telemetry.teller import Teller
@@ -70,15 +69,20 @@ class SourceTransfer:
 
         Raises:
             LocalProtocolError: A leaf cannot travel. Destinations are let in, and told so.
+            TransferTimeout: A device that the state is on has not come to an end by the deadline. As above.
         """
         report = self.report
         try:
             with report.phase("describe", self._options.on_phase):
-                stream = settled_stream()
                 outbound = SourcePlan(
-                    state_dict, report.step, self._options, report, lambda reading: self.end_reading()
+                    state_dict,
+                    report.step,
+                    self._options,
+                    report,
+                    lambda reading: self.end_reading(),
+                    deadline=self._deadline,
                 )
-                self._store = StateMessages(outbound, stream, direct=self._options.direct)
+                self._store = StateMessages(outbound, direct=self._options.direct)
         except BaseException as exc:
             # Destinations are told: they would wait for their whole time-out, and with them the collectives of
             # everybody.

@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-import torch
+from typing import Protocol
 
 from ft_transport._deadline import Deadline
+from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session, fingerprint
 from ft_transport._net.cma import ShownToken
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import HEARTBEAT, StallTimer
+from ft_transport._options import CPU
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._threads import ThreadGroup, uninterrupted
@@ -49,10 +49,11 @@ class MessageStore(Protocol):
     """
 
     verified: bool
-    steady: bool
     direct: bool
     is_whole_transfer: bool
 
+    @property
+    def steady(self) -> bool: ...
     @property
     def sizes(self) -> Sequence[int]: ...
 
@@ -87,17 +88,17 @@ class Supplier:
     Args:
         store: What there is to supply. Read until :meth:`close` has returned.
         timer: No lane outlasts its deadline. It learns of all that moves.
-        stream: The accelerator's stream to gather in, None without one.
+        streams: To copy in.
 
     Attributes:
         nbytes_wire: All bytes of the lanes that have ended.
     """
 
-    def __init__(self, store: MessageStore, timer: StallTimer, stream: Any = None) -> None:
+    def __init__(self, store: MessageStore, timer: StallTimer, streams: Streams = NO_STREAMS) -> None:
         self.nbytes_wire = 0
         self._store = store
         self._timer = timer
-        self._stream = stream
+        self._streams = streams
         self._changed = threading.Condition()
         self._closed = False
         self._lanes: set[Connection] = set()
@@ -119,8 +120,7 @@ class Supplier:
 
     def _run(self, connection: Connection, header: LaneHeader) -> None:
         try:
-            if self._stream is not None:
-                torch.accelerator.set_stream(self._stream)
+            self._streams.enter()
             self._serve(connection, header)
         except LocalProtocolError as exc:
             logger.warning("a lane of %s has ended: %s", connection.address, exc)
@@ -148,7 +148,7 @@ class Supplier:
         # Without a stall time-out: a destination asks when it has room. That it lives is seen on its control
         # connection.
         timer = StallTimer(self._timer.deadline)
-        bucket = Bucket(torch.device("cpu"), pinned=True)
+        bucket = Bucket(CPU, pinned=bool(self._streams.devices))
         shown = None
         while True:
             asked, body = session.recv(timer)

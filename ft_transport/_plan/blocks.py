@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ft_transport._device import host_test, to_device, to_host
 from ft_transport._plan.lent import readers_of
 from ft_transport._process import memory_at
 from ft_transport._state.manifest import Manifest
@@ -296,10 +297,10 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
     # torch, which is the slower way for small ones and the only one for these.
     rest = []
     blocks, moves = [], []
-    done = 0
+    done, on_host = 0, host_test()
     address = staged.data_ptr() if staged.device.type == "cpu" else 0
     for block, begin, nbytes in parts:
-        if address and block.dense and block.storage is not None and block.memory.is_cpu:
+        if address and block.dense and block.storage is not None and on_host(block.memory):
             theirs, ours = block.address + begin, address + done
             blocks.append(block)
             moves.append((ours, theirs, nbytes) if gather else (theirs, ours, nbytes))
@@ -314,16 +315,40 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
         group = slice(first, first + _AT_ONCE)
         if not list(starmap(_memmove, _if_there(blocks[group], moves[group]))):
             raise _taken_away()
-    flats = [(block.bytes(begin, begin + part.numel()), part) for block, begin, part in rest if block.dense]
-    if flats:
-        theirs_, ours_ = map(list, zip(*flats, strict=True))
+    flats = [(block, block.bytes(begin, begin + part.numel()), part) for block, begin, part in rest if block.dense]
+    near: list[tuple[torch.Tensor, torch.Tensor]] = []
+    far: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for block, flat, part in flats:
+        (far if address and not on_host(block.memory) else near).append((flat, part))
+    if near:
+        theirs_, ours_ = map(list, zip(*near, strict=True))
         # One kernel for many tensors, where there is an accelerator. On the CPU it is a loop, and no slower.
         torch._foreach_copy_(*((ours_, theirs_) if gather else (theirs_, ours_)))
+    _cross(far, staged, gather=gather)
     for block, begin, part in rest:
         if block.places is not None:
             _copy_indexed(block.memory, block.places, begin, part, gather)
         elif not block.dense:
             _copy_strided(block.memory, begin, part, gather)
+
+
+def _cross(flats: Sequence[tuple[torch.Tensor, torch.Tensor]], staged: torch.Tensor, *, gather: bool) -> None:
+    """Copy pieces on devices to or from a staged message on the host: those that follow each other there in one go."""
+    runs: list[tuple[int, list[torch.Tensor]]] = []  # where each begins in the message, and its pieces on one device
+    end = -1
+    for flat, part in flats:
+        begin = int(part.storage_offset() - staged.storage_offset())
+        if begin == end and flat.device == runs[-1][1][0].device:
+            runs[-1][1].append(flat)
+        else:
+            runs.append((begin, [flat]))
+        end = begin + part.numel()
+    for begin, pieces in runs:
+        part = staged[begin : begin + sum(piece.numel() for piece in pieces)]
+        if gather:
+            to_host(part, pieces)
+        else:
+            to_device(pieces, part)
 
 
 # No other thread of Python gets a turn in this one, unlike in ``ctypes.memmove``.

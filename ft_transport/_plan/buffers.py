@@ -11,24 +11,12 @@ import ctypes
 import mmap
 import re
 from bisect import bisect_right
-from typing import Any
 
 import torch
 
-__all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "allocate", "settled_stream"]
+from ft_transport._device import pinned as pinned_memory
 
-
-def settled_stream() -> Any:
-    """The caller's stream, for other threads to copy in, once the accelerator has done all that it was told to.
-
-    None without an accelerator.
-    """
-    if not torch.accelerator.is_available():
-        return None
-    # The state may still be computed on streams that the lanes' threads know nothing of. One wait here, in place of an
-    # event for each of them.
-    torch.accelerator.synchronize()
-    return torch.accelerator.current_stream()
+__all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "allocate"]
 
 
 # Of x86-64 and of arm64 with pages of 4 KiB; where it is another size the advice below is ignored, and nothing is wrong
@@ -49,7 +37,7 @@ def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torc
     try:
         # torch raises RuntimeError for want of memory, and OutOfMemoryError, which is one, on an accelerator; whoever
         # calls us wants to tell that from a bug.
-        return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        return pinned_memory(nbytes) if pinned else torch.empty(nbytes, dtype=torch.uint8, device=device)
     except RuntimeError as exc:
         raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
 
@@ -143,14 +131,14 @@ class Bucket:
 
     Args:
         device: Of the wire.
-        pinned: Whether an accelerator, if there is one, shall be able to reach it directly.
+        pinned: Whether an accelerator shall be able to reach it directly.
     """
 
     __slots__ = ("_device", "_flat", "_pinned", "_used")
 
     def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
         self._device = device
-        self._pinned = pinned and torch.accelerator.is_available()
+        self._pinned = pinned
         self._flat: torch.Tensor | None = None
         self._used = 0
 

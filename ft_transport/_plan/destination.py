@@ -133,7 +133,7 @@ class DestinationPlan:
         self._places = Places.of(homes, manifest, lambda: [leaf for leaf, _ in targets])
         aside: Container[int] = range(len(manifest.leaves)) if shadow else _indices(manifest, beside)
         fresh = _Fresh(manifest, fresh_device or device)
-        plan = _Plan(manifest, layout, dict(zip(targets, homes, strict=True)), device, fresh, aside)
+        plan = _Plan(manifest, layout, dict(zip(targets, homes, strict=True)), fresh, aside)
         blocks = plan.blocks()
         self.in_place = plan.nbytes_in_place > 0
         self.large = plan.large
@@ -276,7 +276,6 @@ class _Plan:
         manifest: What the source described.
         layout: Its messages.
         homes: The memory of each target.
-        device: Where messages live.
         fresh: Where to take memory from.
         aside: Leaves of which nothing may land in the template while messages move.
 
@@ -293,7 +292,6 @@ class _Plan:
         manifest: Manifest,
         layout: Layout,
         homes: dict[Slot, Block],
-        device: torch.device,
         fresh: _Fresh,
         aside: Container[int],
     ) -> None:
@@ -306,7 +304,6 @@ class _Plan:
         self._manifest = manifest
         self._layout = layout
         self._homes = homes
-        self._device_type = device.type
         self._fresh = fresh
         self._aside = aside
 
@@ -322,7 +319,7 @@ class _Plan:
             slot, (_, shape, _) = group[0]
             if len(group) == 1 and shape.dense and (home := homes.get(slot)) is not None:
                 tensor = home[0]
-                if tensor.stride() == shape.stride and self._is_here(tensor):
+                if tensor.stride() == shape.stride:
                     direct[slot] = tensor
                     blocks.append(home)
                     self._note_in_place(which, piece, [tensor])
@@ -407,20 +404,15 @@ class _Plan:
         """Which storage of the template has a view's elements as the source's has them, and how many bytes behind;
         None if none has."""
         home = self._homes.get(member.slot)
-        if home is None or not self._is_here(home.memory) or not same_strides(member.view, home.memory):
+        if home is None or not same_strides(member.view, home.memory):
             return None
         tensor = home.memory
         begin = int(tensor.storage_offset()) * member.view.geometry.itemsize
         return tensor.untyped_storage()._cdata, begin - member.view.begin
 
-    def _is_here(self, tensor: torch.Tensor) -> bool:
-        """Whether messages can be received into it."""
-        return tensor.is_cpu if self._device_type == "cpu" else tensor.device.type == self._device_type
-
     def _in_place_strided(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
-        """A template tensor whose strides or device differ, to be written through a bucket."""
-        # Strided, or on another device than the wire: the message is staged, and scattered to the first of the targets;
-        # copies fill the others once all has landed.
+        """A template tensor whose strides differ, to be written through a bucket."""
+        # The message is staged, and scattered to the first of the targets; copies fill the others once all has landed.
         # Views that are not all the same could not be copied from one target to the other.
         if not all(slot in self._homes and view == group[0].view for slot, view in group):
             return None

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from ft_transport._device import is_on
 from ft_transport._plan.blocks import Block, Held, Places, copy_blocks
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._process import memory_at
@@ -131,7 +132,7 @@ class Placement:
         # Only small ranges share a message, so this is the one piece.
         # Unpacked as one on purpose: two here would be a layout that both sides read differently.
         ((block, begin, nbytes),) = self._parts(message)
-        if not block.dense or block.memory.device.type != self._device_type:
+        if not block.dense or not is_on(block.memory, self._device_type):
             return None
         return block, begin, nbytes
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ft_transport._deadline import Deadline
+from ft_transport._device import devices_of, settle
 from ft_transport._options import Options
 from ft_transport._plan.blocks import Block, Places, held, indexed, share
 from ft_transport._plan.placement import Placement, note_state
@@ -39,13 +41,16 @@ class SourcePlan:
         options: The caller's choices.
         report: Filled with what the state is.
         await_end: Waits until nothing is read any more; see ``_plan.unchanged.Reading``.
+        deadline: Until when the devices are waited for that the state is on; None: as long as it takes.
 
     Attributes:
+        streams: The caller's, on these devices, to copy in.
         placement: Where its messages are.
         versions: Tells whether the state has changed since. Release it once nothing is read any more.
 
     Raises:
         LocalProtocolError: A leaf cannot travel; every such path is named.
+        TransferTimeout: A device has not come to an end by the deadline.
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class SourcePlan:
         options: Options,
         report: TransferReport,
         await_end: Callable[[Reading], object] | None = None,
+        *,
+        deadline: Deadline | None = None,
     ) -> None:
         self.options = options
         # Describing makes hundreds of thousands of small objects and no cycle. The collector would start every 700 of
@@ -65,6 +72,8 @@ class SourcePlan:
                 share(tensors.tensors)
                 # The group would move them where they are seen to move, so it is done, and noted anew, before.
                 manifest, tensors = describe(state_dict)
+            # Before a byte of it is read.
+            self.streams = settle(devices_of(tensors.tensors), deadline)
             # How it is cut is decided here alone: the destination finds the limits in the manifest, and need not agree.
             limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
             self.header = ManifestHeader(step, limits, options.digest, options.sample)

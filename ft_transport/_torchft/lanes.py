@@ -64,10 +64,9 @@ class LaneTransport(ManagedTransport[T]):
         stall_timeout: How long a peer may be silent before it counts as gone.
         blocking: :meth:`send_checkpoint` returns only when every destination is served or has failed.
         skip_unchanged: As a destination, compare the template with the source's state first, and move what differs.
-        fabric: By what the bytes of a state move between processes of one machine: ``"auto"`` has the destination read
-            them from the source's memory (``process_vm_readv``) where the system allows that, and else over TCP, as
-            between machines; ``"cma"`` also lets every process of this user read this one where Yama forbids it, as a
-            debugger does (``prctl(PR_SET_PTRACER)``); ``"tcp"`` never reads memory, and lets nobody read this one's.
+        fabric: How bytes move within a machine. ``"auto"``: the destination reads the source's memory
+            (``process_vm_readv``) where the system lets it, else TCP. ``"cma"``: also lets processes of this user read
+            this one where Yama forbids it, as a debugger does (``PR_SET_PTRACER``). ``"tcp"``: neither side's is read.
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
         on_progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
         shadow: As for ``PGTransport``. A receive that broke is not resumed then, but begins anew.
@@ -123,14 +122,12 @@ class LaneTransport(ManagedTransport[T]):
         _check(options, topology)
         super().__init__(options, state_dict, timeout)
         self._options: LaneOptions = options
-        if fabric == "cma":
-            let_others_read()
         self._blocking = blocking
         # Calls the user's code in the place of the listener's thread, whose silence is taken for the source's death.
         self._teller = Teller()
         self._serving = Serving()
         self._receiving = Receiving()
-        self._local, self._listener = _listen(host, interface, port, ssl_context)
+        self._local, self._listener = _open(fabric, host, interface, port, ssl_context)
         # The listener's thread knows the dispatcher alone, so a transport that nobody holds any more can be collected.
         self._finalizer = weakref.finalize(self, _close, self._listener, self._local.dispatcher)
 
@@ -145,8 +142,7 @@ class LaneTransport(ManagedTransport[T]):
         torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
         """
         self._begin_quorum()
-        # The same for the transport's whole life: torchft asks before the quorum, when nobody knows yet whether there
-        # will be a transfer, so it cannot describe one.
+        # One for the transport's whole life: torchft asks when nobody knows yet whether there will be a transfer.
         return self._local.metadata
 
     def disallow_checkpoint(self) -> None:
@@ -189,7 +185,7 @@ class LaneTransport(ManagedTransport[T]):
         self._teller.call(partial(super()._publish, report))
 
     def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
-        """SourceTransfer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
+        """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
 
         Small tensors are copied before this returns, so forward may change buffers. A destination that dies, refuses,
         fails or is slow costs the others nothing and raises nothing anywhere: ``last_report`` says what became of it.
@@ -221,10 +217,7 @@ class LaneTransport(ManagedTransport[T]):
             if self._receiving.is_shut_down:
                 raise LocalProtocolError(SHUT_DOWN)
             self._serving.end()
-            check_distinct(dst_ranks)
-            # Whoever comes proves that it knows the secret, not which rank it is: torchft hands the same metadata to
-            # all. With one there is nothing to mistake.
-            report.peers = [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
+            report.peers = _peers(dst_ranks)
             # It is the transfer's, and goes on when this has returned: a transfer that nobody comes for ends then.
             deadline = self._limit(timeout)
             transfer = SourceTransfer(self._options, deadline, report, self._local.dispatcher, self._teller)
@@ -252,6 +245,13 @@ class LaneTransport(ManagedTransport[T]):
             relay.let_training_go_on()
 
 
+def _peers(dst_ranks: list[int]) -> list[PeerReport]:
+    check_distinct(dst_ranks)
+    # Whoever comes proves that it knows the secret, not which rank it is: torchft hands the same metadata to all. With
+    # one there is nothing to mistake.
+    return [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]
+
+
 def _end_all(serving: Serving, receive_is_over: AbstractContextManager[object]) -> None:
     with receive_is_over:
         pass
@@ -275,13 +275,14 @@ def _are_two_contexts(found: object) -> bool:
     return isinstance(found, tuple) and len(found) == 2 and all(isinstance(each, ssl.SSLContext) for each in found)
 
 
-def _listen(
+def _open(
+    fabric: Fabric,
     host: str | None,
     interface: str | None,
     port: int,
     contexts: tuple[ssl.SSLContext, ssl.SSLContext] | None,
 ) -> tuple[LocalPeer, Listener[FirstFrame]]:
-    """Begin to listen, and say where.
+    """Begin to listen, and say where; let memory be read, if that is asked for.
 
     Raises:
         LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
@@ -292,6 +293,8 @@ def _listen(
         raise ValueError(f"port: expected 0 to 65535, got {port!r}")
     if contexts is not None and not _are_two_contexts(contexts):
         raise ValueError(f"ssl_context: expected two of ssl.SSLContext, got {contexts!r}")
+    if fabric == "cma":
+        let_others_read()
     # First what can be said of the arguments, so that a wrong one is a ValueError, whatever this machine's network is
     # like.
     hosts = resolve(host) if host is not None else []

@@ -91,6 +91,7 @@ class PGTransport(ManagedTransport[T]):
             copies=Copies(),
             # A Baby group runs in a child: what it is given moves into memory that both share, for good.
             shared=isinstance(pg, ProcessGroupBaby) and torch.device(device).type == "cpu",
+            in_order=_is_in_order(pg, torch.device(device)),
         )
         super().__init__(options, state_dict, timeout)
         self._pg = pg
@@ -181,6 +182,7 @@ class PGTransport(ManagedTransport[T]):
                     self._options,
                     report,
                     lambda reading: reading.await_release(deadline),
+                    deadline=deadline,
                 )
         except BaseException as exc:
             reason = reason_of(exc)
@@ -192,7 +194,9 @@ class PGTransport(ManagedTransport[T]):
             raise
         try:
             # Described once, read by all of them; each has its own place in it, and its own buckets.
-            errors = in_parallel(channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]))
+            errors = in_parallel(
+                channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]), outbound.streams
+            )
         finally:
             # Optimizers that wait for the end of this may step now. Also after an error: nothing is read any more.
             outbound.versions.release()
@@ -218,7 +222,15 @@ class PGTransport(ManagedTransport[T]):
             )
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
-        return GroupChannel(self._pg, rank, self._options.device, lock)
+        return GroupChannel(self._pg, rank, self._options.device, lock, in_order=self._options.in_order)
+
+
+def _is_in_order(pg: ProcessGroup, device: torch.device) -> bool:
+    """Whether the operations of a pair run as they were posted, and tags are dropped."""
+    # NCCL and its like: one stream for each pair. torchft's group over torchcomms has no tags on the CPU either; by
+    # name, since importing it imports torchcomms, which few have.
+    names = {cls.__name__ for cls in type(pg).__mro__}
+    return device.type != "cpu" or "ProcessGroupTorchComms" in names
 
 
 def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:

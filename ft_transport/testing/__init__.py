@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from ft_transport.testing._channel import FaultyChannel
+from ft_transport.testing._device import StandInAccelerator
 from ft_transport.testing._faults import Faults
 from ft_transport.testing._memory import MemoryChannel, memory_channels
 from ft_transport.testing._proxy import FaultProxy, Tamper
@@ -17,6 +18,7 @@ __all__ = [
     "FaultyChannel",
     "FaultyTransport",
     "MemoryChannel",
+    "StandInAccelerator",
     "Tamper",
     "memory_channels",
 ]

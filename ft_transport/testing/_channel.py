@@ -130,6 +130,10 @@ class FaultyChannel(Faults):
     def broken(self) -> bool:
         return self._channel.broken
 
+    @property
+    def in_order(self) -> bool:
+        return self._channel.in_order
+
     def wait(self, pending: Pending, deadline: Deadline) -> None:
         rate = self._amount("throttle")
         assert pending.tensor is not None

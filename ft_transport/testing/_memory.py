@@ -1,4 +1,4 @@
-"""An in-memory channel, with the semantics of a gloo pair.
+"""An in-memory channel, with the semantics of a gloo pair, or of one of NCCL.
 
 Ordered messages, a send that completes when it is received, errors at once for everybody when one end closes.
 """
@@ -30,7 +30,7 @@ _Lane = tuple[int, int]
 
 
 class _Link:
-    """What two ends share: posted operations of each direction, and whether one end is closed."""
+    """What two ends share: posted operations, and whether one end is closed."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -39,20 +39,50 @@ class _Link:
         # One flag for both ends: a gloo pair that breaks, breaks for either side.
         self.closed = False
 
-    def match(self, lane: _Lane) -> None:
-        """Move the bytes of every send of one direction and tag that has its receive."""
-        sends, recvs = self.sends[lane], self.recvs[lane]
+    def post(self, end: int, tag: int, operation: _Operation, *, sends: bool) -> None:
+        """Queue one operation, and run what can run now. The lock is held."""
+        lane = (end if sends else 1 - end, tag)
+        (self.sends if sends else self.recvs)[lane].append(operation)
         # A rendezvous, as gloo's: the tensor is read when its receive is there, so what a sender changes before then
         # is what arrives, and a send that nobody receives never ends.
-        while sends and recvs:
-            source, target = sends.popleft(), recvs.popleft()
-            have, want = (t.numel() * t.element_size() for t in (source.tensor, target.tensor))
-            # Gloo would end the process when the message is longer, and leave the tail as it was when it is shorter.
-            # Neither can be asserted on, so here it is a mistake of the test or of the code.
-            assert have == want, f"a message of {have} bytes meets a receive of {want}"
-            target.tensor.copy_(source.tensor)
-            source.done = target.done = True
+        while self.sends[lane] and self.recvs[lane]:
+            _move(self.sends[lane].popleft(), self.recvs[lane].popleft())
         self.changed.notify_all()
+
+    def clear(self) -> None:
+        """Forget what is queued. The lock is held."""
+        self.sends.clear()
+        self.recvs.clear()
+
+
+class _InOrderLink(_Link):
+    """As NCCL: each end runs its operations one after the other as they were posted, and there are no tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._queues: tuple[deque[tuple[bool, _Operation]], ...] = (deque(), deque())
+
+    def post(self, end: int, tag: int, operation: _Operation, *, sends: bool) -> None:
+        self._queues[end].append((sends, operation))
+        left, right = self._queues
+        # Two sends, or two receives, at the heads stand there for ever, and all behind them.
+        while left and right and left[0][0] is not right[0][0]:
+            first, second = left.popleft(), right.popleft()
+            _move(*(first[1], second[1]) if first[0] else (second[1], first[1]))
+        self.changed.notify_all()
+
+    def clear(self) -> None:
+        for queue in self._queues:
+            queue.clear()
+
+
+def _move(source: _Operation, target: _Operation) -> None:
+    have, want = (t.numel() * t.element_size() for t in (source.tensor, target.tensor))
+    # Gloo would end the process when the message is longer, and leave the tail as it was when it is shorter.
+    # Neither can be asserted on, so here it is a mistake of the test or of the code.
+    assert have == want, f"a message of {have} bytes meets a receive of {want}"
+    target.tensor.copy_(source.tensor)
+    source.done = target.done = True
 
 
 class MemoryChannel:
@@ -62,24 +92,24 @@ class MemoryChannel:
         self.peer_rank = 1 - end
         self.nbytes_wire = 0
         self.broken = False
+        self.in_order = isinstance(link, _InOrderLink)
         self._link = link
         self._end = end
         self._posted: list[Pending] = []
 
     def send(self, tensor: torch.Tensor, tag: int) -> Pending:
-        return self._post(self._link.sends, tensor, (self._end, tag))
+        return self._post(tensor, tag, sends=True)
 
     def recv(self, tensor: torch.Tensor, tag: int) -> Pending:
-        return self._post(self._link.recvs, tensor, (1 - self._end, tag))
+        return self._post(tensor, tag, sends=False)
 
-    def _post(self, queues: defaultdict[_Lane, deque[_Operation]], tensor: torch.Tensor, lane: _Lane) -> Pending:
+    def _post(self, tensor: torch.Tensor, tag: int, *, sends: bool) -> Pending:
         with self._link.changed:
             if self._link.closed:
                 # Already when posting, as gloo raises for a peer that has died, and not first when waiting.
                 raise PeerFailure("the channel broke: closed", peer_rank=self.peer_rank)
             operation = _Operation(tensor)
-            queues[lane].append(operation)
-            self._link.match(lane)
+            self._link.post(self._end, tag, operation, sends=sends)
         # Counted when posted, not when moved: the field is of what was asked of the group, in both directions.
         self.nbytes_wire += tensor.numel() * tensor.element_size()
         pending = Pending(operation, tensor)
@@ -115,8 +145,7 @@ class MemoryChannel:
         self.broken = True
         with self._link.changed:
             self._link.closed = True
-            self._link.sends.clear()
-            self._link.recvs.clear()
+            self._link.clear()
             self._link.changed.notify_all()
         self.drop()
 
@@ -126,7 +155,11 @@ class MemoryChannel:
         return len(self._posted)
 
 
-def memory_channels() -> tuple[MemoryChannel, MemoryChannel]:
-    """Two connected ends, of rank 0 and rank 1. Each may be used from one thread at a time."""
-    link = _Link()
+def memory_channels(*, in_order: bool = False) -> tuple[MemoryChannel, MemoryChannel]:
+    """Two connected ends, of rank 0 and rank 1. Each may be used from one thread at a time.
+
+    Args:
+        in_order: Run operations as they were posted, and drop tags, as NCCL does; else as Gloo.
+    """
+    link = _InOrderLink() if in_order else _Link()
     return MemoryChannel(link, 0), MemoryChannel(link, 1)

@@ -261,7 +261,7 @@ def test_the_lock_is_held_in_every_call() -> None:
 
 def test_all_channels_have_what_the_protocol_asks_for() -> None:
     wanted = {name for name in vars(Channel) if not name.startswith("_")} | set(Channel.__annotations__)
-    assert wanted == {"send", "recv", "wait", "drop", "abort", "peer_rank", "nbytes_wire", "broken"}
+    assert wanted == {"send", "recv", "wait", "drop", "abort", "peer_rank", "nbytes_wire", "broken", "in_order"}
     for cls in (GroupChannel, MemoryChannel, FaultyChannel):
         for name in wanted - set(Channel.__annotations__):
             assert callable(getattr(cls, name))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from ft_transport._deadline import Deadline
+from ft_transport._device import NO_STREAMS
 from ft_transport._lanes.chain import DestinationState
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role, encode
 from ft_transport._lanes.serving import Line, Serving, send_failed
@@ -33,7 +34,7 @@ DONE = (F.DONE, 5, None)
 class Store:
     """A described state. Whoever looks whether it is unchanged finds that it is, but for the time that is said."""
 
-    frame, stream, sizes = b"manifest", None, [10]
+    frame, streams, sizes = b"manifest", NO_STREAMS, [10]
 
     def __init__(self, changed_at: int = -1) -> None:
         self.num_looks = 0

@@ -114,7 +114,7 @@ class NumpyArray(Kind):
 
 # Its state is a tensor of bytes, opaque, and of another length on each kind of device.
 class GeneratorKind(Kind):
-    """``torch.Generator``: its state travels. Context: its device."""
+    """``torch.Generator``: its state travels. Context: the type of its device."""
 
     name = "generator"
     not_compared = (0,)
@@ -122,19 +122,24 @@ class GeneratorKind(Kind):
     not_in_place = "a torch.Generator"
 
     def flatten(self, leaf: torch.Generator) -> tuple[Sequence[Any], Any]:
-        return [leaf.get_state()], str(leaf.device)
+        # Without its index: which of its devices a replica uses is its own affair.
+        return [leaf.get_state()], leaf.device.type
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
         (state,) = inner
-        wanted = torch.Generator(torch.device(expect(str, context))).get_state()
+        wanted = torch.Generator(_kind_of_device(context)).get_state()
         if state is None or state.dtype is not torch.uint8 or state.shape != wanted.shape:
             raise ValueError(f"the state of a Generator in {inner}")
 
     def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
-        # On the device where it was: its state is of another form there.
-        leaf = torch.Generator(context)
+        # On a device of the same kind, whose state is of the same form: this thread's current one.
+        leaf = torch.Generator(_kind_of_device(context))
         leaf.set_state(inner[0].cpu())
         return leaf
+
+
+def _kind_of_device(context: Any) -> str:
+    return torch.device(expect(str, context)).type
 
 
 # A dataloader's, a scheduler's, a tokenizer's: whatever has a ``state_dict`` that is not made of plain values.

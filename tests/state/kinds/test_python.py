@@ -13,7 +13,7 @@ import torch
 from helpers import Config, noise, raw_bytes
 
 from ft_transport._state.geometry import geometry
-from ft_transport._state.kinds.base import KINDS, flatten_leaf, kind_of
+from ft_transport._state.kinds.base import KINDS, Surroundings, flatten_leaf, kind_of
 from ft_transport._state.kinds.python import check_attributes, shape_of, sizes, which_refers_to
 from state.kinds.leaves import there_and_back
 
@@ -76,6 +76,23 @@ def test_a_generator_goes_on_where_it_was() -> None:
     assert torch.equal(torch.randn(4, generator=again), torch.randn(4, generator=leaf))
     with pytest.raises(ValueError, match="the state of a Generator"):
         KINDS["generator"].check([geometry(torch.uint8, (7,), (1,))], "cpu")
+
+
+def test_a_generator_is_made_on_this_replicas_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its index is the source's affair; an older peer still sends it."""
+    asked: list[str] = []
+
+    def made(device: str) -> torch.Generator:
+        asked.append(device)
+        return generator()
+
+    generator = torch.Generator
+    state = generator().get_state()
+    monkeypatch.setattr(torch, "Generator", made)
+    for context in ("cuda", "cuda:3"):
+        KINDS["generator"].unflatten([state], context, Surroundings())
+        KINDS["generator"].check([geometry(torch.uint8, tuple(state.shape), (1,))], context)
+    assert asked == ["cuda"] * 4
 
 
 def test_objects_travel_without_the_bytes_of_the_tensors_in_them() -> None:

@@ -1,0 +1,181 @@
+"""Accelerators: what is to be waited for before bytes are read or written, and on which streams they are copied.
+
+Strategy: all that asks for a device, its streams, or a wait for it goes through here, over ``torch.accelerator``: one
+place to be right, and one to be replaced by a stand-in (``ft_transport.testing.StandInAccelerator``) where there is no
+accelerator. A state names the devices that it is on, and no other is touched: to ask one that nobody uses makes a
+context on it, some hundred MiB. A state on the CPU alone asks nothing.
+
+Small tensors cross in one copy: packed on the device first, since a copy and a wait for each of five thousand is what
+takes the time.
+
+Not here yet: pieces with gaps or other strides, which torch copies one by one (``_plan.blocks``).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from ft_transport._deadline import Deadline
+from ft_transport.errors import TransferTimeout
+
+__all__ = [
+    "NO_STREAMS",
+    "Seam",
+    "Streams",
+    "devices_of",
+    "host_test",
+    "is_on",
+    "pinned",
+    "replaced",
+    "settle",
+    "to_device",
+    "to_host",
+]
+
+
+class Seam:
+    """What is asked of torch. A stand-in has the same methods.
+
+    Attributes:
+        on_host: Whether the CPU can read a tensor's memory.
+    """
+
+    # A function of C, asked for each of twenty thousand leaves.
+    on_host: Callable[[torch.Tensor], bool] = attrgetter("is_cpu")
+
+    def devices_of(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.device, ...]:
+        """The devices that some of the tensors are on, each once; without the CPU, and "meta", which has no bytes."""
+        if all(map(self.on_host, tensors)):
+            return ()
+        found = dict.fromkeys(map(attrgetter("device"), tensors))
+        return tuple(device for device in found if device.type not in ("cpu", "meta"))
+
+    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        """Copy flat tensors of uint8 on one device, one behind the other, to the host; they are there on return."""
+        target.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor) -> None:
+        """The other way round. What ``source`` holds may change once this has returned."""
+        if len(parts) == 1:
+            parts[0].copy_(source)
+            return
+        packed = source.to(parts[0].device)
+        torch._foreach_copy_(parts, list(torch.split(packed, [part.numel() for part in parts])))
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        """Memory of the host, flat uint8, that devices reach without the CPU. Raises RuntimeError for want of it."""
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def synchronize(self, device: torch.device) -> None:
+        """Wait until a device has done all that it was told to, on every stream."""
+        torch.accelerator.synchronize(device)
+
+    def current_stream(self, device: torch.device) -> Any:
+        """The calling thread's stream on a device."""
+        return torch.accelerator.current_stream(device)
+
+    def set_stream(self, stream: Any) -> None:
+        """Make a stream the calling thread's, on its device."""
+        torch.accelerator.set_stream(stream)
+
+
+_seam = Seam()
+
+
+def replaced(seam: Seam) -> Seam:
+    """Ask this one from now on; gives the one before."""
+    global _seam
+    before, _seam = _seam, seam
+    return before
+
+
+def devices_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
+    """As ``Seam.devices_of``."""
+    return _seam.devices_of(tensors if isinstance(tensors, Sequence) else list(tensors))
+
+
+def host_test() -> Callable[[torch.Tensor], bool]:
+    """``Seam.on_host``, to be called many times."""
+    return _seam.on_host
+
+
+def is_on(tensor: torch.Tensor, device_type: str) -> bool:
+    """Whether a tensor is on a device of this type, as it is: no copy is needed."""
+    return _seam.on_host(tensor) if device_type == "cpu" else tensor.device.type == device_type
+
+
+def to_host(target: torch.Tensor, parts: list[torch.Tensor]) -> None:
+    """As ``Seam.to_host``."""
+    _seam.to_host(target, parts)
+
+
+def to_device(parts: list[torch.Tensor], source: torch.Tensor) -> None:
+    """As ``Seam.to_device``."""
+    _seam.to_device(parts, source)
+
+
+def pinned(nbytes: int) -> torch.Tensor:
+    """As ``Seam.pinned``."""
+    return _seam.pinned(nbytes)
+
+
+class Streams:
+    """The streams of the thread that began a transfer, for the threads that it has others do the copying in.
+
+    Attributes:
+        devices: On which they are; none for a state on the CPU.
+    """
+
+    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
+        self.devices = tuple(devices)
+        self._streams = [_seam.current_stream(device) for device in self.devices]
+
+    def enter(self) -> None:
+        """Copy in these streams, in the calling thread."""
+        # A new thread has each device's default stream, on which a copy would not wait for what the caller's has begun.
+        for stream in self._streams:
+            _seam.set_stream(stream)
+
+
+NO_STREAMS = Streams()
+
+
+def settle(devices: Sequence[torch.device], deadline: Deadline | None = None) -> Streams:
+    """Wait until some devices have done all that they were told to; gives the caller's streams on them.
+
+    Raises:
+        TransferTimeout: The deadline passed. A thread goes on waiting for the device, and touches nothing.
+    """
+    # The state may still be computed on streams that nobody has told us of, so all of them, and not the current one's
+    # event. For all there is no event: torch waits for a whole device, without a limit, and a kernel may hang. So it
+    # waits in a thread, and the call's deadline holds here.
+    for device in devices:
+        if deadline is None:
+            _seam.synchronize(device)
+        else:
+            _wait(device, deadline)
+    return Streams(devices) if devices else NO_STREAMS
+
+
+def _wait(device: torch.device, deadline: Deadline) -> None:
+    error: list[BaseException] = []
+
+    def synchronize() -> None:
+        try:
+            _seam.synchronize(device)
+        except BaseException as exc:
+            error.append(exc)
+
+    thread = threading.Thread(target=synchronize, name="ft_transport-settle", daemon=True)
+    thread.start()
+    thread.join(deadline.remaining().total_seconds())
+    if thread.is_alive():
+        seconds = deadline.timeout.total_seconds()
+        raise TransferTimeout(f"timed out after {seconds:g} s: {device} has not done what it was told before this call")
+    if error:
+        raise error.pop()

@@ -1,0 +1,303 @@
+"""What is asked of accelerators, and when: with a stand-in for them, whose work runs later."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import CPU
+
+import ft_transport
+from ft_transport import LaneTransport, PGTransport, TransferTimeout
+from ft_transport import _device as device_module
+from ft_transport._deadline import Deadline
+from ft_transport._device import Seam, Streams, devices_of, settle
+from ft_transport.errors import PeerFailure, TransferError
+from ft_transport.testing import StandInAccelerator
+
+TIMEOUT = timedelta(seconds=20)
+STEP = 7
+ONE = torch.device("cuda", 1)
+
+
+def state(value: float) -> dict[str, Any]:
+    """Large, small, and with gaps."""
+    return {
+        "large": torch.full((1 << 20,), value),
+        "small": [torch.full((100,), value) for _ in range(20)],
+        "strided": torch.full((512, 1024), value).t(),
+    }
+
+
+def tensors(found: dict[str, Any]) -> list[torch.Tensor]:
+    return [found["large"], *found["small"], found["strided"]]
+
+
+def holds(found: dict[str, Any], value: float) -> bool:
+    return all(bool((tensor == value).all()) for tensor in tensors(found))
+
+
+class Ends:
+    """A source and a destination in this process."""
+
+    def __init__(self, source: Any, destination: Any) -> None:
+        self.source, self.destination = source, destination
+        self.errors: dict[str, BaseException] = {}
+        self.seconds: dict[str, float] = {}
+        self.result: Any = None
+
+    def move(self, sent: object, timeout: timedelta = TIMEOUT) -> Ends:
+        metadata = self.source.metadata()
+
+        def receive() -> None:
+            self.result = self.destination.recv_checkpoint(0, metadata, STEP, timeout)
+
+        thread = threading.Thread(target=self._timed, args=("destination", receive))
+        thread.start()
+        self._timed("source", lambda: self.source.send_checkpoint([1], STEP, sent, timeout))
+        thread.join(60)
+        assert not thread.is_alive()
+        return self
+
+    def _timed(self, who: str, call: Callable[[], None]) -> None:
+        begin = time.monotonic()
+        try:
+            call()
+        except TransferError as exc:
+            self.errors[who] = exc
+        self.seconds[who] = time.monotonic() - begin
+
+
+def _gloo() -> list[Any]:
+    store, made = dist.HashStore(), [None, None]
+
+    def join(rank: int) -> None:
+        made[rank] = dist.ProcessGroupGloo(store, rank, 2, TIMEOUT)  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=join, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return made
+
+
+@contextmanager
+def ends(way: str, template: object = None) -> Iterator[Ends]:
+    give = (lambda: template) if template is not None else None
+    made: list[Any]
+    if way == "lanes":
+        made = [LaneTransport(TIMEOUT, CPU, host="127.0.0.1"), LaneTransport(TIMEOUT, CPU, give, host="127.0.0.1")]
+    else:
+        groups = _gloo()
+        made = [PGTransport(groups[0], TIMEOUT, CPU), PGTransport(groups[1], TIMEOUT, CPU, give)]
+    try:
+        yield Ends(*made)
+    finally:
+        for transport in made:
+            transport.disallow_checkpoint() if not transport.torn else None
+            transport.shutdown()
+
+
+WAYS = pytest.mark.parametrize("way", ["lanes", "group"])
+
+
+class Nobody(Seam):
+    """There may be an accelerator, and nobody may ask it anything."""
+
+    def pinned(self, nbytes: int) -> torch.Tensor:
+        raise AssertionError("asked")
+
+    def synchronize(self, device: torch.device) -> None:
+        raise AssertionError("asked")
+
+    def current_stream(self, device: torch.device) -> Any:
+        raise AssertionError("asked")
+
+    def set_stream(self, stream: Any) -> None:
+        raise AssertionError("asked")
+
+
+@WAYS
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "fresh"])
+def test_a_job_of_cpu_tensors_asks_no_accelerator_anything(
+    monkeypatch: pytest.MonkeyPatch, way: str, in_place: bool
+) -> None:
+    """A question makes a context, of some hundred MiB; and pinned memory is a question."""
+    monkeypatch.setattr(device_module, "_seam", Nobody())
+    for name in ("is_available", "synchronize", "current_stream", "set_stream", "current_accelerator"):
+        monkeypatch.setattr(torch.accelerator, name, None)
+    with ends(way, state(0.0) if in_place else None) as found:
+        assert holds(found.move(state(7.0)).result, 7.0)
+    assert not found.errors
+    ft_transport.state_digest(state(7.0))
+
+
+@WAYS
+def test_a_kernel_that_still_writes_to_the_state_is_waited_for(way: str) -> None:
+    """On whichever device: with another one current nobody would wait for it otherwise."""
+    with StandInAccelerator(2) as devices:
+        sent = state(0.0)
+        for tensor in tensors(sent):
+            devices.put(tensor, 1)
+        devices.launch(1, lambda: [tensor.fill_(7.0) for tensor in tensors(sent)], seconds=0.3)
+        with ends(way, state(3.0)) as found:
+            assert holds(found.move(sent).result, 7.0)
+        assert not found.errors
+        assert set(devices.synchronized) == {1}, "no other is touched"
+
+
+@WAYS
+def test_a_kernel_that_still_reads_the_template_is_waited_for(way: str) -> None:
+    with StandInAccelerator(2) as devices:
+        template, read = state(3.0), []
+        for tensor in tensors(template):
+            devices.put(tensor, 0)
+        devices.launch(0, lambda: read.append(holds(template, 3.0)), seconds=0.3)
+        with ends(way, template) as found:
+            assert holds(found.move(state(7.0)).result, 7.0)
+        assert read == [True]
+        assert set(devices.synchronized) == {0}
+
+
+@WAYS
+def test_what_has_been_copied_in_the_end_is_waited_for(way: str) -> None:
+    """Copies into the template (``shadow``) run on a stream that whoever trains need not be on."""
+    with StandInAccelerator(1) as devices:
+        template = state(3.0)
+        for tensor in tensors(template):
+            devices.put(tensor, 0)
+        with ends(way, template) as found:
+            found.move(state(7.0))
+        assert devices.synchronized[0] == 2, "before a byte lands, and after the last"
+
+
+@WAYS
+@pytest.mark.parametrize("busy", ["source", "destination"])
+def test_the_deadline_holds_behind_a_device_that_is_busy(way: str, busy: str) -> None:
+    with StandInAccelerator(1) as devices:
+        sent, template = state(7.0), state(3.0)
+        for tensor in tensors(sent if busy == "source" else template):
+            devices.put(tensor, 0)
+        devices.launch(0, lambda: None, seconds=12.0)
+        with ends(way, template) as found:
+            found.move(sent, timedelta(seconds=1))
+            error = found.errors[busy]
+            if busy == "source":
+                assert isinstance(error, TransferTimeout)
+                assert "cuda:0 has not done what it was told" in str(error)
+            else:
+                assert isinstance(error, (TransferTimeout, PeerFailure))
+            assert all(seconds < 2.0 for seconds in found.seconds.values()), found.seconds
+        assert holds(template, 3.0), "nothing was written"
+    assert holds(template, 3.0)
+
+
+def test_threads_copy_in_the_streams_of_who_called() -> None:
+    with StandInAccelerator(2) as devices:
+        tensor = devices.put(torch.zeros(5), 1)
+        streams = settle(devices_of([tensor, torch.zeros(3)]))
+        assert streams.devices == (ONE,)
+        thread = threading.Thread(target=streams.enter)
+        thread.start()
+        thread.join()
+        ((there, (stream,)),) = devices.streams.items()
+        assert there != threading.get_ident()
+        assert stream == (ONE, threading.get_ident())
+
+
+def test_lanes_copy_in_the_streams_of_who_called() -> None:
+    with StandInAccelerator(1) as devices:
+        sent, template = state(7.0), state(3.0)
+        for tensor in tensors(sent) + tensors(template):
+            devices.put(tensor, 0)
+        with ends("lanes", template) as found:
+            found.move(sent)
+        own = {stream for streams in devices.streams.values() for _, stream in streams}
+        assert len(devices.streams) >= 4, "two lanes, a thread on each side"
+        assert len(own) == 2, "of two callers"
+
+
+def many(value: float) -> dict[str, Any]:
+    return {f"bias {i}": torch.full((256,), value + i) for i in range(5000)}
+
+
+@WAYS
+@pytest.mark.parametrize("where", ["source", "destination", "both"])
+def test_many_small_tensors_cross_in_few_copies(way: str, where: str) -> None:
+    """Packed on the device: five thousand copies of 1 KiB, and as many waits, take as long as gigabytes."""
+    with StandInAccelerator(1) as devices:
+        sent, template = many(7.0), many(3.0)
+        for side, found in (("source", sent), ("destination", template)):
+            if where in (side, "both"):
+                for tensor in found.values():
+                    devices.put(tensor, 0)
+        with ends(way, template) as moved:
+            moved.move(sent)
+            assert all(torch.equal(moved.result[name], tensor) for name, tensor in sent.items())
+            assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
+            assert moved.destination.last_report.in_place_share == 1.0
+        sides = 2 if where == "both" else 1
+        assert 0 < devices.num_copies <= 20 * sides
+        assert devices.synchronized[0] <= 5 * sides
+
+
+@WAYS
+def test_what_is_here_and_there_arrives_where_it_belongs(way: str) -> None:
+    """Host, two devices, strided, empty and large, in one message and between them."""
+    with StandInAccelerator(2) as devices:
+        sent, template = mixed(7.0), mixed(3.0)
+        for found in (sent, template):
+            for name, tensor in found.items():
+                if (where := int(name.split()[1]) % 3) < 2:
+                    devices.put(tensor, where)
+        with ends(way, template) as moved:
+            moved.move(sent)
+            assert not moved.errors
+        assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
+
+
+def mixed(value: float) -> dict[str, torch.Tensor]:
+    small = {f"small {i}": torch.arange(10.0 + i) * value for i in range(60)}
+    strided = {f"strided {i}": (torch.arange(600.0) * value).view(20, 30).t() for i in range(6)}
+    large = {f"large {i}": torch.full(((1 << 20) + 7,), value) for i in range(6)}
+    return {**small, **strided, **large, "empty 0": torch.empty(0), "odd 1": torch.ones(3, dtype=torch.uint8)}
+
+
+def test_buckets_that_a_device_copies_to_are_pinned() -> None:
+    with StandInAccelerator(1) as devices:
+        sent = state(7.0)
+        devices.put(sent["strided"], 0)
+        with ends("lanes", state(3.0)) as found:
+            assert holds(found.move(sent).result, 7.0)
+        assert devices.nbytes_pinned > 0
+        before = devices.nbytes_pinned
+        with ends("lanes", state(3.0)) as found:
+            assert holds(found.move(state(7.0)).result, 7.0)
+        assert devices.nbytes_pinned == before
+
+
+def test_what_a_device_raises_is_raised() -> None:
+    class Broken(Nobody):
+        def synchronize(self, device: torch.device) -> None:
+            raise RuntimeError("an illegal memory access")
+
+    before = device_module.replaced(Broken())
+    try:
+        for deadline in (None, Deadline(TIMEOUT)):
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                settle((ONE,), deadline)
+    finally:
+        device_module.replaced(before)
+
+
+def test_what_has_no_bytes_is_on_no_device() -> None:
+    assert devices_of([torch.empty(3, device="meta"), torch.zeros(3)]) == ()
+    assert Streams().devices == ()
