@@ -13,8 +13,10 @@ Not here yet: pieces with gaps or other strides, which torch copies one by one (
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from operator import attrgetter
 from typing import Any
 
@@ -36,6 +38,11 @@ __all__ = [
     "to_device",
     "to_host",
 ]
+
+logger = logging.getLogger("ft_transport")
+
+# How soon a wait finds that its call was cancelled.
+_SLICE = timedelta(milliseconds=250)
 
 
 class Seam:
@@ -75,8 +82,12 @@ class Seam:
         """Wait until a device has done all that it was told to, on every stream."""
         torch.accelerator.synchronize(device)
 
+    def await_stream(self, stream: Any) -> None:
+        """Wait until a stream has done all that it was told to."""
+        stream.synchronize()
+
     def current_stream(self, device: torch.device) -> Any:
-        """The calling thread's stream on a device."""
+        """The calling thread's stream on a device; without an index, on its current one."""
         return torch.accelerator.current_stream(device)
 
     def set_stream(self, stream: Any) -> None:
@@ -127,8 +138,12 @@ def pinned(nbytes: int) -> torch.Tensor:
 class Streams:
     """The streams of the thread that began a transfer, for the threads that it has others do the copying in.
 
+    Args:
+        devices: That are copied from, or to; none for a state on the CPU. The last one is the current one of whoever
+            enters: to set a stream does that (torch.accelerator).
+
     Attributes:
-        devices: On which they are; none for a state on the CPU.
+        devices: As above.
     """
 
     def __init__(self, devices: Sequence[torch.device] = ()) -> None:
@@ -136,46 +151,57 @@ class Streams:
         self._streams = [_seam.current_stream(device) for device in self.devices]
 
     def enter(self) -> None:
-        """Copy in these streams, in the calling thread."""
+        """Copy in these streams, in the calling thread: one that was started for it."""
         # A new thread has each device's default stream, on which a copy would not wait for what the caller's has begun.
         for stream in self._streams:
             _seam.set_stream(stream)
+
+    def finish(self, deadline: Deadline) -> None:
+        """Wait for what was copied in them, so that it is there for other streams, too. Never raises for want of time.
+
+        What others do on these devices, training above all, is not waited for.
+        """
+        for stream in self._streams:
+            if not _in_time(lambda stream=stream: _seam.await_stream(stream), deadline):  # type: ignore[misc]
+                logger.warning("copies on an accelerator are not over; other streams must wait for the caller's")
 
 
 NO_STREAMS = Streams()
 
 
-def settle(devices: Sequence[torch.device], deadline: Deadline | None = None) -> Streams:
-    """Wait until some devices have done all that they were told to; gives the caller's streams on them.
+def settle(devices: Sequence[torch.device], deadline: Deadline | None = None) -> None:
+    """Wait until some devices have done all that they were told to.
 
     Raises:
         TransferTimeout: The deadline passed. A thread goes on waiting for the device, and touches nothing.
     """
     # The state may still be computed on streams that nobody has told us of, so all of them, and not the current one's
-    # event. For all there is no event: torch waits for a whole device, without a limit, and a kernel may hang. So it
-    # waits in a thread, and the call's deadline holds here.
+    # event. For all there is no event: torch waits for a whole device, without a limit, and a kernel may hang.
     for device in devices:
         if deadline is None:
             _seam.synchronize(device)
-        else:
-            _wait(device, deadline)
-    return Streams(devices) if devices else NO_STREAMS
+        elif not _in_time(lambda device=device: _seam.synchronize(device), deadline):  # type: ignore[misc]
+            seconds = deadline.timeout.total_seconds()
+            raise TransferTimeout(
+                f"timed out after {seconds:g} s: {device} has not done what it was told before this call"
+            )
 
 
-def _wait(device: torch.device, deadline: Deadline) -> None:
+def _in_time(wait: Callable[[], object], deadline: Deadline) -> bool:
+    """Wait in a thread, which may go on when the deadline has passed; gives whether it is over."""
     error: list[BaseException] = []
 
-    def synchronize() -> None:
+    def run() -> None:
         try:
-            _seam.synchronize(device)
+            wait()
         except BaseException as exc:
             error.append(exc)
 
-    thread = threading.Thread(target=synchronize, name="ft_transport-settle", daemon=True)
+    thread = threading.Thread(target=run, name="ft_transport-settle", daemon=True)
     thread.start()
-    thread.join(deadline.remaining().total_seconds())
-    if thread.is_alive():
-        seconds = deadline.timeout.total_seconds()
-        raise TransferTimeout(f"timed out after {seconds:g} s: {device} has not done what it was told before this call")
+    while thread.is_alive() and not deadline.expired():
+        # In slices: a call is cancelled by way of its deadline.
+        thread.join(min(deadline.remaining(), _SLICE).total_seconds())
     if error:
         raise error.pop()
+    return not thread.is_alive()

@@ -90,14 +90,15 @@ def _gloo() -> list[Any]:
 
 
 @contextmanager
-def ends(way: str, template: object = None) -> Iterator[Ends]:
+def ends(way: str, template: object = None, **options: Any) -> Iterator[Ends]:
     give = (lambda: template) if template is not None else None
     made: list[Any]
     if way == "lanes":
-        made = [LaneTransport(TIMEOUT, CPU, host="127.0.0.1"), LaneTransport(TIMEOUT, CPU, give, host="127.0.0.1")]
+        options["host"] = "127.0.0.1"
+        made = [LaneTransport(TIMEOUT, CPU, host="127.0.0.1"), LaneTransport(TIMEOUT, CPU, give, **options)]
     else:
         groups = _gloo()
-        made = [PGTransport(groups[0], TIMEOUT, CPU), PGTransport(groups[1], TIMEOUT, CPU, give)]
+        made = [PGTransport(groups[0], TIMEOUT, CPU), PGTransport(groups[1], TIMEOUT, CPU, give, **options)]
     try:
         yield Ends(*made)
     finally:
@@ -176,7 +177,69 @@ def test_what_has_been_copied_in_the_end_is_waited_for(way: str) -> None:
             devices.put(tensor, 0)
         with ends(way, template) as found:
             found.move(state(7.0))
-        assert devices.synchronized[0] == 2, "before a byte lands, and after the last"
+        assert devices.synchronized[0] == 1, "before a byte lands"
+        assert devices.awaited[0] == 1, "after the last"
+
+
+@WAYS
+@pytest.mark.parametrize("shadow", [False, True])
+def test_a_template_that_is_copied_to_in_the_end_is_waited_for(way: str, shadow: bool) -> None:
+    """With a shadow no message lands there, and a kernel that still writes to it would write last."""
+    with StandInAccelerator(1) as devices:
+        template = state(1.0)
+        for tensor in tensors(template):
+            devices.put(tensor, 0)
+        devices.launch(0, lambda: [tensor.fill_(3.0) for tensor in tensors(template)], seconds=0.3)
+        with ends(way, template, shadow=shadow) as found:
+            found.move(state(7.0))
+            assert not found.errors
+        assert holds(template, 7.0)
+
+
+@WAYS
+def test_a_state_that_has_arrived_is_not_given_up_for_a_copy_that_takes_its_time(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    """The source has committed it by then."""
+    over = threading.Event()
+    monkeypatch.setattr(StandInAccelerator, "await_stream", lambda self, stream: over.wait(10))
+    with StandInAccelerator(1) as devices:
+        template = state(3.0)
+        for tensor in tensors(template):
+            devices.put(tensor, 0)
+        with ends(way, template) as found:
+            found.move(state(7.0), timedelta(seconds=1))
+            over.set()
+            assert not found.errors
+            assert holds(found.result, 7.0)
+            assert not found.destination.torn
+    assert "copies on an accelerator are not over" in caplog.text
+
+
+def test_shutdown_ends_a_receive_that_waits_for_a_device() -> None:
+    with StandInAccelerator(1) as devices:
+        template = state(3.0)
+        for tensor in tensors(template):
+            devices.put(tensor, 0)
+        devices.launch(0, lambda: None, seconds=30.0)
+        with ends("lanes", template) as found:
+            ending = threading.Timer(0.5, found.destination.shutdown)
+            ending.start()
+            found.move(state(7.0))
+            ending.join()
+            assert found.seconds["destination"] < 5.0
+            assert "shut down" in str(found.errors["destination"])
+
+
+def test_who_calls_keeps_its_streams() -> None:
+    """And so its current device, which setting one would change."""
+    with StandInAccelerator(2) as devices:
+        sent = state(7.0)
+        for tensor in tensors(sent):
+            devices.put(tensor, 1)
+        with ends("group", state(3.0)) as found:
+            found.move(sent)
+        assert threading.get_ident() not in devices.streams
 
 
 @WAYS
@@ -203,7 +266,7 @@ def test_the_deadline_holds_behind_a_device_that_is_busy(way: str, busy: str) ->
 def test_threads_copy_in_the_streams_of_who_called() -> None:
     with StandInAccelerator(2) as devices:
         tensor = devices.put(torch.zeros(5), 1)
-        streams = settle(devices_of([tensor, torch.zeros(3)]))
+        streams = Streams(devices_of([tensor, torch.zeros(3)]))
         assert streams.devices == (ONE,)
         thread = threading.Thread(target=streams.enter)
         thread.start()

@@ -21,6 +21,7 @@ from helpers import CPU, PLAIN, Wrapped, succeed, tensors_of, transfer
 from torchft.process_group import ProcessGroup
 
 from ft_transport import PGTransport
+from ft_transport._group import source
 from ft_transport._group.channel import Pending
 from ft_transport._options import NUM_BUCKETS, Options
 from ft_transport._torchft.pg import _is_in_order
@@ -85,6 +86,15 @@ def test_a_source_that_fails_in_mid_state_says_nothing_where_a_message_is_expect
     left, right = memory_channels(in_order=True)
     ends = transfer(state(130), options=IN_ORDER, channels=(Failing(left), right), timeout=timedelta(seconds=10))
     assert isinstance(ends.source.error, LocalProtocolError)
+    assert isinstance(ends.destination.error, PeerFailure)
+    assert "meets a receive" not in str(ends.destination.error)
+
+
+def test_a_source_that_fails_once_the_destination_has_agreed_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its messages are expected by then, whichever phase the source is in."""
+    monkeypatch.setattr(source, "digest_bytes", lambda data: 5)
+    ends = transfer(state(1), options=IN_ORDER, channels=memory_channels(in_order=True), timeout=timedelta(seconds=10))
+    assert "came damaged" in str(ends.source.error)
     assert isinstance(ends.destination.error, PeerFailure)
     assert "meets a receive" not in str(ends.destination.error)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import devices_of, settle
+from ft_transport._device import Streams, devices_of, settle
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
 from ft_transport._group.fan_out import close_failed
@@ -94,10 +94,9 @@ def receive(
             result = landing.rebuild()
             if landing.copies:
                 landing.check()  # once more: it was written to
-            # What was copied on a device is there for whoever reads it on another stream.
-            settle(plan.devices, control.deadline)
         # Whole again. What follows only keeps the books.
         report.torn = False
+        plan.streams.finish(control.deadline)
         peer.outcome = "complete"
         if rewrite is not None and header.digest:
             rewrite.note_digests(dict(enumerate(flights.digests)), header.digest, header.sample)
@@ -122,7 +121,7 @@ class _Plan(NamedTuple):
     layout: Layout
     landing: DestinationPlan
     rewrite: Rewrite | None
-    devices: tuple[torch.device, ...]
+    streams: Streams
 
 
 def _agree(
@@ -141,7 +140,7 @@ def _agree(
             layout = lay_out(manifest, header.limits)
             landing = plan_destination(manifest, layout, state_dict, options, report, beside or frozenset())
             # Before a byte lands: what the template's devices still do may read it.
-            devices = devices_of(landing.placement.memory())
+            devices = devices_of(landing.memory())
             settle(devices, control.deadline)
     # Nobody to refuse anything to.
     except PeerFailure:
@@ -155,7 +154,7 @@ def _agree(
     # The digest of the manifest goes back with it: both sides derive all messages from that, and one flipped bit in it
     # would have them receive what was not sent.
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
-    return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None, devices)
+    return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None, Streams(devices))
 
 
 def _check_header(header: ManifestHeader, step: int | None) -> None:

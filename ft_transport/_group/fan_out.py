@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._group.channel import Channel
@@ -55,9 +56,10 @@ def in_parallel(
     """
     errors: list[BaseException | None] = [None] * len(channels)
 
-    def guarded(index: int) -> None:
+    def guarded(index: int, *, started: bool = False) -> None:
         try:
-            streams.enter()
+            if started:
+                streams.enter()
             run(index)
         except BaseException as exc:
             # A traceback kept here would keep the frames of this thread, and with them the group.
@@ -70,7 +72,7 @@ def in_parallel(
     threads = ThreadGroup()
     try:
         for index, channel in enumerate(channels):
-            threads.start(f"rank{channel.peer_rank}", guarded, index)
+            threads.start(f"rank{channel.peer_rank}", partial(guarded, index, started=True))
         threads.attend()
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.

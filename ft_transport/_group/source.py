@@ -67,8 +67,9 @@ def serve(channel: Channel, outbound: SourcePlan, deadline: Deadline, peer: Peer
             control.recv_frame(Frame.DONE)
         peer.outcome = "complete"
     except BaseException as exc:
-        # In order, the next that the destination receives is a message: a word in its place would land in the state.
-        close_failed(control, peer, exc, can_speak=not (channel.in_order and peer.phase == "move"))
+        # In order, the next that a destination receives once it has agreed is a message of the state: a word in its
+        # place would land there.
+        close_failed(control, peer, exc, can_speak=not (channel.in_order and peer.phase in ("agree", "move")))
         raise
     finally:
         channel.drop()

@@ -259,10 +259,9 @@ class DestinationTransfer:
             control.send_done(verified=sink.verified)
         with peer.enter("rebuild", "destination", self._options.on_phase), no_collection():
             state = self._rebuild(plan.landing)
-            # What rebuild has copied on a device is there for whoever reads it on another stream.
-            settle(sink.streams.devices, self._deadline)
         # Whole, whatever it was at the beginning: what an earlier receive had left is part of it now.
         self._report.torn = False
+        sink.streams.finish(self._deadline)
         self.kept = None
         peer.outcome = "complete"
         # By these the training thread sees later what forward has changed since.
@@ -309,8 +308,9 @@ class DestinationTransfer:
             with control.heartbeats(), no_collection():
                 plan = self._planner.plan(data, state_dict)
                 # Before a byte lands: what the template's devices still do may read it.
-                streams = settle(devices_of(plan.landing.placement.memory()), self._deadline)
-                sink = self._planner.sink(plan, earlier, streams)
+                devices = devices_of(plan.landing.memory())
+                settle(devices, self._deadline)
+                sink = self._planner.sink(plan, earlier, Streams(devices))
         except Exception as exc:
             # A callback of the user's has raised, say: the source is to know that it is not at fault.
             error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")

@@ -127,7 +127,7 @@ class Mover:
             finally:
                 fetcher.close()
             self.nbytes_wire += fetcher.nbytes_wire + probe.nbytes_wire
-            self.nbytes_direct += fetcher.nbytes_direct
+            self.nbytes_direct += fetcher.nbytes_direct + probe.nbytes_direct
             if fetcher.unreadable:
                 self._new = partial(self._new, direct=False)
         if fetcher.fatal is not None:

@@ -34,10 +34,11 @@ class SourceProbe:
 
     Attributes:
         nbytes_wire: All bytes of the probes so far.
+        nbytes_direct: How many of them were read from the source's memory.
     """
 
     def __init__(self, lanes: Fetcher, begin: Callable[[], Fetcher], interval: timedelta) -> None:
-        self.nbytes_wire = 0
+        self.nbytes_wire = self.nbytes_direct = 0
         self._lanes = lanes
         self._begin = begin
         self._interval = min(interval, MAX_WAIT)
@@ -71,3 +72,4 @@ class SourceProbe:
         if running is not None:
             running.close()
             self.nbytes_wire += running.nbytes_wire
+            self.nbytes_direct += running.nbytes_direct

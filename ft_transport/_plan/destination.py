@@ -239,6 +239,10 @@ class DestinationPlan:
             if any(view.storage >= 0 and range_of(view.storage, view.begin) in ranges for view in leaf.views)
         ]
 
+    def memory(self) -> list[torch.Tensor]:
+        """All that is written to, while messages move and in the end."""
+        return self.placement.memory() + [self._targets[slot] for slot, _ in self._landed.copies]
+
     def paths_in_place(self) -> set[str]:
         """The leaves whose bytes land in the template, or are copied to it."""
         slots = chain(self._landed.settled, (target for target, _ in self._landed.copies))

@@ -114,6 +114,7 @@ class Rebuild:
 
     def _new_leaf(self, index: int, leaf: Leaf, objects: _Objects | None, here: Surroundings) -> object:
         if leaf.kind != "tensor":
+            here = here._replace(template=self._matched.get(index))
             return unflatten_leaf(leaf.part, self._makers(index, leaf, objects), here)
         tensor, view = self._values.get((index, 0)), leaf.views[0]
         if objects is not None:

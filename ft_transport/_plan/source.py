@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import devices_of, settle
+from ft_transport._device import Streams, devices_of, settle
 from ft_transport._options import Options
 from ft_transport._plan.blocks import Block, Places, held, indexed, share
 from ft_transport._plan.placement import Placement, note_state
@@ -73,7 +73,9 @@ class SourcePlan:
                 # The group would move them where they are seen to move, so it is done, and noted anew, before.
                 manifest, tensors = describe(state_dict)
             # Before a byte of it is read.
-            self.streams = settle(devices_of(tensors.tensors), deadline)
+            devices = devices_of(tensors.tensors)
+            settle(devices, deadline)
+            self.streams = Streams(devices)
             # How it is cut is decided here alone: the destination finds the limits in the manifest, and need not agree.
             limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
             self.header = ManifestHeader(step, limits, options.digest, options.sample)

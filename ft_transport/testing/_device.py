@@ -58,6 +58,7 @@ class StandInAccelerator(Seam):
 
     Attributes:
         synchronized: How often each device was waited for, by index.
+        awaited: How often one of its streams was waited for, by index.
         streams: For each thread that was given one, its streams.
         num_copies: Between the host and devices, both ways, so far.
         nbytes_pinned: Host memory that devices can reach, so far.
@@ -67,6 +68,7 @@ class StandInAccelerator(Seam):
 
     def __init__(self, num_devices: int = 2) -> None:
         self.synchronized: Counter[int] = Counter()
+        self.awaited: Counter[int] = Counter()
         self.streams: dict[int, set[Any]] = {}
         self.nbytes_pinned = self.num_copies = 0
         self._over = threading.Event()
@@ -125,6 +127,9 @@ class StandInAccelerator(Seam):
         done = threading.Event()
         self._devices[device.index].tell(done.set)
         done.wait()
+
+    def await_stream(self, stream: Any) -> None:
+        self.awaited[stream[0].index] += 1
 
     def current_stream(self, device: torch.device) -> Any:
         return device, threading.get_ident()

@@ -53,12 +53,14 @@ class Surroundings(NamedTuple):
         meshes: The template's device meshes, by what describes them.
         find_class: Finds a class by its name, or raises ``ValueError`` if it is not allowed.
         unpickle: Reads a pickle, with what gives the leaves and values that were taken out of it.
+        template: The template's leaf in whose place this one comes; None if there is none.
     """
 
     # One dict for one receive: a mesh that is made for one leaf is there for the next.
     meshes: dict[Any, Any] = {}  # noqa: RUF012
     find_class: FindClass = allowed_class
     unpickle: Callable[[bytes, Load], object] = unpickle_allowed
+    template: object = None
 
 
 class Kind:

@@ -114,7 +114,7 @@ class NumpyArray(Kind):
 
 # Its state is a tensor of bytes, opaque, and of another length on each kind of device.
 class GeneratorKind(Kind):
-    """``torch.Generator``: its state travels. Context: the type of its device."""
+    """``torch.Generator``: its state travels. Context: its device."""
 
     name = "generator"
     not_compared = (0,)
@@ -122,24 +122,23 @@ class GeneratorKind(Kind):
     not_in_place = "a torch.Generator"
 
     def flatten(self, leaf: torch.Generator) -> tuple[Sequence[Any], Any]:
-        # Without its index: which of its devices a replica uses is its own affair.
-        return [leaf.get_state()], leaf.device.type
+        return [leaf.get_state()], str(leaf.device)
 
     def check(self, inner: Sequence[Geometry | None], context: Any) -> None:
         (state,) = inner
-        wanted = torch.Generator(_kind_of_device(context)).get_state()
+        # Of any device of that type: the source's own need not be here.
+        wanted = torch.Generator(torch.device(expect(str, context)).type).get_state()
         if state is None or state.dtype is not torch.uint8 or state.shape != wanted.shape:
             raise ValueError(f"the state of a Generator in {inner}")
 
     def unflatten(self, inner: Sequence[Any], context: Any, here: Surroundings) -> Any:
-        # On a device of the same kind, whose state is of the same form: this thread's current one.
-        leaf = torch.Generator(_kind_of_device(context))
+        # On the device where it was: its state is of another form there. Which of its type is the template's affair.
+        device, mine = torch.device(context), here.template
+        if isinstance(mine, torch.Generator) and mine.device.type == device.type:
+            device = mine.device
+        leaf = torch.Generator(device)
         leaf.set_state(inner[0].cpu())
         return leaf
-
-
-def _kind_of_device(context: Any) -> str:
-    return torch.device(expect(str, context)).type
 
 
 # A dataloader's, a scheduler's, a tokenizer's: whatever has a ``state_dict`` that is not made of plain values.

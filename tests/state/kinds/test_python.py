@@ -78,21 +78,26 @@ def test_a_generator_goes_on_where_it_was() -> None:
         KINDS["generator"].check([geometry(torch.uint8, (7,), (1,))], "cpu")
 
 
-def test_a_generator_is_made_on_this_replicas_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its index is the source's affair; an older peer still sends it."""
+def test_a_generator_is_made_on_the_templates_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of its devices a replica uses is its own affair; and the source's need not be here to be checked."""
     asked: list[str] = []
+    real = torch.Generator
 
-    def made(device: str) -> torch.Generator:
-        asked.append(device)
-        return generator()
+    class Made(real):  # type: ignore[misc, valid-type]
+        device = torch.device("cuda", 1)
 
-    generator = torch.Generator
-    state = generator().get_state()
-    monkeypatch.setattr(torch, "Generator", made)
-    for context in ("cuda", "cuda:3"):
-        KINDS["generator"].unflatten([state], context, Surroundings())
-        KINDS["generator"].check([geometry(torch.uint8, tuple(state.shape), (1,))], context)
-    assert asked == ["cuda"] * 4
+        def __new__(cls, device: Any = "cpu") -> Any:
+            asked.append(str(device))
+            return real.__new__(cls)
+
+    state, mine = real().get_state(), Made()
+    monkeypatch.setattr(torch, "Generator", Made)
+    asked.clear()
+    generator = KINDS["generator"]
+    generator.check([geometry(torch.uint8, tuple(state.shape), (1,))], "cuda:3")
+    for template in (None, mine, "something else"):
+        generator.unflatten([state], "cuda:3", Surroundings(template=template))
+    assert asked == ["cuda", "cuda:3", "cuda:1", "cuda:3"]
 
 
 def test_objects_travel_without_the_bytes_of_the_tensors_in_them() -> None:
