@@ -235,7 +235,8 @@ class PGTransport(TransportBase):
         state_dict: Callable[[], object] | None = None,
     ) -> None:
         # Nothing to choose here, as in upstream's API.
-        super().__init__(Options(torch.device(device)), state_dict, timeout)
+        where = torch.device(device)
+        super().__init__(Options(where, in_order=where.type != "cpu"), state_dict, timeout)
         self._pg = pg
 
     def send_checkpoint(self, dst_ranks: list[int], state_dict: object) -> None:

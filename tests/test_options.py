@@ -37,10 +37,11 @@ def test_digests(
 
 
 @pytest.mark.parametrize("nbytes", [0, 1 << 20, 1 << 40])
-def test_on_an_accelerator_no_more_flights_than_buckets(nbytes: int) -> None:
-    """Its group runs the operations of a pair in their order: a third flight would wait for a bucket out of turn."""
-    assert Options(CUDA).limits(nbytes).window == 2
-    assert Options(CPU).limits(nbytes).window > 2
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_in_order_no_more_flights_than_buckets(device: torch.device, nbytes: int) -> None:
+    """Where the operations of a pair run as they were posted, a third flight would wait for a bucket out of turn."""
+    assert Options(device, in_order=True).limits(nbytes).window == 2
+    assert Options(device).limits(nbytes).window > 2
 
 
 @pytest.mark.parametrize("chain", [True, False])
