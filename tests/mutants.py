@@ -101,7 +101,7 @@ MUTANTS = [
         "_plan/lent.py",
         "while not self._nobody.wait_for(lambda: not self._inside, _LOOK_AGAIN_S):",
         "while False:",
-        "tests/multiproc/test_moved_memory.py::test_nobody_dies_who_reads_memory_that_is_given_back_meanwhile",
+        "tests/plan/test_lent.py::test_who_takes_memory_away_waits_for_who_reads_it",
     ),
     Mutant(
         "a supplier bounds message numbers",
