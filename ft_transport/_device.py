@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any
@@ -30,13 +30,10 @@ __all__ = [
     "Seam",
     "Streams",
     "devices_of",
-    "host_test",
     "is_on",
-    "pinned",
     "replaced",
+    "seam",
     "settle",
-    "to_device",
-    "to_host",
 ]
 
 logger = logging.getLogger("ft_transport")
@@ -98,41 +95,26 @@ class Seam:
 _seam = Seam()
 
 
-def replaced(seam: Seam) -> Seam:
+def replaced(by: Seam) -> Seam:
     """Ask this one from now on; gives the one before."""
     global _seam
-    before, _seam = _seam, seam
+    before, _seam = _seam, by
     return before
 
 
-def devices_of(tensors: Iterable[torch.Tensor]) -> tuple[torch.device, ...]:
+def seam() -> Seam:
+    """What is asked now."""
+    return _seam
+
+
+def devices_of(tensors: Sequence[torch.Tensor]) -> tuple[torch.device, ...]:
     """As ``Seam.devices_of``."""
-    return _seam.devices_of(tensors if isinstance(tensors, Sequence) else list(tensors))
-
-
-def host_test() -> Callable[[torch.Tensor], bool]:
-    """``Seam.on_host``, to be called many times."""
-    return _seam.on_host
+    return _seam.devices_of(tensors)
 
 
 def is_on(tensor: torch.Tensor, device_type: str) -> bool:
     """Whether a tensor is on a device of this type, as it is: no copy is needed."""
     return _seam.on_host(tensor) if device_type == "cpu" else tensor.device.type == device_type
-
-
-def to_host(target: torch.Tensor, parts: list[torch.Tensor]) -> None:
-    """As ``Seam.to_host``."""
-    _seam.to_host(target, parts)
-
-
-def to_device(parts: list[torch.Tensor], source: torch.Tensor) -> None:
-    """As ``Seam.to_device``."""
-    _seam.to_device(parts, source)
-
-
-def pinned(nbytes: int) -> torch.Tensor:
-    """As ``Seam.pinned``."""
-    return _seam.pinned(nbytes)
 
 
 class Streams:

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "Room",
+    "address_of",
     "keep_out_of_forks",
     "memory_at",
     "no_collection",
@@ -37,6 +38,11 @@ def memory_at(address: int, nbytes: int) -> memoryview:
     """Memory of this process, whose owner the caller keeps."""
     view: memoryview = _view_of_memory(address, nbytes, _PyBUF_WRITE)
     return view
+
+
+def address_of(view: memoryview | mmap.mmap) -> int:
+    """The other way round: where some memory that can be written to begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
 
 
 # An array of ctypes would be a new class for each length.

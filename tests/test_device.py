@@ -40,6 +40,11 @@ def tensors(found: dict[str, Any]) -> list[torch.Tensor]:
     return [found["large"], *found["small"], found["strided"]]
 
 
+def put(devices: StandInAccelerator, found: dict[str, Any], index: int) -> None:
+    for tensor in tensors(found):
+        devices.put(tensor, index)
+
+
 def holds(found: dict[str, Any], value: float) -> bool:
     return all(bool((tensor == value).all()) for tensor in tensors(found))
 
@@ -146,8 +151,7 @@ def test_a_kernel_that_still_writes_to_the_state_is_waited_for(way: str) -> None
     """On whichever device: with another one current nobody would wait for it otherwise."""
     with StandInAccelerator(2) as devices:
         sent = state(0.0)
-        for tensor in tensors(sent):
-            devices.put(tensor, 1)
+        put(devices, sent, 1)
         devices.launch(1, lambda: [tensor.fill_(7.0) for tensor in tensors(sent)], seconds=0.3)
         with ends(way, state(3.0)) as found:
             assert holds(found.move(sent).result, 7.0)
@@ -159,8 +163,7 @@ def test_a_kernel_that_still_writes_to_the_state_is_waited_for(way: str) -> None
 def test_a_kernel_that_still_reads_the_template_is_waited_for(way: str) -> None:
     with StandInAccelerator(2) as devices:
         template, read = state(3.0), []
-        for tensor in tensors(template):
-            devices.put(tensor, 0)
+        put(devices, template, 0)
         devices.launch(0, lambda: read.append(holds(template, 3.0)), seconds=0.3)
         with ends(way, template) as found:
             assert holds(found.move(state(7.0)).result, 7.0)
@@ -173,8 +176,7 @@ def test_what_has_been_copied_in_the_end_is_waited_for(way: str) -> None:
     """Copies into the template (``shadow``) run on a stream that whoever trains need not be on."""
     with StandInAccelerator(1) as devices:
         template = state(3.0)
-        for tensor in tensors(template):
-            devices.put(tensor, 0)
+        put(devices, template, 0)
         with ends(way, template) as found:
             found.move(state(7.0))
         assert devices.synchronized[0] == 1, "before a byte lands"
@@ -187,8 +189,7 @@ def test_a_template_that_is_copied_to_in_the_end_is_waited_for(way: str, shadow:
     """With a shadow no message lands there, and a kernel that still writes to it would write last."""
     with StandInAccelerator(1) as devices:
         template = state(1.0)
-        for tensor in tensors(template):
-            devices.put(tensor, 0)
+        put(devices, template, 0)
         devices.launch(0, lambda: [tensor.fill_(3.0) for tensor in tensors(template)], seconds=0.3)
         with ends(way, template, shadow=shadow) as found:
             found.move(state(7.0))
@@ -205,8 +206,7 @@ def test_a_state_that_has_arrived_is_not_given_up_for_a_copy_that_takes_its_time
     monkeypatch.setattr(StandInAccelerator, "await_stream", lambda self, stream: over.wait(10))
     with StandInAccelerator(1) as devices:
         template = state(3.0)
-        for tensor in tensors(template):
-            devices.put(tensor, 0)
+        put(devices, template, 0)
         with ends(way, template) as found:
             found.move(state(7.0), timedelta(seconds=1))
             over.set()
@@ -219,8 +219,7 @@ def test_a_state_that_has_arrived_is_not_given_up_for_a_copy_that_takes_its_time
 def test_shutdown_ends_a_receive_that_waits_for_a_device() -> None:
     with StandInAccelerator(1) as devices:
         template = state(3.0)
-        for tensor in tensors(template):
-            devices.put(tensor, 0)
+        put(devices, template, 0)
         devices.launch(0, lambda: None, seconds=30.0)
         with ends("lanes", template) as found:
             ending = threading.Timer(0.5, found.destination.shutdown)
@@ -235,8 +234,7 @@ def test_who_calls_keeps_its_streams() -> None:
     """And so its current device, which setting one would change."""
     with StandInAccelerator(2) as devices:
         sent = state(7.0)
-        for tensor in tensors(sent):
-            devices.put(tensor, 1)
+        put(devices, sent, 1)
         with ends("group", state(3.0)) as found:
             found.move(sent)
         assert threading.get_ident() not in devices.streams

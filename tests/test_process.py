@@ -7,8 +7,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
-from ft_transport._process import no_collection, physical_bytes, room
+from ft_transport._process import address_of, memory_at, no_collection, physical_bytes, room
 
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -116,3 +117,11 @@ def test_the_collector_is_held_back_until_the_last_thread_is_done() -> None:
     leave.set()
     thread.join(10)
     assert gc.isenabled()
+
+
+def test_an_address_is_that_of_the_memory_itself() -> None:
+    tensor = torch.arange(8, dtype=torch.uint8)
+    view = memory_at(tensor.data_ptr() + 3, 5)
+    assert address_of(view) == tensor.data_ptr() + 3
+    assert address_of(view[1:]) == tensor.data_ptr() + 4
+    assert bytes(memory_at(address_of(view), 5)) == bytes([3, 4, 5, 6, 7])

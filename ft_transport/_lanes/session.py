@@ -12,7 +12,6 @@ Not here: what frames mean (``_lanes.protocol``), and how long a peer is waited 
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,6 +35,7 @@ from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import StallTimer
 from ft_transport._plan.blocks import Held
+from ft_transport._process import address_of
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 
 __all__ = ["Session", "Unreadable", "fingerprint"]
@@ -150,7 +150,7 @@ class Session:
         self, number: int, view: memoryview, digest: int | None, timer: StallTimer, held: Held | None
     ) -> int:
         _check(held)
-        protocol, address = self.protocol, ctypes.addressof(ctypes.c_char.from_buffer(view))
+        protocol, address = self.protocol, address_of(view)
         protocol.sent(LaneFrame.PLACE, number)
         place = encode(LaneFrame.PLACE, protocol.attempt, protocol.step, number, [address, len(view)])
         self.connection.write([place], timer)

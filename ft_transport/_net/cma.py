@@ -21,6 +21,9 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
+from ft_transport._net.zero_copy import Extent
+from ft_transport._process import address_of
+
 __all__ = ["TOKEN_BYTES", "PeerMemory", "ShownToken", "let_others_read", "new_token"]
 
 TOKEN_BYTES = 16
@@ -57,16 +60,12 @@ def let_others_read() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
 
 
-class _Extent(ctypes.Structure):
-    _fields_ = [("address", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
-
-
 @functools.cache
 def _system_call() -> Callable[..., int] | None:
     """Reads; None where the system cannot. The interpreter's lock is given back meanwhile."""
     call: Any = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
     if call is not None:
-        extents = ctypes.POINTER(_Extent)
+        extents = ctypes.POINTER(Extent)
         call.argtypes = [ctypes.c_int, extents, ctypes.c_ulong, extents, ctypes.c_ulong, ctypes.c_ulong]
         call.restype = ctypes.c_ssize_t
     return call  # type: ignore[no-any-return]
@@ -104,10 +103,10 @@ class PeerMemory:
         """
         if not 0 < address < (1 << 64) - len(view):
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-        done, begin = 0, ctypes.addressof(ctypes.c_char.from_buffer(view))
+        done, begin = 0, address_of(view)
         # In one go, unless a page is not there: what came before it is read then, and the next call says why.
         while done < len(view):
-            ours, theirs = (_Extent(first + done, len(view) - done) for first in (begin, address))
+            ours, theirs = (Extent(first + done, len(view) - done) for first in (begin, address))
             count = self._call(self._pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
             if count <= 0:
                 code = ctypes.get_errno() if count else errno.EFAULT

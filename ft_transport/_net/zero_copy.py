@@ -11,7 +11,9 @@ import ctypes
 import fcntl
 import os
 
-__all__ = ["Splicer", "new_splicer"]
+from ft_transport._process import address_of
+
+__all__ = ["Extent", "Splicer", "new_splicer"]
 
 # Bytes that the pipe is asked to hold; the most that a user without privileges gets.
 _PIPE_BYTES = 1 << 20
@@ -21,7 +23,9 @@ _MIN_PIPE_BYTES = 256 << 10
 SPLICE_FROM = 256 << 10
 
 
-class _Extent(ctypes.Structure):
+class Extent(ctypes.Structure):
+    """``struct iovec``: some memory, as system calls take it."""
+
     _fields_ = [("address", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
 
 
@@ -62,7 +66,7 @@ class Splicer:
         assert self.empty
         # By address: from now on the kernel holds the pages, also if the memory is given back meanwhile. That their
         # bytes stay as they are is for the caller to see to.
-        extent = _Extent(ctypes.addressof(ctypes.c_char.from_buffer(view)), len(view))
+        extent = Extent(address_of(view), len(view))
         # No SPLICE_F_GIFT: the pages stay the user's, who goes on to train with them.
         count: int = self._vmsplice(self._in, ctypes.byref(extent), 1, 0)
         if count <= 0:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ft_transport._device import host_test, to_device, to_host
+from ft_transport._device import seam
 from ft_transport._plan.lent import readers_of
 from ft_transport._process import memory_at
 from ft_transport._state.manifest import Manifest
@@ -297,7 +297,7 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
     # torch, which is the slower way for small ones and the only one for these.
     rest = []
     blocks, moves = [], []
-    done, on_host = 0, host_test()
+    done, on_host = 0, seam().on_host
     address = staged.data_ptr() if staged.device.type == "cpu" else 0
     for block, begin, nbytes in parts:
         if address and block.dense and block.storage is not None and on_host(block.memory):
@@ -346,9 +346,9 @@ def _cross(flats: Sequence[tuple[torch.Tensor, torch.Tensor]], staged: torch.Ten
     for begin, pieces in runs:
         part = staged[begin : begin + sum(piece.numel() for piece in pieces)]
         if gather:
-            to_host(part, pieces)
+            seam().to_host(part, pieces)
         else:
-            to_device(pieces, part)
+            seam().to_device(pieces, part)
 
 
 # No other thread of Python gets a turn in this one, unlike in ``ctypes.memmove``.

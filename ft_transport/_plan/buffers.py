@@ -7,14 +7,14 @@ pages, and a bucket is used again and again.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import re
 from bisect import bisect_right
 
 import torch
 
-from ft_transport._device import pinned as pinned_memory
+from ft_transport._device import seam
+from ft_transport._process import address_of
 
 __all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "allocate"]
 
@@ -37,7 +37,7 @@ def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torc
     try:
         # torch raises RuntimeError for want of memory, and OutOfMemoryError, which is one, on an accelerator; whoever
         # calls us wants to tell that from a bug.
-        return pinned_memory(nbytes) if pinned else torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return seam().pinned(nbytes) if pinned else torch.empty(nbytes, dtype=torch.uint8, device=device)
     except RuntimeError as exc:
         raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
 
@@ -85,7 +85,7 @@ class Arena:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel that has none
                 mapping.madvise(mmap.MADV_HUGEPAGE)
-        first = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        first = address_of(mapping)
         self._used = -first % _HUGE_PAGE
         self._mapping = mapping
 
