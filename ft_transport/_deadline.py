@@ -6,12 +6,15 @@ One :class:`Deadline` is made at the entry of each public call; every wait insid
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 
 # A wait of less than 1 ms means the *group's* own time-out to gloo (60 s or more), so nothing may be shorter.
 MIN_WAIT = timedelta(milliseconds=1)
 # Nor longer: a poll counts milliseconds in 32 bits, gloo nanoseconds in 64, and locks refuse more than they can count.
 MAX_WAIT = timedelta(days=20)
+# Between two looks: at first what a short copy takes, then more, up to what nobody feels.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 20e-6, 500e-6
 
 
 class Deadline:
@@ -49,6 +52,16 @@ class Deadline:
     def elapsed(self) -> float:
         """Seconds since the deadline was made."""
         return time.monotonic() - self._begin
+
+    def poll(self, is_over: Callable[[], bool]) -> bool:
+        """Look again and again whether something is over, as long as there is time; gives whether it is."""
+        pause = _FIRST_PAUSE_S
+        while not is_over():
+            if self.expired():
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+        return True
 
     def expire(self) -> None:
         """Let it have passed. Any thread."""

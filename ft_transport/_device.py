@@ -5,41 +5,37 @@ place to be right, and one to be replaced by a stand-in (``ft_transport.testing.
 accelerator. A state names the devices that it is on, and no other is touched: to ask one that nobody uses makes a
 context on it, some hundred MiB. A state on the CPU alone asks nothing.
 
+A transfer copies in streams of its own: in the caller's, copies would wait for the step that training is in. They are
+begun, and waited for by an event that is looked at again and again, since torch waits for none with a limit.
+
 Small tensors cross in one copy: packed on the device first, since a copy and a wait for each of five thousand is what
 takes the time.
-
-Not here yet: pieces with gaps or other strides, which torch copies one by one (``_plan.blocks``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any
 
 import torch
 
-from ft_transport._deadline import Deadline
+from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport.errors import TransferTimeout
 
-__all__ = [
-    "NO_STREAMS",
-    "Seam",
-    "Streams",
-    "devices_of",
-    "is_on",
-    "replaced",
-    "seam",
-    "settle",
-]
+__all__ = ["NOTHING", "NO_STREAMS", "Copies", "Seam", "Streams", "devices_of", "is_on", "replaced", "seam", "settle"]
 
 logger = logging.getLogger("ft_transport")
 
 # How soon a wait finds that its call was cancelled.
 _SLICE = timedelta(milliseconds=250)
+# How long a call that has failed waits for copies that it has begun.
+_LAST_COPIES = timedelta(seconds=0.5)
+_CPU = torch.device("cpu")
 
 
 class Seam:
@@ -47,49 +43,95 @@ class Seam:
 
     Attributes:
         on_host: Whether the CPU can read a tensor's memory.
+        device_of: The device that a tensor's memory is on.
     """
 
-    # A function of C, asked for each of twenty thousand leaves.
+    # Functions of C, asked for each of twenty thousand leaves.
     on_host: Callable[[torch.Tensor], bool] = attrgetter("is_cpu")
+    device_of: Callable[[torch.Tensor], torch.device] = attrgetter("device")
 
-    def devices_of(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.device, ...]:
-        """The devices that some of the tensors are on, each once; without the CPU, and "meta", which has no bytes."""
-        if all(map(self.on_host, tensors)):
-            return ()
-        found = dict.fromkeys(map(attrgetter("device"), tensors))
-        return tuple(device for device in found if device.type not in ("cpu", "meta"))
+    # -------------------------------------------------------------------------------------- memory
 
-    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor]) -> None:
-        """Copy flat tensors of uint8 on one device, one behind the other, to the host; they are there on return."""
-        target.copy_(torch.cat(parts) if len(parts) > 1 else parts[0])
+    def reach(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as work on its device finds it: for what is given to :meth:`run`."""
+        return tensor
 
-    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor) -> None:
-        """The other way round. What ``source`` holds may change once this has returned."""
-        if len(parts) == 1:
-            parts[0].copy_(source)
-            return
-        packed = source.to(parts[0].device)
-        torch._foreach_copy_(parts, list(torch.split(packed, [part.numel() for part in parts])))
+    def empty_strided(
+        self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """A tensor without content, on a device or the host. Raises RuntimeError for want of memory."""
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         """Memory of the host, flat uint8, that devices reach without the CPU. Raises RuntimeError for want of it."""
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
+    # -------------------------------------------------------------------------------------- copies
+
+    def run(self, device: torch.device, work: Callable[[], object]) -> None:
+        """Let a device do something, in the calling thread's stream: it is begun on return."""
+        # torch has each operation done there anyway, and in that stream; a stand-in has to be told.
+        work()
+
+    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor]) -> None:
+        """Copy flat tensors of uint8 on one device, one behind the other, to the host. Within :meth:`run`."""
+        self._hold(parts)
+        target.copy_(torch.cat(parts) if len(parts) > 1 else parts[0], non_blocking=True)
+
+    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor) -> None:
+        """The other way round."""
+        self._hold(parts)
+        if len(parts) == 1:
+            parts[0].copy_(source, non_blocking=True)
+            return
+        packed = source.to(parts[0].device, non_blocking=True)
+        torch._foreach_copy_(parts, list(torch.split(packed, [part.numel() for part in parts])))
+
+    def _hold(self, parts: list[torch.Tensor]) -> None:
+        # Who gives memory back (FSDP's resize_ to nothing) gives it to the allocator, and the next one to take it may
+        # be on another stream than this copy: the allocator is to wait for it.
+        stream = torch.accelerator.current_stream(parts[0].device)
+        for part in parts:
+            part.record_stream(stream)
+
+    # ----------------------------------------------------------------------------- streams and waits
+
     def synchronize(self, device: torch.device) -> None:
         """Wait until a device has done all that it was told to, on every stream."""
         torch.accelerator.synchronize(device)
 
-    def await_stream(self, stream: Any) -> None:
-        """Wait until a stream has done all that it was told to."""
-        stream.synchronize()
+    def new_stream(self, device: torch.device) -> Any:
+        """A stream beside all others."""
+        return torch.Stream(device)
 
     def current_stream(self, device: torch.device) -> Any:
         """The calling thread's stream on a device; without an index, on its current one."""
         return torch.accelerator.current_stream(device)
 
-    def set_stream(self, stream: Any) -> None:
-        """Make a stream the calling thread's, on its device."""
-        torch.accelerator.set_stream(stream)
+    @contextlib.contextmanager
+    def use(self, streams: Sequence[Any]) -> Iterator[None]:
+        """Let these be the calling thread's while a block runs, each on its device."""
+        # Not ``with stream:``, which keeps what was current before in the stream itself: these are used by several
+        # threads at once.
+        index = torch.accelerator.current_device_index()
+        before = [torch.accelerator.current_stream(stream.device) for stream in streams]
+        try:
+            for stream in streams:
+                torch.accelerator.set_stream(stream)
+            yield
+        finally:
+            # To set a stream makes its device the current one.
+            for stream in before:
+                torch.accelerator.set_stream(stream)
+            torch.accelerator.set_device_index(index)
+
+    def record(self, stream: Any) -> Any:
+        """An event behind all that a stream was told so far."""
+        return stream.record_event()
+
+    def is_over(self, event: Any) -> bool:
+        """Whether what is before an event is done. Raises what a device raises."""
+        return bool(event.query())
 
 
 _seam = Seam()
@@ -107,48 +149,134 @@ def seam() -> Seam:
     return _seam
 
 
+def on_host(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the CPU can read all of them."""
+    return all(map(_seam.on_host, tensors))
+
+
+def type_of(tensor: torch.Tensor) -> str:
+    """The type of the device that a tensor is on."""
+    return _seam.device_of(tensor).type
+
+
 def devices_of(tensors: Sequence[torch.Tensor]) -> tuple[torch.device, ...]:
-    """As ``Seam.devices_of``."""
-    return _seam.devices_of(tensors)
+    """The devices that some of the tensors are on, each once; without the CPU, and "meta", which has no bytes."""
+    if on_host(tensors):
+        return ()
+    found = dict.fromkeys(map(_seam.device_of, tensors))
+    return tuple(device for device in found if device.type not in ("cpu", "meta"))
 
 
 def is_on(tensor: torch.Tensor, device_type: str) -> bool:
     """Whether a tensor is on a device of this type, as it is: no copy is needed."""
-    return _seam.on_host(tensor) if device_type == "cpu" else tensor.device.type == device_type
+    return _seam.on_host(tensor) if device_type == "cpu" else type_of(tensor) == device_type
+
+
+def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor to another one of its shape, wherever they are, in the calling thread's streams.
+
+    Between devices it is begun on return; it is over where the host takes part.
+    """
+    for tensor in (target, source):
+        if not _seam.on_host(tensor):
+            _seam.run(_seam.device_of(tensor), lambda: _seam.reach(target).copy_(_seam.reach(source)))
+            return
+    target.copy_(source)
+
+
+class Copies:
+    """What was begun on some streams up to now, to be waited for.
+
+    Args:
+        deadline: Until when.
+        devices: That the streams are of.
+        streams: One for each.
+    """
+
+    def __init__(self, deadline: Deadline, devices: Sequence[torch.device] = (), streams: Sequence[Any] = ()) -> None:
+        self._deadline = deadline
+        self._events = [(device, _seam.record(stream)) for device, stream in zip(devices, streams, strict=True)]
+
+    def finish(self) -> None:
+        """Wait until it is done.
+
+        Raises:
+            TransferTimeout: The deadline passed; a copy may still be under way.
+        """
+        deadline = self._deadline
+        for device, event in self._events:
+            if not deadline.poll(lambda event=event: _seam.is_over(event)):  # type: ignore[misc]
+                seconds = deadline.timeout.total_seconds()
+                raise TransferTimeout(f"timed out after {seconds:g} s: copies of {device} are not over")
 
 
 class Streams:
-    """The streams of the thread that began a transfer, for the threads that it has others do the copying in.
+    """A transfer's own streams, one for each device that its state is on.
+
+    They are of the calling thread's device context, and are used by all threads of the transfer: what is copied in one
+    runs in order, so what is read back from a device is what was copied there before.
 
     Args:
-        devices: That are copied from, or to; none for a state on the CPU. The last one is the current one of whoever
-            enters: to set a stream does that (torch.accelerator).
+        devices: That are copied from, or to; none for a state on the CPU.
+        deadline: Until when copies may take; None: as long as they take.
+        wire: Where messages live. If that is an accelerator it is the current device of who uses these streams, for
+            what is made there without an index.
 
     Attributes:
-        devices: As above.
+        devices: Of all these the accelerators, with their indices.
     """
 
-    def __init__(self, devices: Sequence[torch.device] = ()) -> None:
-        self.devices = tuple(devices)
-        self._streams = [_seam.current_stream(device) for device in self.devices]
+    def __init__(
+        self, devices: Sequence[torch.device] = (), deadline: Deadline | None = None, wire: torch.device = _CPU
+    ) -> None:
+        callers: dict[torch.device, Any] = {}
+        for device in (*devices, wire):
+            if device.type != "cpu":
+                stream = _seam.current_stream(device)
+                callers.pop(stream.device, None)  # "cuda" is one of the others
+                callers[stream.device] = stream
+        self.devices = tuple(callers)
+        self._deadline = deadline or Deadline(MAX_WAIT)
+        self._callers = list(callers.values())
+        self._own = [_seam.new_stream(device) for device in self.devices]
 
-    def enter(self) -> None:
-        """Copy in these streams, in the calling thread: one that was started for it."""
-        # A new thread has each device's default stream, on which a copy would not wait for what the caller's has begun.
-        for stream in self._streams:
-            _seam.set_stream(stream)
+    def use(self) -> contextlib.AbstractContextManager[None]:
+        """Let the calling thread copy in them while a block runs."""
+        return _seam.use(self._own) if self.devices else contextlib.nullcontext()
 
-    def finish(self, deadline: Deadline) -> None:
-        """Wait for what was copied in them, so that it is there for other streams, too. Never raises for want of time.
+    def begun(self) -> Copies:
+        """What was copied in them so far."""
+        return Copies(self._deadline, self.devices, self._own) if self.devices else NOTHING
 
-        What others do on these devices, training above all, is not waited for.
+    def finish(self) -> None:
+        """Wait for all that this transfer has told devices to, in these and in the caller's streams, so that it is
+        there for others, too. Never raises for want of time.
+
+        What others do on these devices is not waited for.
         """
-        for stream in self._streams:
-            if not _in_time(lambda stream=stream: _seam.await_stream(stream), deadline):  # type: ignore[misc]
+        for streams in (self._own, self._callers):
+            if not self._over(streams, self._deadline):
                 logger.warning("copies on an accelerator are not over; other streams must wait for the caller's")
 
+    def abandon(self) -> None:
+        """After an error: let what was begun in these come to an end, or say that it has not."""
+        # It cannot be called back, and writes to the user's memory until then. Nothing keeps a copy in a stream of its
+        # own but a device that hangs.
+        if not self._over(self._own, Deadline(self._deadline.remaining() + _LAST_COPIES)):
+            logger.warning("copies on an accelerator were begun and are not over: they may still write to the template")
 
+    def _over(self, streams: Sequence[Any], deadline: Deadline) -> bool:
+        try:
+            Copies(deadline, self.devices, streams).finish()
+        except TransferTimeout:
+            return False
+        return True
+
+
+# Of a state on the CPU.
 NO_STREAMS = Streams()
+# Nothing to wait for.
+NOTHING = Copies(Deadline(MAX_WAIT))
 
 
 def settle(devices: Sequence[torch.device], deadline: Deadline | None = None) -> None:

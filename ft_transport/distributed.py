@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
 from ft_transport._deadline import Deadline
+from ft_transport._device import Streams, devices_of, settle
 from ft_transport._group.channel import GroupChannel
 from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
 from ft_transport._group.one_way import description, land_all, post_and_wait
@@ -267,6 +268,9 @@ class PGTransport(TransportBase):
                 meta, tensors = _describe(state_dict)
                 manifest = _from_meta(meta)
                 layout = lay_out(manifest, Limits())
+                devices = devices_of(tensors.tensors)
+                settle(devices, deadline)
+                streams = Streams(devices, deadline, device)
                 placement = place(manifest, layout, tensors, device)
                 data = _pickle(meta)
         except BaseException as exc:
@@ -277,7 +281,8 @@ class PGTransport(TransportBase):
         note_state(report, manifest, layout)
         with report.phase("move"):
             try:
-                failed = post_and_wait(channels, data, layout, placement, device, deadline, report)
+                with streams.use():
+                    failed = post_and_wait(channels, data, layout, placement, device, deadline, report, streams)
             except BaseException:
                 for channel in channels:
                     channel.abort()
@@ -365,10 +370,14 @@ class PGTransport(TransportBase):
                 surroundings=_TRUSTING,
             )
             note_state(report, manifest, layout)
+            devices = devices_of(landing.memory())
+            settle(devices, deadline)
+            streams = Streams(devices, deadline, device)
         with report.phase("move"):
             report.torn = landing.in_place
             # Nothing is compared afterwards: this wire has no digests, as upstream's has none.
-            land_all(channel, layout, landing, device, deadline)
+            with streams.use():
+                land_all(channel, layout, landing, device, deadline, streams)
             report.peers[0].nbytes = layout.nbytes
         with report.phase("rebuild"), no_collection():
             landing.check()
@@ -381,6 +390,7 @@ class PGTransport(TransportBase):
             # is under way.
             mark_changed(landing.written())
         report.torn = False
+        streams.finish()
         report.peers[0].outcome = "complete"
         return result
 

@@ -18,6 +18,7 @@ import msgpack
 import torch
 import xxhash
 
+from ft_transport._device import on_host, seam
 from ft_transport._options import CPU
 from ft_transport._plan.blocks import CARRIERS, copy_elements
 from ft_transport._plan.buffers import Bucket, aligned
@@ -263,9 +264,9 @@ class _Reader:
         end = (tensor.storage_offset() + span) * tensor.element_size()
         if not tensor.data_ptr() or end > tensor.untyped_storage().nbytes():
             raise ValueError("a tensor that has no memory")
-        if tensor.is_cpu and tensor.is_contiguous():
+        if on_host([tensor]) and tensor.is_contiguous():
             return digest_bytes(memory_at(tensor.data_ptr(), tensor.nbytes))
-        return self._read_in_pieces(tensor)
+        return self._read_in_pieces(seam().reach(tensor))
 
     def _read_in_pieces(self, tensor: torch.Tensor) -> int:
         carrier = CARRIERS[tensor.element_size()]

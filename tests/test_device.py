@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +20,14 @@ from ft_transport import LaneTransport, PGTransport, TransferTimeout
 from ft_transport import _device as device_module
 from ft_transport._deadline import Deadline
 from ft_transport._device import Seam, Streams, devices_of, settle
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport.errors import PeerFailure, TransferError
 from ft_transport.testing import StandInAccelerator
 
 TIMEOUT = timedelta(seconds=20)
 STEP = 7
-ONE = torch.device("cuda", 1)
+ZERO, ONE = torch.device("cuda", 0), torch.device("cuda", 1)
+rebuild = DestinationPlan.rebuild
 
 
 def state(value: float) -> dict[str, Any]:
@@ -45,8 +48,15 @@ def put(devices: StandInAccelerator, found: dict[str, Any], index: int) -> None:
         devices.put(tensor, index)
 
 
-def holds(found: dict[str, Any], value: float) -> bool:
-    return all(bool((tensor == value).all()) for tensor in tensors(found))
+def holds(found: dict[str, Any], value: float, devices: StandInAccelerator | None = None) -> bool:
+    """Whether all of a state is a number by now, wherever it is. Waits for nothing."""
+    get = devices.reach if devices is not None else lambda tensor: tensor
+    return all(bool((get(tensor) == value).all()) for tensor in tensors(found))
+
+
+def fill(devices: StandInAccelerator, index: int, found: dict[str, Any], value: float, seconds: float = 0.3) -> None:
+    """A kernel that takes its time, and writes."""
+    devices.launch(index, lambda: [devices.reach(tensor).fill_(value) for tensor in tensors(found)], seconds=seconds)
 
 
 class Ends:
@@ -92,6 +102,13 @@ def _gloo() -> list[Any]:
     for thread in threads:
         thread.join()
     return made
+
+
+def in_phase(ends: Ends, phase: str, act: Callable[[], object]) -> None:
+    """Do something as the source's phase begins."""
+    options = ends.source._options
+    on_phase = lambda report, begun: act() if begun == phase else None  # noqa: E731
+    ends.source._options = dataclasses.replace(options, on_phase=on_phase)
 
 
 @contextmanager
@@ -152,7 +169,7 @@ def test_a_kernel_that_still_writes_to_the_state_is_waited_for(way: str) -> None
     with StandInAccelerator(2) as devices:
         sent = state(0.0)
         put(devices, sent, 1)
-        devices.launch(1, lambda: [tensor.fill_(7.0) for tensor in tensors(sent)], seconds=0.3)
+        fill(devices, 1, sent, 7.0)
         with ends(way, state(3.0)) as found:
             assert holds(found.move(sent).result, 7.0)
         assert not found.errors
@@ -164,23 +181,28 @@ def test_a_kernel_that_still_reads_the_template_is_waited_for(way: str) -> None:
     with StandInAccelerator(2) as devices:
         template, read = state(3.0), []
         put(devices, template, 0)
-        devices.launch(0, lambda: read.append(holds(template, 3.0)), seconds=0.3)
+        devices.launch(
+            0, lambda: read.extend(devices.reach(tensor).mean().item() for tensor in tensors(template)), seconds=0.3
+        )
         with ends(way, template) as found:
-            assert holds(found.move(state(7.0)).result, 7.0)
-        assert read == [True]
+            assert holds(found.move(state(7.0)).result, 7.0, devices)
+        assert set(read) == {3.0}
         assert set(devices.synchronized) == {0}
 
 
 @WAYS
 def test_what_has_been_copied_in_the_end_is_waited_for(way: str) -> None:
-    """Copies into the template (``shadow``) run on a stream that whoever trains need not be on."""
+    """Copies run on a stream that whoever trains is not on."""
     with StandInAccelerator(1) as devices:
         template = state(3.0)
         put(devices, template, 0)
         with ends(way, template) as found:
             found.move(state(7.0))
-        assert devices.synchronized[0] == 1, "before a byte lands"
-        assert devices.awaited[0] == 1, "after the last"
+            assert devices.synchronized[0] == 1, "before a byte lands"
+            streams = len(devices.streams)
+            assert devices.events[0] >= 2, "the last copy, and what the caller's stream was told"
+            assert holds(template, 7.0, devices)
+        assert streams == 1, "of its own"
 
 
 @WAYS
@@ -190,11 +212,11 @@ def test_a_template_that_is_copied_to_in_the_end_is_waited_for(way: str, shadow:
     with StandInAccelerator(1) as devices:
         template = state(1.0)
         put(devices, template, 0)
-        devices.launch(0, lambda: [tensor.fill_(3.0) for tensor in tensors(template)], seconds=0.3)
+        fill(devices, 0, template, 3.0)
         with ends(way, template, shadow=shadow) as found:
             found.move(state(7.0))
             assert not found.errors
-        assert holds(template, 7.0)
+            assert holds(template, 7.0, devices)
 
 
 @WAYS
@@ -202,16 +224,18 @@ def test_a_state_that_has_arrived_is_not_given_up_for_a_copy_that_takes_its_time
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
 ) -> None:
     """The source has committed it by then."""
-    over = threading.Event()
-    monkeypatch.setattr(StandInAccelerator, "await_stream", lambda self, stream: over.wait(10))
     with StandInAccelerator(1) as devices:
         template = state(3.0)
         put(devices, template, 0)
+        # While it is rebuilt, the caller's stream is given something that takes longer than the deadline.
+        monkeypatch.setattr(
+            DestinationPlan, "rebuild", lambda self: (devices.launch(0, int, seconds=3.0), rebuild(self))[1]
+        )
         with ends(way, template) as found:
             found.move(state(7.0), timedelta(seconds=1))
-            over.set()
             assert not found.errors
-            assert holds(found.result, 7.0)
+            assert found.seconds["destination"] < 2.0
+            assert holds(found.result, 7.0, devices)
             assert not found.destination.torn
     assert "copies on an accelerator are not over" in caplog.text
 
@@ -235,9 +259,11 @@ def test_who_calls_keeps_its_streams() -> None:
     with StandInAccelerator(2) as devices:
         sent = state(7.0)
         put(devices, sent, 1)
+        before = devices.current_stream(ONE)
         with ends("group", state(3.0)) as found:
             found.move(sent)
-        assert threading.get_ident() not in devices.streams
+        assert devices.current_stream(ONE) is before
+        assert before not in devices.streams
 
 
 @WAYS
@@ -257,33 +283,52 @@ def test_the_deadline_holds_behind_a_device_that_is_busy(way: str, busy: str) ->
             else:
                 assert isinstance(error, (TransferTimeout, PeerFailure))
             assert all(seconds < 2.0 for seconds in found.seconds.values()), found.seconds
-        assert holds(template, 3.0), "nothing was written"
-    assert holds(template, 3.0)
+    assert holds(template, 3.0), "nothing was written"
 
 
-def test_threads_copy_in_the_streams_of_who_called() -> None:
+@WAYS
+def test_copies_do_not_wait_for_the_step_that_training_is_in(way: str) -> None:
+    """In the caller's stream each would: a step under way takes longer than a state's bytes."""
+    with StandInAccelerator(1) as devices:
+        sent, template = state(7.0), state(3.0)
+        put(devices, sent, 0)
+        put(devices, template, 0)
+        with ends(way, template) as found:
+            # Behind what is waited for before a byte moves.
+            in_phase(found, "move", lambda: devices.launch(0, int, seconds=8.0))
+            found.move(sent, timedelta(seconds=4))
+            assert not found.errors
+            assert devices.current_stream(ZERO) not in devices.streams
+
+
+def test_threads_of_a_transfer_copy_in_its_streams() -> None:
     with StandInAccelerator(2) as devices:
         tensor = devices.put(torch.zeros(5), 1)
         streams = Streams(devices_of([tensor, torch.zeros(3)]))
         assert streams.devices == (ONE,)
-        thread = threading.Thread(target=streams.enter)
-        thread.start()
-        thread.join()
-        ((there, (stream,)),) = devices.streams.items()
-        assert there != threading.get_ident()
-        assert stream == (ONE, threading.get_ident())
+        seen = []
+
+        def run() -> None:
+            with streams.use():
+                seen.append(devices.current_stream(ONE))
+
+        threads = [threading.Thread(target=run) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+            thread.join()
+        assert seen[0] is seen[1]
+        assert seen[0] not in (devices.current_stream(ONE), devices.current_stream(ZERO))
 
 
-def test_lanes_copy_in_the_streams_of_who_called() -> None:
+def test_lanes_copy_in_two_streams() -> None:
     with StandInAccelerator(1) as devices:
         sent, template = state(7.0), state(3.0)
-        for tensor in tensors(sent) + tensors(template):
-            devices.put(tensor, 0)
+        put(devices, sent, 0)
+        put(devices, template, 0)
         with ends("lanes", template) as found:
             found.move(sent)
-        own = {stream for streams in devices.streams.values() for _, stream in streams}
-        assert len(devices.streams) >= 4, "two lanes, a thread on each side"
-        assert len(own) == 2, "of two callers"
+            own = devices.streams - {devices.current_stream(ZERO)}
+            assert len(own) == 2, "the source's and the destination's, for two lanes each"
 
 
 def many(value: float) -> dict[str, Any]:
@@ -302,12 +347,11 @@ def test_many_small_tensors_cross_in_few_copies(way: str, where: str) -> None:
                     devices.put(tensor, 0)
         with ends(way, template) as moved:
             moved.move(sent)
-            assert all(torch.equal(moved.result[name], tensor) for name, tensor in sent.items())
-            assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
             assert moved.destination.last_report.in_place_share == 1.0
         sides = 2 if where == "both" else 1
         assert 0 < devices.num_copies <= 20 * sides
-        assert devices.synchronized[0] <= 5 * sides
+        assert devices.synchronized[0] + devices.events[0] <= 5 * sides
+    assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
 
 
 @WAYS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
 
@@ -55,7 +56,7 @@ from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.progress import report_progress
 from ft_transport._wire.layout import Limits
-from ft_transport.testing import memory_channels
+from ft_transport.testing import StandInAccelerator, memory_channels
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -682,14 +683,14 @@ def test_for_each_gives_what_each_raised_in_order() -> None:
 
 
 def test_for_each_where_the_stream_cannot_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def set_stream(stream: object) -> None:
+    def use(streams: object) -> AbstractContextManager[None]:
         raise RuntimeError("no such stream")
 
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.accelerator, "set_stream", set_stream)
     seen: list[int] = []
-    streams = Streams([torch.device("cuda", 0)])
-    errors = in_parallel([memory_channels()[0] for _ in range(2)], seen.append, streams)
+    with StandInAccelerator() as devices:
+        streams = Streams([torch.device("cuda", 0)])
+        monkeypatch.setattr(devices, "use", use)
+        errors = in_parallel([memory_channels()[0] for _ in range(2)], seen.append, streams)
     assert [str(error) for error in errors] == ["no such stream"] * 2
     assert not seen
 

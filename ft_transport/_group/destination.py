@@ -75,7 +75,13 @@ def receive(
                 attempt.landing = landing
         with peer.enter("move", "destination", options.on_phase):
             flights = _DestinationFlights(control, plan, options, report)
-            flights.receive()
+            try:
+                with plan.streams.use():
+                    flights.receive()
+                plan.streams.begun().finish()
+            except BaseException:
+                plan.streams.abandon()
+                raise
         with peer.enter("verify", "destination", options.on_phase):
             # Nothing is under way any more: a source that gives up here need not break the channel.
             # Also where there are no digests: it says that the state has not changed at the source while it was sent.
@@ -96,7 +102,7 @@ def receive(
                 landing.check()  # once more: it was written to
         # Whole again. What follows only keeps the books.
         report.torn = False
-        plan.streams.finish(control.deadline)
+        plan.streams.finish()
         peer.outcome = "complete"
         if rewrite is not None and header.digest:
             rewrite.note_digests(dict(enumerate(flights.digests)), header.digest, header.sample)
@@ -154,7 +160,13 @@ def _agree(
     # The digest of the manifest goes back with it: both sides derive all messages from that, and one flipped bit in it
     # would have them receive what was not sent.
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
-    return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None, Streams(devices))
+    return _Plan(
+        header,
+        layout,
+        landing,
+        Rewrite(layout, landing) if beside is not None else None,
+        Streams(devices, control.deadline, options.device),
+    )
 
 
 def _check_header(header: ManifestHeader, step: int | None) -> None:
@@ -193,11 +205,11 @@ class _DestinationFlights:
     ) -> None:
         self.digests: list[int] = []
         self._control = control
-        self._header, self._layout, self._landing, self._rewrite, _ = plan
+        self._header, self._layout, self._landing, self._rewrite, self._streams = plan
         self._options = options
         self._report = report
         # While gloo fills one, the other is emptied. With none free the next flight is not posted yet.
-        self._buckets = [Bucket(options.device) for _ in range(NUM_BUCKETS)]
+        self._buckets = [self._bucket() for _ in range(NUM_BUCKETS)]
         self._moving: deque[tuple[list[_Arrival], Bucket | None]] = deque()
         self._answers: deque[Pending] = deque()
         self._next = 0
@@ -272,7 +284,12 @@ class _DestinationFlights:
                 self._landing.placement.scatter(arrival.message, arrival.data)
                 self._report.nbytes_staged += arrival.data.numel()
         if bucket is not None:
+            bucket.lend(self._streams.begun())
             self._buckets.append(self._keep(arrivals, bucket))
+
+    def _bucket(self) -> Bucket:
+        device = self._options.device
+        return Bucket(device, pinned=device.type == "cpu" and bool(self._streams.devices))
 
     def _keep(self, arrivals: list[_Arrival], bucket: Bucket) -> Bucket:
         """Keep the small messages that were staged; gives a bucket to go on with."""
@@ -283,7 +300,7 @@ class _DestinationFlights:
         # kept they are the source's again before the optimizer steps.
         small = [arrival for arrival in staged if self._layout.is_small(arrival.message)]
         if len(small) == len(staged) and self._rewrite.keep_if_room({each.message: each.data for each in small}):
-            return Bucket(self._options.device)  # the memory of the old one is kept as it is
+            return self._bucket()  # the memory of the old one is kept as it is
         for each in small:
             kept = self._rewrite.take(each.message)
             if kept is not None:

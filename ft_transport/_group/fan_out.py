@@ -52,15 +52,14 @@ def in_parallel(
 ) -> list[BaseException | None]:
     """Run ``run(index)`` for every channel at once, each in its own thread; gives what each raised.
 
-    A single channel is served in the caller's thread. The threads copy in these streams.
+    A single channel is served in the caller's thread. All copy in these streams.
     """
     errors: list[BaseException | None] = [None] * len(channels)
 
-    def guarded(index: int, *, started: bool = False) -> None:
+    def guarded(index: int) -> None:
         try:
-            if started:
-                streams.enter()
-            run(index)
+            with streams.use():
+                run(index)
         except BaseException as exc:
             # A traceback kept here would keep the frames of this thread, and with them the group.
             errors[index] = exc.with_traceback(None)
@@ -72,7 +71,7 @@ def in_parallel(
     threads = ThreadGroup()
     try:
         for index, channel in enumerate(channels):
-            threads.start(f"rank{channel.peer_rank}", partial(guarded, index, started=True))
+            threads.start(f"rank{channel.peer_rank}", partial(guarded, index))
         threads.attend()
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ft_transport._deadline import Deadline
+from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._options import NUM_BUCKETS
@@ -38,6 +39,7 @@ def post_and_wait(
     device: torch.device,
     deadline: Deadline,
     report: TransferReport,
+    streams: Streams = NO_STREAMS,
 ) -> list[TransferError]:
     """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
     # Not the engine of ``source.py``: upstream's API has a destination that says nothing, so there are no answers to
@@ -76,7 +78,10 @@ def post_and_wait(
             bucket.reset(aligned(layout.sizes[message]))
             num_staged += 1
             report.nbytes_staged += layout.sizes[message]
-        post(placement.bytes_of(message, bucket), FIRST_MESSAGE_TAG + message)
+        tensor = placement.bytes_of(message, bucket)
+        if device.type == "cpu":
+            streams.begun().finish()
+        post(tensor, FIRST_MESSAGE_TAG + message)
     settle()
     # After the last wait: until then somebody may have exchanged the memory that was sent (``.data =``).
     placement.check()
@@ -91,7 +96,12 @@ def post_and_wait(
 
 
 def land_all(
-    channel: GroupChannel, layout: Layout, landing: DestinationPlan, device: torch.device, deadline: Deadline
+    channel: GroupChannel,
+    layout: Layout,
+    landing: DestinationPlan,
+    device: torch.device,
+    deadline: Deadline,
+    streams: Streams = NO_STREAMS,
 ) -> None:
     """Receive all messages; what is staged waits for its bucket."""
     buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
@@ -104,6 +114,7 @@ def land_all(
             channel.wait(pending, deadline)
             if staged:
                 landing.placement.scatter(message, data)
+        streams.begun().finish()  # the buckets are filled anew
 
     num_staged = 0
     for message in range(len(layout.messages)):

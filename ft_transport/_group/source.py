@@ -120,7 +120,9 @@ class _SourceFlights:
         self._outbound = outbound
         self._peer = peer
         self._moving: deque[_Flight] = deque()
-        self._buckets = [Bucket(outbound.options.device) for _ in range(NUM_BUCKETS)]
+        device = outbound.options.device
+        pinned = device.type == "cpu" and bool(outbound.streams.devices)
+        self._buckets = [Bucket(device, pinned=pinned) for _ in range(NUM_BUCKETS)]
 
     def send(self) -> None:
         """Send all flights, and wait until the last one has landed."""
@@ -143,6 +145,10 @@ class _SourceFlights:
         if bucket is not None:
             bucket.reset(staged_bytes)
         tensors = [outbound.placement.bytes_of(message, bucket) for message in messages]
+        # What the one before has posted moves meanwhile. On an accelerator the group sends when its stream has come
+        # there.
+        if outbound.options.device.type == "cpu":
+            outbound.streams.begun().finish()
         # Gloo announces a receive behind the bytes that are queued already, so the answer's is posted first. Where
         # operations run one after the other it would never end: there it is posted when it is waited for.
         answer = None if channel.in_order else self._control.expect()

@@ -261,7 +261,7 @@ class DestinationTransfer:
             state = self._rebuild(plan.landing)
         # Whole, whatever it was at the beginning: what an earlier receive had left is part of it now.
         self._report.torn = False
-        sink.streams.finish(self._deadline)
+        sink.streams.finish()
         self.kept = None
         peer.outcome = "complete"
         # By these the training thread sees later what forward has changed since.
@@ -310,7 +310,7 @@ class DestinationTransfer:
                 # Before a byte lands: what the template's devices still do may read it.
                 devices = devices_of(plan.landing.memory())
                 settle(devices, self._deadline)
-                sink = self._planner.sink(plan, earlier, Streams(devices))
+                sink = self._planner.sink(plan, earlier, Streams(devices, self._deadline))
         except Exception as exc:
             # A callback of the user's has raised, say: the source is to know that it is not at fault.
             error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
@@ -342,6 +342,10 @@ class DestinationTransfer:
         mover = Mover(control, sink, self._options, self._local.contexts)
         try:
             mover.run()
+            sink.streams.begun().finish()
+        except BaseException:
+            sink.streams.abandon()
+            raise
         finally:
             self._report.peers[0].nbytes_wire += mover.nbytes_wire
             self._report.peers[0].nbytes_direct += mover.nbytes_direct

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from ft_transport._lanes.chain import Route
@@ -19,7 +20,7 @@ from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.dial import dial
 from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
-from ft_transport._options import CPU, LaneOptions
+from ft_transport._options import CPU, NUM_BUCKETS, LaneOptions
 from ft_transport._plan.buffers import Bucket
 from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import LocalProtocolError, TransferError, TransferTimeout
@@ -162,13 +163,13 @@ class Fetcher:
         # nothing, but it would be once for each message, and the reader of progress is the only one to want it.
         eager = self._options.on_progress is not None
         try:
-            self._sink.enter()
-            if self._direct and lane.session.connection.is_local:
-                lane.try_memory()
-            while lane.ask(lambda: self._closing):
-                lane.take_answer()
-                if eager or self._sink.pending.complete:
-                    self._wakeup.wake()
+            with self._sink.streams.use():
+                if self._direct and lane.session.connection.is_local:
+                    lane.try_memory()
+                while lane.ask(lambda: self._closing):
+                    lane.take_answer()
+                    if eager or self._sink.pending.complete:
+                        self._wakeup.wake()
         except LocalProtocolError as exc:
             lane.fatal = self._sink.named(exc)
         except TransferError as exc:
@@ -200,7 +201,9 @@ class _Lane:
         self._sink = sink
         self._timer = timer
         self._num_left = num_messages
-        self._bucket = Bucket(CPU, pinned=bool(sink.streams.devices))
+        # What has landed in one is copied to an accelerator while the next message lands in the other.
+        devices = sink.streams.devices
+        self._buckets = deque(Bucket(CPU, pinned=bool(devices)) for _ in range(NUM_BUCKETS if devices else 1))
         self._lock = threading.Lock()
 
     def try_memory(self) -> None:
@@ -233,7 +236,7 @@ class _Lane:
     def _ask_for(self, message: int) -> None:
         # Only now, and not for all messages beforehand: memory is read once, just before it is asked about, by as many
         # threads as there are lanes.
-        claim = self._sink.claim(message, self._bucket)
+        claim = self._sink.claim(message, self._next_bucket())
         if claim is not None:
             self.session.send(LaneFrame.CHECK, self._timer, message, [claim])
         else:
@@ -252,7 +255,7 @@ class _Lane:
     def _land(self, header: LaneHeader) -> None:
         number = header.number
         try:
-            sound = self._sink.land(self.session, header, self._bucket, self._timer)
+            sound = self._sink.land(self.session, header, self._next_bucket(), self._timer)
         except BaseException:
             # It had begun to come and so is no longer among those asked for.
             self.session.protocol.asked.appendleft(number)
@@ -262,6 +265,10 @@ class _Lane:
         else:
             # It is back among what is to be fetched, and any lane may be the next to ask for it.
             self._sink.note_damage(number)
+
+    def _next_bucket(self) -> Bucket:
+        self._buckets.rotate()
+        return self._buckets[0]
 
     def abort(self) -> None:
         """Let whoever is in a call on it raise at once."""

@@ -32,6 +32,9 @@ class StateMessages:
         frame: The manifest, as it travels.
         streams: To copy in.
         error: Why the state is not what it was any more, once somebody has looked.
+
+    Raises:
+        TransferTimeout: The small ones were not copied from an accelerator by the deadline.
     """
 
     # Whoever writes to large tensors voids the transfer anyway, so they may leave by their pages, without a copy.
@@ -58,10 +61,12 @@ class StateMessages:
                 room -= nbytes
                 small.append(message)
         # Kept as long as the copies: they are views of it, which hold nothing themselves.
-        self._bucket = Bucket(CPU)
+        self._bucket = Bucket(CPU, pinned=bool(self.streams.devices))
         self._bucket.reset(SMALL_BYTES - room)
-        for message in small:
-            self._copies[message] = self._placement.view(message, self._bucket)
+        with self.streams.use():
+            for message in small:
+                self._copies[message] = self._placement.view(message, self._bucket)
+        self.streams.begun().finish()
         self._versions.note_copied(self._copies)
 
     def check_unchanged(self) -> None:

@@ -53,6 +53,7 @@ class Sink:
         streams: To copy in.
 
     Attributes:
+        streams: As above; whoever calls is in them (``Streams.use``).
         relay: Passes on what has landed, None if nobody would ask.
     """
 
@@ -87,10 +88,6 @@ class Sink:
         """Bytes of each message."""
         return self._layout.sizes
 
-    def enter(self) -> None:
-        """Called by each thread that lands messages, before it does."""
-        self.streams.enter()
-
     def fetch_written_again(self) -> bool:
         """Ask again for the large messages that forward has written to, to keep them; gives whether there are any."""
         written = self._rewrite.written() if self._rewrite is not None else []
@@ -108,6 +105,7 @@ class Sink:
         if held is None:
             staged = self._take(message, bucket)
             self._landing.placement.gather(message, staged)
+            self.streams.begun().finish()
             here = memory_at(staged.data_ptr(), staged.numel())
         else:
             here = held.view
@@ -142,6 +140,7 @@ class Sink:
             # Only now: what has come damaged into a bucket has torn nothing.
             self._note_torn(message)
             self._landing.placement.scatter(message, staged)
+            bucket.lend(self.streams.begun())
             if self._rewrite is not None and self._rewrite.taken(message) is staged:
                 self._rewrite.keep(message, staged)
             elif self.relay is not None:

@@ -2,24 +2,26 @@
 
 Strategy: it keeps no account of anybody. A question comes, the answer goes, a thread for each lane; who has what, who
 was sent something damaged and what a broken lane owed is known where it is asked. Source and relay differ in what they
-have (:class:`MessageStore`) and in nothing else.
+have (:class:`MessageStore`) and in nothing else. From an accelerator, the next answer is copied to the host while the
+one before is sent.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn, Protocol
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import NO_STREAMS, Streams
+from ft_transport._device import NO_STREAMS, NOTHING, Copies, Streams
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session, fingerprint
 from ft_transport._net.cma import ShownToken
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import HEARTBEAT, StallTimer
-from ft_transport._options import CPU
+from ft_transport._options import CPU, NUM_BUCKETS
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._threads import ThreadGroup, uninterrupted
@@ -62,7 +64,9 @@ class MessageStore(Protocol):
         ...
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
-        """The bytes of a message; in the bucket, which has room for it, where they are not in one place."""
+        """The bytes of a message; in the bucket, which has room for it, where they are not in one place.
+
+        From an accelerator they are only on their way there, in the calling thread's streams."""
         ...
 
     def held(self, message: int) -> Held | None:
@@ -120,7 +124,6 @@ class Supplier:
 
     def _run(self, connection: Connection, header: LaneHeader) -> None:
         try:
-            self._streams.enter()
             self._serve(connection, header)
         except LocalProtocolError as exc:
             logger.warning("a lane of %s has ended: %s", connection.address, exc)
@@ -144,45 +147,12 @@ class Supplier:
     def _serve(self, connection: Connection, header: LaneHeader) -> None:
         protocol = LaneProtocol(Role.SOURCE, header.attempt, header.step)
         protocol.received(header)
-        session = Session(connection, protocol)
         # Without a stall time-out: a destination asks when it has room. That it lives is seen on its control
         # connection.
         timer = StallTimer(self._timer.deadline)
-        bucket = Bucket(CPU, pinned=bool(self._streams.devices))
-        shown = None
-        while True:
-            asked, body = session.recv(timer)
-            self._timer.progressed()
-            if asked.frame is LaneFrame.LOCATE:
-                # Kept until the lane ends: the one who asks looks for it there.
-                shown = ShownToken(body[0]) if self._store.direct else None
-                session.send(LaneFrame.LOCATION, timer, body=[shown.pid, shown.address] if shown else [0, 0])
-                continue
-            if asked.frame is LaneFrame.DIRECT:
-                continue  # the protocol has noted it
-            message = asked.number
-            if message >= len(self._store.sizes):
-                raise RemoteProtocolError(f"message {message} of {len(self._store.sizes)}")
-            # A relay has not got it yet. To say so keeps the one who asks from taking it for frozen.
-            while not self._store.await_message(message):
-                session.send(LaneFrame.WAIT, timer)
-                timer.check()
-            # One bucket for each lane: a message is in the kernel, or in the peer's hands, when the next one is asked
-            # for.
-            bucket.reset(aligned(self._store.sizes[message]))
-            view = self._store.view(message, bucket)
-            # To compare costs a read on both sides, and saves the wire; a digest that somebody has taken before costs
-            # nothing.
-            if asked.frame is LaneFrame.CHECK and self._digest(message, view) == body[0]:
-                session.send(LaneFrame.SAME, timer, message)
-                continue
-            digest = self._store.digest(message) if self._store.verified else 0
-            # What is in the bucket is overwritten by the next message, perhaps before the peer has it.
-            steady = self._store.steady and bucket.untouched
-            held = self._store.held(message)
-            sent = session.send_message(message, view, digest, timer, steady=steady, held=held)
-            self._store.note_digest(message, sent)
-            self._timer.progressed()
+        lane = _Lane(Session(connection, protocol), self._store, self._streams, timer, self._timer.progressed)
+        with self._streams.use():
+            lane.run()
 
     def _await_close(self) -> None:
         """Keep a lane that has nothing more to say: without it, the destination would ask for the same again."""
@@ -190,13 +160,6 @@ class Supplier:
             while not self._changed.wait_for(lambda: self._closed, HEARTBEAT.total_seconds()):
                 if self._timer.deadline.expired():
                     break
-
-    def _digest(self, message: int, view: memoryview) -> int:
-        known = self._store.digest(message)
-        if known is None:
-            known = fingerprint(view, self._store.held(message))
-            self._store.note_digest(message, known)
-        return known
 
     @property
     def num_lanes(self) -> int:
@@ -235,3 +198,112 @@ class Supplier:
                 # By shutdown; each lane's own thread closes it.
                 connection.abort()
         self._crew.join()
+
+
+class _Answer(NamedTuple):
+    """What was asked, and what is sent.
+
+    Attributes:
+        asked: The question.
+        digest: With CHECK, the asker's.
+        view: The bytes of the message.
+        staged: Whether they are in a bucket.
+        copied: Behind what brings them there from an accelerator.
+    """
+
+    asked: LaneHeader
+    digest: int | None
+    view: memoryview
+    staged: bool
+    copied: Copies
+
+
+class _Lane:
+    """One lane, for the thread that serves it.
+
+    Args:
+        session: With the one who asks.
+        store: What there is to supply.
+        streams: That the thread copies in.
+        timer: Until when it is served.
+        progressed: Called whenever it has moved.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        store: MessageStore,
+        streams: Streams,
+        timer: StallTimer,
+        progressed: Callable[[], None],
+    ) -> None:
+        self._session = session
+        self._store = store
+        self._streams = streams
+        self._timer = timer
+        self._progressed = progressed
+        # A message is in the kernel, or in the peer's hands, when the next one is asked for: so one bucket will do.
+        # From an accelerator the next one is copied while the one before is sent: there is another one for it. A relay
+        # may have to wait for the next one, and would keep the peer waiting for what is here.
+        self._most = NUM_BUCKETS if streams.devices and store.is_whole_transfer else 1
+        self._buckets = deque(Bucket(CPU, pinned=bool(streams.devices)) for _ in range(self._most))
+        self._answers: deque[_Answer] = deque()
+        self._shown: ShownToken | None = None
+
+    def run(self) -> NoReturn:
+        """Answer; raises in the end, as ``Session.recv`` does when the other side closes the lane."""
+        while True:
+            while not self._answers or (len(self._answers) < self._most and self._session.connection.readable):
+                self._read()
+            self._send(self._answers.popleft())
+
+    def _read(self) -> None:
+        """Read a question, and begin to answer it."""
+        session, timer = self._session, self._timer
+        asked, body = session.recv(timer)
+        self._progressed()
+        if asked.frame is LaneFrame.LOCATE:
+            # Kept until the lane ends: the one who asks looks for it there.
+            shown = self._shown = ShownToken(body[0]) if self._store.direct else None
+            session.send(LaneFrame.LOCATION, timer, body=[shown.pid, shown.address] if shown else [0, 0])
+        elif asked.frame is not LaneFrame.DIRECT:  # which the protocol has noted
+            self._answers.append(self._begin(asked, body[0] if asked.frame is LaneFrame.CHECK else None))
+
+    def _begin(self, asked: LaneHeader, digest: int | None) -> _Answer:
+        message, store = asked.number, self._store
+        if message >= len(store.sizes):
+            raise RemoteProtocolError(f"message {message} of {len(store.sizes)}")
+        # A relay has not got it yet. To say so keeps the one who asks from taking it for frozen.
+        while not store.await_message(message):
+            self._session.send(LaneFrame.WAIT, self._timer)
+            self._timer.check()
+        self._buckets.rotate()
+        bucket = self._buckets[0]
+        bucket.reset(aligned(store.sizes[message]))
+        view = store.view(message, bucket)
+        staged = not bucket.untouched
+        return _Answer(asked, digest, view, staged, self._streams.begun() if staged else NOTHING)
+
+    def _send(self, answer: _Answer) -> None:
+        asked, expected, view, staged, copied = answer
+        message, store, session, timer = asked.number, self._store, self._session, self._timer
+        copied.finish()
+        # To compare costs a read on both sides, and saves the wire; a digest that somebody has taken before costs
+        # nothing.
+        if expected is not None and self._digest(message, view) == expected:
+            session.send(LaneFrame.SAME, timer, message)
+            return
+        digest = store.digest(message) if store.verified else 0
+        # What is in a bucket is overwritten by one of the next messages, perhaps before the peer has it.
+        steady = store.steady and not staged
+        sent = session.send_message(message, view, digest, timer, steady=steady, held=store.held(message))
+        store.note_digest(message, sent)
+        self._progressed()
+
+    def _digest(self, message: int, view: memoryview) -> int:
+        """The digest of a message, which is taken if nobody has."""
+        digest = self._store.digest(message)
+        if digest is None:
+            digest = fingerprint(view, self._store.held(message))
+            self._store.note_digest(message, digest)
+        return digest

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, compress, repeat, starmap
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -290,24 +291,29 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
         staged: The message, flat uint8.
         gather: Into the message if true, else out of it.
 
+    What crosses between a device and the host is only begun, in the calling thread's streams: until it is over
+    (``_device.Copies``) the message must stay as it is, or is not there yet.
+
     Raises:
         LocalProtocolError: Memory of a block was taken away; nothing was read or written there.
     """
     # Dense blocks on the CPU are copied by address. What lies on an accelerator, is strided or has gaps goes through
     # torch, which is the slower way for small ones and the only one for these.
-    rest = []
+    rest: list[_Part] = []
+    far: list[_Part] = []
     blocks, moves = [], []
     done, on_host = 0, seam().on_host
-    address = staged.data_ptr() if staged.device.type == "cpu" else 0
+    address = staged.data_ptr() if on_host(staged) else 0
     for block, begin, nbytes in parts:
-        if address and block.dense and block.storage is not None and on_host(block.memory):
+        here = on_host(block.memory)
+        if address and here and block.dense and block.storage is not None:
             theirs, ours = block.address + begin, address + done
             blocks.append(block)
             moves.append((ours, theirs, nbytes) if gather else (theirs, ours, nbytes))
         else:
             if not block.here:
                 raise _taken_away()
-            rest.append((block, begin, staged[done : done + nbytes]))
+            (rest if here or not address else far).append(_Part(block, begin, staged[done : done + nbytes]))
         done += nbytes
     # In groups, since all of one group are copied under the interpreter's lock: a bucket of 4 MiB at once would keep
     # every other thread, heartbeats too, waiting for half a millisecond.
@@ -315,40 +321,103 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
         group = slice(first, first + _AT_ONCE)
         if not list(starmap(_memmove, _if_there(blocks[group], moves[group]))):
             raise _taken_away()
-    flats = [(block, block.bytes(begin, begin + part.numel()), part) for block, begin, part in rest if block.dense]
-    near: list[tuple[torch.Tensor, torch.Tensor]] = []
-    far: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for block, flat, part in flats:
-        (far if address and not on_host(block.memory) else near).append((flat, part))
-    if near:
-        theirs_, ours_ = map(list, zip(*near, strict=True))
+    if rest and address:
+        _copy_parts(rest, gather=gather)
+    elif rest:
+        # The message is on a device, and so is the work, whatever else takes part in it.
+        seam().run(seam().device_of(staged), partial(_copy_parts, rest, gather=gather))
+    for run in _runs(far):
+        device = seam().device_of(run[0].block.memory)
+        seam().run(device, partial(_gather_run if gather else _scatter_run, run))
+
+
+class _Part(NamedTuple):
+    """A piece of a block that torch copies, and its place in a staged message.
+
+    Attributes:
+        block: The block.
+        begin: First byte in it.
+        staged: Where it is in the message; as long as the piece.
+    """
+
+    block: Block
+    begin: int
+    staged: torch.Tensor
+
+    @property
+    def flat(self) -> torch.Tensor:
+        """The piece of a dense block, flat uint8."""
+        return seam().reach(self.block.bytes(self.begin, self.begin + self.staged.numel()))
+
+
+def _copy_parts(parts: Sequence[_Part], *, gather: bool) -> None:
+    """Copy pieces to or from a staged message, all of it where torch can copy from one to the other."""
+    dense = [part for part in parts if part.block.dense]
+    if dense:
+        theirs, ours = [part.flat for part in dense], [seam().reach(part.staged) for part in dense]
         # One kernel for many tensors, where there is an accelerator. On the CPU it is a loop, and no slower.
-        torch._foreach_copy_(*((ours_, theirs_) if gather else (theirs_, ours_)))
-    _cross(far, staged, gather=gather)
-    for block, begin, part in rest:
-        if block.places is not None:
-            _copy_indexed(block.memory, block.places, begin, part, gather)
-        elif not block.dense:
-            _copy_strided(block.memory, begin, part, gather)
+        torch._foreach_copy_(*((ours, theirs) if gather else (theirs, ours)))
+    for part in parts:
+        if not part.block.dense:
+            _copy_with_gaps(part, seam().reach(part.staged), gather)
 
 
-def _cross(flats: Sequence[tuple[torch.Tensor, torch.Tensor]], staged: torch.Tensor, *, gather: bool) -> None:
-    """Copy pieces on devices to or from a staged message on the host: those that follow each other there in one go."""
-    runs: list[tuple[int, list[torch.Tensor]]] = []  # where each begins in the message, and its pieces on one device
-    end = -1
-    for flat, part in flats:
-        begin = int(part.storage_offset() - staged.storage_offset())
-        if begin == end and flat.device == runs[-1][1][0].device:
-            runs[-1][1].append(flat)
+def _copy_with_gaps(part: _Part, flat: torch.Tensor, gather: bool) -> None:
+    """Copy a piece that is not dense to or from flat memory, which may be elsewhere."""
+    memory, places = seam().reach(part.block.memory), part.block.places
+    if places is not None:
+        _copy_indexed(memory, places, part.begin, flat, gather)
+    else:
+        _copy_strided(memory, part.begin, flat, gather)
+
+
+# ------------------------------------------------------------------------- between a device and the host
+
+
+def _runs(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
+    """Those that follow each other in the message and are on one device: they cross in one copy."""
+    run: list[_Part] = []
+    end, device_of = -1, seam().device_of
+    for part in parts:
+        begin = int(part.staged.storage_offset())
+        if run and (begin != end or device_of(part.block.memory) != device_of(run[0].block.memory)):
+            yield run
+            run = []
+        run.append(part)
+        end = begin + part.staged.numel()
+    if run:
+        yield run
+
+
+# What is not dense is made flat on the device first: so it crosses like the rest, and nobody waits for a copy of its
+# own, which torch would make in the middle of a step, and wait for without a limit.
+def _gather_run(run: Sequence[_Part]) -> None:
+    flats = []
+    for part in run:
+        if part.block.dense:
+            flats.append(part.flat)
         else:
-            runs.append((begin, [flat]))
-        end = begin + part.numel()
-    for begin, pieces in runs:
-        part = staged[begin : begin + sum(piece.numel() for piece in pieces)]
-        if gather:
-            seam().to_host(part, pieces)
-        else:
-            seam().to_device(pieces, part)
+            flats.append(_new_flat(part))
+            _copy_with_gaps(part, flats[-1], True)
+    seam().to_host(_staged(run), flats)
+
+
+def _scatter_run(run: Sequence[_Part]) -> None:
+    flats = [part.flat if part.block.dense else _new_flat(part) for part in run]
+    seam().to_device(flats, _staged(run))
+    for part, flat in zip(run, flats, strict=True):
+        if not part.block.dense:
+            _copy_with_gaps(part, flat, False)
+
+
+def _staged(run: Sequence[_Part]) -> torch.Tensor:
+    """All of a run in the message."""
+    first = run[0].staged
+    return first.as_strided((sum(part.staged.numel() for part in run),), (1,))
+
+
+def _new_flat(part: _Part) -> torch.Tensor:
+    return torch.empty(part.staged.numel(), dtype=torch.uint8, device=part.block.memory.device)
 
 
 # No other thread of Python gets a turn in this one, unlike in ``ctypes.memmove``.

@@ -13,7 +13,7 @@ from bisect import bisect_right
 
 import torch
 
-from ft_transport._device import seam
+from ft_transport._device import NOTHING, Copies, seam
 from ft_transport._process import address_of
 
 __all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "allocate"]
@@ -37,7 +37,7 @@ def allocate(nbytes: int, device: torch.device, *, pinned: bool = False) -> torc
     try:
         # torch raises RuntimeError for want of memory, and OutOfMemoryError, which is one, on an accelerator; whoever
         # calls us wants to tell that from a bug.
-        return seam().pinned(nbytes) if pinned else torch.empty(nbytes, dtype=torch.uint8, device=device)
+        return seam().pinned(nbytes) if pinned else seam().empty_strided((nbytes,), (1,), torch.uint8, device)
     except RuntimeError as exc:
         raise MemoryError(f"no room for {nbytes} bytes on {device}: {exc}") from exc
 
@@ -134,16 +134,28 @@ class Bucket:
         pinned: Whether an accelerator shall be able to reach it directly.
     """
 
-    __slots__ = ("_device", "_flat", "_pinned", "_used")
+    __slots__ = ("_copies", "_device", "_flat", "_pinned", "_used")
 
     def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
         self._device = device
         self._pinned = pinned
         self._flat: torch.Tensor | None = None
         self._used = 0
+        self._copies = NOTHING
+
+    def lend(self, copies: Copies) -> None:
+        """What is in it is copied elsewhere: :meth:`reset` waits until that is over."""
+        self._copies = copies
 
     def reset(self, nbytes: int) -> None:
-        """Give back everything taken, and have room for ``nbytes`` in takes of :func:`aligned` sizes."""
+        """Give back everything taken, and have room for ``nbytes`` in takes of :func:`aligned` sizes.
+
+        Raises:
+            MemoryError: There is no room.
+            TransferTimeout: What was in it was still being copied elsewhere at the deadline.
+        """
+        self._copies.finish()
+        self._copies = NOTHING
         self._used = 0
         # It never shrinks: flights of one transfer are of about one size, and the bucket ends with the transfer.
         if nbytes and (self._flat is None or self._flat.numel() < nbytes):

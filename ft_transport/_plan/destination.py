@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 
+from ft_transport._device import copy
 from ft_transport._options import CPU, Options
 from ft_transport._plan.blocks import CARRIERS, Block, Places, held, indexed, share, storage_as
 from ft_transport._plan.buffers import FROM_ARENA, Arena, allocate
 from ft_transport._plan.compare import Slot, Targets, same_strides
 from ft_transport._plan.placement import Placement, note_state
-from ft_transport._plan.rebuild import Landed, Rebuild, empty, quiet, view_of
+from ft_transport._plan.rebuild import Landed, Rebuild, allocated, quiet, view_of
 from ft_transport._plan.template import fit
 from ft_transport._process import Room, room
 from ft_transport._state.geometry import covered
@@ -132,7 +133,8 @@ class DestinationPlan:
         homes = held([Block(tensor) for tensor in targets.values()])
         self._places = Places.of(homes, manifest, lambda: [leaf for leaf, _ in targets])
         aside: Container[int] = range(len(manifest.leaves)) if shadow else _indices(manifest, beside)
-        fresh = _Fresh(manifest, fresh_device or device)
+        where = fresh_device or device
+        fresh = _Fresh(manifest, where)
         plan = _Plan(manifest, layout, dict(zip(targets, homes, strict=True)), fresh, aside)
         blocks = plan.blocks()
         self.in_place = plan.nbytes_in_place > 0
@@ -140,7 +142,7 @@ class DestinationPlan:
         self._fresh_ranges = plan.fresh_ranges
         self._landed = plan.landed
         self._counts: list[int] = []  # of the targets of copies, as torch counts their in-place operations
-        self._rebuild = Rebuild(manifest, matched, targets, plan.landed, surroundings or Surroundings())
+        self._rebuild = Rebuild(manifest, matched, targets, plan.landed, surroundings or Surroundings(), where)
         # After the last allocation: what is put together here for a try is thrown away, and must not take the room that
         # was looked for.
         self._rebuild.try_it()
@@ -182,11 +184,11 @@ class DestinationPlan:
         return self._rebuild.state()
 
     def _copy_to(self, target: Slot, slot: Slot) -> None:
-        mine, new = quiet(self._targets[target]), quiet(self._landed.values[slot])
         # As bits: ``copy_`` of a dtype that has no arithmetic (float8, quantized) is not implemented everywhere, and
         # NaNs must keep their payload.
+        mine, new = quiet(self._targets[target]), quiet(self._landed.values[slot])
         carrier = CARRIERS[mine.dtype.itemsize]
-        mine.view(carrier).copy_(new.view(carrier))
+        copy(mine.view(carrier), new.view(carrier))
 
     def copy_again(self) -> None:
         """Repeat the copies of :meth:`rebuild`: of small tensors all, of large ones those that have changed since."""
@@ -480,7 +482,7 @@ class _Fresh:
 
     def tensor(self, view: View) -> torch.Tensor:
         """A tensor that is all of a storage."""
-        return empty(view, self._take(view.storage))
+        return allocated(view, self._take(view.storage))
 
     def storage(self, storage: int) -> torch.Tensor:
         """A storage as flat uint8; the same one whenever it is asked for."""

@@ -89,7 +89,7 @@ class Placement:
         return Held(block, begin, begin + nbytes)
 
     def bytes_of(self, message: int, bucket: Bucket | None) -> torch.Tensor:
-        """The bytes of a message: :meth:`direct`, or a copy in the bucket; raises as :meth:`check`."""
+        """The bytes of a message: :meth:`direct`, or a copy in the bucket, see :meth:`gather`."""
         direct = self.direct(message)
         if direct is not None:
             return direct
@@ -99,7 +99,7 @@ class Placement:
         return staged
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
-        """As :meth:`bytes_of`, for messages on the CPU: valid as long as this and the bucket are."""
+        """As :meth:`bytes_of`, for messages on the CPU; for as long as this and the bucket are."""
         held = self.held(message)
         if held is not None:
             return held.view
@@ -107,12 +107,19 @@ class Placement:
         return memory_at(staged.data_ptr(), staged.numel())
 
     def gather(self, message: int, staged: torch.Tensor) -> None:
-        """Copy a message from where its pieces lie; raises as :meth:`check`."""
+        """Copy a message from where its pieces lie; raises as :meth:`check`.
+
+        From an accelerator it is only begun, in the calling thread's streams: see ``_device.Copies``.
+        """
         self._copy(message, staged, gather=True)
 
     def scatter(self, message: int, staged: torch.Tensor) -> None:
-        """Copy a staged message to where its pieces belong; raises as :meth:`check`."""
+        """Copy a staged message to where its pieces belong; as :meth:`gather`."""
         self._copy(message, staged, gather=False)
+
+    def memory_of(self, message: int) -> list[torch.Tensor]:
+        """What holds the ranges that a message has pieces of."""
+        return [self.blocks[which].memory for which in self._layout.owners[message]]
 
     def memory(self) -> list[torch.Tensor]:
         """What holds each of the layout's ranges, in their order."""

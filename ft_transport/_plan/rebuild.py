@@ -6,22 +6,23 @@ a leaf and is inside of another leaf as well is one object again, as it was at t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 
+from ft_transport._device import seam
 from ft_transport._options import CPU
 from ft_transport._plan.compare import Slot, Targets
 from ft_transport._state.kinds.base import KINDS, Maker, Surroundings, plain, refresh, unflatten_leaf
 from ft_transport._state.kinds.distributed import meshes_of
-from ft_transport._state.manifest import Leaf, Manifest, View
+from ft_transport._state.manifest import EMPTY_ON_DEVICE, Leaf, Manifest, View
 from ft_transport._state.tree import format_path
 from ft_transport.errors import RemoteProtocolError
 
-__all__ = ["Landed", "Rebuild", "empty", "mark_changed", "quiet", "view_of"]
+__all__ = ["Landed", "Rebuild", "allocated", "mark_changed", "quiet", "view_of"]
 
 
 class Landed(NamedTuple):
@@ -47,6 +48,7 @@ class Rebuild:
         targets: The template's tensors that can take their bytes.
         landed: What has become of the views.
         surroundings: What the receiver has; the meshes of matched leaves are added to its own.
+        device: Where fresh tensors live that were on an accelerator.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Rebuild:
         targets: Targets,
         landed: Landed,
         surroundings: Surroundings,
+        device: torch.device = CPU,
     ) -> None:
         self._manifest = manifest
         self._matched = matched
@@ -63,6 +66,11 @@ class Rebuild:
         self._values = landed.values
         self._settled = landed.settled
         self._surroundings = surroundings
+        self._device = device
+
+    def _empty(self, view: View) -> torch.Tensor:
+        """A tensor that has no bytes, where the source's was."""
+        return allocated(view, self._device if view.storage <= EMPTY_ON_DEVICE else CPU)
 
     def try_it(self) -> None:
         """Find what cannot be rebuilt before a byte lands.
@@ -119,11 +127,11 @@ class Rebuild:
         tensor, view = self._values.get((index, 0)), leaf.views[0]
         if objects is not None:
             return objects.outer(view, leaf.context, tensor)
-        return plain(empty(view) if tensor is None else tensor, leaf.context)
+        return plain(self._empty(view) if tensor is None else tensor, leaf.context)
 
     def _objects(self) -> _Objects:
         """Tensors that leaves may hold, beginning with the template's own."""
-        objects = _Objects()
+        objects = _Objects(self._empty)
         for index, position in self._settled:
             leaf = self._manifest.leaves[index]
             if leaf.kind == "tensor":
@@ -145,7 +153,7 @@ class Rebuild:
             slot = index, position
             tensor = self._values.get(slot)
             if objects is None or slot in self._settled:
-                yield partial(plain, empty(view) if tensor is None else tensor)
+                yield partial(plain, self._empty(view) if tensor is None else tensor)
             else:
                 yield partial(objects.inner, view, tensor)
 
@@ -157,7 +165,8 @@ class _Objects:
     the offsets of jagged tensors that fit together are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, empty: Callable[[View], torch.Tensor]) -> None:
+        self._empty = empty
         self._made: dict[tuple[View, Any], torch.Tensor] = {}
         self._leaves: set[tuple[View, Any]] = set()
 
@@ -174,7 +183,7 @@ class _Objects:
         """A tensor inside of a leaf."""
         key = view, context
         if key not in self._made:
-            self._made[key] = plain(empty(view) if tensor is None else tensor, context)
+            self._made[key] = plain(self._empty(view) if tensor is None else tensor, context)
         return self._made[key]
 
     def outer(self, view: View, context: Any, tensor: torch.Tensor | None) -> torch.Tensor:
@@ -182,7 +191,7 @@ class _Objects:
         key = view, context
         # Empty tensors are never one: they have nothing in common but that.
         if key in self._leaves or view.storage < 0:
-            return plain(empty(view) if tensor is None else tensor, context)
+            return plain(self._empty(view) if tensor is None else tensor, context)
         self._leaves.add(key)
         return self.inner(view, tensor, context)
 
@@ -207,6 +216,7 @@ def view_of(flat: torch.Tensor, view: View, shift: int) -> torch.Tensor:
     return tensor.set_(flat.untyped_storage(), view.offset + shift // shape.itemsize, shape.shape, shape.stride)
 
 
-def empty(view: View, device: torch.device = CPU) -> torch.Tensor:
+def allocated(view: View, device: torch.device) -> torch.Tensor:
+    """A tensor of a view's shape, without content."""
     shape = view.geometry
-    return torch.empty_strided(shape.shape, shape.stride, dtype=shape.dtype, device=device)
+    return seam().empty_strided(shape.shape, shape.stride, shape.dtype, device)

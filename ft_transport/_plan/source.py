@@ -44,7 +44,7 @@ class SourcePlan:
         deadline: Until when the devices are waited for that the state is on; None: as long as it takes.
 
     Attributes:
-        streams: The caller's, on these devices, to copy in.
+        streams: To copy in, on these devices and the wire's.
         placement: Where its messages are.
         versions: Tells whether the state has changed since. Release it once nothing is read any more.
 
@@ -75,7 +75,7 @@ class SourcePlan:
             # Before a byte of it is read.
             devices = devices_of(tensors.tensors)
             settle(devices, deadline)
-            self.streams = Streams(devices)
+            self.streams = Streams(devices, deadline, options.device)
             # How it is cut is decided here alone: the destination finds the limits in the manifest, and need not agree.
             limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
             self.header = ManifestHeader(step, limits, options.digest, options.sample)
@@ -132,7 +132,7 @@ def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> list[Block]
     ranges = layout.ranges
     of_range: list[list[int]] = [[] for _ in ranges]
     simple = len(ranges) == len(manifest.storages)  # nearly every storage is one range
-    # An empty tensor is a view of no storage (-1): it has a shape to tell, and no bytes.
+    # An empty tensor is a view of no storage (EMPTY): it has a shape to tell, and no bytes.
     for index, view in enumerate(views):
         if view[0] >= 0:
             of_range[view[0] if simple else layout.range_of(view[0], view.begin)].append(index)

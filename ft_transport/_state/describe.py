@@ -14,10 +14,21 @@ from operator import attrgetter, itemgetter
 
 import torch
 
+from ft_transport._device import on_host, type_of
 from ft_transport._state.classes import ATOMIC
 from ft_transport._state.geometry import Geometry, geometry
 from ft_transport._state.kinds.base import PLAIN, VALUE, Part, all_plain, flatten_leaf
-from ft_transport._state.manifest import ALIGNMENT, Leaf, Manifest, Storage, View, made, plain_leaves
+from ft_transport._state.manifest import (
+    ALIGNMENT,
+    EMPTY,
+    EMPTY_ON_DEVICE,
+    Leaf,
+    Manifest,
+    Storage,
+    View,
+    made,
+    plain_leaves,
+)
 from ft_transport._state.tree import flatten, format_path
 from ft_transport.errors import LocalProtocolError
 
@@ -43,7 +54,7 @@ class Tensors:
         self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype] | None = None, on_cpu: bool | None = None
     ) -> None:
         self.tensors = tensors
-        self.on_cpu = _on_cpu(tensors) if on_cpu is None else on_cpu
+        self.on_cpu = on_host(tensors) if on_cpu is None else on_cpu
         dtypes = map(attrgetter("dtype"), tensors) if dtypes is None else dtypes
         shapes, offset_of = map(attrgetter("shape"), tensors), torch.Tensor.storage_offset
         # ``geometry`` is a cache: a state has a few dozen shapes, and what follows from each is worked out once for the
@@ -60,7 +71,7 @@ class Tensors:
 
     def view(self, index: int) -> View:
         """The view of a tensor in its own storage."""
-        return View(-1, self.geometries[index], self.offsets[index])
+        return View(EMPTY, self.geometries[index], self.offsets[index])
 
     def without_memory(self) -> int | None:
         """The first tensor whose elements do not lie in its storage, None if there is none."""
@@ -85,10 +96,6 @@ def _bases(storages: Sequence[torch.UntypedStorage]) -> list[int]:
         return list(map(torch.UntypedStorage.data_ptr, storages))
     except RuntimeError:
         return [_bases([storage])[0] for storage in storages] if len(storages) > 1 else [0]
-
-
-def _on_cpu(tensors: Sequence[torch.Tensor]) -> bool:
-    return all(map(attrgetter("is_cpu"), tensors))
 
 
 def describe(state_dict: object) -> tuple[Manifest, Tensors]:
@@ -142,7 +149,7 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
     seen: dict[int, int] = {}
     # Exactly this class: a Parameter has something to tell (``requires_grad``), and a subclass may be anything.
     plain = [value for value in values if type(value) is torch.Tensor]
-    dtypes, on_cpu = list(map(attrgetter("dtype"), plain)), _on_cpu(plain)
+    dtypes, on_cpu = list(map(attrgetter("dtype"), plain)), on_host(plain)
     # Of most states they need no closer look: all are plain, and no two are the same object.
     none_twice = len({*map(id, plain)}) == len(plain)
     simple = torch.Tensor if none_twice and all_plain(plain, dtypes, on_cpu=on_cpu) else None
@@ -211,17 +218,19 @@ def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
         of_size = {end: Storage(end, "cpu") for end in {*ends}}
         storages += map(of_size.__getitem__, ends)
     else:
-        storages += made(Storage, zip(ends, [tensor.device.type for tensor in memory], strict=True))
+        storages += made(Storage, zip(ends, map(type_of, memory), strict=True))
     lone_views = made(View, zip(count(), shapes, firsts))
     if len(alone) == len(tensors):
         return lone_views
-    views = made(View, zip(repeat(-1), geometries, offsets))
+    views = made(View, zip(repeat(EMPTY), geometries, offsets))
     for index, view in zip(alone, lone_views, strict=True):
         views[index] = view
     groups: dict[int, list[int]] = {}
     for index in sorted({*range(len(tensors))}.difference(alone)):
         if geometries[index].numel:
             groups.setdefault(columns.storages[index], []).append(index)
+        elif not columns.on_cpu and type_of(tensors[index]) != "cpu":
+            views[index] = View(EMPTY_ON_DEVICE, geometries[index], offsets[index])
     # Views that share a storage. How they share it is the only thing that must survive: ties, rows of one buffer, a
     # flat parameter and what is cut out of it.
     for group in groups.values():
@@ -263,7 +272,7 @@ def _place(group: list[int], columns: Tensors, views: list[View], storages: list
                 shape = columns.geometries[index]
                 views[index] = View(storage, shape, columns.offsets[index] + (new_begin - begin) // shape.itemsize)
             nbytes, last_end = new_begin + end - begin, end
-    storages.append(Storage(nbytes, columns.tensors[group[0]].device.type))
+    storages.append(Storage(nbytes, type_of(columns.tensors[group[0]])))
 
 
 def _without_gaps(shape: Geometry) -> Geometry:

@@ -20,7 +20,18 @@ from ft_transport._state.geometry import Geometry, Placed
 from ft_transport._state.kinds.base import Part
 from ft_transport._state.tree import Node, Path, paths_of, unflatten
 
-__all__ = ["ALIGNMENT", "Leaf", "Manifest", "Storage", "View", "disjoint", "made", "plain_leaves"]
+__all__ = [
+    "ALIGNMENT",
+    "EMPTY",
+    "EMPTY_ON_DEVICE",
+    "Leaf",
+    "Manifest",
+    "Storage",
+    "View",
+    "disjoint",
+    "made",
+    "plain_leaves",
+]
 
 _T = TypeVar("_T")
 
@@ -30,11 +41,17 @@ ALIGNMENT = 64
 
 # Tuples, for all of these: a state of 100,000 tensors has as many views and leaves, and they are made, compared and
 # hashed by C.
+# Of views without elements, in the place of a storage. They have no bytes, but a device: what is appended to an empty
+# tensor must be where it is.
+EMPTY, EMPTY_ON_DEVICE = -1, -2
+
+
 class View(NamedTuple):
     """One strided view of a storage.
 
     Attributes:
-        storage: Index into the manifest's storages, -1 for a view without elements.
+        storage: Index into the manifest's storages; of a view without elements :data:`EMPTY`, or any less if it was
+            on an accelerator.
         geometry: Dtype, shape and strides.
         offset: Of the first element, in elements.
     """

@@ -191,14 +191,13 @@ class PGTransport(ManagedTransport[T]):
             # step of the whole job with them.
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
                 deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
-            in_parallel(channels, lambda i: send_failure(channels[i], device, deadline, reason), self._streams())
+            streams = Streams((), deadline, device)
+            in_parallel(channels, lambda i: send_failure(channels[i], device, deadline, reason), streams)
             raise
         try:
             # Described once, read by all of them; each has its own place in it, and its own buckets.
             errors = in_parallel(
-                channels,
-                lambda i: serve(channels[i], outbound, deadline, report.peers[i]),
-                self._streams(*outbound.streams.devices),
+                channels, lambda i: serve(channels[i], outbound, deadline, report.peers[i]), outbound.streams
             )
         finally:
             # Optimizers that wait for the end of this may step now. Also after an error: nothing is read any more.
@@ -223,11 +222,6 @@ class PGTransport(ManagedTransport[T]):
                 attempt=attempt,
                 beside=self._beside if trains else None,
             )
-
-    def _streams(self, *devices: torch.device) -> Streams:
-        """The caller's, on the devices of a state, and last on the one of the wire, where control messages are made."""
-        wire = self._options.device
-        return Streams(devices if wire.type == "cpu" else [*devices, wire])
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
         return GroupChannel(self._pg, rank, self._options.device, lock, in_order=self._options.in_order)
