@@ -95,10 +95,15 @@ class Relay:
         return self._layout.sizes
 
     def keep(self, message: int, data: torch.Tensor) -> None:
-        """Copy a message that was staged, if there is room; the rewrite may have it already."""
-        if data.numel() <= self._room:
+        """Copy a small message, if there is room; the rewrite may have it already."""
+        # No large one, though all are staged whose memory is on an accelerator or has gaps: a few would take the room
+        # that the small ones need. The optimizer waits until those are read.
+        if self._layout.is_small(message) and data.numel() <= self._room:
             self._room -= data.numel()
             self._copies[message] = data.clone()
+
+    def has(self, message: int) -> bool:
+        return message in self._pending.digests
 
     def await_message(self, message: int) -> bool:
         return self._pending.await_message(message, HEARTBEAT)

@@ -59,6 +59,10 @@ class MessageStore(Protocol):
     @property
     def sizes(self) -> Sequence[int]: ...
 
+    def has(self, message: int) -> bool:
+        """Whether a message is there by now."""
+        ...
+
     def await_message(self, message: int) -> bool:
         """Wait for a message, no longer than a heartbeat; gives whether it is there."""
         ...
@@ -200,19 +204,24 @@ class Supplier:
         self._crew.join()
 
 
+class _Question(NamedTuple):
+    """What was asked: which message, and with CHECK the asker's digest."""
+
+    message: int
+    digest: int | None
+
+
 class _Answer(NamedTuple):
-    """What was asked, and what is sent.
+    """What is sent.
 
     Attributes:
-        asked: The question.
-        digest: With CHECK, the asker's.
+        question: The question.
         view: The bytes of the message.
         staged: Whether they are in a bucket.
         copied: Behind what brings them there from an accelerator.
     """
 
-    asked: LaneHeader
-    digest: int | None
+    question: _Question
     view: memoryview
     staged: bool
     copied: Copies
@@ -243,36 +252,31 @@ class _Lane:
         self._timer = timer
         self._progressed = progressed
         # A message is in the kernel, or in the peer's hands, when the next one is asked for: so one bucket will do.
-        # From an accelerator the next one is copied while the one before is sent: there is another one for it. A relay
-        # may have to wait for the next one, and would keep the peer waiting for what is here.
-        self._most = NUM_BUCKETS if streams.devices and store.is_whole_transfer else 1
-        self._buckets = deque(Bucket(CPU, pinned=bool(streams.devices)) for _ in range(self._most))
+        # From an accelerator the next one is copied while the one before is sent: there is another one for it.
+        num_buckets = NUM_BUCKETS if streams.devices else 1
+        self._buckets = deque(Bucket(CPU, pinned=bool(streams.devices)) for _ in range(num_buckets))
+        self._questions: deque[_Question] = deque()
         self._answers: deque[_Answer] = deque()
         self._shown: ShownToken | None = None
 
     def run(self) -> NoReturn:
         """Answer; raises in the end, as ``Session.recv`` does when the other side closes the lane."""
         while True:
-            while not self._answers or (len(self._answers) < self._most and self._session.connection.readable):
-                self._read()
+            if not self._answers:
+                self._begin(waiting=True)
+            while len(self._answers) < len(self._buckets) and self._begin(waiting=False):
+                pass
             self._send(self._answers.popleft())
 
-    def _read(self) -> None:
-        """Read a question, and begin to answer it."""
-        session, timer = self._session, self._timer
-        asked, body = session.recv(timer)
-        self._progressed()
-        if asked.frame is LaneFrame.LOCATE:
-            # Kept until the lane ends: the one who asks looks for it there.
-            shown = self._shown = ShownToken(body[0]) if self._store.direct else None
-            session.send(LaneFrame.LOCATION, timer, body=[shown.pid, shown.address] if shown else [0, 0])
-        elif asked.frame is not LaneFrame.DIRECT:  # which the protocol has noted
-            self._answers.append(self._begin(asked, body[0] if asked.frame is LaneFrame.CHECK else None))
-
-    def _begin(self, asked: LaneHeader, digest: int | None) -> _Answer:
-        message, store = asked.number, self._store
-        if message >= len(store.sizes):
-            raise RemoteProtocolError(f"message {message} of {len(store.sizes)}")
+    def _begin(self, *, waiting: bool) -> bool:
+        """Begin to answer the next question; gives whether there was one, whose message is here, if not waiting."""
+        while not self._questions:
+            if not (waiting or self._session.connection.readable):
+                return False
+            self._read()
+        message, store = self._questions[0].message, self._store
+        if not (waiting or store.has(message)):
+            return False
         # A relay has not got it yet. To say so keeps the one who asks from taking it for frozen.
         while not store.await_message(message):
             self._session.send(LaneFrame.WAIT, self._timer)
@@ -282,11 +286,27 @@ class _Lane:
         bucket.reset(aligned(store.sizes[message]))
         view = store.view(message, bucket)
         staged = not bucket.untouched
-        return _Answer(asked, digest, view, staged, self._streams.begun() if staged else NOTHING)
+        copied = self._streams.begun() if staged else NOTHING
+        self._answers.append(_Answer(self._questions.popleft(), view, staged, copied))
+        return True
+
+    def _read(self) -> None:
+        """Read a frame, a question unless it is about how to answer."""
+        session, timer = self._session, self._timer
+        asked, body = session.recv(timer)
+        self._progressed()
+        if asked.frame is LaneFrame.LOCATE:
+            # Kept until the lane ends: the one who asks looks for it there.
+            shown = self._shown = ShownToken(body[0]) if self._store.direct else None
+            session.send(LaneFrame.LOCATION, timer, body=[shown.pid, shown.address] if shown else [0, 0])
+        elif asked.frame is not LaneFrame.DIRECT:  # which the protocol has noted
+            if asked.number >= len(self._store.sizes):
+                raise RemoteProtocolError(f"message {asked.number} of {len(self._store.sizes)}")
+            self._questions.append(_Question(asked.number, body[0] if asked.frame is LaneFrame.CHECK else None))
 
     def _send(self, answer: _Answer) -> None:
-        asked, expected, view, staged, copied = answer
-        message, store, session, timer = asked.number, self._store, self._session, self._timer
+        (message, expected), view, staged, copied = answer
+        store, session, timer = self._store, self._session, self._timer
         copied.finish()
         # To compare costs a read on both sides, and saves the wire; a digest that somebody has taken before costs
         # nothing.
