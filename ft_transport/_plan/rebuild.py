@@ -70,7 +70,7 @@ class Rebuild:
 
     def _empty(self, view: View) -> torch.Tensor:
         """A tensor that has no bytes, where the source's was."""
-        return allocated(view, self._device if view.storage <= EMPTY_ON_DEVICE else CPU)
+        return allocated(view, self._device if view.storage == EMPTY_ON_DEVICE else CPU)
 
     def try_it(self) -> None:
         """Find what cannot be rebuilt before a byte lands.

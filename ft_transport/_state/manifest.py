@@ -50,8 +50,8 @@ class View(NamedTuple):
     """One strided view of a storage.
 
     Attributes:
-        storage: Index into the manifest's storages; of a view without elements :data:`EMPTY`, or any less if it was
-            on an accelerator.
+        storage: Index into the manifest's storages; of a view without elements :data:`EMPTY`, or
+            :data:`EMPTY_ON_DEVICE`.
         geometry: Dtype, shape and strides.
         offset: Of the first element, in elements.
     """

@@ -23,7 +23,17 @@ from ft_transport._process import physical_bytes
 from ft_transport._state.classes import NotAllowed, advice, allowed_class, dtype_of, expect
 from ft_transport._state.geometry import QUANTIZED, Geometry, checked_geometry, covered, merge
 from ft_transport._state.kinds.base import VALUE, Part, check_parts
-from ft_transport._state.manifest import ALIGNMENT, Leaf, Manifest, Storage, View, made, plain_leaves
+from ft_transport._state.manifest import (
+    ALIGNMENT,
+    EMPTY,
+    EMPTY_ON_DEVICE,
+    Leaf,
+    Manifest,
+    Storage,
+    View,
+    made,
+    plain_leaves,
+)
 from ft_transport._state.tree import (
     CONTAINERS,
     LEAF,
@@ -337,7 +347,7 @@ def _decode_view(data: Any, shapes: list[Geometry], storages: list[Storage]) -> 
         raise ValueError(f"a view of {storage!r}, {number!r}, {offset!r}")
     shape = shapes[number]
     if storage < 0 or not shape.numel:
-        if storage >= 0 or shape.numel:
+        if storage not in (EMPTY, EMPTY_ON_DEVICE) or shape.numel:
             raise ValueError(f"{shape} in storage {storage}")
     elif offset * shape.itemsize + shape.span > storages[storage].nbytes:
         raise ValueError(f"{shape} at {offset} is outside of its storage of {storages[storage].nbytes} bytes")
@@ -375,7 +385,8 @@ def _check_storages(manifest: Manifest, limits: Limits) -> None:
     storages = manifest.storages
     # A storage that nobody refers to would be memory that is taken for nothing.
     num_of = Counter(map(itemgetter(0), views))
-    num_of.pop(-1, None)
+    for nowhere in (EMPTY, EMPTY_ON_DEVICE):
+        num_of.pop(nowhere, None)
     if len(num_of) < len(storages):
         raise ValueError(f"{len(storages)} storages, of which {len(num_of)} are referred to")
     step = limits.message_bytes - limits.message_bytes % 64

@@ -140,6 +140,8 @@ class StandInAccelerator(Seam):
             one = torch.empty(1, dtype=tensor.dtype).untyped_storage()
             tensor.data = torch.empty(0, dtype=tensor.dtype).set_(one, 0, tensor.shape, tensor.stride())
         storage = tensor.untyped_storage()
+        if self._of(tensor) is not None:
+            return tensor  # by another view of it
         with self._lock:
             host = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
             # Kept, so that its address is nobody else's.

@@ -276,6 +276,22 @@ def test_a_storage_that_nothing_refers_to(nbytes: int) -> None:
     refuses(body, "2 storages, of which 1 are referred to")
 
 
+@pytest.mark.parametrize("storage", [-1, -2])
+def test_a_storage_that_only_something_empty_refers_to(storage: int) -> None:
+    """Memory would be taken for it."""
+    body = with_view([0], [1], 0, 16, storage)
+    refuses(body, "1 storages, of which 0 are referred to")
+    body[4].clear()
+    read_body(body)
+
+
+@pytest.mark.parametrize("storage", [-3, -(1 << 62)])
+def test_places_that_nothing_empty_is_in(storage: int) -> None:
+    body = with_view([0], [1], 0, 16, storage)
+    body[4].clear()
+    refuses(body)
+
+
 @pytest.mark.parametrize("kind", ["sparse", "value", "__class__", "", None, 1, ["tensor"], "Tensor"])
 def test_unknown_kinds_of_leaf(kind: Any) -> None:
     body = body_of(torch.nn.Parameter(noise(2, 1)))
