@@ -189,9 +189,9 @@ def frozen_times(events: list[Event]) -> dict[tuple[int, int], list[tuple[float,
         kind = event["fault"]["kind"] if event.name == "strike" else ""
         if kind.startswith("stop"):
             found[event.life].append((event.time, float("inf")))
-        elif event.name in ("continued", "gone") and found.get(event.life):
-            begin, end = found[event.life][-1]
-            found[event.life][-1] = begin, min(end, event.time)
+        elif event.name in ("continued", "gone"):
+            # All of them: two faults may have stopped it at once, and one signal lets it go on.
+            found[event.life] = [(begin, min(end, event.time)) for begin, end in found[event.life]]
     return dict(found)
 
 

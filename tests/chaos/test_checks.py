@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .checks import GRACE, SLACK, Promise, call_times, check
+from .checks import GRACE, SLACK, Promise, call_times, check, frozen_times
 from .events import Event, decode, encode
 from .settings import Settings
 
@@ -147,6 +147,11 @@ def test_time_spent_frozen_is_not_the_call_s() -> None:
     assert story.broken() == {}
     ((_, seconds),) = call_times(story.events)
     assert seconds < 1.0
+
+
+def test_who_was_stopped_twice_at_once_is_stopped_no_longer_than_it_lives() -> None:
+    story = begun().strike(2, "stop").strike(2, "stop and kill").again(2)
+    assert all(end <= story.now for times in frozen_times(story.events).values() for _, end in times)
 
 
 def test_a_replica_that_stands_still() -> None:
