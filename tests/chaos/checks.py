@@ -187,7 +187,8 @@ def frozen_times(events: list[Event]) -> dict[tuple[int, int], list[tuple[float,
     found: dict[tuple[int, int], list[tuple[float, float]]] = defaultdict(list)
     for event in events:
         kind = event["fault"]["kind"] if event.name == "strike" else ""
-        if kind.startswith("stop"):
+        # A fault that finds it stopped already stops it anew once it goes on, and then there is no other strike.
+        if kind.startswith("stop") or event.name == "stopped":
             found[event.life].append((event.time, float("inf")))
         elif event.name in ("continued", "gone"):
             # All of them: two faults may have stopped it at once, and one signal lets it go on.
