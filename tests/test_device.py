@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from ft_transport import TransferTimeout
 from ft_transport import _device as device_module
 from ft_transport._deadline import Deadline
 from ft_transport._device import Seam, Streams, devices_of, settle
+from ft_transport._lanes.session import Session
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport.errors import PeerFailure
 from ft_transport.testing import StandInAccelerator
@@ -335,3 +337,52 @@ def test_what_a_device_raises_is_raised() -> None:
 def test_what_has_no_bytes_is_on_no_device() -> None:
     assert devices_of([torch.empty(3, device="meta"), torch.zeros(3)]) == ()
     assert Streams().devices == ()
+
+
+def big(value: float) -> dict[str, Any]:
+    return {f"layer {i}": torch.full((1 << 22,), value + i) for i in range(8)}
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_copies_of_one_message_overlap_what_the_wire_does_with_another(
+    monkeypatch: pytest.MonkeyPatch, side: str
+) -> None:
+    """By the order of events: the next message's bytes come from the device while one is sent, and one's go there while
+    the next one is received."""
+    log: list[tuple[str, int]] = []
+    send, receive, run = Session.send_message, Session.recv_message, StandInAccelerator.run
+
+    def sending(self: Session, number: int, *args: Any, **kwargs: Any) -> Any:
+        log.append(("wire", number))
+        found = send(self, number, *args, **kwargs)
+        log.append(("wire is done", number))
+        return found
+
+    def receiving(self: Session, header: Any, *args: Any, **kwargs: Any) -> Any:
+        log.append(("wire", header.number))
+        return receive(self, header, *args, **kwargs)
+
+    def running(self: StandInAccelerator, device: torch.device, work: Callable[[], object]) -> None:
+        number = sum(what == "copy" for what, _ in log)
+        log.append(("copy", number))
+        run(self, device, lambda: (time.sleep(0.005), work(), log.append(("copy is done", number))))
+
+    monkeypatch.setattr(Session, *(("send_message", sending) if side == "source" else ("recv_message", receiving)))
+    monkeypatch.setattr(StandInAccelerator, "run", running)
+    with StandInAccelerator(1) as devices:
+        sent, template = big(7.0), big(3.0)
+        for tensor in (sent if side == "source" else template).values():
+            devices.put(tensor, 0)
+        with ends("lanes", template, lanes=1) as found:
+            found.move(sent)
+            assert not found.errors
+            count = found.source.last_report.num_messages
+    assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
+    at = {what: index for index, what in enumerate(log)}
+    # In one lane copies and messages are in the same order, and there is one copy for each message.
+    first, then = ("copy", "wire is done") if side == "source" else ("wire", "copy is done")
+    overlapping = sum(at[first, number + 1] < at[then, number] for number in range(count - 1))
+    assert overlapping >= count // 2, (overlapping, count)
+    # And no more than two at once: there are two buckets.
+    first, then = ("copy", "wire is done") if side == "source" else ("copy", "copy is done")
+    assert all(at[first, number + 2] > at[then, number] for number in range(count - 2))

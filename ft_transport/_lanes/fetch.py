@@ -236,7 +236,7 @@ class _Lane:
     def _ask_for(self, message: int) -> None:
         # Only now, and not for all messages beforehand: memory is read once, just before it is asked about, by as many
         # threads as there are lanes.
-        claim = self._sink.claim(message, self._next_bucket())
+        claim = self._sink.claim(message, self._buckets[-1])
         if claim is not None:
             self.session.send(LaneFrame.CHECK, self._timer, message, [claim])
         else:
@@ -255,7 +255,8 @@ class _Lane:
     def _land(self, header: LaneHeader) -> None:
         number = header.number
         try:
-            sound = self._sink.land(self.session, header, self._next_bucket(), self._timer)
+            self._buckets.rotate()
+            sound = self._sink.land(self.session, header, self._buckets[0], self._timer)
         except BaseException:
             # It had begun to come and so is no longer among those asked for.
             self.session.protocol.asked.appendleft(number)
@@ -265,10 +266,6 @@ class _Lane:
         else:
             # It is back among what is to be fetched, and any lane may be the next to ask for it.
             self._sink.note_damage(number)
-
-    def _next_bucket(self) -> Bucket:
-        self._buckets.rotate()
-        return self._buckets[0]
 
     def abort(self) -> None:
         """Let whoever is in a call on it raise at once."""
