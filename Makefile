@@ -8,7 +8,7 @@ UPSTREAM_READY := $(VENV)/.ready-upstream
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test lint bench chaos fuzz mutants upstream clean help
+.PHONY: demo test lint bench chaos fuzz mutants simulated upstream clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
@@ -18,6 +18,7 @@ help:
 	@echo "make chaos   kill, stop and cut off replicas while they heal, for ten minutes; MINUTES=30, SEED=1 replays one"
 	@echo "make fuzz    attack what reads the wire, guided by coverage, for ten minutes; SECONDS=60 for one"
 	@echo "make mutants break one promise of the code after the other and see that a test notices; ARGS='lanes' for some"
+	@echo "make simulated what needs an accelerator, on one that a C++ extension plays (needs a compiler; three minutes)"
 	@echo "make upstream torchft's own integration tests over its transport and over ours (a few minutes)"
 	@echo "make clean   remove the virtual environment and what the targets above write"
 
@@ -45,6 +46,11 @@ chaos: $(READY)
 $(FUZZ_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	@touch $@
+
+simulated: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ninja setuptools
+	PATH="$(abspath $(BIN)):$$PATH" FT_TRANSPORT_DEVICE=sim $(BIN)/python -m pytest tests/gpu tests/multiproc/test_lanes.py \
+		tests/multiproc/test_lane_peers.py tests/multiproc/test_torn_lanes.py tests/multiproc/test_rewrite_lanes.py $(ARGS)
 
 fuzz: $(FUZZ_READY)
 	FT_TRANSPORT_ALL_MUTATIONS=1 $(BIN)/python -m pytest -q --timeout 600 tests/test_hostile.py

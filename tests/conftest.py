@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import signal
 
 from hypothesis import settings
@@ -19,3 +20,8 @@ def pytest_collection_finish() -> None:
     """Let later collections look at what has been made since: going through all modules takes a tenth of a second."""
     gc.collect()
     gc.freeze()
+
+
+# What needs an accelerator runs on a simulated one then, see ``make simulated``.
+if os.environ.get("FT_TRANSPORT_DEVICE", "").startswith("sim"):
+    import simulator  # noqa: F401

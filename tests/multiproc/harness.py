@@ -124,7 +124,7 @@ def digest(state: object) -> str:
     def add(value: object) -> None:
         if isinstance(value, torch.Tensor):
             hashed.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            hashed.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            hashed.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         elif isinstance(value, dict):
             for key in value:
                 hashed.update(f"{key!r}:".encode())

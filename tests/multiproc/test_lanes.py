@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import DEVICE
 
 from ft_transport import (
     LaneTransport,
@@ -40,6 +41,8 @@ from ft_transport.testing import FaultProxy, Tamper
 from .harness import digest, residue, wait_until
 
 CPU = torch.device("cpu")
+# What lands on an accelerator is whole, and sound, before a byte of it is written there.
+IN_PIECES = DEVICE.type == "cpu"
 TIMEOUT = timedelta(seconds=20)
 STALL = timedelta(seconds=1)
 STEP = 7
@@ -55,7 +58,7 @@ def make_state(seed: int = 1, *, large: int = 3, nbytes: int = 6 * MIB) -> dict[
     def tensor(size: int) -> torch.Tensor:
         # Random is slow. The period is a prime, so that no two messages are alike.
         period = torch.randint(0, 256, (99_991,), dtype=torch.uint8, generator=generator)
-        return period.repeat(size // period.numel() + 1)[:size].clone()
+        return period.repeat(size // period.numel() + 1)[:size].clone().to(DEVICE)
 
     return {
         "large": [tensor(nbytes) for _ in range(large)],
@@ -145,7 +148,7 @@ class Lanes:
     def transport(self, template: Callable[[], object] | None = None, **options: Any) -> LaneTransport[Any]:
         # Over TCP, as between machines; what is read within one is in test_fabric.py.
         options = {"stall_timeout": STALL, "host": "127.0.0.1", "fabric": "tcp", **options}
-        made: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, template, **options)
+        made: LaneTransport[Any] = LaneTransport(TIMEOUT, DEVICE, template, **options)
         self.transports.append(made)
         return made
 
@@ -456,7 +459,7 @@ def test_the_deadline_is_kept_on_both_sides(lanes: Lanes) -> None:
     destination.join()
     assert isinstance(destination.error, TransferTimeout)
     assert 1.0 <= destination.seconds < 2.5
-    assert destination.error.torn
+    assert destination.error.torn == IN_PIECES
     begin = time.monotonic()
     source.disallow_checkpoint()
     assert time.monotonic() - begin < 2.0
@@ -515,7 +518,7 @@ def test_shutdown_ends_a_receive(lanes: Lanes, moving: bool) -> None:
     destination.join()
     assert isinstance(destination.error, LocalProtocolError)
     assert "has been shut down" in str(destination.error)
-    assert destination.error.torn == destination.transport.torn == moving
+    assert destination.error.torn == destination.transport.torn == (moving and IN_PIECES)
     source.disallow_checkpoint()
     assert digest(template) == landed
     if moving:
