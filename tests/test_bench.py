@@ -16,6 +16,7 @@ from torch.distributed import HashStore
 
 from ft_transport.bench import run, subjects, worker
 from ft_transport.bench.__main__ import main
+from ft_transport.bench.bounds import measure
 from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
 from ft_transport.bench.plan import Case, Job, Options, Turn, turns
 from ft_transport.bench.plot import draw
@@ -32,6 +33,7 @@ from ft_transport.bench.table import (
     describe_ratio,
     describe_seconds,
     render,
+    render_bounds,
 )
 
 GPT2_PARAMETERS = 124_439_808
@@ -368,6 +370,7 @@ def test_the_picture_is_a_png(rows: list[Row], tmp_path: Path) -> None:
         "--rank 2 --address localhost:1",
         "--rank 1",
         "--timeout 0",
+        "--device warp",
     ],
 )
 def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,6 +378,23 @@ def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixtu
         main(arguments.split())
     assert raised.value.code == 2
     assert arguments.split()[0] in capsys.readouterr().err
+
+
+def test_what_the_machine_can_do_is_measured_and_shown() -> None:
+    bounds = measure(torch.device("cpu"), 0.01)
+    assert list(bounds) == [
+        "copy in memory",
+        "digest (xxh3), one thread",
+        "loopback, 1 connection",
+        "loopback, 4 connections",
+    ]
+    assert all(rate > 1e6 for rate in bounds.values())
+    console = Console(file=io.StringIO(), width=WIDTH)
+    console.print(render_bounds({"loopback, 1 connection": 3.78e9, "to cuda, pinned memory": 52.7e9}))
+    text = console.file.getvalue()
+    assert "loopback, 1 connection" in text
+    assert "3.78 GB/s" in text
+    assert "52.7 GB/s" in text
 
 
 # ------------------------------------------------------------------------------------- supervision

@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.status import Status
 
 import ft_transport
+from ft_transport.bench.bounds import measure
 from ft_transport.bench.plan import MODES, Case, Options, Turn
 from ft_transport.bench.results import Row, exit_status
 from ft_transport.bench.run import Site, follow, lead
 from ft_transport.bench.states import STATES
 from ft_transport.bench.subjects import SUBJECTS
-from ft_transport.bench.table import LEGEND, WIDTH, render
+from ft_transport.bench.table import LEGEND, WIDTH, render, render_bounds
 
 DESCRIPTION = """\
 Moves the same states by several transports, turn by turn, and checks every byte.
@@ -66,10 +67,14 @@ def _run(arguments: argparse.Namespace, options: Options, console: Console) -> i
         console.print(f"rank {ranks[0]}: the results are shown where rank 0 runs")
         follow(site)
         return 0
+    with console.status("what this machine can do"):
+        # Before all else, while nothing else runs.
+        bounds = measure(torch.device(options.device), options.scale)
+    console.print(render_bounds(bounds), "")
     with console.status("starting") as status:
         rows = lead(site, options, _show_turn(status, options), lambda of_case: console.print(render(of_case), ""))
     console.print(LEGEND, style="dim")
-    _write(arguments.output, rows, options)
+    _write(arguments.output, rows, options, bounds)
     console.print(f"written: {arguments.output}/bench.json, bench.png")
     return exit_status(rows)
 
@@ -91,7 +96,7 @@ def _show_turn(status: Status, options: Options) -> Callable[[Case, Turn], None]
     return show
 
 
-def _write(folder: Path, rows: list[Row], options: Options) -> None:
+def _write(folder: Path, rows: list[Row], options: Options, bounds: dict[str, float]) -> None:
     # Not at the top: the worker processes import this module too, and have no use for it.
     # It takes matplotlib half a second and 30 MB to be there, with which a worker's memory would then begin.
     from ft_transport.bench.plot import draw
@@ -99,6 +104,7 @@ def _write(folder: Path, rows: list[Row], options: Options) -> None:
     results = {
         "environment": environment(),
         "options": vars(options),
+        "bounds": bounds,
         "rows": [row.as_dict() for row in rows],
     }
     (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -139,6 +145,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         scale=arguments.scale,
         seed=arguments.seed,
         timeout_seconds=arguments.timeout,
+        device=arguments.device,
     )
 
 
@@ -157,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--scale", type=_number(float, 0, 1), default=1.0, help="shrink the states, 0 to 1 (%(default)g)")
     add("--seed", type=int, default=0, help="seed of the values (%(default)s)")
     add("--timeout", type=_number(float, 0), default=60.0, help="seconds for one transfer (%(default)g)")
+    add("--device", type=_device, default="cpu", help="where the states are, at both ends: cpu, cuda, … (%(default)s)")
     add("--output", type=Path, default=Path("bench-output"), help="folder for JSON, picture, logs (%(default)s)")
     add("--address", type=_address, metavar="HOST:PORT", help="where rank 0 runs; a free port there")
     add("--rank", type=_number(int, 0), default=0, help="with --address: this machine's rank (%(default)s)")
@@ -185,6 +193,14 @@ def _number(kind: type[int] | type[float], least: float, most: float = float("in
         return value
 
     return parse
+
+
+def _device(text: str) -> str:
+    found = torch.accelerator.current_accelerator()
+    here = ["cpu"] if found is None else ["cpu", found.type]
+    if text not in here:
+        raise argparse.ArgumentTypeError(f"no {text} here; there are: {', '.join(here)}")
+    return text
 
 
 def _address(text: str) -> tuple[str, int]:

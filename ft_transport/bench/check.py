@@ -61,7 +61,7 @@ def storages(state: object) -> list[torch.Tensor]:
     for _, tensor in tensors(state):
         storage = tensor.untyped_storage()
         if storage.nbytes() and storage.data_ptr() not in found:
-            found[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
+            found[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
     return list(found.values())
 
 
@@ -89,7 +89,7 @@ def _describe(node: object) -> str:
         # As bytes: `torch.equal` says that NaN differs from itself and that 0.0 equals -0.0: the one would report a
         # state that arrived whole, the other let a flipped sign pass. Strides are left out: a transport may make a
         # tensor contiguous.
-        flat = node.detach().contiguous().reshape(-1).view(torch.uint8)
+        flat = node.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         return f"{kind} {node.dtype} {tuple(node.shape)} {xxhash.xxh3_128_hexdigest(flat.numpy().data)}"
     if isinstance(node, dict | list | tuple):
         return f"{kind} of {len(node)}"

@@ -26,6 +26,7 @@ class Options:
         scale: Shrinks the states, 0 to 1.
         seed: Seed of the states' values.
         timeout_seconds: Bound of one transfer, as each transport understands it.
+        device: Type of the device that the states are on; each rank has one of those of its machine.
     """
 
     states: list[str]
@@ -36,6 +37,7 @@ class Options:
     scale: float
     seed: int
     timeout_seconds: float
+    device: str = "cpu"
 
     @property
     def cases(self) -> list[Case]:
@@ -70,6 +72,7 @@ class Job:
     Attributes:
         attempt: Counts the jobs of a run. A case is attempted anew, without the culprit, after a transport failed.
         one_machine: Whether all ranks share a loopback interface, whose counters then tell the bytes on the wire.
+        device: As in ``Options``.
     """
 
     attempt: int
@@ -81,6 +84,7 @@ class Job:
     seed: int
     timeout_seconds: float
     one_machine: bool
+    device: str = "cpu"
 
     @property
     def world_size(self) -> int:

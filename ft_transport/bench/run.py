@@ -276,6 +276,7 @@ def _job(site: Site, options: Options, case: Case, transports: list[str], attemp
         seed=options.seed,
         timeout_seconds=options.timeout_seconds,
         one_machine=not site.others,
+        device=options.device,
     )
 
 

@@ -16,14 +16,18 @@ State = dict[str, Any]
 # The step of the source's state. A template has step 0.
 STEP = 7
 
+CPU = torch.device("cpu")
+
 # What a template holds before each transfer: bytes that the source's random ones will not be by chance.
 TEMPLATE_BYTE = 0xA5
 
 
-def build(name: str, scale: float, step: int) -> State:
+def build(name: str, scale: float, step: int, device: torch.device = CPU) -> State:
     """The state ``name`` with its sizes shrunk by ``scale``, values not set yet, in the Manager's envelope."""
+    with device:
+        state = STATES[name](scale)
     return {
-        "user": {"default": STATES[name](scale)},
+        "user": {"default": state},
         # Two values that are no tensors: a transport that drops or mixes them up trains on from a wrong step.
         "torchft": {"step": step, "batches_committed": 2 * step},
     }
@@ -35,9 +39,12 @@ def fill_random(state: State, seed: int) -> None:
     for storage in storages(state):
         # Eight bytes at a time: at 1.5 GB, a draw for each byte takes many times as long. As integers, because a
         # random float is never NaN or denormal, and these are what a copy by value may change.
-        whole = storage.numel() // 8 * 8
-        storage[:whole].view(torch.int64).random_(generator=generator)
-        storage[whole:].random_(0, 256, generator=generator)
+        # On the host: of the same seed a device makes other bytes.
+        values, whole = storage if storage.is_cpu else storage.cpu(), storage.numel() // 8 * 8
+        values[:whole].view(torch.int64).random_(generator=generator)
+        values[whole:].random_(0, 256, generator=generator)
+        if values is not storage:
+            storage.copy_(values)
 
 
 def fill_constant(state: State) -> None:

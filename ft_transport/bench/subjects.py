@@ -36,6 +36,7 @@ class Connection:
         store: Store for this subject alone.
         address: The same store as torchft's groups want it: ``host:port/prefix``.
         template: Gives the tensors to receive into, None to receive into new ones.
+        device: Where new tensors shall be that were on a device. What moves is on the host.
     """
 
     store: Store
@@ -44,6 +45,7 @@ class Connection:
     world_size: int
     timeout: timedelta
     template: Template | None
+    device: torch.device = CPU
 
 
 class Subject(Protocol):
@@ -138,7 +140,9 @@ def _over_torchft(transport: Callable[..., CheckpointTransport[Any]]) -> Subject
 
 def _over_lanes(**options: Any) -> SubjectKind:
     def make(connection: Connection) -> Subject:
-        made = ft_transport.LaneTransport[Any](connection.timeout, CPU, state_dict=connection.template, **options)
+        made = ft_transport.LaneTransport[Any](
+            connection.timeout, connection.device, state_dict=connection.template, **options
+        )
         return TorchftSubject(made, connection.timeout)
 
     return SubjectKind(make)

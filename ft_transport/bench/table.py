@@ -21,6 +21,7 @@ __all__ = [
     "describe_seconds",
     "describe_size",
     "render",
+    "render_bounds",
 ]
 
 # Headings and widths in characters: the same for each case, so that the tables stand under one another.
@@ -71,6 +72,18 @@ def render(rows: Sequence[Row]) -> RenderableType:
             notes.setdefault(row.note, []).append(row)
     below = [Text(f"{', '.join(row.transport for row in of)}: {note}", _style(of[0])) for note, of in notes.items()]
     return Group(title, table, *below)
+
+
+def render_bounds(bounds: dict[str, float]) -> RenderableType:
+    """What the machine can do, bytes per second by name, as a table."""
+    title = Text("this machine", style="bold")
+    title.append("   what the bytes of a state pass, alone", style="not bold dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(min_width=COLUMNS["transport"] + COLUMNS["median"])
+    table.add_column(justify="right")
+    for name, nbytes_per_second in bounds.items():
+        table.add_row(name, describe_rate(nbytes_per_second / 1e9))
+    return Group(title, table)
 
 
 def cells(row: Row) -> list[str]:

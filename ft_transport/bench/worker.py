@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
+
 from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
 from ft_transport.bench.measure import MemoryPeak, free_memory, loopback_nbytes, touch_free_memory
 from ft_transport.bench.plan import Job, Turn
@@ -60,6 +62,7 @@ class _Worker:
         self._store = store
         self._address = address
         self._in_place = job.case.mode == "in-place"
+        self._device = _device(job.device, rank)
         self._subjects: dict[str, Subject] = {}
         self._state = self._build()
         if rank == 0:
@@ -70,11 +73,11 @@ class _Worker:
     def _build(self) -> State:
         """The source's state; a receiver's template; nothing where it receives afresh."""
         if self._rank == 0:
-            state = build(self._job.case.state, self._job.scale, STEP)
+            state = build(self._job.case.state, self._job.scale, STEP, self._device)
             fill_random(state, self._job.seed)
             return state
         # Never the source's values: a transport that moves nothing would then be told as equal.
-        return build(self._job.case.state, self._job.scale, step=0) if self._in_place else {}
+        return build(self._job.case.state, self._job.scale, step=0, device=self._device) if self._in_place else {}
 
     def _publish(self) -> None:
         state = self._state
@@ -111,6 +114,7 @@ class _Worker:
                 world_size=self._job.world_size,
                 timeout=timedelta(seconds=self._job.timeout_seconds),
                 template=(lambda: self._state) if self._in_place else None,
+                device=self._device,
             )
             self._subjects[transport] = SUBJECTS[transport].make(connection)
         return self._subjects[transport]
@@ -147,6 +151,9 @@ class _Worker:
         # turn would measure how long the others had filled and freed memory.
         start = time.perf_counter()
         yield
+        if self._device.type != "cpu":
+            # A copy that a transport has begun and not waited for is no state that somebody has.
+            torch.accelerator.synchronize(self._device)
         # The clock first, then memory: to read /proc takes longer than a tiny state. If the transfer raises, neither
         # is taken and no second barrier entered, so the others' wait ends by the store's time-out or by the
         # supervisor.
@@ -160,6 +167,15 @@ class _Worker:
         sample.wrong = differences(self._expected, fingerprint(received))[:10]
         if self._in_place:
             sample.in_place = landed_in_place(self._state, received)
+
+
+def _device(kind: str, rank: int) -> torch.device:
+    """A rank's device. Where there are fewer than ranks, some share one."""
+    if kind == "cpu":
+        return torch.device(kind)
+    device = torch.device(kind, rank % torch.accelerator.device_count())
+    torch.accelerator.set_device_index(device.index)
+    return device
 
 
 def _print_to(log: str) -> None:

@@ -162,6 +162,7 @@ def test_memory_that_is_given_back_while_it_is_copied_to_is_not_somebody_elses_y
     """The next tensor gets it at once, and a copy of ours that is under way would write to that."""
     template = state(3.0, LAST)["large"]
     others: list[torch.Tensor] = []
+
     def give_back(progress: object) -> None:
         if not others:
             template.untyped_storage().resize_(0)

@@ -100,6 +100,8 @@ def test_all_transports_bring_every_state_over(tmp_path: Path) -> None:
         assert row["nbytes_wire"] >= row["nbytes"] or transport.startswith("ft_transport lanes")
     assert found["environment"].keys() >= {"torch", "torchft", "ft_transport", "python", "cores", "command"}
     assert found["options"]["scale"] == 0.02
+    assert found["bounds"]["loopback, 1 connection"] > 0
+    assert "this machine" in out
     assert out.count("equal") - out.count("equal.") >= len(SUBJECTS)
     assert "\x1b" not in out
 
