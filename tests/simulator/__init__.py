@@ -20,6 +20,9 @@ class _Module(types.ModuleType):
     def is_available(self) -> bool:
         return True
 
+    def is_initialized(self) -> bool:
+        return True
+
     def device_count(self) -> int:
         return 2
 
