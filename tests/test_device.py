@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+from helpers import pace
 from two_ends import TIMEOUT, WAYS, Ends, ends
 
 import ft_transport
@@ -365,7 +365,7 @@ def test_copies_of_one_message_overlap_what_the_wire_does_with_another(
     def running(self: StandInAccelerator, device: torch.device, work: Callable[[], object]) -> None:
         number = sum(what == "copy" for what, _ in log)
         log.append(("copy", number))
-        run(self, device, lambda: (time.sleep(0.005), work(), log.append(("copy is done", number))))
+        run(self, device, lambda: (pace(0.005), work(), log.append(("copy is done", number))))
 
     monkeypatch.setattr(Session, *(("send_message", sending) if side == "source" else ("recv_message", receiving)))
     monkeypatch.setattr(StandInAccelerator, "run", running)

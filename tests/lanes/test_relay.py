@@ -13,6 +13,7 @@ import torch
 from helpers import CPU, noise, until
 
 from ft_transport._deadline import Deadline
+from ft_transport._lanes import relay as relay_module
 from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, FirstFrame, LaneFrame, LaneHeader, encode
@@ -82,3 +83,18 @@ def test_small_messages_are_passed_on_as_they_came() -> None:
         bucket = Bucket(CPU)
         bucket.reset(4096)
         assert bytes(relay.view(0, bucket)) == expected
+
+
+def test_large_messages_do_not_take_the_room_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an accelerator all messages are staged, the large ones first: one of them would take all there is."""
+    monkeypatch.setattr(relay_module, "SMALL_BYTES", 1 << 20)
+    template = {"weight": noise(1 << 20, 1).t(), **{f"mean {i}": noise(10, i) for i in range(3)}}
+    with passing_on(template, verified=True) as (relay, _, _):
+        small = next(message for message, nbytes in enumerate(relay.sizes) if nbytes < 1 << 12)
+        for message, nbytes in enumerate(relay.sizes):
+            if message != small:
+                relay.keep(message, torch.zeros(min(nbytes, 1 << 20), dtype=torch.uint8))
+        relay.keep(small, torch.full((relay.sizes[small],), 7, dtype=torch.uint8))
+        bucket = Bucket(CPU)
+        bucket.reset(4096)
+        assert set(bytes(relay.view(small, bucket))) == {7}
