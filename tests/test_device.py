@@ -107,6 +107,33 @@ def test_a_kernel_that_still_writes_to_the_state_is_waited_for(way: str) -> None
         assert set(devices.synchronized) == {1}, "no other is touched"
 
 
+class Loss:
+    """A class of the user's, that keeps its value on a device, and tells it when it is pickled."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value = value
+        self.read: Callable[[], float] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert self.read is not None
+        return {"value": self.read(), "read": None}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Loss) and self.value == other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_a_class_that_reads_a_device_when_it_is_taken_apart_reads_what_is_there_in_the_end() -> None:
+    with StandInAccelerator(1) as devices, torch.serialization.safe_globals([Loss]):
+        sent, loss = state(0.0), Loss()
+        put(devices, sent, 0)
+        loss.read = lambda: float(devices.reach(sent["large"])[0])
+        fill(devices, 0, sent, 7.0)
+        with ends("lanes") as found:
+            assert found.move({"state": sent, "loss": loss}).result["loss"].value == 7.0
+
+
 @WAYS
 def test_a_kernel_that_still_reads_the_template_is_waited_for(way: str) -> None:
     with StandInAccelerator(2) as devices:

@@ -18,7 +18,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CPU, PLAIN, Wrapped, succeed, tensors_of, transfer
-from torchft.process_group import ProcessGroup
+from torchft.process_group import (
+    ErrorSwallowingProcessGroupWrapper,
+    FakeProcessGroupWrapper,
+    ProcessGroup,
+    ProcessGroupGloo,
+)
 
 from ft_transport import PGTransport
 from ft_transport._group import source
@@ -219,5 +224,8 @@ def test_which_groups_run_in_order() -> None:
     group = dist.ProcessGroupGloo(dist.HashStore(), 0, 1, TIMEOUT)
     assert not _is_in_order(group, CPU)
     assert _is_in_order(group, torch.device("cuda", 0))
-    assert _is_in_order(ProcessGroupTorchComms(dist.HashStore(), 0, 1), CPU)
+    inner = ProcessGroupTorchComms(dist.HashStore(), 0, 1)
+    assert _is_in_order(inner, CPU)
+    assert _is_in_order(ErrorSwallowingProcessGroupWrapper(FakeProcessGroupWrapper(inner)), CPU)
+    assert not _is_in_order(ErrorSwallowingProcessGroupWrapper(ProcessGroupGloo()), CPU)
     assert Options(CPU).limits(1).window > NUM_BUCKETS == IN_ORDER.limits(1).window

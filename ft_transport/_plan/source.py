@@ -75,6 +75,9 @@ class SourcePlan:
             # Before a byte of it is read.
             devices = devices_of(tensors.tensors)
             settle(devices, deadline)
+            if devices:
+                # Leaves of a user's class may have read theirs when they were taken apart, of what was not yet there.
+                manifest, tensors = describe(state_dict)
             self.streams = Streams(devices, deadline, options.device)
             # How it is cut is decided here alone: the destination finds the limits in the manifest, and need not agree.
             limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))

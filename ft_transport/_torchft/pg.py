@@ -231,8 +231,14 @@ def _is_in_order(pg: ProcessGroup, device: torch.device) -> bool:
     """Whether the operations of a pair run as they were posted, and tags are dropped."""
     # NCCL and its like: one stream for each pair. torchft's group over torchcomms has no tags on the CPU either; by
     # name, since importing it imports torchcomms, which few have.
-    names = {cls.__name__ for cls in type(pg).__mro__}
-    return device.type != "cpu" or "ProcessGroupTorchComms" in names
+    if device.type != "cpu":
+        return True
+    inner: object = pg
+    while inner is not None:
+        if "ProcessGroupTorchComms" in {cls.__name__ for cls in type(inner).__mro__}:
+            return True
+        inner = getattr(inner, "_pg", None)  # torchft's wrappers: of errors, of a Manager
+    return False
 
 
 def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
