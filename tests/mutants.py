@@ -59,6 +59,7 @@ class Mutant(NamedTuple):
 
 LANES = "tests/multiproc/test_lanes.py::"
 SOURCE = "tests/lanes/test_source.py::"
+DEVICE = "tests/test_device.py::"
 
 MUTANTS = [
     Mutant(
@@ -106,7 +107,7 @@ MUTANTS = [
     Mutant(
         "a supplier bounds message numbers",
         "_lanes/supplier.py",
-        "if message >= len(self._store.sizes)",
+        "if asked.number >= len(self._store.sizes)",
         "if False",
         "tests/lanes/test_supplier.py::test_a_message_that_there_is_not_is_not_looked_for",
     ),
@@ -193,6 +194,34 @@ MUTANTS = [
         '"param_groups", ())',
         '"param_groups", ())[:1]',
         "tests/plan/test_unchanged.py::test_every_parameter_group_of_an_optimizer_is_seen",
+    ),
+    Mutant(
+        "what comes from a device is there before it is sent",
+        "_lanes/supplier.py",
+        "        copied.finish()\n",
+        "",
+        DEVICE + "test_copies_of_one_message_overlap_what_the_wire_does_with_another",
+    ),
+    Mutant(
+        "a bucket is not filled anew while a device copies from it",
+        "_plan/buffers.py",
+        "        self._copies.finish()\n",
+        "",
+        DEVICE + "test_copies_of_one_message_overlap_what_the_wire_does_with_another",
+    ),
+    Mutant(
+        "each device that a state is on is waited for before its bytes are read",
+        "_plan/source.py",
+        "            settle(devices, deadline)\n",
+        "",
+        DEVICE + "test_a_kernel_that_still_writes_to_the_state_is_waited_for",
+    ),
+    Mutant(
+        "copies run in streams of a transfer's own",
+        "_device.py",
+        "self._own = [_seam.new_stream(device) for device in self.devices]",
+        "self._own = self._callers",
+        DEVICE + "test_copies_do_not_wait_for_the_step_that_training_is_in",
     ),
 ]
 
