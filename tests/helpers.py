@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -24,8 +23,6 @@ from ft_transport._telemetry.report import PeerReport, TransferReport
 from ft_transport._wire.layout import Limits
 from ft_transport.testing import MemoryChannel, memory_channels
 
-# Where tests of lanes in one process have their states. ``make simulated`` runs them on an accelerator.
-DEVICE = torch.device(os.environ.get("FT_TRANSPORT_DEVICE", "cpu"))
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=20)
 

@@ -31,6 +31,7 @@ from torch.distributed import TCPStore
 from torchft.manager import REPLICA_ID_KEY, Manager
 
 __all__ = [
+    "DEVICE",
     "Died",
     "Residue",
     "Worker",
@@ -45,6 +46,9 @@ __all__ = [
     "wait_until",
     "workers",
 ]
+
+# Where tests of lanes in one process have their states. ``make simulated`` runs them on an accelerator.
+DEVICE = torch.device(os.environ.get("FT_TRANSPORT_DEVICE", "cpu"))
 
 # Loopback by its own name: no test depends on what the host name resolves to.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DEVICE
 
 from ft_transport import (
     LaneTransport,
@@ -38,7 +37,7 @@ from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import TransferTimeout
 from ft_transport.testing import FaultProxy, Tamper
 
-from .harness import digest, residue, wait_until
+from .harness import DEVICE, digest, residue, wait_until
 
 CPU = torch.device("cpu")
 # What lands on an accelerator is whole, and sound, before a byte of it is written there.
