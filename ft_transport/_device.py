@@ -75,29 +75,32 @@ class Seam:
 
     def to_host(self, target: torch.Tensor, parts: list[torch.Tensor]) -> None:
         """Copy flat tensors of uint8 on one device, one behind the other, to the host. Within :meth:`run`."""
-        self._hold(parts)
+        self.hold(parts)
         target.copy_(torch.cat(parts) if len(parts) > 1 else parts[0], non_blocking=True)
 
     def to_device(self, parts: list[torch.Tensor], source: torch.Tensor) -> None:
         """The other way round."""
-        self._hold(parts)
+        self.hold(parts)
         if len(parts) == 1:
             parts[0].copy_(source, non_blocking=True)
             return
         packed = source.to(parts[0].device, non_blocking=True)
         torch._foreach_copy_(parts, list(torch.split(packed, [part.numel() for part in parts])))
 
-    def _hold(self, parts: list[torch.Tensor]) -> None:
+    def hold(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The calling thread's streams work on these tensors of devices. Within, or before, :meth:`run`."""
         # Who gives memory back (FSDP's resize_ to nothing) gives it to the allocator, and the next one to take it may
-        # be on another stream than this copy: the allocator is to wait for it.
-        stream = torch.accelerator.current_stream(parts[0].device)
-        for part in parts:
-            part.record_stream(stream)
+        # be on another stream than this work: the allocator is to wait for it.
+        for tensor in tensors:
+            tensor.record_stream(torch.accelerator.current_stream(tensor.device))
 
     # ----------------------------------------------------------------------------- streams and waits
 
     def synchronize(self, device: torch.device) -> None:
-        """Wait until a device has done all that it was told to, on every stream."""
+        """Wait until a device has done all that it was told to, on every stream. In a thread of ours."""
+        # First: a new thread's device is number 0, and to go back to that makes a context there, on a card that may be
+        # another rank's.
+        torch.accelerator.set_device_index(device)
         torch.accelerator.synchronize(device)
 
     def new_stream(self, device: torch.device) -> Any:
@@ -108,6 +111,11 @@ class Seam:
         """The calling thread's stream on a device; without an index, on its current one."""
         return torch.accelerator.current_stream(device)
 
+    def adopt(self, streams: Sequence[Any]) -> None:
+        """Let these be those of a thread of ours, as long as it lives; the last one's device is its current one."""
+        for stream in streams:
+            torch.accelerator.set_stream(stream)
+
     @contextlib.contextmanager
     def use(self, streams: Sequence[Any]) -> Iterator[None]:
         """Let these be the calling thread's while a block runs, each on its device."""
@@ -116,13 +124,11 @@ class Seam:
         index = torch.accelerator.current_device_index()
         before = [torch.accelerator.current_stream(stream.device) for stream in streams]
         try:
-            for stream in streams:
-                torch.accelerator.set_stream(stream)
+            self.adopt(streams)
             yield
         finally:
             # To set a stream makes its device the current one.
-            for stream in before:
-                torch.accelerator.set_stream(stream)
+            self.adopt(before)
             torch.accelerator.set_device_index(index)
 
     def record(self, stream: Any) -> Any:
@@ -172,14 +178,20 @@ def is_on(tensor: torch.Tensor, device_type: str) -> bool:
     return _seam.on_host(tensor) if device_type == "cpu" else type_of(tensor) == device_type
 
 
-def copy(target: torch.Tensor, source: torch.Tensor) -> None:
+def copy(target: torch.Tensor, source: torch.Tensor, *, begin: bool = False) -> None:
     """Copy a tensor to another one of its shape, wherever they are, in the calling thread's streams.
 
-    Between devices it is begun on return; it is over where the host takes part.
+    Args:
+        begin: Only begin it, where an accelerator takes part; see :class:`Copies`. Else it is over where the host does.
     """
     for tensor in (target, source):
         if not _seam.on_host(tensor):
-            _seam.run(_seam.device_of(tensor), lambda: _seam.reach(target).copy_(_seam.reach(source)))
+            _seam.hold([each for each in (target, source) if not _seam.on_host(each)])
+
+            def run() -> None:
+                _seam.reach(target).copy_(_seam.reach(source), non_blocking=begin)
+
+            _seam.run(_seam.device_of(tensor), run)
             return
     target.copy_(source)
 
@@ -229,48 +241,45 @@ class Streams:
     def __init__(
         self, devices: Sequence[torch.device] = (), deadline: Deadline | None = None, wire: torch.device = _CPU
     ) -> None:
-        callers: dict[torch.device, Any] = {}
+        found: dict[torch.device, None] = {}
         for device in (*devices, wire):
             if device.type != "cpu":
-                stream = _seam.current_stream(device)
-                callers.pop(stream.device, None)  # "cuda" is one of the others
-                callers[stream.device] = stream
-        self.devices = tuple(callers)
+                device = _seam.current_stream(device).device  # "cuda" is one of the others
+                found.pop(device, None)
+                found[device] = None
+        self.devices = tuple(found)
         self._deadline = deadline or Deadline(MAX_WAIT)
-        self._callers = list(callers.values())
         self._own = [_seam.new_stream(device) for device in self.devices]
 
-    def use(self) -> contextlib.AbstractContextManager[None]:
-        """Let the calling thread copy in them while a block runs."""
-        return _seam.use(self._own) if self.devices else contextlib.nullcontext()
+    def use(self, *, for_good: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Let the calling thread copy in them while a block runs.
+
+        Args:
+            for_good: It is a thread of ours, that does nothing else: it keeps them.
+        """
+        if not self.devices:
+            return contextlib.nullcontext()
+        # A new thread's device is number 0. To set that back would make a context there, see ``Seam.synchronize``.
+        if for_good:
+            _seam.adopt(self._own)
+            return contextlib.nullcontext()
+        return _seam.use(self._own)
 
     def begun(self) -> Copies:
         """What was copied in them so far."""
         return Copies(self._deadline, self.devices, self._own) if self.devices else NOTHING
 
-    def finish(self) -> None:
-        """Wait for all that this transfer has told devices to, in these and in the caller's streams, so that it is
-        there for others, too. Never raises for want of time.
-
-        What others do on these devices is not waited for.
-        """
-        for streams in (self._own, self._callers):
-            if not self._over(streams, self._deadline):
-                logger.warning("copies on an accelerator are not over; other streams must wait for the caller's")
-
     def abandon(self) -> None:
-        """After an error: let what was begun in these come to an end, or say that it has not."""
+        """After an error: let what was begun come to an end, a moment beyond the deadline, or say that it has not."""
         # It cannot be called back, and writes to the user's memory until then. Nothing keeps a copy in a stream of its
         # own but a device that hangs.
-        if not self._over(self._own, Deadline(self._deadline.remaining() + _LAST_COPIES)):
-            logger.warning("copies on an accelerator were begun and are not over: they may still write to the template")
-
-    def _over(self, streams: Sequence[Any], deadline: Deadline) -> bool:
-        try:
-            Copies(deadline, self.devices, streams).finish()
-        except TransferTimeout:
-            return False
-        return True
+        for deadline in (self._deadline, Deadline(_LAST_COPIES)):
+            try:
+                Copies(deadline, self.devices, self._own).finish()
+                return
+            except TransferTimeout:
+                pass
+        logger.warning("copies on an accelerator were begun and are not over: they may still write to the template")
 
 
 # Of a state on the CPU.
@@ -287,10 +296,9 @@ def settle(devices: Sequence[torch.device], deadline: Deadline | None = None) ->
     """
     # The state may still be computed on streams that nobody has told us of, so all of them, and not the current one's
     # event. For all there is no event: torch waits for a whole device, without a limit, and a kernel may hang.
+    deadline = deadline or Deadline(MAX_WAIT)
     for device in devices:
-        if deadline is None:
-            _seam.synchronize(device)
-        elif not _in_time(lambda device=device: _seam.synchronize(device), deadline):  # type: ignore[misc]
+        if not _in_time(lambda device=device: _seam.synchronize(device), deadline):  # type: ignore[misc]
             seconds = deadline.timeout.total_seconds()
             raise TransferTimeout(
                 f"timed out after {seconds:g} s: {device} has not done what it was told before this call"

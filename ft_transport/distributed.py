@@ -50,7 +50,7 @@ from ft_transport._state.tree import LEAF, Node, Path, format_path
 from ft_transport._telemetry.report import PeerReport, Role, TransferReport
 from ft_transport._transport import TransportBase
 from ft_transport._wire.frames import MAX_FRAME_BYTES
-from ft_transport._wire.layout import Limits, lay_out
+from ft_transport._wire.layout import Layout, Limits, lay_out
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended, reason_of
 
 __all__ = ["PGTransport"]
@@ -373,6 +373,24 @@ class PGTransport(TransportBase):
             devices = devices_of(landing.memory())
             settle(devices, deadline)
             streams = Streams(devices, deadline, device)
+        try:
+            return self._land(channel, layout, landing, streams, report, deadline)
+        except BaseException:
+            # In this order: an operation of the group that never ends would keep a copy waiting.
+            channel.abort()
+            streams.abandon()
+            raise
+
+    def _land(
+        self,
+        channel: GroupChannel,
+        layout: Layout,
+        landing: DestinationPlan,
+        streams: Streams,
+        report: TransferReport,
+        deadline: Deadline,
+    ) -> object:
+        device = self._options.device
         with report.phase("move"):
             report.torn = landing.in_place
             # Nothing is compared afterwards: this wire has no digests, as upstream's has none.
@@ -384,13 +402,12 @@ class PGTransport(TransportBase):
             report.torn = report.torn or landing.copies
             # The user's classes are built here. What they raise ends the receive, and leaves the template torn if bytes
             # are in it.
-            result = landing.rebuild()
+            result = landing.rebuild(streams)
             landing.check()
             # At once, unlike under torchft: here the caller decides when to receive, and no backward of another thread
             # is under way.
             mark_changed(landing.written())
         report.torn = False
-        streams.finish()
         report.peers[0].outcome = "complete"
         return result
 

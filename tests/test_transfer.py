@@ -689,7 +689,7 @@ def test_for_each_where_the_stream_cannot_be_set(monkeypatch: pytest.MonkeyPatch
     seen: list[int] = []
     with StandInAccelerator() as devices:
         streams = Streams([torch.device("cuda", 0)])
-        monkeypatch.setattr(devices, "use", use)
+        monkeypatch.setattr(devices, "adopt", use)
         errors = in_parallel([memory_channels()[0] for _ in range(2)], seen.append, streams)
     assert [str(error) for error in errors] == ["no such stream"] * 2
     assert not seen

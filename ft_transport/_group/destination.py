@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import Streams, devices_of, settle
+from ft_transport._device import NO_STREAMS, Streams, devices_of, settle
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
 from ft_transport._group.fan_out import close_failed
@@ -65,23 +65,19 @@ def receive(
             holds a mix of two states.
     """
     (peer,) = report.peers
-    control = Control(channel, options.device, deadline)
+    control, streams = Control(channel, options.device, deadline), NO_STREAMS
     try:
         with peer.enter("agree", "destination", options.on_phase):
             # The template is untouched until here, whatever goes wrong, so a refusal costs this replica nothing.
             plan = _agree(control, step, state_dict, options, report, beside)
-            header, landing, rewrite = plan.header, plan.landing, plan.rewrite
+            header, landing, rewrite, streams = plan.header, plan.landing, plan.rewrite, plan.streams
             if attempt is not None:
                 attempt.landing = landing
         with peer.enter("move", "destination", options.on_phase):
             flights = _DestinationFlights(control, plan, options, report)
-            try:
-                with plan.streams.use():
-                    flights.receive()
-                plan.streams.begun().finish()
-            except BaseException:
-                plan.streams.abandon()
-                raise
+            with streams.use():
+                flights.receive()
+            streams.begun().finish()
         with peer.enter("verify", "destination", options.on_phase):
             # Nothing is under way any more: a source that gives up here need not break the channel.
             # Also where there are no digests: it says that the state has not changed at the source while it was sent.
@@ -97,12 +93,11 @@ def receive(
             # From here on copies go into the template, if it was received beside it: a class whose code raises in the
             # middle of that leaves a mix.
             report.torn = report.torn or landing.copies
-            result = landing.rebuild()
+            result = landing.rebuild(streams)
             if landing.copies:
                 landing.check()  # once more: it was written to
         # Whole again. What follows only keeps the books.
         report.torn = False
-        plan.streams.finish()
         peer.outcome = "complete"
         if rewrite is not None and header.digest:
             rewrite.note_digests(dict(enumerate(flights.digests)), header.digest, header.sample)
@@ -111,6 +106,8 @@ def receive(
         close_failed(control, peer, exc)
         # This replica will not take part in the step: break the group, so that nobody waits for it there.
         channel.abort()
+        # Behind it: an operation of the group that never ends would keep a copy waiting.
+        streams.abandon()
         raise
     finally:
         channel.drop()

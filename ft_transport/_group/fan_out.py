@@ -56,9 +56,9 @@ def in_parallel(
     """
     errors: list[BaseException | None] = [None] * len(channels)
 
-    def guarded(index: int) -> None:
+    def guarded(index: int, *, ours: bool = False) -> None:
         try:
-            with streams.use():
+            with streams.use(for_good=ours):
                 run(index)
         except BaseException as exc:
             # A traceback kept here would keep the frames of this thread, and with them the group.
@@ -71,7 +71,7 @@ def in_parallel(
     threads = ThreadGroup()
     try:
         for index, channel in enumerate(channels):
-            threads.start(f"rank{channel.peer_rank}", partial(guarded, index))
+            threads.start(f"rank{channel.peer_rank}", partial(guarded, index, ours=True))
         threads.attend()
     except BaseException:
         # Ctrl-C, or no more threads to be had: nothing may move once this call is over.

@@ -258,10 +258,9 @@ class DestinationTransfer:
             # concern of its.
             control.send_done(verified=sink.verified)
         with peer.enter("rebuild", "destination", self._options.on_phase), no_collection():
-            state = self._rebuild(plan.landing)
+            state = self._rebuild(plan.landing, sink.streams)
         # Whole, whatever it was at the beginning: what an earlier receive had left is part of it now.
         self._report.torn = False
-        sink.streams.finish()
         self.kept = None
         peer.outcome = "complete"
         # By these the training thread sees later what forward has changed since.
@@ -269,10 +268,14 @@ class DestinationTransfer:
             plan.rewrite.note_digests(sink.pending.digests, plan.header.digest)
         return Received(state, plan.landing.written(), plan.rewrite), self._relay
 
-    def _rebuild(self, landing: DestinationPlan) -> object:
+    def _rebuild(self, landing: DestinationPlan, streams: Streams) -> object:
         # With shadow, this is where the template is written to: what fails in between leaves a mix.
         self._report.torn = self._report.torn or landing.copies
-        state = landing.rebuild()
+        try:
+            state = landing.rebuild(streams)
+        except BaseException:
+            streams.abandon()
+            raise
         if landing.copies:
             landing.check()  # once more: it was written to
         return state

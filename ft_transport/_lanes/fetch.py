@@ -163,7 +163,7 @@ class Fetcher:
         # nothing, but it would be once for each message, and the reader of progress is the only one to want it.
         eager = self._options.on_progress is not None
         try:
-            with self._sink.streams.use():
+            with self._sink.streams.use(for_good=True):
                 if self._direct and lane.session.connection.is_local:
                     lane.try_memory()
                 while lane.ask(lambda: self._closing):

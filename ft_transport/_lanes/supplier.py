@@ -155,7 +155,7 @@ class Supplier:
         # connection.
         timer = StallTimer(self._timer.deadline)
         lane = _Lane(Session(connection, protocol), self._store, self._streams, timer, self._timer.progressed)
-        with self._streams.use():
+        with self._streams.use(for_good=True):
             lane.run()
 
     def _await_close(self) -> None:
@@ -216,13 +216,17 @@ class _Answer(NamedTuple):
 
     Attributes:
         question: The question.
+        digest: Of the message, None where nobody has taken it.
         view: The bytes of the message.
+        held: What tells whether they are there, of a user's memory.
         staged: Whether they are in a bucket.
         copied: Behind what brings them there from an accelerator.
     """
 
     question: _Question
+    digest: int | None
     view: memoryview
+    held: Held | None
     staged: bool
     copied: Copies
 
@@ -269,25 +273,36 @@ class _Lane:
             self._send(self._answers.popleft())
 
     def _begin(self, *, waiting: bool) -> bool:
-        """Begin to answer the next question; gives whether there was one, whose message is here, if not waiting."""
+        """Begin to answer the next question. Without waiting: if there is one, and its message is here; gives whether.
+
+        All that is said of a message is asked for now: what is here may be taken back, and fetched again, before the
+        answer goes, and a digest that was taken then would be of what forward has written meanwhile.
+        """
         while not self._questions:
             if not (waiting or self._session.connection.readable):
                 return False
             self._read()
         message, store = self._questions[0].message, self._store
-        if not (waiting or store.has(message)):
+        if not waiting and not store.has(message):
             return False
-        # A relay has not got it yet. To say so keeps the one who asks from taking it for frozen.
-        while not store.await_message(message):
-            self._session.send(LaneFrame.WAIT, self._timer)
-            self._timer.check()
+        while True:
+            # A relay has not got it yet. To say so keeps the one who asks from taking it for frozen.
+            while waiting and not store.await_message(message):
+                self._session.send(LaneFrame.WAIT, self._timer)
+                self._timer.check()
+            digest = store.digest(message) if store.verified else 0
+            if digest is not None or store.is_whole_transfer:
+                break
+            if not waiting:
+                return False  # it was taken back just now
         self._buckets.rotate()
         bucket = self._buckets[0]
         bucket.reset(aligned(store.sizes[message]))
         view = store.view(message, bucket)
         staged = not bucket.untouched
         copied = self._streams.begun() if staged else NOTHING
-        self._answers.append(_Answer(self._questions.popleft(), view, staged, copied))
+        answer = _Answer(self._questions.popleft(), digest, view, store.held(message), staged, copied)
+        self._answers.append(answer)
         return True
 
     def _read(self) -> None:
@@ -305,25 +320,19 @@ class _Lane:
             self._questions.append(_Question(asked.number, body[0] if asked.frame is LaneFrame.CHECK else None))
 
     def _send(self, answer: _Answer) -> None:
-        (message, expected), view, staged, copied = answer
+        (message, expected), digest, view, held, staged, copied = answer
         store, session, timer = self._store, self._session, self._timer
         copied.finish()
         # To compare costs a read on both sides, and saves the wire; a digest that somebody has taken before costs
         # nothing.
-        if expected is not None and self._digest(message, view) == expected:
+        if expected is not None and digest is None:
+            digest = fingerprint(view, held)
+            store.note_digest(message, digest)
+        if expected is not None and digest == expected:
             session.send(LaneFrame.SAME, timer, message)
             return
-        digest = store.digest(message) if store.verified else 0
         # What is in a bucket is overwritten by one of the next messages, perhaps before the peer has it.
         steady = store.steady and not staged
-        sent = session.send_message(message, view, digest, timer, steady=steady, held=store.held(message))
+        sent = session.send_message(message, view, digest, timer, steady=steady, held=held)
         store.note_digest(message, sent)
         self._progressed()
-
-    def _digest(self, message: int, view: memoryview) -> int:
-        """The digest of a message, which is taken if nobody has."""
-        digest = self._store.digest(message)
-        if digest is None:
-            digest = fingerprint(view, self._store.held(message))
-            self._store.note_digest(message, digest)
-        return digest

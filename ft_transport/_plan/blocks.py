@@ -353,6 +353,9 @@ class _Part(NamedTuple):
 def _copy_parts(parts: Sequence[_Part], *, gather: bool) -> None:
     """Copy pieces to or from a staged message, all of it where torch can copy from one to the other."""
     dense = [part for part in parts if part.block.dense]
+    if not seam().on_host(parts[0].staged):
+        memory = [part.block.memory for part in dense if not seam().on_host(part.block.memory)]
+        seam().hold([parts[0].staged, *memory])
     if dense:
         theirs, ours = [part.flat for part in dense], [seam().reach(part.staged) for part in dense]
         # One kernel for many tensors, where there is an accelerator. On the CPU it is a loop, and no slower.
@@ -365,6 +368,8 @@ def _copy_parts(parts: Sequence[_Part], *, gather: bool) -> None:
 def _copy_with_gaps(part: _Part, flat: torch.Tensor, gather: bool) -> None:
     """Copy a piece that is not dense to or from flat memory, which may be elsewhere."""
     memory, places = seam().reach(part.block.memory), part.block.places
+    if not seam().on_host(part.block.memory):
+        seam().hold([part.block.memory])
     if places is not None:
         _copy_indexed(memory, places, part.begin, flat, gather)
     else:

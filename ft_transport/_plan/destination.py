@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ft_transport._device import copy
+from ft_transport._device import NO_STREAMS, Streams, copy
 from ft_transport._options import CPU, Options
 from ft_transport._plan.blocks import CARRIERS, Block, Places, held, indexed, share, storage_as
 from ft_transport._plan.buffers import FROM_ARENA, Arena, allocate
@@ -174,21 +174,32 @@ class DestinationPlan:
 
     # ------------------------------------------------------------------------------------- rebuild
 
-    def rebuild(self) -> object:
-        """The received state dict. Call it once, after every message has landed and been verified."""
+    def rebuild(self, streams: Streams = NO_STREAMS) -> object:
+        """The received state dict. Call it once, after every message has landed and been verified.
+
+        Args:
+            streams: To copy in, where the template is on accelerators.
+
+        Raises:
+            TransferTimeout: Their deadline passed; the template holds a mix.
+        """
         landed = self._landed
         self._counts = [_count(self._targets[target]) for target, _ in landed.copies]
-        for target, slot in landed.copies:
-            self._copy_to(target, slot)
-            landed.settled.add(target)
+        if landed.copies:
+            # Not in the caller's: there each would wait for the step that training is in, without a limit.
+            with streams.use():
+                for target, slot in landed.copies:
+                    self._copy_to(target, slot, begin=True)
+                    landed.settled.add(target)
+            streams.begun().finish()
         return self._rebuild.state()
 
-    def _copy_to(self, target: Slot, slot: Slot) -> None:
+    def _copy_to(self, target: Slot, slot: Slot, *, begin: bool = False) -> None:
         # As bits: ``copy_`` of a dtype that has no arithmetic (float8, quantized) is not implemented everywhere, and
         # NaNs must keep their payload.
         mine, new = quiet(self._targets[target]), quiet(self._landed.values[slot])
         carrier = CARRIERS[mine.dtype.itemsize]
-        copy(mine.view(carrier), new.view(carrier))
+        copy(mine.view(carrier), new.view(carrier), begin=begin)
 
     def copy_again(self) -> None:
         """Repeat the copies of :meth:`rebuild`: of small tensors all, of large ones those that have changed since."""

@@ -211,7 +211,7 @@ class StandInAccelerator(Seam):
         self.num_copies += 1
         super().to_device(parts, source)
 
-    def _hold(self, parts: list[torch.Tensor]) -> None:
+    def hold(self, tensors: Sequence[torch.Tensor]) -> None:
         pass  # memory here is nobody else's before the block ends
 
     def synchronize(self, device: torch.device) -> None:
@@ -240,6 +240,9 @@ class StandInAccelerator(Seam):
             self._current.streams = {}
         found: dict[torch.device, Any] = self._current.streams
         return found
+
+    def adopt(self, streams: Sequence[Any]) -> None:
+        self._current_streams().update({stream.device: stream for stream in streams})
 
     @contextlib.contextmanager
     def use(self, streams: Sequence[Any]) -> Iterator[None]:

@@ -156,29 +156,58 @@ def test_a_job_of_cpu_tensors_touches_no_device() -> None:
     assert done.stdout.strip() == "not touched", done.stderr
 
 
+@pytest.mark.parametrize("form", ["dense", "strided", "gaps"])
 def test_memory_that_is_given_back_while_it_is_copied_to_is_not_somebody_elses_yet(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     """The next tensor gets it at once, and a copy of ours that is under way would write to that."""
-    template = state(3.0, LAST)["large"]
+    whole = torch.full((1536, 2048), 3.0, device=torch.device(current(), LAST))
+    template = {"dense": whole, "strided": whole.t(), "gaps": whole[:, :1024]}[form]
+    sent = torch.full((1536, 2048), 7.0)[:, : template.shape[1]] if form != "strided" else torch.full((2048, 1536), 7.0)
     others: list[torch.Tensor] = []
 
     def give_back(progress: object) -> None:
         if not others:
             template.untyped_storage().resize_(0)
-            others.append(torch.full((3 * MIB,), 5.0, device=template.device))
+            others.append(torch.empty(3 * MIB, device=template.device))
+            # Where nothing waits for it: on the stream that training is on.
+            fill_later(others[0], 5.0, 0.0)
 
     use = Streams.use
 
-    def behind(self: Streams) -> Any:
+    def behind(self: Streams, **options: Any) -> Any:
         if self.devices and not others:
             with use(self):
                 busy(LAST, 0.5)
-        return use(self)
+        return use(self, **options)
 
     monkeypatch.setattr(Streams, "use", behind)
     with ends("lanes", {"large": template}, on_progress=give_back) as found:
-        found.move({"large": torch.full((3 * MIB,), 7.0)})
+        found.move({"large": sent})
         assert "memory of the state was exchanged or given back" in str(found.errors["destination"])
     torch.accelerator.synchronize(LAST)
     assert all(bool((other.cpu() == 5.0).all()) for other in others)
+
+
+@WAYS
+def test_what_is_copied_in_the_end_does_not_wait_for_the_step_that_training_is_in(way: str) -> None:
+    """Nor without a limit: what was received beside (``shadow``) is copied in a stream of the transfer's own, too."""
+    template = state(3.0, LAST)
+    torch.accelerator.synchronize(LAST)
+    with ends(way, template, shadow=True) as found:
+        options, busied = found.source._options, []
+
+        def on_phase(report: object, phase: str) -> None:
+            if phase == "move" and not busied:
+                busied.append(phase)
+                step = threading.Thread(target=busy, args=(LAST, 4.0))
+                step.start()
+                step.join()
+
+        found.source._options = dataclasses.replace(options, on_phase=on_phase)
+        begin = time.monotonic()
+        found.move(state(7.0, None), TIMEOUT)
+        assert not found.errors
+        assert time.monotonic() - begin < 3.0
+    torch.accelerator.synchronize(LAST)
+    assert holds(template, 7.0)

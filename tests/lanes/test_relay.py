@@ -13,11 +13,13 @@ import torch
 from helpers import CPU, noise, until
 
 from ft_transport._deadline import Deadline
+from ft_transport._device import Streams
 from ft_transport._lanes import relay as relay_module
 from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, FirstFrame, LaneFrame, LaneHeader, encode
 from ft_transport._lanes.relay import Relay
+from ft_transport._lanes.session import fingerprint
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import StallTimer
 from ft_transport._net.zero_copy import SPLICE_FROM
@@ -28,6 +30,7 @@ from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Limits, lay_out
+from ft_transport.testing import StandInAccelerator
 
 LARGE = SPLICE_FROM // 4  # elements of four bytes
 
@@ -98,3 +101,45 @@ def test_large_messages_do_not_take_the_room_of_small_ones(monkeypatch: pytest.M
         bucket = Bucket(CPU)
         bucket.reset(4096)
         assert set(bytes(relay.view(small, bucket))) == {7}
+
+
+def test_what_is_taken_back_before_its_answer_goes_is_not_vouched_for() -> None:
+    """Forward has written to it, and it is fetched again. Its bytes were copied from the device by then, as they were:
+    a digest that is taken of those would have the next one take them for the source's."""
+    good = {"a": noise(1 << 20, 1), "b": noise(1 << 20, 2)}
+    template = {name: tensor.clone() for name, tensor in good.items()}
+    with StandInAccelerator(1) as devices, contextlib.ExitStack() as stack:
+        for tensor in template.values():
+            devices.put(tensor, 0)
+        report = TransferReport("destination", "test", 7)
+        manifest, _ = describe(template)
+        layout = lay_out(manifest, Limits())
+        matched = match_template(manifest, template, report)
+        landing = DestinationPlan(manifest, layout, matched, compare(manifest, matched, report)[0], CPU, report)
+        pending, dispatcher = PendingMessages(2), Dispatcher()
+        for message, tensor in enumerate(good.values()):
+            pending.landed(message, fingerprint(memoryview(tensor.view(torch.uint8).numpy())))
+        devices.reach(template["b"]).mul_(2)  # forward
+        timer = StallTimer(Deadline(timedelta(seconds=20)), timedelta(seconds=5))
+        streams = Streams([torch.device("cuda", 0)], timer.deadline)
+        relay = Relay(dispatcher, layout, landing, pending, timer, verified=True, streams=streams)
+        stack.callback(relay.close)
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        # So small that the first message fills them, and the answer to the second is begun while it waits.
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
+        theirs = stack.enter_context(socket.socket())
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        theirs.connect(server.getsockname())
+        ours = Connection(server.accept()[0], "peer")
+        dispatcher.dispatch(ours, FirstFrame(LaneHeader(LaneFrame.ATTACH, 1, 7), (relay.ident,)))
+        theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0) + encode(LaneFrame.WANT, 1, 7, 1))
+        until(lambda: devices.num_copies == 2)
+        pending.again([1])
+        got = Connection(theirs.dup(), "relay")
+        stack.callback(got.close)
+        limit = StallTimer(Deadline(timedelta(seconds=10)))
+        for tensor in good.values():
+            data = got.read(HEADER_BYTES + tensor.nbytes, limit)[HEADER_BYTES:]
+            (digest,) = TRAILER.unpack(got.read(TRAILER.size, limit))
+            assert digest == fingerprint(memoryview(tensor.view(torch.uint8).numpy())), "the source's"
+        assert bytes(data) != bytes(good["b"].view(torch.uint8).numpy()), "which the one who gets it finds"

@@ -395,6 +395,11 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blo
   bool pageable = (self.is_cpu() && !is_pinned(self.const_data_ptr())) ||
                   (dst.is_cpu() && !is_pinned(dst.const_data_ptr()));
   auto& queue = current_queue(device);
+  if (!self.is_cpu() && !dst.is_cpu() && self.device() != dst.device()) {
+    void* event = nullptr;
+    Guard().record(&event, Guard().getStream(self.device()), self.device().index(), c10::EventFlag::PYTORCH_DEFAULT);
+    Guard().block(event, Guard().getStream(dst.device()));
+  }
   const void* near = self.is_cpu() ? self.const_data_ptr() : dst.is_cpu() ? dst.const_data_ptr() : nullptr;
   use_pinned(near, 1);
   bool plain = self.scalar_type() == dst.scalar_type() && self.is_contiguous() && dst.is_contiguous();
@@ -411,7 +416,8 @@ at::Tensor copy_from(const at::Tensor& self, const at::Tensor& dst, bool non_blo
     });
   }
   queue.tell([=] { use_pinned(near, -1); });
-  if (!non_blocking || pageable) queue.wait();
+  // Between two tensors of devices nothing waits, as on a real one.
+  if (near && (!non_blocking || pageable)) queue.wait();
   return dst;
 }
 at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& dst) {
