@@ -276,7 +276,7 @@ class PGTransport(TransportBase):
         except BaseException as exc:
             if not isinstance(exc, Exception):  # Ctrl-C, or a class's own code ends the process: no time to wait
                 deadline = Deadline(min(deadline.remaining(), LAST_WORDS))
-            self._send_failure(channels, exc, deadline)
+            _send_failure(channels, exc, deadline, self._options.device)
             raise
         note_state(report, manifest, layout)
         with report.phase("move"):
@@ -295,22 +295,6 @@ class PGTransport(TransportBase):
         # torchft's transports: without answers this side is the only one to notice.
         if failed:
             raise failed[0]
-
-    def _send_failure(self, channels: list[GroupChannel], exc: BaseException, deadline: Deadline) -> None:
-        """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
-        data = pickle.dumps(_Failure(reason_of(exc)))
-        # A destination waits for a description and nothing else. Over this wire there is no other way to tell it that
-        # none will come than to send one that says so.
-        length, body = description(data, self._options.device)
-        for channel in channels:
-            try:
-                for pending in [channel.send(length, CONTROL_TAG), channel.send(body, FRAME_TAG)]:
-                    # One after the other: they have the deadline together.
-                    channel.wait(pending, deadline)
-            except TransferError as error:
-                logger.warning("rank %d could not be told: %s", channel.peer_rank, error)
-            finally:
-                channel.drop()
 
     def recv_checkpoint(self, src_rank: int) -> object:
         """Receive a state dict from ``src_rank``.
@@ -432,6 +416,23 @@ class PGTransport(TransportBase):
         report = TransferReport(role, f"distributed.{type(self).__name__}", None)
         report.peers = [PeerReport(rank) for rank in ranks]
         return report
+
+
+def _send_failure(channels: list[GroupChannel], exc: BaseException, deadline: Deadline, device: torch.device) -> None:
+    """Send the destinations, instead of a description, the reason why there will be none. Never raises."""
+    data = pickle.dumps(_Failure(reason_of(exc)))
+    # A destination waits for a description and nothing else. Over this wire there is no other way to tell it that
+    # none will come than to send one that says so.
+    length, body = description(data, device)
+    for channel in channels:
+        try:
+            for pending in [channel.send(length, CONTROL_TAG), channel.send(body, FRAME_TAG)]:
+                # One after the other: they have the deadline together.
+                channel.wait(pending, deadline)
+        except TransferError as error:
+            logger.warning("rank %d could not be told: %s", channel.peer_rank, error)
+        finally:
+            channel.drop()
 
 
 def _pickle(meta: _StateDictMeta) -> bytes:

@@ -202,7 +202,8 @@ class _DestinationFlights:
     ) -> None:
         self.digests: list[int] = []
         self._control = control
-        self._header, self._layout, self._landing, self._rewrite, self._streams = plan
+        self._plan = plan
+        _, self._layout, self._landing, self._rewrite, _ = plan
         self._options = options
         self._report = report
         # While gloo fills one, the other is emptied. With none free the next flight is not posted yet.
@@ -241,7 +242,7 @@ class _DestinationFlights:
 
     def _post_ahead(self, landed: int) -> None:
         """Post flights as far as the window and the buckets allow."""
-        end = min(landed + self._header.limits.window, len(self._layout.flights))
+        end = min(landed + self._plan.header.limits.window, len(self._layout.flights))
         while self._next < end:
             messages = self._layout.flights[self._next]
             targets = [self._landing.placement.direct(message) for message in messages]
@@ -281,12 +282,12 @@ class _DestinationFlights:
                 self._landing.placement.scatter(arrival.message, arrival.data)
                 self._report.nbytes_staged += arrival.data.numel()
         if bucket is not None:
-            bucket.lend(self._streams.begun())
+            bucket.lend(self._plan.streams.begun())
             self._buckets.append(self._keep(arrivals, bucket))
 
     def _bucket(self) -> Bucket:
         device = self._options.device
-        return Bucket(device, pinned=device.type == "cpu" and bool(self._streams.devices))
+        return Bucket(device, pinned=device.type == "cpu" and bool(self._plan.streams.devices))
 
     def _keep(self, arrivals: list[_Arrival], bucket: Bucket) -> Bucket:
         """Keep the small messages that were staged; gives a bucket to go on with."""
@@ -308,18 +309,18 @@ class _DestinationFlights:
     def _answer(self, flight: int) -> None:
         self._answers.append(self._control.send_signal(flight))
         # Else there would be one Work for each flight until the end: a state of a terabyte has sixteen thousand.
-        if len(self._answers) > self._header.limits.window:
+        if len(self._answers) > self._plan.header.limits.window:
             # The source has sent the flight that just landed only after it had this answer.
             self._control.channel.wait(self._answers.popleft(), self._control.deadline)
 
     def _digest(self, arrival: _Arrival) -> int:
-        if not self._header.digest:
+        if not self._plan.header.digest:
             return 0
         # Memory of the template may be taken away meanwhile (untyped_storage().resize_(0)), and reading it would end
         # the process. So it is read while it is held.
         held = None if arrival.staged else self._landing.placement.held(arrival.message)
         try:
-            return digest_message(arrival.data, self._header.digest, self._header.sample, held)
+            return digest_message(arrival.data, self._plan.header.digest, self._plan.header.sample, held)
         except LocalProtocolError:
             self._landing.check()  # which names it
             raise
@@ -327,7 +328,7 @@ class _DestinationFlights:
     def _tell(self, arrivals: list[_Arrival]) -> None:
         (peer,) = self._report.peers
         peer.nbytes += sum(arrival.data.numel() for arrival in arrivals)
-        progress = Progress("destination", self._header.step, peer.rank, peer.nbytes, self._layout.nbytes)
+        progress = Progress("destination", self._plan.header.step, peer.rank, peer.nbytes, self._layout.nbytes)
         report_progress(self._options.on_progress, progress)
 
 

@@ -164,6 +164,20 @@ def _relay(dispatcher: Dispatcher, plan: _Plan, sink: Sink, timer: StallTimer, *
     )
 
 
+def _rebuild(landing: DestinationPlan, streams: Streams, report: TransferReport) -> object:
+    """The state, once all of it has landed."""
+    # With shadow, this is where the template is written to: what fails in between leaves a mix.
+    report.torn = report.torn or landing.copies
+    try:
+        state = landing.rebuild(streams)
+    except BaseException:
+        streams.abandon()
+        raise
+    if landing.copies:
+        landing.check()  # once more: it was written to
+    return state
+
+
 class DestinationTransfer:
     """One receive.
 
@@ -258,7 +272,7 @@ class DestinationTransfer:
             # concern of its.
             control.send_done(verified=sink.verified)
         with peer.enter("rebuild", "destination", self._options.on_phase), no_collection():
-            state = self._rebuild(plan.landing, sink.streams)
+            state = _rebuild(plan.landing, sink.streams, self._report)
         # Whole, whatever it was at the beginning: what an earlier receive had left is part of it now.
         self._report.torn = False
         self.kept = None
@@ -267,18 +281,6 @@ class DestinationTransfer:
         if plan.rewrite is not None and plan.header.digest:
             plan.rewrite.note_digests(sink.pending.digests, plan.header.digest)
         return Received(state, plan.landing.written(), plan.rewrite), self._relay
-
-    def _rebuild(self, landing: DestinationPlan, streams: Streams) -> object:
-        # With shadow, this is where the template is written to: what fails in between leaves a mix.
-        self._report.torn = self._report.torn or landing.copies
-        try:
-            state = landing.rebuild(streams)
-        except BaseException:
-            streams.abandon()
-            raise
-        if landing.copies:
-            landing.check()  # once more: it was written to
-        return state
 
     def cancel(self, reason: str) -> None:
         """Let the receive fail within a moment. Any thread."""

@@ -278,23 +278,22 @@ class _Lane:
         All that is said of a message is asked for now: what is here may be taken back, and fetched again, before the
         answer goes, and a digest that was taken then would be of what forward has written meanwhile.
         """
+        connection, store = self._session.connection, self._store
         while not self._questions:
-            if not (waiting or self._session.connection.readable):
+            if not waiting and connection.idle and not connection.pending():
                 return False
             self._read()
-        message, store = self._questions[0].message, self._store
-        if not waiting and not store.has(message):
-            return False
-        while True:
+        message = self._questions[0].message
+        while not store.has(message):
+            if not waiting:
+                return False
             # A relay has not got it yet. To say so keeps the one who asks from taking it for frozen.
-            while waiting and not store.await_message(message):
+            if not store.await_message(message):
                 self._session.send(LaneFrame.WAIT, self._timer)
                 self._timer.check()
-            digest = store.digest(message) if store.verified else 0
-            if digest is not None or store.is_whole_transfer:
-                break
-            if not waiting:
-                return False  # it was taken back just now
+        digest = store.digest(message) if store.verified else 0
+        if digest is None and not store.is_whole_transfer:
+            return self._begin(waiting=waiting)  # it was taken back just now
         self._buckets.rotate()
         bucket = self._buckets[0]
         bucket.reset(aligned(store.sizes[message]))

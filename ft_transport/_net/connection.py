@@ -203,11 +203,6 @@ class Connection:
         """Whether some more bytes can be written without waiting for the peer. Needs no descriptor of its own."""
         return bool(_poll_for(self._socket, select.POLLOUT).poll(0))
 
-    @property
-    def readable(self) -> bool:
-        """Whether there is something to read, if only that the peer has closed its side."""
-        return self.pending() or bool(_poll_for(self._socket, select.POLLIN).poll(0))
-
     def pending(self) -> bool:
         """Whether bytes are here that a poll of the descriptor does not show."""
         return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0

@@ -70,6 +70,10 @@ class _Memory(NamedTuple):
     bytes: torch.Tensor
 
 
+def _device(index: int) -> torch.device:
+    return torch.device("cuda", index)
+
+
 class StandInAccelerator(Seam):
     """Plays accelerators while a block runs, for transports in this process.
 
@@ -104,8 +108,7 @@ class StandInAccelerator(Seam):
         self.num_copies = self.nbytes_pinned = self.nbytes_allocated = 0
         self._over = threading.Event()
         self._lock = threading.Lock()
-        self._devices = [torch.device("cuda", index) for index in range(num_devices)]
-        self._all = {device: [_Stream(device, self._over)] for device in self._devices}
+        self._all = {device: [_Stream(device, self._over)] for device in map(_device, range(num_devices))}
         self._memory: dict[int, _Memory] = {}
         self._current = threading.local()
         self._before: Seam | None = None
@@ -145,7 +148,7 @@ class StandInAccelerator(Seam):
         with self._lock:
             host = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),), (1,))
             # Kept, so that its address is nobody else's.
-            self._memory[storage.data_ptr()] = _Memory(self._devices[index], host, host.clone())
+            self._memory[storage.data_ptr()] = _Memory(_device(index), host, host.clone())
             host.fill_(_VEIL)
         return tensor
 
@@ -154,7 +157,7 @@ class StandInAccelerator(Seam):
 
         What it does to tensors it does to :meth:`reach` of them.
         """
-        self._all[self._devices[index]][0].tell(work, seconds)
+        self._all[_device(index)][0].tell(work, seconds)
 
     def get(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a tensor on the host, once its device has done all that it was told to."""
@@ -230,7 +233,7 @@ class StandInAccelerator(Seam):
         return stream
 
     def current_stream(self, device: torch.device) -> Any:
-        device = self._devices[device.index or 0]
+        device = _device(device.index or 0)
         current = self._current_streams()
         return current.get(device, self._all[device][0])
 

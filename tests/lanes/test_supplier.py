@@ -33,6 +33,9 @@ class Empty:
         self.sizes: list[int] = []
         self.verified = self.steady = self.direct = self.is_whole_transfer = False
 
+    def has(self, message: int) -> bool:
+        raise NotImplementedError
+
     def await_message(self, message: int) -> bool:
         raise NotImplementedError
 
@@ -126,6 +129,9 @@ class Large(Empty):
         super().__init__()
         self.sizes = [nbytes]
         self._data = bytearray(nbytes)
+
+    def has(self, message: int) -> bool:
+        return True
 
     def await_message(self, message: int) -> bool:
         return True
