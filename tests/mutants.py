@@ -220,7 +220,7 @@ MUTANTS = [
         "copies run in streams of a transfer's own",
         "_device.py",
         "self._own = [_seam.new_stream(device) for device in self.devices]",
-        "self._own = self._callers",
+        "self._own = [_seam.current_stream(device) for device in self.devices]",
         DEVICE + "test_copies_do_not_wait_for_the_step_that_training_is_in",
     ),
 ]
