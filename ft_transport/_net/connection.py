@@ -280,13 +280,10 @@ def _shut(sock: socket.socket, how: int) -> None:
 
 def _is_idle(sock: socket.socket) -> bool:
     try:
-        # Not SSLSocket's own, which takes no flags: that there are bytes at all is what is asked.
-        socket.socket.recv(sock, 1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+        # Not recv(), which looks no further than the time-out that a socket of TLS has, and waits for that.
+        return not _poll_for(sock, select.POLLIN).poll(0)
+    except (OSError, ValueError):
+        return False  # it was closed just now
 
 
 def _wake_up_at(sock: socket.socket, nbytes: int) -> bool:

@@ -1273,6 +1273,24 @@ def test_tls(lanes: Lanes, contexts: Any, topology: str) -> None:
 
 
 @pytest.mark.parametrize("tls", [True, False], ids=["TLS", "plain"])
+def test_who_waits_for_a_source_keeps_its_connection(lanes: Lanes, contexts: Any, tls: bool) -> None:
+    """It has said nothing since, and so is not gone."""
+    own, state, numbers = contexts if tls else None, make_state(), set()
+
+    def listen(number: int, way: str, position: int, data: bytes) -> bytes:
+        numbers.add(number)
+        return data
+
+    source = lanes.transport(ssl_context=own)
+    proxy = lanes.proxy(source.metadata(), listen)
+    destination = lanes.destination(make_state(2), ssl_context=own).start(proxy.metadata)
+    time.sleep(1.2 * STALL.total_seconds())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    assert destination.join().sound(state), destination.error
+    assert len(numbers) == 3, "that, and two lanes"
+
+
+@pytest.mark.parametrize("tls", [True, False], ids=["TLS", "plain"])
 def test_a_connection_that_is_not_there_at_once(lanes: Lanes, contexts: Any, tls: bool) -> None:
     """As over any real network. On this machine: one that waits for room in the listener's queue, one second or so."""
     own = contexts if tls else None
