@@ -27,7 +27,7 @@ import torch
 from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport.errors import TransferTimeout
 
-__all__ = ["NOTHING", "NO_STREAMS", "Copies", "Seam", "Streams", "devices_of", "is_on", "replaced", "seam", "settle"]
+__all__ = ["NOTHING", "NO_STREAMS", "Copies", "Seam", "Streams", "is_on", "replaced", "seam", "settle"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -165,7 +165,7 @@ def type_of(tensor: torch.Tensor) -> str:
     return _seam.device_of(tensor).type
 
 
-def devices_of(tensors: Sequence[torch.Tensor]) -> tuple[torch.device, ...]:
+def _devices_of(tensors: Sequence[torch.Tensor]) -> tuple[torch.device, ...]:
     """The devices that some of the tensors are on, each once; without the CPU, and "meta", which has no bytes."""
     if on_host(tensors):
         return ()
@@ -236,6 +236,8 @@ class Streams:
 
     Attributes:
         devices: Of all these the accelerators, with their indices.
+        cross: Whether messages live on the host, and what they are of does not. Then they pass through pinned memory,
+            and whoever sends them waits for their copies; a wire of an accelerator comes behind them by itself.
     """
 
     def __init__(
@@ -248,6 +250,7 @@ class Streams:
                 found.pop(device, None)
                 found[device] = None
         self.devices = tuple(found)
+        self.cross = bool(found) and wire.type == "cpu"
         self._deadline = deadline or Deadline(MAX_WAIT)
         self._own = [_seam.new_stream(device) for device in self.devices]
 
@@ -288,8 +291,13 @@ NO_STREAMS = Streams()
 NOTHING = Copies(Deadline(MAX_WAIT))
 
 
-def settle(devices: Sequence[torch.device], deadline: Deadline | None = None) -> None:
-    """Wait until some devices have done all that they were told to.
+def settle(tensors: Sequence[torch.Tensor], deadline: Deadline | None = None, wire: torch.device = _CPU) -> Streams:
+    """Wait until the devices of some tensors have done all that they were told to; gives streams to copy in.
+
+    Args:
+        tensors: What is to be read or written.
+        deadline: Until when; also of the copies.
+        wire: Where messages live; see :class:`Streams`.
 
     Raises:
         TransferTimeout: The deadline passed. A thread goes on waiting for the device, and touches nothing.
@@ -297,12 +305,14 @@ def settle(devices: Sequence[torch.device], deadline: Deadline | None = None) ->
     # The state may still be computed on streams that nobody has told us of, so all of them, and not the current one's
     # event. For all there is no event: torch waits for a whole device, without a limit, and a kernel may hang.
     deadline = deadline or Deadline(MAX_WAIT)
+    devices = _devices_of(tensors)
     for device in devices:
         if not _in_time(lambda device=device: _seam.synchronize(device), deadline):  # type: ignore[misc]
             seconds = deadline.timeout.total_seconds()
             raise TransferTimeout(
                 f"timed out after {seconds:g} s: {device} has not done what it was told before this call"
             )
+    return Streams(devices, deadline, wire) if devices or wire.type != "cpu" else NO_STREAMS
 
 
 def _in_time(wait: Callable[[], object], deadline: Deadline) -> bool:

@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import Streams, devices_of, settle
+from ft_transport._device import Streams, settle
 from ft_transport._group.channel import GroupChannel
 from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
 from ft_transport._group.one_way import description, land_all, post_and_wait
@@ -268,9 +268,7 @@ class PGTransport(TransportBase):
                 meta, tensors = _describe(state_dict)
                 manifest = _from_meta(meta)
                 layout = lay_out(manifest, Limits())
-                devices = devices_of(tensors.tensors)
-                settle(devices, deadline)
-                streams = Streams(devices, deadline, device)
+                streams = settle(tensors.tensors, deadline, device)
                 placement = place(manifest, layout, tensors, device)
                 data = _pickle(meta)
         except BaseException as exc:
@@ -354,9 +352,7 @@ class PGTransport(TransportBase):
                 surroundings=_TRUSTING,
             )
             note_state(report, manifest, layout)
-            devices = devices_of(landing.memory())
-            settle(devices, deadline)
-            streams = Streams(devices, deadline, device)
+            streams = settle(landing.memory(), deadline, device)
         try:
             return self._land(channel, layout, landing, streams, report, deadline)
         except BaseException:

@@ -211,9 +211,9 @@ MUTANTS = [
     ),
     Mutant(
         "each device that a state is on is waited for before its bytes are read",
-        "_plan/source.py",
-        "            settle(devices, deadline)\n",
-        "",
+        "_device.py",
+        "    devices = _devices_of(tensors)\n    for device in devices:\n",
+        "    devices = _devices_of(tensors)\n    for device in ():\n",
         DEVICE + "test_a_kernel_that_still_writes_to_the_state_is_waited_for",
     ),
     Mutant(

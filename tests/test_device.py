@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ import ft_transport
 from ft_transport import TransferTimeout
 from ft_transport import _device as device_module
 from ft_transport._deadline import Deadline
-from ft_transport._device import Seam, Streams, devices_of, settle
+from ft_transport._device import NO_STREAMS, Seam, Streams, settle
 from ft_transport._lanes.session import Session
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport.errors import PeerFailure
@@ -75,7 +75,10 @@ class Nobody(Seam):
     def current_stream(self, device: torch.device) -> Any:
         raise AssertionError("asked")
 
-    def set_stream(self, stream: Any) -> None:
+    def new_stream(self, device: torch.device) -> Any:
+        raise AssertionError("asked")
+
+    def adopt(self, streams: Sequence[Any]) -> None:
         raise AssertionError("asked")
 
 
@@ -302,7 +305,7 @@ def test_copies_do_not_wait_for_the_step_that_training_is_in(way: str) -> None:
 def test_threads_of_a_transfer_copy_in_its_streams() -> None:
     with StandInAccelerator(2) as devices:
         tensor = devices.put(torch.zeros(5), 1)
-        streams = Streams(devices_of([tensor, torch.zeros(3)]))
+        streams = settle([tensor, torch.zeros(3)])
         assert streams.devices == (ONE,)
         seen = []
 
@@ -388,22 +391,20 @@ def test_buckets_that_a_device_copies_to_are_pinned() -> None:
 
 
 def test_what_a_device_raises_is_raised() -> None:
-    class Broken(Nobody):
+    class Broken(StandInAccelerator):
         def synchronize(self, device: torch.device) -> None:
             raise RuntimeError("an illegal memory access")
 
-    before = device_module.replaced(Broken())
-    try:
+    with Broken(2) as devices:
+        tensor = devices.put(torch.zeros(5), 1)
         for deadline in (None, Deadline(TIMEOUT)):
             with pytest.raises(RuntimeError, match="illegal memory access"):
-                settle((ONE,), deadline)
-    finally:
-        device_module.replaced(before)
+                settle([tensor], deadline)
 
 
 def test_what_has_no_bytes_is_on_no_device() -> None:
-    assert devices_of([torch.empty(3, device="meta"), torch.zeros(3)]) == ()
-    assert Streams().devices == ()
+    assert settle([torch.empty(3, device="meta"), torch.zeros(3)]) is NO_STREAMS
+    assert NO_STREAMS.devices == ()
 
 
 def big(value: float) -> dict[str, Any]:

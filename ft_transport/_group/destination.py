@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import NO_STREAMS, Streams, devices_of, settle
+from ft_transport._device import NO_STREAMS, Streams, settle
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
 from ft_transport._group.fan_out import close_failed
@@ -143,8 +143,7 @@ def _agree(
             layout = lay_out(manifest, header.limits)
             landing = plan_destination(manifest, layout, state_dict, options, report, beside or frozenset())
             # Before a byte lands: what the template's devices still do may read it.
-            devices = devices_of(landing.memory())
-            settle(devices, control.deadline)
+            streams = settle(landing.memory(), control.deadline, options.device)
     # Nobody to refuse anything to.
     except PeerFailure:
         raise
@@ -157,13 +156,7 @@ def _agree(
     # The digest of the manifest goes back with it: both sides derive all messages from that, and one flipped bit in it
     # would have them receive what was not sent.
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))
-    return _Plan(
-        header,
-        layout,
-        landing,
-        Rewrite(layout, landing) if beside is not None else None,
-        Streams(devices, control.deadline, options.device),
-    )
+    return _Plan(header, layout, landing, Rewrite(layout, landing) if beside is not None else None, streams)
 
 
 def _check_header(header: ManifestHeader, step: int | None) -> None:
@@ -286,8 +279,7 @@ class _DestinationFlights:
             self._buckets.append(self._keep(arrivals, bucket))
 
     def _bucket(self) -> Bucket:
-        device = self._options.device
-        return Bucket(device, pinned=device.type == "cpu" and bool(self._plan.streams.devices))
+        return Bucket(self._options.device, pinned=self._plan.streams.cross)
 
     def _keep(self, arrivals: list[_Arrival], bucket: Bucket) -> Bucket:
         """Keep the small messages that were staged; gives a bucket to go on with."""

@@ -44,7 +44,7 @@ def post_and_wait(
     """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
     # Not the engine of ``source.py``: upstream's API has a destination that says nothing, so there are no answers to
     # wait for, no digests to compare, and no flights.
-    buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
+    buckets = [Bucket(device, pinned=streams.cross) for _ in range(NUM_BUCKETS)]
     sends: list[list[Pending]] = [[] for _ in channels]
     failed: dict[int, TransferError] = {}
 
@@ -79,7 +79,7 @@ def post_and_wait(
             num_staged += 1
             report.nbytes_staged += layout.sizes[message]
         tensor = placement.bytes_of(message, bucket)
-        if device.type == "cpu":
+        if streams.cross:
             streams.begun().finish()
         post(tensor, FIRST_MESSAGE_TAG + message)
     settle()
@@ -104,7 +104,7 @@ def land_all(
     streams: Streams = NO_STREAMS,
 ) -> None:
     """Receive all messages; what is staged waits for its bucket."""
-    buckets = [Bucket(device) for _ in range(NUM_BUCKETS)]
+    buckets = [Bucket(device, pinned=streams.cross) for _ in range(NUM_BUCKETS)]
     # Receives in the source's order, since without answers nothing else says which message comes next.
     posted: list[tuple[int, torch.Tensor, bool, Pending]] = []
 

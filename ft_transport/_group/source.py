@@ -120,8 +120,7 @@ class _SourceFlights:
         self._outbound = outbound
         self._peer = peer
         self._moving: deque[_Flight] = deque()
-        device = outbound.options.device
-        pinned = device.type == "cpu" and bool(outbound.streams.devices)
+        device, pinned = outbound.options.device, outbound.streams.cross
         self._buckets = [Bucket(device, pinned=pinned) for _ in range(NUM_BUCKETS)]
 
     def send(self) -> None:
@@ -147,7 +146,7 @@ class _SourceFlights:
         tensors = [outbound.placement.bytes_of(message, bucket) for message in messages]
         # What the one before has posted moves meanwhile. On an accelerator the group sends when its stream has come
         # there.
-        if outbound.options.device.type == "cpu":
+        if outbound.streams.cross:
             outbound.streams.begun().finish()
         # Gloo announces a receive behind the bytes that are queued already, so the answer's is posted first. Where
         # operations run one after the other it would never end: there it is posted when it is waited for.

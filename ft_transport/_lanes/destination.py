@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import Streams, devices_of, settle
+from ft_transport._device import Streams, settle
 from ft_transport._lanes.control import ControlConnection, GaveUp, Tally
 from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.move import Mover
@@ -313,9 +313,8 @@ class DestinationTransfer:
             with control.heartbeats(), no_collection():
                 plan = self._planner.plan(data, state_dict)
                 # Before a byte lands: what the template's devices still do may read it.
-                devices = devices_of(plan.landing.memory())
-                settle(devices, self._deadline)
-                sink = self._planner.sink(plan, earlier, Streams(devices, self._deadline))
+                streams = settle(plan.landing.memory(), self._deadline)
+                sink = self._planner.sink(plan, earlier, streams)
         except Exception as exc:
             # A callback of the user's has raised, say: the source is to know that it is not at fault.
             error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable
 
 from ft_transport._lanes.chain import Route
@@ -20,8 +19,8 @@ from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.dial import dial
 from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
-from ft_transport._options import CPU, NUM_BUCKETS, LaneOptions
-from ft_transport._plan.buffers import Bucket
+from ft_transport._options import LaneOptions
+from ft_transport._plan.buffers import by_turns
 from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import LocalProtocolError, TransferError, TransferTimeout
 
@@ -202,8 +201,7 @@ class _Lane:
         self._timer = timer
         self._num_left = num_messages
         # What has landed in one is copied to an accelerator while the next message lands in the other.
-        devices = sink.streams.devices
-        self._buckets = deque(Bucket(CPU, pinned=bool(devices)) for _ in range(NUM_BUCKETS if devices else 1))
+        self._buckets = by_turns(sink.streams)
         self._lock = threading.Lock()
 
     def try_memory(self) -> None:

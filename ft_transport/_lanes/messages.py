@@ -61,7 +61,7 @@ class StateMessages:
                 room -= nbytes
                 small.append(message)
         # Kept as long as the copies: they are views of it, which hold nothing themselves.
-        self._bucket = Bucket(CPU, pinned=bool(self.streams.devices))
+        self._bucket = Bucket(CPU, pinned=self.streams.cross)
         self._bucket.reset(SMALL_BYTES - room)
         with self.streams.use():
             for message in small:

@@ -21,9 +21,8 @@ from ft_transport._lanes.session import Session, fingerprint
 from ft_transport._net.cma import ShownToken
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import HEARTBEAT, StallTimer
-from ft_transport._options import CPU, NUM_BUCKETS
 from ft_transport._plan.blocks import Held
-from ft_transport._plan.buffers import Bucket, aligned
+from ft_transport._plan.buffers import Bucket, aligned, by_turns
 from ft_transport._threads import ThreadGroup, uninterrupted
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TransferError
 
@@ -255,10 +254,9 @@ class _Lane:
         self._streams = streams
         self._timer = timer
         self._progressed = progressed
-        # A message is in the kernel, or in the peer's hands, when the next one is asked for: so one bucket will do.
-        # From an accelerator the next one is copied while the one before is sent: there is another one for it.
-        num_buckets = NUM_BUCKETS if streams.devices else 1
-        self._buckets = deque(Bucket(CPU, pinned=bool(streams.devices)) for _ in range(num_buckets))
+        # A message is in the kernel, or in the peer's hands, when the next one is asked for. From an accelerator the
+        # next one is copied while the one before is sent.
+        self._buckets = by_turns(streams)
         self._questions: deque[_Question] = deque()
         self._answers: deque[_Answer] = deque()
         self._shown: ShownToken | None = None

@@ -10,13 +10,15 @@ import contextlib
 import mmap
 import re
 from bisect import bisect_right
+from collections import deque
 
 import torch
 
-from ft_transport._device import NOTHING, Copies, seam
+from ft_transport._device import NOTHING, Copies, Streams, seam
+from ft_transport._options import CPU, NUM_BUCKETS
 from ft_transport._process import address_of
 
-__all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "allocate"]
+__all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "allocate", "by_turns"]
 
 
 # Of x86-64 and of arm64 with pages of 4 KiB; where it is another size the advice below is ignored, and nothing is wrong
@@ -174,6 +176,14 @@ class Bucket:
         assert taken.numel() == nbytes, "more taken than asked for in reset()"
         self._used += aligned(nbytes)
         return taken
+
+
+def by_turns(streams: Streams) -> deque[Bucket]:
+    """Buckets on the host for who copies one message at a time: the first one's turn is over when it is last.
+
+    One will do. But what crosses between host and accelerator does so while the next message is on the wire: two.
+    """
+    return deque(Bucket(CPU, pinned=streams.cross) for _ in range(NUM_BUCKETS if streams.cross else 1))
 
 
 def aligned(nbytes: int) -> int:

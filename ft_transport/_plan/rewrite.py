@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import torch
 
-from ft_transport._device import devices_of, settle
+from ft_transport._device import settle
 from ft_transport._plan.buffers import Arena, aligned
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.unchanged import Reading
@@ -175,7 +175,7 @@ class Rewrite:
         if data is None:
             data = torch.empty(self._layout.sizes[message], dtype=torch.uint8)
             self._landing.placement.gather(message, data)
-            settle(devices_of(self._landing.placement.memory_of(message)))
+            settle(self._landing.placement.memory_of(message))
         return digest_message(data, self._algorithm, self._sample) == self._digests[message]
 
     def paths(self, messages: Iterable[int]) -> list[str]:
