@@ -39,6 +39,8 @@ from .harness import Worker, digest, new_manager, tell, wait_for_heartbeat
 AHEAD, BEHIND = 10, 5
 TIMEOUT = timedelta(seconds=20)
 TRANSFER_TIMEOUT = timedelta(seconds=10)
+# After the source has died, the survivor's allreduce waits so long for the one that was healing, which is not coming.
+ALLREDUCE = timedelta(seconds=8)
 CPU = torch.device("cpu")
 # Large enough to travel alone, so that there is a message in the middle.
 NUM_PARAMETERS, PARAMETER_NUMEL = 8, 128 << 10
@@ -127,7 +129,7 @@ class Replica:
         self.job = job
         self.num_steps = 0
         self.optimizer.register_step_post_hook(self._count)
-        group = DoomedGroup(timeout=TIMEOUT)
+        group = DoomedGroup(timeout=ALLREDUCE)
         group.doom = Doom(job)
         self.transport = self._transport(job, group)
         self.manager = new_manager(
