@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ft_transport._device import on_host, seam
 from ft_transport._plan.buffers import ReadOnlyMemory
 from ft_transport._state.geometry import Geometry, geometry, geometry_of
 from ft_transport._state.kinds.base import KINDS, VALUE, Part, all_plain, flatten_leaf, is_plain
@@ -127,7 +128,7 @@ class _Comparison:
         dtypes = list(map(attrgetter("dtype"), tensors))
         # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not
         # looked for; those leaves take the other way.
-        if not tensors or not all(map(attrgetter("is_cpu"), tensors)) or not all_plain(tensors, dtypes, on_cpu=True):
+        if not tensors or not on_host(tensors) or not all_plain(tensors, dtypes, on_cpu=True):
             return set()
         shapes, strides = map(attrgetter("shape"), tensors), map(torch.Tensor.stride, tensors)
         rows = zip(indices, tensors, dtypes, shapes, strides, map(torch.Tensor.data_ptr, tensors), strict=True)
@@ -213,7 +214,7 @@ class _Comparison:
         # An empty tensor agrees, and there is nothing to land.
         elif view.storage >= 0:
             address = mine.data_ptr()
-            if mine.is_cpu and self._read_only.holds(address):
+            if seam().on_host(mine) and self._read_only.holds(address):
                 self._keep_away(slot[0], "the template's tensor lies in read-only memory")
             else:
                 self._targets[slot] = mine

@@ -28,7 +28,7 @@ from ft_transport._plan.template import fit
 from ft_transport._process import Room, room
 from ft_transport._state.geometry import covered
 from ft_transport._state.kinds.base import Surroundings
-from ft_transport._state.manifest import Manifest, View
+from ft_transport._state.manifest import Manifest, View, made
 from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Gaps, Layout, Piece
@@ -332,38 +332,36 @@ class _Plan:
         # leaves one by one.
         homes = {} if self._aside else self._homes
         direct: dict[Slot, torch.Tensor] = {}
-        for which, (piece, group) in enumerate(zip(self._layout.ranges, self._members(), strict=True)):
+        ranges, stage_below = self._layout.ranges, self._layout.stage_below
+        for which, (piece, group) in enumerate(zip(ranges, self._members(), strict=True)):
             slot, (_, shape, _) = group[0]
             if len(group) == 1 and shape.dense and (home := homes.get(slot)) is not None:
                 tensor = home[0]
                 if tensor.stride() == shape.stride:
                     direct[slot] = tensor
                     blocks.append(home)
-                    self._note_in_place(which, piece, [tensor])
+                    if piece[2] - piece[1] >= stage_below:
+                        self.large[which] = [tensor]
                     continue
             blocks.append(self._block(which, piece, group))
         self.landed.values.update(direct)
         self.landed.settled.update(direct)
+        fresh = [ranges[which] for which in self.fresh_ranges]
+        self.nbytes_in_place = self._layout.nbytes - sum([end - begin for _, begin, end in fresh])
         return blocks
 
     def _members(self) -> list[list[_Member]]:
         """The views of each range."""
         layout, manifest = self._layout, self._manifest
         simple = len(layout.ranges) == len(manifest.storages)  # nearly every storage is one range
+        rows = [((index, at), view) for index, leaf in enumerate(manifest.leaves) for at, view in enumerate(leaf[1])]
         members: list[list[_Member]] = [[] for _ in layout.ranges]
-        for index, leaf in enumerate(manifest.leaves):
-            for position, view in enumerate(leaf[1]):
-                storage = view[0]
-                if storage >= 0:
-                    which = storage if simple else layout.range_of(storage, view.begin)
-                    members[which].append(_Member((index, position), view))
+        for member in made(_Member, rows):
+            view = member[1]
+            storage = view[0]
+            if storage >= 0:
+                members[storage if simple else layout.range_of(storage, view.begin)].append(member)
         return members
-
-    def _note_in_place(self, which: int, piece: Piece, tensors: list[torch.Tensor]) -> None:
-        nbytes = piece[2] - piece[1]
-        self.nbytes_in_place += nbytes
-        if nbytes >= self._layout.stage_below:
-            self.large[which] = tensors
 
     def _block(self, which: int, piece: Piece, group: Sequence[_Member]) -> Block:
         gaps = self._layout.gaps.get(which)
@@ -372,7 +370,8 @@ class _Plan:
             block = self._in_place(piece, group) if gaps is None else self._in_place_with_gaps(piece, gaps, group)
         mine = [self._homes[slot].memory for slot, _ in group if slot in self._homes]
         if block is not None:
-            self._note_in_place(which, piece, mine)
+            if piece.end - piece.begin >= self._layout.stage_below:
+                self.large[which] = mine
             return block
         self.fresh_ranges.add(which)
         if mine:

@@ -11,6 +11,7 @@ Not here: which block a range is (``_plan.source``, ``_plan.destination``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
 
 import torch
 
@@ -123,7 +124,7 @@ class Placement:
 
     def memory(self) -> list[torch.Tensor]:
         """What holds each of the layout's ranges, in their order."""
-        return [block.memory for block in self.blocks]
+        return list(map(itemgetter(0), self.blocks))
 
     def _copy(self, message: int, staged: torch.Tensor, *, gather: bool) -> None:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import on_host, settle
+from ft_transport._device import settle
 from ft_transport._options import Options
 from ft_transport._plan.blocks import Block, Places, held, indexed, share
 from ft_transport._plan.placement import Placement, note_state
@@ -73,8 +73,8 @@ class SourcePlan:
                 # The group would move them where they are seen to move, so it is done, and noted anew, before.
                 manifest, tensors = describe(state_dict)
             # Before a byte of it is read.
-            self.streams = settle(tensors.tensors, deadline, options.device)
-            if not on_host(tensors.tensors):
+            self.streams = settle(() if tensors.on_cpu else tensors.tensors, deadline, options.device)
+            if not tensors.on_cpu:
                 # Leaves of a user's class may have read theirs when they were taken apart, of what was not yet there.
                 manifest, tensors = describe(state_dict)
             # How it is cut is decided here alone: the destination finds the limits in the manifest, and need not agree.

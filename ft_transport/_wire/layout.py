@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,8 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     # Whatever follows must come out the same on both sides, from the manifest alone: no address, no device, no option
     # of one side may decide anything here.
     ranges, gaps = _ranges(manifest)
-    small = [which for which, (_, begin, end) in enumerate(ranges) if end - begin < limits.pack_below]
+    nbytes = [end - begin for _, begin, end in ranges]
+    small = [which for which, each in enumerate(nbytes) if each < limits.pack_below]
     pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
     # An element that is cut in two could not be scattered by torch where strides differ.
@@ -109,7 +111,7 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     messages: list[tuple[Piece, ...]] = []
     owners: list[tuple[int, ...]] = []
     for which, (storage, begin, last) in enumerate(ranges):
-        if last - begin >= pack_below:
+        if nbytes[which] >= pack_below:
             while begin < last:
                 # The first part makes up for a range that begins in the middle of 64 bytes, so that all others begin at
                 # a multiple.
@@ -117,7 +119,7 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
                 messages.append((Piece(storage, begin, end),))
                 owners.append((which,))
                 begin = end
-    buckets = _buckets(ranges, small if pack_below else [], limits.message_bytes)
+    buckets = _buckets(nbytes, small if pack_below else [], limits.message_bytes)
     messages.extend(tuple(map(ranges.__getitem__, bucket)) for bucket in buckets)
     owners.extend(map(tuple, buckets))
     sizes = [sum([end - begin for _, begin, end in message]) for message in messages]
@@ -156,20 +158,18 @@ def _begin(view: View) -> int:
     return view.begin
 
 
-def _buckets(ranges: Sequence[Piece], small: Sequence[int], limit: int) -> list[list[int]]:
+def _buckets(nbytes: Sequence[int], small: Sequence[int], limit: int) -> list[Sequence[int]]:
     """The small ranges, by index, in the order in which they fill one message after the other."""
-    buckets: list[list[int]] = []
+    begins: list[int] = []
     room = 0
-    for which in small:
-        _, begin, end = ranges[which]
+    for at, which in enumerate(small):
         # Next fit: in order, and never back. A better packing would save a message in a hundred, and be harder to
         # derive alike in another language.
-        if end - begin > room:
-            buckets.append([])
+        if nbytes[which] > room:
+            begins.append(at)
             room = limit
-        buckets[-1].append(which)
-        room -= end - begin
-    return buckets
+        room -= nbytes[which]
+    return [small[begin:end] for begin, end in pairwise([*begins, len(small)])]
 
 
 def _flights(sizes: Sequence[int], limit: int) -> list[range]:
