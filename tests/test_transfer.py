@@ -299,6 +299,20 @@ def test_overlapping_views_at_another_distance_in_the_template() -> None:
     assert sorted(ties(ends.destination.result)) == sorted(ties(state))
 
 
+def test_what_is_received_beside_the_template_because_of_what_it_shares_is_named() -> None:
+    base = noise(20, 1)
+    state, template = {"a": base[:10], "b": base[5:15], "c": noise(3, 2)}, {"a": noise(10, 3), "b": noise(10, 4)}
+    report = succeed(state, lambda: {**template, "c": noise(3, 5)}).destination.report
+    assert report.not_in_place.keys() == {"a", "b"}
+    assert "otherwise than at the source" in report.not_in_place["a"]
+    assert report.nbytes_copied == 60
+    assert difference(template, {name: state[name] for name in template}) == ""
+    # What the template lacks, or what has a reason of its own, is not named for it.
+    alone = succeed(state, lambda: {"a": noise(10, 6), "c": noise(3, 7)}).destination.report
+    assert alone.not_in_place.keys() <= {"a"}
+    assert alone.unexpected_keys == ["b"]
+
+
 def test_tied_template_inside_one_buffer_as_the_source_has_it() -> None:
     source, mine = noise(64, 1), noise(80, 2)
     state = {"a": source[:32], "b": source[32:], "all": source}

@@ -35,6 +35,10 @@ from ft_transport._wire.layout import Gaps, Layout, Piece
 
 __all__ = ["DestinationPlan", "plan_destination"]
 
+_APART = (
+    "its memory, or what it shares of it, is arranged otherwise than at the source: received beside it, then copied"
+)
+
 
 def plan_destination(
     manifest: Manifest,
@@ -157,6 +161,8 @@ class DestinationPlan:
         report.nbytes_in_place += plan.nbytes_in_place
         report.nbytes_fresh += layout.nbytes - plan.nbytes_in_place
         report.nbytes_copied += plan.nbytes_copied
+        # They cost as much memory as they have, which is a device's where they are.
+        report.not_in_place |= {format_path(manifest.paths[index]): _APART for index in sorted(plan.apart)}
 
     # ---------------------------------------------------------------------------------------- move
 
@@ -302,6 +308,7 @@ class _Plan:
         fresh_ranges: The ranges that do not land in the template.
         nbytes_in_place: Bytes that do.
         nbytes_copied: Bytes that are copied to it in the end.
+        apart: The leaves of these, by index, but for those that nothing was to land in.
     """
 
     def __init__(
@@ -315,6 +322,7 @@ class _Plan:
         self.landed = Landed({}, set(), [])
         self.large: dict[int, list[torch.Tensor]] = {}
         self.fresh_ranges: set[int] = set()
+        self.apart: set[int] = set()
         # What each range becomes is decided in one pass, in the layout's order; nothing decided for one depends on
         # another but the room that is left.
         self.nbytes_in_place = self.nbytes_copied = 0
@@ -376,6 +384,7 @@ class _Plan:
         self.fresh_ranges.add(which)
         if mine:
             self.nbytes_copied += piece.end - piece.begin
+            self.apart.update(slot[0] for slot, _ in group if slot in self._homes and slot[0] not in self._aside)
         return self._fresh_block(piece, group, gaps)
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:

@@ -144,7 +144,7 @@ class TransferReport:
         nbytes_staged: Bytes that went through a bucket on this side (also counted above).
         seconds: Seconds in each phase; for a source, of the slowest destination.
         total_seconds: Seconds of the whole call.
-        not_in_place: For each template leaf that could not take its bytes: path and reason.
+        not_in_place: For each template leaf that could not take its bytes as they came: path and reason.
         unexpected_keys: Paths that the source has and the template lacks; they were allocated.
         missing_keys: Paths that the template has and the source lacks; they were left alone. Both as
             ``torch.nn.Module.load_state_dict`` means them.
@@ -256,7 +256,7 @@ class TransferReport:
         """Why not all has landed in place, as far as the template is the reason."""
         causes = [self.gaps()] if self.unexpected_keys else []
         # One of each: the first path is enough to see what was forgotten. All of them are in the report.
-        for what, found in (("do not fit", self.mismatched), ("cannot be written to", self.not_in_place)):
+        for what, found in (("do not fit", self.mismatched), ("not received in place", self.not_in_place)):
             for path, reason in list(found.items())[:1]:
                 causes.append(f"{_count(found)} {what}, first {path}: {reason}")
         return "; ".join(causes)

@@ -178,7 +178,7 @@ def test_the_summary_names_the_first_path_and_the_likely_cause(
 def test_the_summary_names_what_did_not_fit() -> None:
     text = landed(mismatched={"a": "expected x, source has y", "b": "…"}, not_in_place={"c": "read-only"})
     assert (
-        "2 leaves do not fit, first a: expected x, source has y; 1 leaf cannot be written to, first c: read-only"
+        "2 leaves do not fit, first a: expected x, source has y; 1 leaf not received in place, first c: read-only"
         in text
     )
 
