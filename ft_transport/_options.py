@@ -99,7 +99,7 @@ class LaneOptions(Options):
 
     Attributes:
         stall: How long a peer may be silent before it counts as gone.
-        lanes: Connections that a destination opens for the state's bytes.
+        lanes: Connections that a destination opens for the state's bytes; "auto": as ``_lanes.growth`` finds.
         chain: As a source, let destinations pass the state on to each other.
         skip_unchanged: As a destination, compare what the template holds before it is moved.
         fabric: By what messages move within a machine: "cma" is memory that is read, "auto" the same where it works.
@@ -107,7 +107,7 @@ class LaneOptions(Options):
 
     fresh_device: torch.device | None = CPU
     stall: timedelta = timedelta(seconds=5)
-    lanes: int = 2
+    lanes: int | Literal["auto"] = "auto"
     chain: bool = True
     skip_unchanged: bool = False
     fabric: Fabric = "auto"
@@ -124,7 +124,7 @@ class LaneOptions(Options):
         lane breaks is a small part of the state. In a chain each destination waits for a whole message before it passes
         it on, so there they are smaller.
         """
-        # In bytes. Six messages, what two lanes have asked for, stay below a twentieth of a state of 512 MiB or more.
+        # In bytes. Three messages, what a lane has asked for, stay below a fortieth of a state of 512 MiB or more.
         unit, most = (2 << 20, 2) if self.chain else (4 << 20, 4)
         return Limits(message_bytes=min(max(nbytes // (512 << 20), 1), most) * unit)
 

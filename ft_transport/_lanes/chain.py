@@ -100,9 +100,9 @@ def is_to_blame(slow: DestinationState | None) -> bool:
     return before.outcome == "complete" or before.nbytes > 2 * slow.peer.nbytes + _AHEAD_BYTES
 
 
-# Bytes that a destination may lag behind the one before it, whatever the speed: what is on its way between them (four
-# lanes with three messages of 2 to 16 MiB asked for on each, and what the sockets hold).
-_AHEAD_BYTES = 32 << 20
+# Bytes that a destination may lag behind the one before it, whatever the speed: what is on its way between them (a
+# message of up to 4 MiB on each of sixteen lanes, which counts once it has landed).
+_AHEAD_BYTES = 64 << 20
 
 
 # ------------------------------------------------------------------- a destination: what follows when a supplier ends

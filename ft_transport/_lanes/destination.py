@@ -353,6 +353,7 @@ class DestinationTransfer:
         finally:
             self._report.peers[0].nbytes_wire += mover.nbytes_wire
             self._report.peers[0].nbytes_direct += mover.nbytes_direct
+            self._report.peers[0].num_lanes = mover.num_lanes
             # Also of what an earlier receive had left and this one has not come to: it is still in the template.
             if sink.verified and sink.pending.digests:
                 known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}

@@ -65,7 +65,7 @@ class Dispatcher:
                 # Under the lock until it is attached: a supplier that ends is unregistered first, and then joins its
                 # lanes.
                 supplier = self._suppliers.get(first.body[0])
-                if supplier is not None and sum(each.num_lanes for each in self._suppliers.values()) < MAX_ALL_LANES:
+                if supplier is not None and self._has_room(supplier):
                     supplier.attach(connection, header)
                     return
             connection.close()
@@ -76,6 +76,10 @@ class Dispatcher:
         with self._lock:
             if self._transfer is None or not self._transfer.accept(session, first):
                 self._wait(session, first)
+
+    def _has_room(self, supplier: Supplier) -> bool:
+        # One lane for everybody: who gets none at all gives up after a few trials.
+        return not supplier.num_lanes or sum(each.num_lanes for each in self._suppliers.values()) < MAX_ALL_LANES
 
     def _wait(self, session: Session, first: FirstFrame) -> None:
         if self._closed:

@@ -11,12 +11,12 @@ import threading
 from collections.abc import Callable
 
 from ft_transport._lanes.chain import Route
-from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role, encode
+from ft_transport._lanes.opening import Opening
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader
 from ft_transport._lanes.session import Session, Unreadable
 from ft_transport._lanes.sink import Incurable, Sink
 from ft_transport._net.cma import PeerMemory, new_token
-from ft_transport._net.connection import Connection, Wakeup
-from ft_transport._net.dial import dial
+from ft_transport._net.connection import Wakeup
 from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import LaneOptions
@@ -67,13 +67,13 @@ class Fetcher:
         self._sink = sink
         self._wakeup = wakeup
         self._options = options
-        self._attempt = attempt
-        self._step = step
+        self._ids = (attempt, step)
         self._num_messages = num_messages
         self._direct = direct and options.direct
         self._lanes: list[_Lane] = []
         self._crew = ThreadGroup()
         self._closing = False
+        self._opening: Opening | None = None
 
     def open(self, route: Route, contexts: SslContexts | None, timer: Callable[[str], StallTimer]) -> None:
         """Open the lanes. What keeps one from opening is in ``error``; the others are opened all the same.
@@ -81,43 +81,86 @@ class Fetcher:
         Raises:
             TransferTimeout: The deadline passed.
         """
-        first = encode(LaneFrame.ATTACH, self._attempt, self._step, body=[route.ident])
-        endpoint = route.endpoint
-        # Several: on a loopback one stream moves 4.4 GB/s, two or four move 5.6 to 6.4, and over a long way each
-        # connection has a window of its own.
-        for _ in range(self._options.lanes if self._num_messages is None else 1):
-            own = timer(route.label)
-            try:
-                connection = dial(endpoint, first, own, contexts, route.label)
-            except TransferTimeout:
-                raise
-            except TransferError as exc:
-                self.error = exc
-                return
-            # What has answered once is all that is tried from now on: the others may swallow what is sent to them.
-            endpoint = endpoint._replace(addresses=(connection.address,))
-            if not self._start(connection, own):
+        try:
+            self._opening = opening = Opening(route, *self._ids, contexts, timer)
+            own = opening.begin()
+            session = opening.dial(own)
+        except TransferTimeout:
+            raise
+        except TransferError as exc:
+            self.error = exc
+            return
+        except OSError as exc:
+            self.error = LocalProtocolError(f"a lane cannot be opened: {exc}")
+            return
+        opening.decide(self._options.lanes if self._num_messages is None else 1, session, self._sink.lane_bytes)
+        lane = self._add(opening, session, own)
+        if self._start(self._run, opening, lane):
+            self._open_rest(opening)
+        else:
+            lane.close()
+
+    def look(self) -> None:
+        """Open more lanes, if that pays. Call it often."""
+        if self._opening is not None and self._opening.count.look(self.nbytes_wire):
+            self._open_rest(self._opening)
+
+    def _open_rest(self, opening: Opening) -> None:
+        while opening.num_begun < opening.count.number:
+            timer = opening.begin()
+            if not self._start(self._run_another, opening, timer):
+                opening.end(timer)
                 return
 
-    def _start(self, connection: Connection, timer: StallTimer) -> bool:
+    def _start(self, run: Callable[..., None], *args: object) -> bool:
         """Have a lane run in a thread of its own; gives whether there is one."""
-        protocol = LaneProtocol(Role.DESTINATION, self._attempt, self._step)
-        protocol.sent(LaneFrame.ATTACH)
-        # Each lane has a timer of its own: one that stands still is not excused by its neighbours.
-        lane = _Lane(Session(connection, protocol), self._sink, timer, self._num_messages)
-        self._lanes.append(lane)
         try:
-            self._crew.start("lane", self._run, lane)
+            self._crew.start("lane", run, *args)
         except RuntimeError as exc:  # no more threads to be had
-            lane.close()
-            self.error = LocalProtocolError(f"a lane cannot be served: {exc}")
+            self._note(LocalProtocolError(f"a lane cannot be served: {exc}"))
             return False
         return True
 
+    def _note(self, error: TransferError) -> None:
+        """Say why there is one lane less than there could be."""
+        # What has ended a lane says more: whether new ones would help is asked of it.
+        if not self._closing and self.error is None:
+            self.error = error
+
+    def _run_another(self, opening: Opening, timer: StallTimer) -> None:
+        try:
+            lane = self._add(opening, opening.dial(timer), timer)
+        except TransferError as exc:
+            self._note(exc)
+        except Exception as exc:
+            self._note(LocalProtocolError(f"a lane cannot be opened: {type(exc).__name__}: {exc}"))
+        else:
+            self._run(opening, lane)
+        finally:
+            opening.end(timer)
+            self._wakeup.wake()
+
+    def _add(self, opening: Opening, session: Session, timer: StallTimer) -> _Lane:
+        try:
+            # Each lane has a timer of its own: one that stands still is not excused by its neighbours.
+            lane = _Lane(session, self._sink, timer, self._num_messages)
+        except BaseException:
+            session.connection.close()
+            raise
+        self._lanes.append(lane)
+        # Only now: until it is a lane it counts as one that is coming.
+        opening.end(timer)
+        # And this last: whoever closes all goes through the list once it has said so.
+        if self._closing:
+            lane.abort()
+        return lane
+
     @property
     def alive(self) -> bool:
-        """Whether a lane is open."""
-        return any(lane.is_open for lane in self._lanes)
+        """Whether a lane is open, or may yet be."""
+        # In this order: what is dialled is a lane before it is not dialled any more.
+        opening = self._opening
+        return (opening is not None and opening.is_under_way) or any(lane.is_open for lane in self._lanes)
 
     @property
     def nbytes(self) -> int:
@@ -128,6 +171,11 @@ class Fetcher:
     def nbytes_wire(self) -> int:
         """All bytes of the lanes, in both directions."""
         return sum(lane.session.connection.nbytes_wire for lane in self._lanes)
+
+    @property
+    def num_lanes(self) -> int:
+        """How many there have been."""
+        return len(self._lanes)
 
     @property
     def nbytes_direct(self) -> int:
@@ -153,11 +201,17 @@ class Fetcher:
     def _close(self) -> None:
         self._closing = True
         self._sink.pending.wake()
+        if (opening := self._opening) is not None:
+            opening.cancel()
         for lane in self._lanes:
             lane.abort()
         self._crew.join()
+        # In this order: interrupted in between, this is called again.
+        self._opening = None
+        if opening is not None:
+            opening.close()
 
-    def _run(self, lane: _Lane) -> None:
+    def _run(self, opening: Opening, lane: _Lane) -> None:
         # This wakes up the thread that holds the conversation with the source. Once every few milliseconds would be
         # nothing, but it would be once for each message, and the reader of progress is the only one to want it.
         eager = self._options.on_progress is not None
@@ -165,7 +219,7 @@ class Fetcher:
             with self._sink.streams.use(for_good=True):
                 if self._direct and lane.session.connection.is_local:
                     lane.try_memory()
-                while lane.ask(lambda: self._closing):
+                while lane.ask(lambda: self._closing, lambda: opening.count.number):
                     lane.take_answer()
                     if eager or self._sink.pending.complete:
                         self._wakeup.wake()
@@ -217,11 +271,12 @@ class _Lane:
             return
         session.send(LaneFrame.DIRECT, self._timer)
 
-    def ask(self, stopped: Callable[[], bool]) -> bool:
+    def ask(self, stopped: Callable[[], bool], num_lanes: Callable[[], int]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
         pending, asked = self._sink.pending, self.session.protocol.asked
         while len(asked) < _WINDOW and self._num_left != 0:
-            message = pending.take(stopped, block=not asked)
+            # A second one once there is one for each of the others, also for those that are being opened.
+            message = pending.take(stopped, block=not asked, leave=num_lanes() - 1 if asked else 0)
             if message is None:
                 break
             if self._num_left is not None:

@@ -49,12 +49,13 @@ class Mover:
     Attributes:
         nbytes_wire: All bytes of the lanes, those of probes among them.
         nbytes_direct: How many of them were read from a supplier's memory.
+        num_lanes: How many there were at most, with one supplier.
     """
 
     def __init__(
         self, control: ControlConnection, sink: Sink, options: LaneOptions, contexts: SslContexts | None
     ) -> None:
-        self.nbytes_wire = self.nbytes_direct = 0
+        self.nbytes_wire = self.nbytes_direct = self.num_lanes = 0
         self._control = control
         self._sink = sink
         self._options = options
@@ -116,6 +117,7 @@ class Mover:
                 control.pump()
                 if fetcher.fatal is not None:
                     raise fetcher.fatal
+                fetcher.look()
                 # Whom the source would name is not known before it is asked, but that it is worth asking is: its own
                 # link is quicker.
                 if not route.from_source and control.lost is None and probe.look():
@@ -128,6 +130,7 @@ class Mover:
                 fetcher.close()
             self.nbytes_wire += fetcher.nbytes_wire + probe.nbytes_wire
             self.nbytes_direct += fetcher.nbytes_direct + probe.nbytes_direct
+            self.num_lanes = max(self.num_lanes, fetcher.num_lanes)
             if fetcher.unreadable:
                 self._new = partial(self._new, direct=False)
         if fetcher.fatal is not None:

@@ -38,12 +38,13 @@ class PendingMessages:
         """Whether every message is here and sound."""
         return len(self.digests) == self._num_messages
 
-    def take(self, stopped: Callable[[], bool], *, block: bool) -> int | None:
+    def take(self, stopped: Callable[[], bool], *, block: bool, leave: int = 0) -> int | None:
         """A message to ask for.
 
         Args:
             stopped: Whether to give up waiting; looked at when :meth:`wake` is called.
             block: Wait until there is one.
+            leave: None of the last ones.
 
         Returns:
             None if there is none; with ``block``, if there will be none any more.
@@ -53,7 +54,7 @@ class PendingMessages:
                 self._changed.wait_for(lambda: self._todo or self.complete or stopped())
             # One message at a time, a few microseconds each: to share them out beforehand would give a slow lane as
             # many as a quick one.
-            return self._todo.popleft() if self._todo and not stopped() else None
+            return self._todo.popleft() if len(self._todo) > leave and not stopped() else None
 
     def wake(self) -> None:
         """Let those who wait look again."""

@@ -17,7 +17,7 @@ from ft_transport._lanes.protocol import LaneHeader
 from ft_transport._lanes.relay import Relay
 from ft_transport._lanes.session import Session, fingerprint
 from ft_transport._net.stall import StallTimer
-from ft_transport._plan.buffers import Bucket, aligned
+from ft_transport._plan.buffers import Bucket, aligned, by_turns
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.rewrite import Rewrite
 from ft_transport._process import memory_at
@@ -87,6 +87,11 @@ class Sink:
     def sizes(self) -> list[int]:
         """Bytes of each message."""
         return self._layout.sizes
+
+    @property
+    def lane_bytes(self) -> int:
+        """What one lane takes of memory for buckets, at the most."""
+        return max(self.sizes, default=0) * len(by_turns(self.streams))
 
     def fetch_written_again(self) -> bool:
         """Ask again for the large messages that forward has written to, to keep them; gives whether there are any."""

@@ -15,7 +15,7 @@ from datetime import timedelta
 from functools import partial
 
 from ft_transport._deadline import Deadline
-from ft_transport._net.connection import Connection
+from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.handshake import Handshake, client_handshake
 from ft_transport._net.handshake_io import HANDSHAKE, PendingHandshake, SslContexts
@@ -33,7 +33,12 @@ _STAGGER = timedelta(milliseconds=100)
 
 
 def dial(
-    endpoint: Endpoint, first: bytes, timer: StallTimer, contexts: SslContexts | None, label: str = "the source"
+    endpoint: Endpoint,
+    first: bytes,
+    timer: StallTimer,
+    contexts: SslContexts | None,
+    label: str = "the source",
+    wakeup: Wakeup | None = None,
 ) -> Connection:
     """Connect to whoever is at an endpoint, over the first of its addresses that answers.
 
@@ -43,9 +48,10 @@ def dial(
         timer: For all of it.
         contexts: For TLS.
         label: Who is called, for messages.
+        wakeup: Rung by who has cancelled the timer.
 
     Raises:
-        PeerFailure: None answers.
+        PeerFailure: None answers, or the timer was cancelled.
         RemoteProtocolError: One side speaks TLS and the other does not, or the secret is another one.
         TransferTimeout: The deadline passed.
     """
@@ -56,7 +62,7 @@ def dial(
             f"{label} {'speaks' if endpoint.tls else 'does not speak'} TLS and this side "
             f"{'does' if contexts else 'does not'}: give both an ssl_context, or neither"
         )
-    calls = HappyEyeballs(endpoint, contexts, label)
+    calls = HappyEyeballs(endpoint, contexts, label, wakeup)
     try:
         connection = calls.answered(timer)
     finally:
@@ -72,29 +78,33 @@ def dial(
 class HappyEyeballs:
     """Calls under way to the addresses of one endpoint."""
 
-    def __init__(self, endpoint: Endpoint, contexts: SslContexts | None, label: str) -> None:
+    def __init__(
+        self, endpoint: Endpoint, contexts: SslContexts | None, label: str, wakeup: Wakeup | None = None
+    ) -> None:
         self._endpoint = endpoint
         self._context = contexts[1] if contexts else None
         self._label = label
         self._rest = list(endpoint.addresses)
         self._failed: list[str] = []
         self._selector = selectors.PollSelector()  # which takes no descriptor
+        self._calls: set[PendingHandshake] = set()
+        if wakeup is not None:
+            self._selector.register(wakeup, selectors.EVENT_READ)
 
     def answered(self, timer: StallTimer) -> Connection:
         stagger = Deadline(timedelta(0))
         while True:
-            waiting = len(self._selector.get_map())
-            if self._rest and (not waiting or stagger.expired()):
+            if self._rest and (not self._calls or stagger.expired()):
                 # Also at once, when all that were tried have failed: nothing is waited for then.
                 stagger = Deadline(_STAGGER)
                 self._start(self._rest.pop(0))
-            elif not waiting:
+            elif not self._calls:
                 raise PeerFailure(f"{self._label} does not answer: {'; '.join(self._failed)}")
             limit = min(HEARTBEAT, timer.deadline.remaining(), *([stagger.remaining()] if self._rest else []))
             for key, _ in self._selector.select(limit.total_seconds()):
-                if self._advance(key.data):
-                    pending: PendingHandshake = key.data
-                    self._selector.unregister(pending.socket)
+                pending: PendingHandshake | None = key.data
+                if pending is not None and self._advance(pending):
+                    self._forget(pending)
                     return pending.taken()
             timer.check()
 
@@ -120,6 +130,7 @@ class HappyEyeballs:
             wrap = partial(self._context.wrap_socket, do_handshake_on_connect=False, server_hostname=name)
         pending = PendingHandshake(sock, address, handshake, Deadline(HANDSHAKE), connecting=True, wrap=wrap)
         self._selector.register(sock, selectors.EVENT_WRITE, pending)
+        self._calls.add(pending)
 
     def _advance(self, pending: PendingHandshake) -> bool:
         """Whether this call has been answered."""
@@ -127,14 +138,18 @@ class HappyEyeballs:
             events = pending.advance()
         except (OSError, RemoteProtocolError) as exc:
             self._failed.append(f"{pending.address}: {exc}")
-            self._selector.unregister(pending.socket)
+            self._forget(pending)
             pending.socket.close()
             return False
         if events:
             self._selector.modify(pending.socket, events, pending)
         return not events
 
+    def _forget(self, pending: PendingHandshake) -> None:
+        self._selector.unregister(pending.socket)
+        self._calls.discard(pending)
+
     def close(self) -> None:
-        for key in list(self._selector.get_map().values()):
-            key.data.socket.close()
+        for pending in self._calls:
+            pending.socket.close()
         self._selector.close()

@@ -31,8 +31,9 @@ logger = logging.getLogger("ft_transport")
 
 T = TypeVar("T")
 
-# Handshakes under way at once; the oldest makes room, of those that have not shown yet that they know the secret.
-_MAX_HANDSHAKES = 64
+# Handshakes under way at once: of sixteen destinations that dial all their lanes from far away. The oldest makes room,
+# of those that have not shown yet that they know the secret.
+_MAX_HANDSHAKES = 256
 
 
 class _Handshakes:

@@ -308,7 +308,7 @@ class _Plan:
         fresh_ranges: The ranges that do not land in the template.
         nbytes_in_place: Bytes that do.
         nbytes_copied: Bytes that are copied to it in the end.
-        apart: The leaves of these, by index, but for those that nothing was to land in.
+        apart: The leaves of these, by index, where that is because of how the template's memory is arranged.
     """
 
     def __init__(
@@ -384,7 +384,9 @@ class _Plan:
         self.fresh_ranges.add(which)
         if mine:
             self.nbytes_copied += piece.end - piece.begin
-            self.apart.update(slot[0] for slot, _ in group if slot in self._homes and slot[0] not in self._aside)
+            # Unless it is aside that one of them was to land.
+            if not any(leaf in self._aside for (leaf, _), _ in group):
+                self.apart.update(slot[0] for slot, _ in group if slot in self._homes)
         return self._fresh_block(piece, group, gaps)
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:

@@ -67,7 +67,9 @@ _COUNTED = ("unexpected_keys", "missing_keys", "not_in_place", "mismatched", "pe
 
 
 def _peer(peer: PeerReport) -> Event:
-    fields = _fields(peer, ("rank", "name", "address", "outcome", "phase", "nbytes", "nbytes_wire", "nbytes_direct"))
+    fields = _fields(
+        peer, ("rank", "name", "address", "outcome", "phase", "nbytes", "nbytes_wire", "nbytes_direct", "num_lanes")
+    )
     return {**fields, "reason": shortened(peer.reason), **_seconds(peer)}
 
 

@@ -91,6 +91,7 @@ class PeerReport:
         began: When each phase began, on the clock of ``time.perf_counter``.
         nbytes_direct: As a destination over lanes: of ``nbytes_wire``, bytes that were read from the memory of a
             process on the same machine, and did not go over TCP (see ``fabric`` of ``LaneTransport``).
+        num_lanes: As a destination over lanes: connections that the state came by, at the most.
     """
 
     rank: int
@@ -104,6 +105,7 @@ class PeerReport:
     name: str = ""
     began: dict[str, float] = field(default_factory=dict)
     nbytes_direct: int = 0
+    num_lanes: int = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What the peer may have chosen is shown in logs, events and spans.

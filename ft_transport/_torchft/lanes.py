@@ -21,6 +21,7 @@ import torch
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.destination import LocalPeer
 from ft_transport._lanes.dispatcher import Dispatcher
+from ft_transport._lanes.growth import MOST_LANES
 from ft_transport._lanes.protocol import FirstFrame, first_frame
 from ft_transport._lanes.source import SourceTransfer
 from ft_transport._net.cma import let_others_read
@@ -52,7 +53,8 @@ class LaneTransport(ManagedTransport[T]):
     Args:
         timeout, state_dict, strict, on_mismatch: As for ``PGTransport``.
         device: Where received leaves live that the template lacks and that were on an accelerator at the source.
-        lanes: TCP connections that this side opens for the bytes of a state, 1 to 16.
+        lanes: TCP connections that this side opens for a state's bytes, 1 to 16. ``"auto"``: 2 within a machine; to
+            another one as many as its round trip asks for, and more as long as that makes it quicker.
         host: Name or address that others reach this process at; tried before all others.
         interface: Network interface that others reach this process at; tried next. Then those of
             ``GLOO_SOCKET_IFNAME`` and ``NCCL_SOCKET_IFNAME``, then the others.
@@ -86,7 +88,7 @@ class LaneTransport(ManagedTransport[T]):
         device: torch.device,
         state_dict: StateDict = None,
         *,
-        lanes: int = LaneOptions.lanes,
+        lanes: int | Literal["auto"] = LaneOptions.lanes,
         host: str | None = None,
         interface: str | None = None,
         port: int = 0,
@@ -125,8 +127,7 @@ class LaneTransport(ManagedTransport[T]):
         self._blocking = blocking
         # Calls the user's code in the place of the listener's thread, whose silence is taken for the source's death.
         self._teller = Teller()
-        self._serving = Serving()
-        self._receiving = Receiving()
+        self._serving, self._receiving = Serving(), Receiving()
         self._local, self._listener = _open(fabric, host, interface, port, ssl_context)
         # The listener's thread knows the dispatcher alone, so a transport that nobody holds any more can be collected.
         self._finalizer = weakref.finalize(self, _close, self._listener, self._local.dispatcher)
@@ -264,9 +265,8 @@ def _check(options: LaneOptions, topology: str) -> None:
     if options.fabric not in get_args(Fabric):
         raise ValueError(f"fabric: expected one of {get_args(Fabric)}, got {options.fabric!r}")
     check_duration("stall_timeout", options.stall)
-    # One lane more costs a thread on each side; sixteen are far more than fill any link.
-    if type(options.lanes) is not int or not 1 <= options.lanes <= 16:
-        raise ValueError(f"lanes: expected 1 to 16, got {options.lanes!r}")
+    if options.lanes != "auto" and not (type(options.lanes) is int and 1 <= options.lanes <= MOST_LANES):
+        raise ValueError(f"lanes: expected 'auto' or 1 to {MOST_LANES}, got {options.lanes!r}")
     if options.shadow and options.skip_unchanged:
         raise ValueError("skip_unchanged: expected False with shadow, which never looks at the template")
 

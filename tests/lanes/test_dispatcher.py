@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ft_transport._lanes import dispatcher as dispatcher_module
 from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.protocol import FirstFrame, LaneFrame, LaneHeader
 from ft_transport._lanes.session import Session
@@ -49,6 +50,28 @@ class Transfer:
 
 def come(dispatcher: Dispatcher, caller: Any) -> None:
     dispatcher.dispatch(caller, FirstFrame(LaneHeader(LaneFrame.HELLO, 1, 7), (secrets.token_bytes(16), "name")))  # type: ignore[arg-type]
+
+
+class Supplier:
+    """Has so many lanes already."""
+
+    def __init__(self, num_lanes: int) -> None:
+        self.num_lanes = num_lanes
+
+    def attach(self, *_: object) -> None:
+        self.num_lanes += 1
+
+
+def test_where_there_are_lanes_enough_everybody_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "MAX_ALL_LANES", 4)
+    dispatcher, many, none = Dispatcher(), Supplier(3), Supplier(0)
+    for ident, supplier in ((b"many", many), (b"none", none)):
+        dispatcher.register(ident, supplier)  # type: ignore[arg-type]
+    callers = [Caller() for _ in range(4)]
+    for caller, ident in zip(callers, (b"many", b"many", b"none", b"none"), strict=True):
+        dispatcher.dispatch(caller, FirstFrame(LaneHeader(LaneFrame.ATTACH, 1, 7), (ident,)))  # type: ignore[arg-type]
+    assert (many.num_lanes, none.num_lanes) == (4, 1)
+    assert [caller.closed for caller in callers] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("gone", [False, True], ids=["there", "gone"])

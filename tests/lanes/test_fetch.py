@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 from datetime import timedelta
@@ -12,7 +13,7 @@ import pytest
 from helpers import CPU, noise, raw_bytes, until
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes import fetch
+from ft_transport._lanes import fetch, opening
 from ft_transport._lanes.chain import Route
 from ft_transport._lanes.fetch import Fetcher
 from ft_transport._lanes.pending import PendingMessages
@@ -23,7 +24,7 @@ from ft_transport._net import connection as _connection
 from ft_transport._net.cma import ShownToken
 from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.endpoint import Endpoint
-from ft_transport._net.stall import StallTimer
+from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import Fabric, LaneOptions
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._state.describe import describe
@@ -49,7 +50,7 @@ class Supplier:
         self._answers = list(answers)
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        monkeypatch.setattr(fetch, "dial", self._dial)
+        monkeypatch.setattr(opening, "dial", self._dial)
 
     def _dial(self, *_: object) -> Connection:
         if not self._answers:
@@ -150,6 +151,72 @@ def test_when_all_lanes_have_broken_the_rest_is_still_to_be_fetched(
     again = fetched(Supplier(monkeypatch, [100]), into, 1)
     assert into[0].complete
     assert fetcher.nbytes + again.nbytes == 12 * 1024
+
+
+def test_a_lane_that_is_dialled_in_vain_does_not_hide_why_the_others_have_ended(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
+) -> None:
+    supplier, turns = Supplier(monkeypatch, [1, 2]), itertools.count()
+
+    def dial(*_: object) -> Connection:
+        if next(turns) < 2:
+            return supplier._dial()
+        until(lambda: len(ended) == 2)
+        raise PeerStalled("silent")
+
+    close, ended = fetch._Lane.close, []
+
+    def closed(lane: Any) -> None:
+        close(lane)
+        ended.append(lane)
+
+    monkeypatch.setattr(fetch._Lane, "close", closed)
+    monkeypatch.setattr(opening, "dial", dial)
+    fetcher = fetched(supplier, into, 3)
+    assert "silent" not in str(fetcher.error)
+    assert not fetcher.hopeless, "new lanes to it may help"
+
+
+@pytest.mark.parametrize("place", ["dialling", "making it a lane"])
+def test_whatever_keeps_another_lane_from_opening_it_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any], place: str
+) -> None:
+    supplier, turns = Supplier(monkeypatch, [2, 100]), itertools.count()
+    where, name = (opening, "dial") if place == "dialling" else (fetch, "_Lane")
+    made = getattr(where, name)
+
+    def fail(*arguments: Any) -> Any:
+        if next(turns):
+            raise MemoryError("no room")
+        return made(*arguments)
+
+    monkeypatch.setattr(where, name, fail)
+    fetcher = fetched(supplier, into, 2)
+    assert not into[0].complete
+    assert isinstance(fetcher.error, TransferError)
+
+
+def test_interrupted_at_its_end_it_says_so_and_is_closed(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
+) -> None:
+    supplier, (work, sink, _) = Supplier(monkeypatch, [100] * 2), into
+    close, interrupts = Wakeup.close, [KeyboardInterrupt()]
+
+    def interrupted(wakeup: Wakeup) -> None:
+        close(wakeup)
+        if interrupts:
+            raise interrupts.pop()
+
+    with contextlib.closing(Wakeup()) as bell:
+        fetcher = Fetcher(sink, bell, LaneOptions(CPU, lanes=2), 1, 7)
+        fetcher.open(Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", True), None, timer)
+        until(lambda: work.complete)
+        with monkeypatch.context() as patch:
+            patch.setattr(Wakeup, "close", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                fetcher.close()
+        fetcher.close()
+    supplier.join()
 
 
 def test_a_lane_that_cannot_be_opened_leaves_the_others(

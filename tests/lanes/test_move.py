@@ -27,7 +27,7 @@ FIRST, SECOND = (Route(ENDPOINT, ident, from_source=False) for ident in (b"first
 class Lanes:
     """What a mover sees of a ``Fetcher``: all that this supplier has, then its end."""
 
-    nbytes, nbytes_wire, nbytes_direct, unreadable = 0, 100, 0, False
+    nbytes, nbytes_wire, nbytes_direct, num_lanes, unreadable = 0, 100, 0, 2, False
 
     def __init__(self, play: Play, **how: Any) -> None:
         self._play = play
@@ -38,6 +38,9 @@ class Lanes:
     def open(self, route: Route, *_: Any) -> None:
         self._play.asked.append(route.ident)
         self._play.open = self
+
+    def look(self) -> None:
+        pass
 
     def close(self) -> None:
         self.alive = False

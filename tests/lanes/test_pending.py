@@ -31,6 +31,12 @@ def test_messages_are_taken_in_order_and_once() -> None:
     assert [pending.take(never, block=False) for _ in range(4)] == [0, 1, 2, None]
 
 
+def test_the_last_ones_are_left_for_others() -> None:
+    pending = PendingMessages(4)
+    assert [pending.take(never, block=False, leave=2) for _ in range(3)] == [0, 1, None]
+    assert [pending.take(never, block=False) for _ in range(3)] == [2, 3, None]
+
+
 def test_what_was_given_back_is_taken_first() -> None:
     pending = PendingMessages(4)
     taken = [pending.take(never, block=False) for _ in range(3)]

@@ -30,6 +30,7 @@ from ft_transport import (
     TransferError,
 )
 from ft_transport._lanes.protocol import HEADER_BYTES
+from ft_transport._net import listener as _listener
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.handshake import client_handshake
 from ft_transport._options import LaneOptions
@@ -1019,7 +1020,7 @@ def test_a_thousand_strangers(lanes: Lanes) -> None:
     while any(thread.is_alive() for thread in (*talking, *silent)):
         heal_once(step)
         step += 1
-        assert len(source._listener._handshakes._pending) <= 64
+        assert len(source._listener._handshakes._pending) <= _listener._MAX_HANDSHAKES
     for thread in (*talking, *silent):
         thread.join()
     assert step > 4

@@ -8,7 +8,6 @@ By itself it prints how long the heals take:
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import shutil
 import signal
@@ -26,10 +25,11 @@ from multiproc.harness import Workers, workers
 
 from ft_transport import LaneTransport, Progress
 
+from .long_link import enter as enter_namespace
+
 CPU = torch.device("cpu")
 TIMEOUT = timedelta(seconds=60)
 STEP = 1
-_CLONE_NEWNET = 0x40000000
 _PREFIX = "ftt"
 
 
@@ -101,12 +101,7 @@ def mend(number: int) -> None:
 def enter(rank: int, names: list[str]) -> None:
     """Move this process into its namespace."""
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
-    descriptor = os.open(f"/var/run/netns/{names[rank]}", os.O_RDONLY)
-    try:
-        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
-            raise OSError(ctypes.get_errno(), "setns")
-    finally:
-        os.close(descriptor)
+    enter_namespace(names[rank])
 
 
 def make_state(megabytes: int) -> dict[str, torch.Tensor]:

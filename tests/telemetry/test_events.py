@@ -113,7 +113,7 @@ FIELDS = {
     "num_missing_keys", "num_not_in_place", "num_mismatched", "num_peers", "num_peers_complete", "peers",
 }  # fmt: skip
 PEER_FIELDS = {
-    "rank", "name", "address", "outcome", "phase", "reason", "nbytes", "nbytes_wire", "nbytes_direct",
+    "rank", "name", "address", "outcome", "phase", "reason", "nbytes", "nbytes_wire", "nbytes_direct", "num_lanes",
     *(f"seconds_{phase}" for phase in PHASES),
 }  # fmt: skip
 
