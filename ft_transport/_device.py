@@ -27,7 +27,7 @@ import torch
 from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport.errors import TransferTimeout
 
-__all__ = ["NOTHING", "NO_STREAMS", "Copies", "Seam", "Streams", "is_on", "replaced", "seam", "settle"]
+__all__ = ["NOTHING", "NO_STREAMS", "Copies", "Seam", "Streams", "is_on", "replaced", "seam", "settle", "wait_for"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -302,9 +302,15 @@ def settle(tensors: Sequence[torch.Tensor], deadline: Deadline | None = None, wi
     Raises:
         TransferTimeout: The deadline passed. A thread goes on waiting for the device, and touches nothing.
     """
+    deadline = deadline or Deadline(MAX_WAIT)
+    devices = wait_for(tensors, deadline)
+    return Streams(devices, deadline, wire) if devices or wire.type != "cpu" else NO_STREAMS
+
+
+def wait_for(tensors: Sequence[torch.Tensor], deadline: Deadline) -> tuple[torch.device, ...]:
+    """As :func:`settle`, of who copies nothing: gives the devices that were waited for."""
     # The state may still be computed on streams that nobody has told us of, so all of them, and not the current one's
     # event. For all there is no event: torch waits for a whole device, without a limit, and a kernel may hang.
-    deadline = deadline or Deadline(MAX_WAIT)
     devices = _devices_of(tensors)
     for device in devices:
         if not _in_time(lambda device=device: _seam.synchronize(device), deadline):  # type: ignore[misc]
@@ -312,7 +318,7 @@ def settle(tensors: Sequence[torch.Tensor], deadline: Deadline | None = None, wi
             raise TransferTimeout(
                 f"timed out after {seconds:g} s: {device} has not done what it was told before this call"
             )
-    return Streams(devices, deadline, wire) if devices or wire.type != "cpu" else NO_STREAMS
+    return devices
 
 
 def _in_time(wait: Callable[[], object], deadline: Deadline) -> bool:

@@ -3,12 +3,15 @@
 Strategy: a message is passed on the moment it is sound, so a chain takes little longer than one transfer. It is the
 template's own memory that is read, and training goes on with it: small messages are copied, since forward changes
 buffers; for large ones the optimizer waits, in the hook that torch calls before each step; what forward overwrites is
-kept by ``_plan.rewrite``. What slips through is found by the one who gets it, for whom the digest does not agree.
+kept by ``_plan.rewrite``. Of a state on an accelerator the host's copy is passed on, in which a message came, as long
+as there is one: to read it back would cross the bus again. What slips through is found by the one who gets it, for whom
+the digest does not agree.
 """
 
 from __future__ import annotations
 
 import secrets
+import threading
 
 import torch
 
@@ -27,6 +30,10 @@ from ft_transport._wire.layout import SMALL_BYTES, Layout
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["Relay"]
+
+# Memory of the host that waits to be passed on, in place of what would be read back from an accelerator: sixteen
+# messages of the size that a chain has. Whoever is behind asks for a message before it is here, and takes it at once.
+_ON_THEIR_WAY_BYTES = 64 << 20
 
 
 class Relay:
@@ -77,6 +84,7 @@ class Relay:
         self._copies: dict[int, torch.Tensor] = {}
         # As many bytes as a source copies before it returns: these are the same messages.
         self._room = SMALL_BYTES
+        self._on_their_way = _OnTheirWay()
         self._reading: Reading | None = None
         self._layout = layout
         self._supplier = Supplier(self, timer, streams)
@@ -94,13 +102,20 @@ class Relay:
     def sizes(self) -> list[int]:
         return self._layout.sizes
 
-    def keep(self, message: int, data: torch.Tensor) -> None:
-        """Copy a small message, if there is room; the rewrite may have it already."""
+    def keep(self, message: int, data: torch.Tensor) -> bool:
+        """Copy a small message, if there is room, which the rewrite may have already; gives whether it was copied."""
         # No large one, though all are staged whose memory is on an accelerator or has gaps: a few would take the room
         # that the small ones need. The optimizer waits until those are read.
-        if self._layout.is_small(message) and data.numel() <= self._room:
+        fits = self._layout.is_small(message) and data.numel() <= self._room
+        if fits:
             self._room -= data.numel()
             self._copies[message] = data.clone()
+        return fits
+
+    def keep_on_its_way(self, message: int, bucket: Bucket) -> None:
+        """Have the memory in which a message has come that is on an accelerator now, if somebody fetches from here."""
+        if self._supplier.num_lanes:
+            self._on_their_way.put(message, bucket.give())
 
     def has(self, message: int) -> bool:
         return message in self._pending.digests
@@ -110,6 +125,9 @@ class Relay:
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         here = self._here(message)
+        if here is None and (flat := self._on_their_way.pop(message)) is not None:
+            # The lane's bucket has it from now on: so it lives until the answer has gone, and no longer.
+            here = bucket.adopt(flat, self.sizes[message])
         if here is None:
             return self._landing.placement.view(message, bucket)
         return memory_at(here.data_ptr(), here.numel())
@@ -161,3 +179,35 @@ class Relay:
         if self._reading is not None:
             self._reading.release()
         self._copies.clear()
+        self._on_their_way.clear()
+
+
+class _OnTheirWay:
+    """Messages in the memory that they came in, each for the first who asks; the oldest one makes room.
+
+    That is a source's word as it came, whatever has been done to the template since. Any thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._flat: dict[int, torch.Tensor] = {}
+        self._nbytes = 0
+
+    def put(self, message: int, flat: torch.Tensor) -> None:
+        self.pop(message)
+        with self._lock:
+            self._flat[message] = flat
+            self._nbytes += flat.numel()
+            while self._nbytes > _ON_THEIR_WAY_BYTES:
+                self._nbytes -= self._flat.pop(next(iter(self._flat))).numel()
+
+    def pop(self, message: int) -> torch.Tensor | None:
+        with self._lock:
+            flat = self._flat.pop(message, None)
+            self._nbytes -= flat.numel() if flat is not None else 0
+            return flat
+
+    def clear(self) -> None:
+        with self._lock:
+            self._flat.clear()
+            self._nbytes = 0

@@ -148,8 +148,8 @@ class Sink:
             bucket.lend(self.streams.begun())
             if self._rewrite is not None and self._rewrite.taken(message) is staged:
                 self._rewrite.keep(message, staged)
-            elif self.relay is not None:
-                self.relay.keep(message, staged)
+            elif self.relay is not None and not self.relay.keep(message, staged) and self.streams.cross:
+                self.relay.keep_on_its_way(message, bucket)
         if aside is not None and self._rewrite is not None:
             self._rewrite.keep(message, aside)
         with self._lock:

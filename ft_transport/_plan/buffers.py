@@ -169,6 +169,17 @@ class Bucket:
         """Whether nothing was taken since the last :meth:`reset`."""
         return self._used == 0
 
+    def give(self) -> torch.Tensor:
+        """Its memory, which is not the bucket's any more: that takes other memory at the next :meth:`reset`."""
+        assert self._flat is not None, "reset() comes first"
+        given, self._flat = self._flat, None
+        return given
+
+    def adopt(self, flat: torch.Tensor, nbytes: int) -> torch.Tensor:
+        """Have the memory that another bucket gave, in place of its own; gives the first ``nbytes`` as taken."""
+        self._flat, self._used = flat, 0
+        return self.take(nbytes)
+
     def take(self, nbytes: int) -> torch.Tensor:
         """The next ``nbytes`` as a flat uint8 tensor, aligned to 64 bytes."""
         assert self._flat is not None, "reset() comes first"

@@ -13,7 +13,7 @@ import torch
 from helpers import CPU, noise, until
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import Streams
+from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._lanes import relay as relay_module
 from ft_transport._lanes.dispatcher import Dispatcher
 from ft_transport._lanes.pending import PendingMessages
@@ -36,7 +36,9 @@ LARGE = SPLICE_FROM // 4  # elements of four bytes
 
 
 @contextlib.contextmanager
-def passing_on(template: dict[str, Any], *, verified: bool) -> Iterator[tuple[Relay, Dispatcher, PendingMessages]]:
+def passing_on(
+    template: dict[str, Any], *, verified: bool, streams: Streams = NO_STREAMS
+) -> Iterator[tuple[Relay, Dispatcher, PendingMessages]]:
     """A relay of a state that lands in the template, all of which is here."""
     report = TransferReport("destination", "test", 7)
     manifest, _ = describe(template)
@@ -47,7 +49,7 @@ def passing_on(template: dict[str, Any], *, verified: bool) -> Iterator[tuple[Re
     for message in range(len(layout.messages)):
         pending.landed(message, 5)
     timer = StallTimer(Deadline(timedelta(seconds=20)), timedelta(seconds=5))
-    relay = Relay(dispatcher, layout, landing, pending, timer, verified=verified)
+    relay = Relay(dispatcher, layout, landing, pending, timer, verified=verified, streams=streams)
     yield relay, dispatcher, pending
     relay.close()
 
@@ -143,3 +145,77 @@ def test_what_is_taken_back_before_its_answer_goes_is_not_vouched_for() -> None:
             (digest,) = TRAILER.unpack(got.read(TRAILER.size, limit))
             assert digest == fingerprint(memoryview(tensor.view(torch.uint8).numpy())), "the source's"
         assert bytes(data) != bytes(good["b"].view(torch.uint8).numpy()), "which the one who gets it finds"
+
+
+class OnADevice:
+    """A relay of two large messages that are on a device, and one lane that fetches from it."""
+
+    def __init__(self, stack: contextlib.ExitStack) -> None:
+        self.devices = stack.enter_context(StandInAccelerator(1))
+        self.good = [noise(1 << 20, 1), noise(1 << 20, 2)]
+        template = {str(index): self.devices.put(tensor.clone(), 0) for index, tensor in enumerate(self.good)}
+        timer = StallTimer(Deadline(timedelta(seconds=20)), timedelta(seconds=5))
+        self.streams = Streams([torch.device("cuda", 0)], timer.deadline)
+        relay = stack.enter_context(passing_on(template, verified=True, streams=self.streams))
+        self.relay, dispatcher, _ = relay
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        self.theirs = stack.enter_context(socket.create_connection(server.getsockname()))
+        attach = FirstFrame(LaneHeader(LaneFrame.ATTACH, 1, 7), (self.relay.ident,))
+        self.attach = lambda: dispatcher.dispatch(Connection(server.accept()[0], "peer"), attach)
+        self.got = Connection(self.theirs.dup(), "relay")
+        stack.callback(self.got.close)
+
+    def arrive(self, message: int) -> Bucket:
+        """As a lane does once a message is on the device."""
+        bucket = Bucket(CPU, pinned=True)
+        nbytes = self.good[message].nbytes
+        bucket.reset(nbytes)
+        bucket.take(nbytes).copy_(self.good[message].view(torch.uint8))
+        self.relay.keep_on_its_way(message, bucket)
+        return bucket
+
+    def fetch(self, message: int) -> bytes:
+        limit = StallTimer(Deadline(timedelta(seconds=10)))
+        self.theirs.sendall(encode(LaneFrame.WANT, 1, 7, message))
+        data = self.got.read(HEADER_BYTES + self.good[message].nbytes, limit)[HEADER_BYTES:]
+        self.got.read(TRAILER.size, limit)
+        return data
+
+
+def test_what_is_on_the_host_already_is_not_read_back_from_the_device() -> None:
+    with contextlib.ExitStack() as stack:
+        it = OnADevice(stack)
+        it.attach()
+        it.arrive(0)
+        # As the next message does. What was lent to the one behind is not touched by it.
+        bucket = it.arrive(1)
+        bucket.reset(1 << 22)
+        bucket.take(1 << 22).zero_()
+        for message, tensor in enumerate(it.good):
+            assert it.fetch(message) == bytes(tensor.view(torch.uint8).numpy())
+        assert it.devices.num_copies == 0
+        # It was for the first who asks. Who asks again has the device's.
+        assert it.fetch(0) == bytes(it.good[0].view(torch.uint8).numpy())
+        assert it.devices.num_copies == 1
+
+
+def test_memory_of_what_is_on_its_way_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_module, "_ON_THEIR_WAY_BYTES", 6 << 20)
+    with contextlib.ExitStack() as stack:
+        it = OnADevice(stack)
+        it.attach()
+        it.arrive(0)
+        it.arrive(1)
+        assert [it.fetch(message) for message in (1, 0)] == [
+            bytes(it.good[message].view(torch.uint8).numpy()) for message in (1, 0)
+        ]
+        assert it.devices.num_copies == 1, "the older one made room"
+
+
+def test_nothing_is_kept_for_nobody() -> None:
+    with contextlib.ExitStack() as stack:
+        it = OnADevice(stack)
+        bucket = it.arrive(0)
+        before = it.devices.nbytes_pinned
+        bucket.reset(1 << 22)
+        assert it.devices.nbytes_pinned == before, "the lane has its memory still"

@@ -79,3 +79,19 @@ def test_a_bucket_gives_no_more_than_asked_for() -> None:
     bucket.take(64)
     with pytest.raises(AssertionError):
         bucket.take(1)
+
+
+def test_memory_goes_from_one_bucket_to_another() -> None:
+    given, adopting = Bucket(CPU), Bucket(CPU)
+    given.reset(1000)
+    given.take(1000).fill_(7)
+    flat = given.give()
+    adopting.reset(100)
+    taken = adopting.adopt(flat, 1000)
+    assert not adopting.untouched
+    given.reset(1000)
+    given.take(1000).fill_(8)
+    assert taken.unique().tolist() == [7]
+    adopting.reset(1000)
+    assert adopting.untouched
+    assert adopting.take(1000).data_ptr() == taken.data_ptr()
