@@ -7,7 +7,7 @@
 # stands still. With full_state_dict=False the shards are live too.
 #
 # Why it matters: written out in the background, or sent to a peer while training goes on, such a dict mixes
-# two moments. On an accelerator the copy to the host hides it: tests on CPU and production disagree.
+# two moments. Clone what is plain before training goes on.
 set -euo pipefail
 
 folder=$(mktemp -d)

@@ -7,8 +7,7 @@
 # differ. The constructor rand() over the same mesh raises an AssertionError without text.
 #
 # Why it matters: a leaf that a restore has left out and that is initialized anew is no replica any more, or
-# repeats itself along the shards; a CPU test of 'restored run equals the undisturbed one' passes for another
-# reason than on an accelerator.
+# repeats itself along the shards. Draw the full tensor on one rank and distribute_tensor() it.
 set -euo pipefail
 
 folder=$(mktemp -d)
