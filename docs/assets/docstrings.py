@@ -1,7 +1,7 @@
 """How docstrings get onto the site: an extension of griffe's, which reads the sources for mkdocstrings.
 
-Docstrings are written to be read in the sources and by ``help()``: Sphinx's roles, and sections that Google's style does
-not know. Signatures name defaults and types that are private, where a reader wants what they are.
+Docstrings are written to be read in the sources and by ``help()``: Sphinx's roles, and sections that Google's style
+does not know. Signatures name defaults and types that are private, where a reader wants what they are.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ def to_markdown(text: str, public: Mapping[str, str]) -> str:
         return f'<autoref optional identifier="{path}"><code>{name}</code></autoref>'
 
     def code(found: re.Match[str]) -> str:
-        before = f"{found[1]}:\n\n" if found[1] else ""
-        return before + "```python\n" + re.sub("^    ", "", found[2], flags=re.MULTILINE) + "\n```"
+        # As reStructuredText has it: two colons behind a word leave one, and behind a space none.
+        before = found[1].rstrip() if found[1].endswith(" ") else found[1] and f"{found[1]}:"
+        lines = re.sub("^    ", "", found[2], flags=re.MULTILINE)
+        return (before and f"{before}\n\n") + f"```python\n{lines}\n```"
 
     blocks: list[str] = []
 
