@@ -72,9 +72,9 @@ $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-# With the environment's programs at hand: ruff breaks long signatures into lines.
+# With the environment's programs at hand, of which ruff breaks long signatures into lines, and without an advertisement of another program.
 docs: $(DOCS_READY)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mkdocs build --strict $(ARGS)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -71,12 +71,22 @@ class Docstrings(griffe.Extension if griffe else object):  # type: ignore[misc]
         public = {name: _path(module, name) for module in (pkg["testing"], pkg) for name in module.exports or ()}
         known = loader.modules_collection
         for obj in _all_below(pkg):
+            if obj.is_class and obj.docstring and _is_given(obj.docstring.value):
+                obj.members.pop("__init__", None)
+                obj.decorators = []  # or griffe makes one for a dataclass
             if obj.docstring:
                 obj.docstring.value = to_markdown(obj.docstring.value, public)
             if obj.is_function:
                 _spell_out(obj, lambda path: _behind(known, path, public))
             elif obj.is_attribute:
                 obj.annotation = _replaced(obj.annotation, lambda path: _behind(known, path, public))
+                if obj.name in public:
+                    obj.value = _replaced(obj.value, lambda path: _behind(known, path, public))
+
+
+def _is_given(docstring: str) -> bool:
+    """Whether users get objects of a class, and make none: it says what they hold, and not what they are made with."""
+    return "Attributes:" in docstring and "Args:" not in docstring
 
 
 def _path(module: Any, name: str) -> str:

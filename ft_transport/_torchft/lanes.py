@@ -136,6 +136,7 @@ class LaneTransport(ManagedTransport[T]):
         self._finalizer = weakref.finalize(self, _close, self._listener, self._local.dispatcher)
 
     def mark_restored(self) -> None:
+        """As ``PGTransport.mark_restored``; a receive that broke is not resumed then, but begins anew."""
         super().mark_restored()
         # What is left of a broken receive is not in the template any more.
         self._receiving.kept = None
