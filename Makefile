@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FUZZ_READY := $(VENV)/.ready-fuzz
 UPSTREAM_READY := $(VENV)/.ready-upstream
+DOCS_READY := $(VENV)/.ready-docs
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test lint bench chaos fuzz mutants simulated upstream clean help
+.PHONY: demo test lint bench chaos fuzz mutants simulated upstream docs clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
@@ -20,6 +21,7 @@ help:
 	@echo "make mutants break one promise of the code after the other and see that a test notices; ARGS='lanes' for some"
 	@echo "make simulated what needs an accelerator, on one that a C++ extension plays (needs a compiler; three minutes)"
 	@echo "make upstream torchft's own integration tests over its transport and over ours (a few minutes)"
+	@echo "make docs    the documentation as a site, into site/; a link that leads nowhere fails it"
 	@echo "make clean   remove the virtual environment and what the targets above write"
 
 $(READY): pyproject.toml constraints.txt
@@ -66,5 +68,13 @@ $(UPSTREAM_READY): $(READY)
 upstream: $(UPSTREAM_READY)
 	$(BIN)/python -m tests.upstream $(ARGS)
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# With the environment's programs at hand, of which ruff breaks long signatures into lines, and without an advertisement of another program.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 clean:
-	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -107,7 +107,10 @@ def ended(error: E, outcome: str) -> E:
 
 
 class TransferTimeout(TransferError, TimeoutError):
-    """The call's deadline passed before the transfer was complete. The text says "timed out"."""
+    """The call's deadline passed before the transfer was complete. The text says "timed out".
+
+    A process group must be configured anew then, as torchft does for the next quorum.
+    """
 
 
 class PeerFailure(TransferError):
@@ -119,15 +122,24 @@ class ProtocolError(TransferError):
 
 
 class LocalProtocolError(ProtocolError):
-    """This side asked for what cannot be: a leaf that cannot travel, a rank outside the group."""
+    """This side asked for what cannot be: a leaf that cannot travel, a rank outside the group, a second transfer.
+
+    The call is to be mended; the next quorum changes nothing.
+    """
 
 
 class RemoteProtocolError(ProtocolError):
-    """The peer sent what this version does not accept: magic, version, step, manifest, digest, refusal."""
+    """The peer sent what this version does not accept, or refuses: magic, version, step, manifest, digest, template.
+
+    The peer, or one side's template, is to be mended.
+    """
 
 
 class TornStateError(TransferError):
-    """This replica holds a mix of two states and was about to use it."""
+    """This replica holds a mix of two states, and was about to serve it, or to step its optimizer.
+
+    It is to be restarted, from a durable checkpoint or empty: see ``docs/faults.md``.
+    """
 
 
 def printable(text: str) -> str:

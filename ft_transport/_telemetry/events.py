@@ -20,6 +20,9 @@ logger = logging.getLogger("ft_transport")
 
 Event = dict[str, Any]
 EventCallback = Callable[[Event], None]
+"""What a constructor takes as ``on_event``: called with the event of each transfer that is over. ``docs/operations.md``
+has the table of its fields.
+"""
 
 # What is in an event under "event".
 TRANSFER = "ft_transport.transfer"

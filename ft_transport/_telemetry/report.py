@@ -132,6 +132,9 @@ class PeerReport:
 class TransferReport:
     """What one ``send_checkpoint`` or ``recv_checkpoint`` did.
 
+    The phases are ``describe``, ``agree``, ``move``, ``verify`` and ``rebuild``; they are also ranges of
+    ``torch.profiler``, named ``ft_transport::source::move`` and so on.
+
     Attributes:
         role: ``"source"`` or ``"destination"``.
         transport: Name of the transport.

@@ -51,8 +51,9 @@ class LaneTransport(ManagedTransport[T]):
     :meth:`disallow_checkpoint`. The process group is never touched.
 
     Args:
-        timeout, state_dict, strict, on_mismatch: As for ``PGTransport``.
+        timeout: Upper bound of each transfer as a whole; as for ``PGTransport``.
         device: Where received leaves live that the template lacks and that were on an accelerator at the source.
+        state_dict: Gives the template; as for ``PGTransport``.
         lanes: TCP connections that this side opens for a state's bytes, 1 to 16. ``"auto"``: 2 within a machine; to
             another one as many as its round trip asks for, and more as long as that makes it quicker.
         host: Name or address that others reach this process at; tried before all others.
@@ -70,10 +71,12 @@ class LaneTransport(ManagedTransport[T]):
             (``process_vm_readv``) where the system lets it, else TCP. ``"cma"``: also lets processes of this user read
             this one where Yama forbids it, as a debugger does (``PR_SET_PTRACER``). ``"tcp"``: neither side's is read.
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
+        strict: Refuse a state that the template does not cover; as for ``PGTransport``.
         on_progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
         shadow: As for ``PGTransport``. A receive that broke is not resumed then, but begins anew.
         on_event: As for ``PGTransport``; but a source's is called from a thread of its own, for which
             :meth:`disallow_checkpoint` waits two seconds.
+        on_mismatch: What becomes of a leaf that does not fit the template's; as for ``PGTransport``.
 
     Raises:
         LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
@@ -133,6 +136,7 @@ class LaneTransport(ManagedTransport[T]):
         self._finalizer = weakref.finalize(self, _close, self._listener, self._local.dispatcher)
 
     def mark_restored(self) -> None:
+        """As ``PGTransport.mark_restored``; a receive that broke is not resumed then, but begins anew."""
         super().mark_restored()
         # What is left of a broken receive is not in the template any more.
         self._receiving.kept = None
@@ -154,7 +158,8 @@ class LaneTransport(ManagedTransport[T]):
         about it (see ``PGTransport.disallow_checkpoint``).
 
         Raises:
-            TornStateError, RemoteProtocolError: As ``PGTransport.disallow_checkpoint``, after all that. Nothing else.
+            TornStateError: As ``PGTransport.disallow_checkpoint``, after all that.
+            RemoteProtocolError: Likewise. Nothing else.
         """
         self._serving.finish()
         self._before_step()

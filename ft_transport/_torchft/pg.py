@@ -53,7 +53,8 @@ class PGTransport(ManagedTransport[T]):
             and of one block in 32 of larger ones, because there the digests would take time from the transfer.
         strict: Refuse a state when the template lacks one of its tensors, or has a leaf that it lacks, or one that does
             not fit it.
-        on_progress: Called while bytes move, from the thread that moves them.
+        on_progress: Called with a :class:`Progress` after each flight of up to 64 MiB, from the thread that moves it;
+            :func:`progress_bar` gives one that draws a bar.
         shadow: As a destination, receive beside the template, and copy into it once everything has arrived and agrees:
             nothing that happens on the wire can tear the replica. Costs the copy, and memory for another state until
             the optimizer may step.

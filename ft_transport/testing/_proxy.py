@@ -21,9 +21,10 @@ __all__ = ["FaultProxy", "Tamper"]
 
 P = TypeVar("P", bound="FaultProxy")
 
-# Called with the connection (counted from 0), the direction ("up" to the listener, "down" from it), the position of the
-# first byte in that direction, and the bytes; gives what passes on instead, None to cut the connection.
 Tamper = Callable[[int, str, int, bytes], "bytes | None"]
+"""Called with the connection (counted from 0), the direction (``"up"`` to the listener, ``"down"`` from it), the
+position of the first byte in that direction, and the bytes; gives what passes on instead, None to cut the connection.
+"""
 
 # Where proxies listen; see FaultProxy. All of 127.0.0.0/8 is this machine (RFC 1122, 3.2.1.3).
 _ADDRESS = "127.0.0.2"
