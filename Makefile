@@ -8,7 +8,7 @@ UPSTREAM_READY := $(VENV)/.ready-upstream
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test lint bench chaos fuzz mutants simulated upstream clean help
+.PHONY: demo test lint bench chaos fuzz mutants simulated upstream matrix clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
@@ -20,6 +20,7 @@ help:
 	@echo "make mutants break one promise of the code after the other and see that a test notices; ARGS='lanes' for some"
 	@echo "make simulated what needs an accelerator, on one that a C++ extension plays (needs a compiler; three minutes)"
 	@echo "make upstream torchft's own integration tests over its transport and over ours (a few minutes)"
+	@echo "make matrix  the tests with other versions of Python, torch and torchft (hours, gigabytes); ARGS='py3.11 torch2.15' for some"
 	@echo "make clean   remove the virtual environment and what the targets above write"
 
 $(READY): pyproject.toml constraints.txt
@@ -66,5 +67,9 @@ $(UPSTREAM_READY): $(READY)
 upstream: $(UPSTREAM_READY)
 	$(BIN)/python -m tests.upstream $(ARGS)
 
+# Makes environments of its own, and needs nothing of ours.
+matrix:
+	$(PYTHON) -m tests.matrix $(ARGS)
+
 clean:
-	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output matrix-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

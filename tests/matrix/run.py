@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 # Beside the unit part, which this is without: real processes and networks. The mutants are of the checkout.
 _NOT_UNIT = ("chaos", "gpu", "multiproc", "netns", "upstream", "test_mutants.py")
 _UNIT = ["-n", "2", "--dist", "loadfile", *(f"--ignore=tests/{name}" for name in _NOT_UNIT)]
-_HEAL = [f"tests/multiproc/test_{name}.py" for name in ("manager", "native_group", "shared")]
+_HEAL = [f"tests/multiproc/test_{name}.py" for name in ("manager", "shared")]
 
 # What is installed beside the wheel: all that the unit part looks for, in its newest version.
-_EXTRAS = "[demo,test,progress]"
+_EXTRAS = "[demo,test]"
 
 _VERSIONS = """
 import importlib.metadata, json, platform, torch
@@ -142,7 +142,7 @@ class Folder:
         _run([*pip, "install", "--no-cache-dir", f"{wheel}{_EXTRAS}", f"torch=={cell.torch}", cell.torchft])
         # Of the wheel alone: an extra that drew in the other torchft would have written over this one.
         where = _run([python, "-c", _WHERE], cwd=self._path / "source")
-        if not where.startswith(str((self._path / cell.environment).resolve())):
+        if not Path(where).resolve().is_relative_to((self._path / cell.environment).resolve()):
             raise Failed(f"ft_transport is imported from {where}")
         return python
 
