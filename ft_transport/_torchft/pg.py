@@ -41,7 +41,7 @@ class PGTransport(ManagedTransport[T]):
     A drop-in for ``torchft.checkpointing.pg_transport.PGTransport``.
 
     Args:
-        pg: The process group, configured by the Manager before each transfer: one of torchft's, or a group of torch's own
+        pg: The process group, configured by the Manager before each transfer: one of torchft's, or one of torch's own
             where torchft takes those (see ``docs/versions.md``).
         timeout: Upper bound of each transfer as a whole; the shorter of this and the Manager's own counts. Keep it
             below the Manager's time-out, so that a failed heal ends before the other replicas' collectives do.

@@ -16,8 +16,8 @@ PAGE = ROOT / "docs" / "versions.md"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run cells, or write the table. Returns the exit status: 1 if a test failed."""
-    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=(__package__ and sys.modules[__package__].__doc__))
-    parser.add_argument("words", nargs="*", help="run the cells that have all of these in their names: py3.11 torch2.15")
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description="Run the tests with other versions.")
+    parser.add_argument("words", nargs="*", help="run the cells with all of these in their names: py3.11 torch2.15")
     parser.add_argument("--folder", type=Path, default=ROOT / "matrix-output", help="for environments and results")
     parser.add_argument("--minutes", type=int, default=60, help="that each of a cell's two parts may take")
     parser.add_argument("--again", action="store_true", help="also those that have a result")

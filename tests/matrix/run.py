@@ -96,8 +96,8 @@ class Folder:
             if not name.startswith("ft_transport/"):
                 self._copy(name, "source")
         python = interpreter("3.11") or "python3"
-        wheel = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-cache-dir", "--wheel-dir", str(self._path / "wheel")]
-        _run([python, *wheel, str(self._path / "sdist")])
+        pip_wheel = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-cache-dir"]
+        _run([*pip_wheel, "--wheel-dir", str(self._path / "wheel"), str(self._path / "sdist")])
 
     def _copy(self, name: str, to: str) -> None:
         if (ROOT / name).exists():  # else it was removed, and git does not know yet
