@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["PYTHONS", "TORCHES", "TORCHFTS", "Cell", "cells"]
+__all__ = ["ALSO", "PYTHONS", "TORCHES", "TORCHFTS", "Cell", "cells"]
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.9.1", "2.11.0", "2.13.0", "2.15.0")
 # The release, and one nightly: each of them is another distribution, and both have the same files.
 TORCHFTS = ("torchft==0.2.0", "torchft-nightly==2026.10.26")
+# What an older torch needs of other packages that do not say so themselves.
+ALSO = {"2.9.1": ["torchao==0.15.0"]}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cells import Cell
+from .cells import ALSO, Cell
 
 __all__ = ["Folder", "counted", "interpreter"]
 
@@ -138,8 +138,9 @@ class Folder:
         pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check"]
         # First: what one distribution removes are the other one's files.
         _run([*pip, "uninstall", "--yes", "torchft", "torchft-nightly", "ft_transport"])
+        also = ALSO.get(cell.torch, [])
         (wheel,) = (self._path / "wheel").glob("*.whl")
-        _run([*pip, "install", "--no-cache-dir", f"{wheel}{_EXTRAS}", f"torch=={cell.torch}", cell.torchft])
+        _run([*pip, "install", "--no-cache-dir", f"{wheel}{_EXTRAS}", f"torch=={cell.torch}", cell.torchft, *also])
         # Of the wheel alone: an extra that drew in the other torchft would have written over this one.
         where = _run([python, "-c", _WHERE], cwd=self._path / "source")
         if not Path(where).resolve().is_relative_to((self._path / cell.environment).resolve()):

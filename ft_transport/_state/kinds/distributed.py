@@ -162,7 +162,7 @@ def _new_mesh(key: MeshKey) -> DeviceMesh:
     # Part of what makes two meshes equal. Not by the constructor: an older torch's has no such argument, and no groups
     # hang on it here.
     if keeps_order:
-        mesh._preserve_rank_order = True
+        mesh._preserve_rank_order = True  # type: ignore[attr-defined]
     return mesh
 
 
@@ -171,9 +171,8 @@ def mesh_key(mesh: DeviceMesh) -> MeshKey:
     # Not the mesh's hash: that is kept and pickled, so equal meshes of two processes may differ in it (seen with torch
     # 2.13).
     ranks, names = mesh.mesh, mesh.mesh_dim_names
-    keeps_order = (True,) if getattr(mesh, "_preserve_rank_order", False) else ()
-    ranks, shape = ranks.flatten().tolist(), ranks.shape
-    return mesh.device_type, tuple(shape), tuple(ranks), tuple(names) if names else None, *keeps_order
+    key = mesh.device_type, tuple(ranks.shape), tuple(ranks.flatten().tolist()), tuple(names) if names else None
+    return (*key, True) if getattr(mesh, "_preserve_rank_order", False) else key
 
 
 def meshes_of(leaves: Sequence[object]) -> Meshes:
@@ -224,7 +223,8 @@ def _make_placement(description: Sequence[Any]) -> Placement:
         case ("partial", str(reduce_op)):
             return Partial(reduce_op)
         case ("norm partial", int(norm_type) | float(norm_type)) if norm_type:
-            made: Placement = _norm_partial()(norm_type)
+            # By name: torch 2.9 has another one in the first place.
+            made: Placement = _norm_partial()(norm_type=norm_type)
             return made
         case ("replicate",):
             return Replicate()
