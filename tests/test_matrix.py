@@ -100,6 +100,29 @@ def test_a_cell_that_cannot_be_had_says_why_and_is_not_tried_again(
     assert json.loads(path.read_text())["install"] == "no python3.13"
 
 
+def test_a_cell_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cell,) = cells(["py3.13", "torch2.15", "nightly"])
+    folder, ran = Folder(tmp_path, 60), []
+    monkeypatch.setattr(Folder, "_install", lambda *_: "python")
+    monkeypatch.setattr(run, "_run", lambda *_: '{"python": "3.13.0"}')
+
+    def test(folder: Folder, cell: Cell, part: str, arguments: object) -> dict[str, Any]:
+        ran.append(part)
+        if ran == ["unit", "heal"]:
+            raise KeyboardInterrupt
+        return {"outcome": "ran", **COUNTS}
+
+    monkeypatch.setattr(Folder, "_test", test)
+    with pytest.raises(KeyboardInterrupt):
+        folder.run(cell)
+    assert not folder.is_done(cell)
+    assert folder.run(cell)["unit"]["passed"] == 2
+    assert ran == ["unit", "heal", "heal"]
+    assert folder.is_done(cell)
+    folder.forget(cell)
+    assert folder.result_of(cell) is None
+
+
 def test_a_step_that_fails_says_how() -> None:
     with pytest.raises(run.Failed, match="no such wheel"):
         run._run(["sh", "-c", "echo 'ERROR: no such wheel' >&2; echo 'more' >&2; exit 1"])

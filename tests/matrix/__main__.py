@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .cells import cells
-from .run import ROOT, Folder
+from .run import PARTS, ROOT, Folder
 from .table import describe, render, replaced
 
 PAGE = ROOT / "docs" / "versions.md"
@@ -28,15 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.table:
         PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), render(list(cells([])), folder.result_of)), "utf-8")
         return 0
-    waiting = [cell for cell in cells(options.words) if options.again or folder.result_of(cell) is None]
+    chosen = list(cells(options.words))
+    if options.again:
+        for cell in chosen:
+            folder.forget(cell)
+    waiting = [cell for cell in chosen if not folder.is_done(cell)]
     if waiting:
         folder.build()
     status = 0
     for number, cell in enumerate(waiting, 1):
         print(f"{cell.name} ({number} of {len(waiting)})", flush=True)
         result = folder.run(cell)
-        for part in ("unit", "heal"):
-            print(f"  {part}: {result.get('install') or describe(result[part])}", flush=True)
+        for part in PARTS:
+            print(f"  {part}: {result.get('install') or describe(result.get(part))}", flush=True)
             status |= bool(result.get(part, {}).get("failed"))
         # Those that follow may need it as well.
         if not options.keep and not any(cell.environment == other.environment for other in waiting[number:]):

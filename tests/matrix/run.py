@@ -14,7 +14,7 @@ from typing import Any
 
 from .cells import ALSO, Cell
 
-__all__ = ["Folder", "counted", "interpreter"]
+__all__ = ["PARTS", "Folder", "counted", "interpreter"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _NOT_UNIT = ("chaos", "gpu", "multiproc", "netns", "upstream", "test_mutants.py")
 _UNIT = ["-n", "2", "--dist", "loadfile", *(f"--ignore=tests/{name}" for name in _NOT_UNIT)]
 _HEAL = [f"tests/multiproc/test_{name}.py" for name in ("manager", "shared")]
+PARTS = {"unit": _UNIT, "heal": _HEAL}
 
 # What is installed beside the wheel: all that the unit part looks for, in its newest version.
 _EXTRAS = "[demo,test]"
@@ -105,19 +106,33 @@ class Folder:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target)
 
+    def is_done(self, cell: Cell) -> bool:
+        """Whether there is nothing left to run of it."""
+        result = self.result_of(cell) or {}
+        return "install" in result or PARTS.keys() <= result.keys()
+
+    def forget(self, cell: Cell) -> None:
+        """Remove its result."""
+        self._result_path(cell).unlink(missing_ok=True)
+
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Run a cell, keep what came of it, and give it."""
-        result: dict[str, Any] = {"versions": {}}
+        """Run those parts of a cell that have no result, keep what came of each, and give it all."""
+        result: dict[str, Any] = self.result_of(cell) or {"versions": {}}
         try:
             python = self._install(cell)
             result["versions"] = json.loads(_run([python, "-c", _VERSIONS]))
         except Failed as exc:
             result["install"] = str(exc)
-        else:
-            result["unit"] = self._test(cell, "unit", _UNIT)
-            result["heal"] = self._test(cell, "heal", _HEAL)
-        self._result_path(cell).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            self._keep(cell, result)
+            return result
+        for part, arguments in PARTS.items():
+            if part not in result:
+                result[part] = self._test(cell, part, arguments)
+                self._keep(cell, result)
         return result
+
+    def _keep(self, cell: Cell, result: dict[str, Any]) -> None:
+        self._result_path(cell).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
     def remove(self, cell: Cell) -> None:
         """Remove the environment of a cell, some gigabytes."""
