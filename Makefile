@@ -9,7 +9,7 @@ DOCS_READY := $(VENV)/.ready-docs
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test lint bench chaos fuzz mutants simulated upstream docs clean help
+.PHONY: demo test lint bench chaos fuzz mutants simulated upstream matrix docs clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
@@ -22,11 +22,12 @@ help:
 	@echo "make simulated what needs an accelerator, on one that a C++ extension plays (needs a compiler; three minutes)"
 	@echo "make upstream torchft's own integration tests over its transport and over ours (a few minutes)"
 	@echo "make docs    the documentation as a site, into site/; a link that leads nowhere fails it"
+	@echo "make matrix  the tests with other versions of Python, torch and torchft (hours, gigabytes); ARGS='py3.11 torch2.15' for some"
 	@echo "make clean   remove the virtual environment and what the targets above write"
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,torchft]'
 	@touch $@
 
 demo: $(READY)
@@ -72,9 +73,14 @@ $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
-# With the environment's programs at hand, of which ruff breaks long signatures into lines, and without an advertisement of another program.
+# With the environment's programs at hand, of which ruff breaks long signatures into lines; without the theme's notice
+# about MkDocs 2.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m mkdocs build --strict $(ARGS)
 
+# Makes environments of its own, and needs nothing of ours.
+matrix:
+	$(PYTHON) -m tests.matrix $(ARGS)
+
 clean:
-	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output matrix-output site .pytest_cache .mypy_cache .ruff_cache .hypothesis

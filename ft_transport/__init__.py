@@ -59,12 +59,17 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # ft_transport.distributed is for those without torchft, so torchft is imported only when it is asked for.
-    if name == "PGTransport":
-        from ft_transport._torchft.pg import PGTransport
+    try:
+        if name == "PGTransport":
+            from ft_transport._torchft.pg import PGTransport
 
-        return PGTransport
-    if name == "LaneTransport":
-        from ft_transport._torchft.lanes import LaneTransport
+            return PGTransport
+        if name == "LaneTransport":
+            from ft_transport._torchft.lanes import LaneTransport
 
-        return LaneTransport
+            return LaneTransport
+    except ModuleNotFoundError as exc:
+        if exc.name == "torchft":  # two distributions have it, so neither is a dependency
+            exc.msg = f"{exc.msg}: pip install 'ft_transport[torchft]', or torchft-nightly"
+        raise
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -126,9 +126,9 @@ class TransportBase:
         """Tell how a transfer ended; never raises."""
         publish(report, self._options.on_event)
 
-    def _limit(self, timeout: timedelta) -> Deadline:
-        """The deadline of a call that begins now."""
-        return Deadline(min(timeout, self._timeout))
+    def _limit(self, timeout: timedelta | None) -> Deadline:
+        """The deadline of a call that begins now; None for the constructor's."""
+        return Deadline(self._timeout if timeout is None else min(timeout, self._timeout))
 
 
 def check_duration(name: str, value: timedelta) -> None:

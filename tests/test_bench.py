@@ -7,17 +7,21 @@ import itertools
 import queue
 import threading
 from collections import Counter
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torchft.process_group
 from rich.console import Console
 from torch.distributed import HashStore
 
-from ft_transport.bench import run, subjects, worker
+from ft_transport.bench import groups, run, subjects, worker
 from ft_transport.bench.__main__ import main
 from ft_transport.bench.bounds import measure
 from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
+from ft_transport.bench.groups import join, torchft_version
 from ft_transport.bench.plan import Case, Job, Options, Turn, turns
 from ft_transport.bench.plot import draw
 from ft_transport.bench.results import Row, Sample, Size, Status, compare, exit_status, summarise
@@ -43,6 +47,31 @@ def filled(name: str, seed: int = 0, scale: float = 0.01) -> State:
     state = build(name, scale, step=7)
     fill_random(state, seed)
     return state
+
+
+# ------------------------------------------------------------------------------------------ torchft
+
+
+def test_groups_of_either_torchft_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(
+        torchft.process_group, "reconfigure_with_store", lambda *arguments: calls.append(arguments), raising=False
+    )
+    released, nightly = SimpleNamespace(configure=lambda *arguments: calls.append(arguments)), object()
+    join(released, "here:1/a", 1, 2)
+    join(nightly, "here:1/b", 1, 2)
+    assert calls == [("here:1/a", "1", 1, 2), (nightly, "here:1/b", 1, 2)]
+
+
+@pytest.mark.parametrize("installed", ["torchft", "torchft-nightly"])
+def test_the_version_of_either_torchft(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name != installed:
+            raise PackageNotFoundError(name)
+        return "1.2"
+
+    monkeypatch.setattr(groups, "version", version)
+    assert torchft_version() == "1.2"
 
 
 # ------------------------------------------------------------------------------------------ states

@@ -302,7 +302,8 @@ for name in ("PGTransport", "LaneTransport"):
         print(exc)
 """
     )
-    assert out.split("\n")[:3] == ["PGTransport False", "blocked: torchft", "blocked: torchft"]
+    advice = "pip install 'ft_transport[torchft]', or torchft-nightly"
+    assert out.split("\n")[:3] == ["PGTransport False", *[f"blocked: torchft: {advice}"] * 2]
 
 
 def test_importing_the_package_does_not_import_torchft() -> None:

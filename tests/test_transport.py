@@ -90,6 +90,16 @@ def test_whatever_is_raised_becomes_an_error_that_says_where(make: Callable[...,
     assert [(event["outcome"], event["step"], event["phase"]) for event in events] == [("failed", 5, "describe")]
 
 
+def test_without_a_timeout_the_constructors_counts(make: Callable[..., Any]) -> None:
+    """As in torchft's nightly, whose own transport takes None."""
+    transport = make()
+    assert transport._limit(None).timeout == 10 * SECOND
+    assert transport._limit(SECOND).timeout == SECOND
+    transport.send_checkpoint([], 5, {"w": noise(3, 1)})
+    transport.disallow_checkpoint()
+    assert transport.last_report.complete
+
+
 def test_a_rank_named_twice(make: Callable[..., Any]) -> None:
     error = raised(lambda: make().send_checkpoint([1, 1], 5, {}, SECOND))
     assert "expected each once" in str(error)

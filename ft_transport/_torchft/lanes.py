@@ -190,7 +190,9 @@ class LaneTransport(ManagedTransport[T]):
         # In the order of things: the end of an earlier transfer may still be on its way from the listener's thread.
         self._teller.call(partial(super()._publish, report))
 
-    def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
+    def send_checkpoint(
+        self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta | None = None
+    ) -> None:
         """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
 
         Small tensors are copied before this returns, so forward may change buffers. A destination that dies, refuses,
@@ -203,7 +205,7 @@ class LaneTransport(ManagedTransport[T]):
             step: Step of the state.
             state_dict: The state; must not change, but for its small tensors, until :meth:`disallow_checkpoint` has
                 returned.
-            timeout: Upper bound of the whole transfer.
+            timeout: Upper bound of the whole transfer. None: the constructor's alone.
 
         Raises:
             LocalProtocolError: A leaf cannot travel. Nothing was sent, and the destinations are told. Or: the transport

@@ -108,7 +108,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
             return lambda: captured
         return self._state_dict
 
-    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta) -> T:
+    def recv_checkpoint(self, src_rank: int, metadata: str, step: int, timeout: timedelta | None = None) -> T:
         """Receive the state dict of ``step`` from replica ``src_rank``.
 
         Tensors land in the template given to the constructor where shape, dtype and layout agree with the
@@ -119,7 +119,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
             src_rank: Replica rank of the source in the configured process group; over lanes for the report alone.
             metadata: What the source's ``metadata()`` returned. A ``LaneTransport``'s own: all leaves are new then.
             step: Step that both sides must agree on.
-            timeout: Upper bound of the whole call.
+            timeout: Upper bound of the whole call. None: the constructor's alone.
 
         Returns:
             State dict with the sender's nesting. Over lanes it may be read for another destination until

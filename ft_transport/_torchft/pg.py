@@ -41,7 +41,8 @@ class PGTransport(ManagedTransport[T]):
     A drop-in for ``torchft.checkpointing.pg_transport.PGTransport``.
 
     Args:
-        pg: The process group, configured by the Manager before each transfer.
+        pg: The process group, configured by the Manager before each transfer: one of torchft's, or one of torch's own
+            where torchft takes those (see ``docs/versions.md``).
         timeout: Upper bound of each transfer as a whole; the shorter of this and the Manager's own counts. Keep it
             below the Manager's time-out, so that a failed heal ends before the other replicas' collectives do.
         device: Where messages live: what the process group can send (CPU for Gloo, an accelerator for NCCL).
@@ -130,7 +131,9 @@ class PGTransport(ManagedTransport[T]):
     def shutdown(self, wait: bool = True) -> None:
         """Nothing to stop: no thread outlives a call. The group is the Manager's."""
 
-    def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta) -> None:
+    def send_checkpoint(
+        self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta | None = None
+    ) -> None:
         """Send ``state_dict`` to all ``dst_ranks`` at once, and wait until each has answered or failed.
 
         A destination counts as served when it has answered that everything arrived and agrees. One that dies,
@@ -142,7 +145,7 @@ class PGTransport(ManagedTransport[T]):
             step: Step of the state.
             state_dict: The state; must not change until this returns. An optimizer of another thread that is about to
                 step on it waits until then.
-            timeout: Upper bound of the whole call.
+            timeout: Upper bound of the whole call. None: the constructor's alone.
 
         Raises:
             LocalProtocolError: A rank is not in the group; nobody was told. Or: a leaf cannot travel; nothing was sent,
@@ -245,14 +248,21 @@ def _is_in_order(pg: ProcessGroup, device: torch.device) -> bool:
 def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
     # At each call: the Manager configures the group anew for each quorum, and numbers the replicas anew.
     size = pg.size()
-    # torchft's wrappers know their rank only since they were configured; rank() of their base class is always 0.
-    own = getattr(pg, "_rank", None)
+    own = _own_rank(pg)
     for rank in ranks:
         if not 0 <= rank < size:
             raise LocalProtocolError(f"rank {rank}: expected 0 to {size - 1}, the ranks of the group", peer_rank=rank)
         if rank == own:
             raise LocalProtocolError(f"rank {rank}: expected another rank than this replica's own", peer_rank=rank)
     check_distinct(ranks)
+
+
+def _own_rank(pg: ProcessGroup) -> int | None:
+    if isinstance(pg, torch.distributed.ProcessGroup) and not isinstance(pg, ProcessGroup):
+        return pg.rank()  # one of torch's own, which torchft's nightlies take
+    # torchft's wrappers know their rank only since they were configured; rank() of their base class is always 0.
+    found: int | None = getattr(pg, "_rank", None)
+    return found
 
 
 def _raise_own(channels: list[Channel], errors: list[BaseException | None]) -> None:

@@ -9,7 +9,6 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.status import Status
 
 import ft_transport
 from ft_transport.bench.bounds import measure
+from ft_transport.bench.groups import torchft_version
 from ft_transport.bench.plan import MODES, Case, Options, Turn
 from ft_transport.bench.results import Row, exit_status
 from ft_transport.bench.run import Site, follow, lead
@@ -116,7 +116,7 @@ def environment() -> dict[str, Any]:
     return {
         "ft_transport": ft_transport.__version__,
         "torch": torch.__version__,
-        "torchft": version("torchft"),
+        "torchft": torchft_version(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         # Not os.cpu_count(): in a container or under taskset it counts cores that this process may not use.

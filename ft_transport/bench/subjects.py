@@ -18,6 +18,7 @@ from torchft.process_group import ProcessGroupGloo
 
 import ft_transport
 import ft_transport.distributed
+from ft_transport.bench.groups import join
 from ft_transport.bench.states import STEP
 from ft_transport.bench.store import Store
 
@@ -131,7 +132,7 @@ def _over_torchft(transport: Callable[..., CheckpointTransport[Any]]) -> Subject
         # One for each transport: a wait that times out closes every pair of its gloo group, also those of a neighbour
         # on it.
         group = ProcessGroupGloo(timeout=connection.timeout)
-        group.configure(connection.address, str(connection.rank), connection.rank, connection.world_size)
+        join(group, connection.address, connection.rank, connection.world_size)
         made = transport(group, connection.timeout, CPU, state_dict=connection.template)
         return TorchftSubject(made, connection.timeout, group)
 

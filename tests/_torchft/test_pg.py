@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from helpers import CPU
+from torchft.process_group import ProcessGroupDummy, ProcessGroupGloo
 
 from ft_transport import (
     LocalProtocolError,
@@ -17,7 +19,7 @@ from ft_transport import (
     TransferError,
     TransferTimeout,
 )
-from ft_transport._torchft.pg import _raise_own
+from ft_transport._torchft.pg import _own_rank, _raise_own
 
 SECOND = timedelta(seconds=1)
 
@@ -51,6 +53,13 @@ def test_ranks_that_cannot_be(ranks: list[int], message: str) -> None:
     if len(ranks) == 1:
         with pytest.raises(LocalProtocolError, match=message):
             transport().recv_checkpoint(ranks[0], "<n/a>", 7, SECOND)
+
+
+def test_a_native_group_says_its_own_rank() -> None:
+    """torchft's nightly takes those of torch, which have no ``_rank``."""
+    assert _own_rank(torch.distributed.ProcessGroup(1, 3)) == 1
+    assert _own_rank(ProcessGroupDummy(0, 1)) == 0
+    assert _own_rank(ProcessGroupGloo()) is None, "not configured yet"
 
 
 def test_nobody_to_send_to() -> None:

@@ -45,6 +45,14 @@ class Group(ProcessGroupGloo):
         with self._voice.call("configure", quorum=quorum, members=self.members):
             super().configure(store_addr, replica_id, rank, world_size, *more, **named)
 
+    def reconfigure(self, opts: Any) -> Any:
+        """The same for torchft's nightlies, whose Manager calls no ``configure``."""
+        with self._voice.call("configure", quorum=opts.uuid):
+            work = super().reconfigure(opts)
+        # Known from the handles, once they are read.
+        self.quorum, self.members = opts.uuid, list(self._global_ranks)
+        return work
+
     def break_off(self) -> None:
         """Leave the group for good, so that all others notice at once.
 

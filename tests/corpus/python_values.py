@@ -369,7 +369,7 @@ def numpy_scalars(seed: int) -> Any:
 
 @CASES.case()
 def numpy_scalars_of_time(seed: int) -> Any:
-    return [np.datetime64("2026-01-02"), np.datetime64("NaT"), np.timedelta64(seed, "ms"), np.complex64(1 + 2j)]
+    return [np.datetime64("2026-01-02"), np.datetime64("NaT", "D"), np.timedelta64(seed, "ms"), np.complex64(1 + 2j)]
 
 
 @CASES.case()

@@ -166,6 +166,8 @@ def _scheduled(make: Callable[[Any], Any], seed: int) -> Any:
         optimizer.step()
         arguments = (0.5 + step,) if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else ()
         scheduler.step(*arguments)
+    if callable(scheduler.state_dict().get("anneal_func")):
+        pytest.skip("an older torch's SWALR has a function in its state, which pickles as a call of getattr")
     return {"scheduler": scheduler.state_dict(), "optim": optimizer.state_dict()}
 
 

@@ -17,6 +17,7 @@ from torchft.process_group import ProcessGroupGloo
 
 import ft_transport
 import ft_transport.distributed
+from ft_transport.bench.groups import join
 
 __all__ = ["PROMPT", "TRANSPORTS", "Outcome", "Wire", "wires"]
 
@@ -137,7 +138,7 @@ class Torchft(Wire):
 
         def connect(rank: int) -> Any:
             group = ProcessGroupGloo(timeout=TIMEOUT)
-            group.configure(address, f"replica {rank}", rank, 2)
+            join(group, address, rank, 2)
             return group
 
         return self._both(connect)

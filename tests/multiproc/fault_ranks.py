@@ -27,6 +27,7 @@ from ft_transport._net.connection import Connection
 from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions, Options
 from ft_transport._wire.layout import Limits
+from ft_transport.bench.groups import join
 from ft_transport.testing import FaultyTransport
 
 from .harness import PATIENCE, Residue, digest, quiet, residue, tell, wait_until
@@ -228,7 +229,7 @@ def meeting() -> TCPStore:
 
 def configure(rank: int, address: str) -> None:
     """As the Manager does before a transfer, on the same group object."""
-    this_rank().group.configure(address, "0", rank, SIZE)
+    join(this_rank().group, address, rank, SIZE)
 
 
 def arrive(case: Case, what: str, number: int = 1) -> int:

@@ -12,6 +12,7 @@ from torch.distributed import TCPStore
 from torchft.process_group import ProcessGroupBabyGloo
 
 from ft_transport import PGTransport
+from ft_transport.bench.groups import join
 
 from .harness import Workers, digest, store_address, workers
 
@@ -41,7 +42,7 @@ def make_state(seed: int) -> dict[str, Any]:
 def configure(rank: int, address: str) -> None:
     global _group
     _group = ProcessGroupBabyGloo(timeout=timedelta(seconds=60))
-    _group.configure(address, "0", rank, SIZE)
+    join(_group, address, rank, SIZE)
 
 
 def shut_down(rank: int) -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torchft.process_group
 from torch.distributed import TCPStore
 from torchft.coordination import LighthouseServer
 from torchft.process_group import ProcessGroupGloo
@@ -48,6 +49,7 @@ class Job:
         keys: Registered state-dict keys; one model and optimizer for each.
         lanes: Whether states move over lanes, and not over the group.
         slow_heals: Whether a heal says that it begins, and then waits.
+        native: Whether the group is torch's own, and not one of torchft's.
     """
 
     lighthouse: str
@@ -58,6 +60,17 @@ class Job:
     keys: tuple[str, ...]
     lanes: bool
     slow_heals: bool = False
+    native: bool = False
+
+
+def native_group(store: TCPStore) -> Any:
+    """A group of torch's own, which the Manager connects for each quorum."""
+    # Who comes back is another rank of it than before; there are places enough, and who has them is the Manager's.
+    rank = store.add("native", 1) - 1
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=16, timeout=TIMEOUT, enable_reconfigure=True
+    )
+    return torch.distributed.group.WORLD
 
 
 class Part:
@@ -92,7 +105,7 @@ class Rank:
         self.signals = TCPStore("localhost", job.signals, is_master=False, wait_for_workers=False)
         self.seed = 100 * group_rank + replica
         self.parts = {key: Part(self.seed + 10 * i) for i, key in enumerate(job.keys)}
-        group = ProcessGroupGloo(timeout=TIMEOUT)
+        group = native_group(self.signals) if job.native else ProcessGroupGloo(timeout=TIMEOUT)
         template: Callable[[], object] = lambda: {key: part.state_dict() for key, part in self.parts.items()}  # noqa: E731
         if job.keys == ("default",):
             template = self.parts["default"].state_dict  # the very function that the Manager gets
@@ -187,6 +200,8 @@ def train(doomed: bool, returning: bool) -> dict[str, Any]:
 def leave() -> None:
     assert _rank is not None
     _rank.manager.shutdown()
+    if _rank.job.native:
+        torch.distributed.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------- inside the test
@@ -250,6 +265,7 @@ def cluster(
     keys: tuple[str, ...],
     lanes: bool,
     slow_heals: bool = False,
+    native: bool = False,
 ) -> Iterator[Cluster]:
     """A Lighthouse and replicas, all of which have joined."""
     lighthouse = new_lighthouse()
@@ -258,7 +274,7 @@ def cluster(
     signals = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     way = Endpoint.decode(gate.metadata)
     address = f"http://{way.addresses[0]}:{way.port}"
-    found = Cluster(Job(address, signals.port, replicas, group_size, async_quorum, keys, lanes, slow_heals))
+    found = Cluster(Job(address, signals.port, replicas, group_size, async_quorum, keys, lanes, slow_heals, native))
     found.lighthouse, found.gate = lighthouse, gate
     try:
         for replica in range(replicas):
@@ -292,6 +308,15 @@ def test_killed_replica_heals_over_lanes(replicas: int, group_size: int, async_q
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.skipif(not hasattr(torchft.process_group, "reconfigure_with_store"), reason="torchft takes its own alone")
+@pytest.mark.skipif(not hasattr(torch.distributed.ProcessGroup, "reconfigure"), reason="torch is older than 2.14")
+@pytest.mark.parametrize("async_quorum", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("replicas", [2, 4], ids=["2 replicas", "4 replicas"])
+def test_killed_replica_heals_over_a_native_group(replicas: int, async_quorum: bool) -> None:
+    killed_replica_heals(replicas, 1, async_quorum, lanes=False, native=True)
+
+
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("lanes", [True, False] if os.environ.get("FT_TRANSPORT_ALL_FAULTS") else [True])
 def test_a_lighthouse_that_restarts_in_the_middle_of_a_heal(lanes: bool) -> None:
     """The heal does not need it, and the next quorum is had from the new one."""
@@ -299,11 +324,11 @@ def test_a_lighthouse_that_restarts_in_the_middle_of_a_heal(lanes: bool) -> None
 
 
 def killed_replica_heals(
-    replicas: int, group_size: int, async_quorum: bool, lanes: bool, *, restart: bool = False
+    replicas: int, group_size: int, async_quorum: bool, lanes: bool, *, restart: bool = False, native: bool = False
 ) -> None:
     keys = ("default",) if group_size == 1 else ("left", "right")
     victim = replicas - 1
-    with cluster(replicas, group_size, async_quorum, keys, lanes, restart) as job:
+    with cluster(replicas, group_size, async_quorum, keys, lanes, restart, native) as job:
         for replica in range(replicas):
             job.train(replica, doomed=replica == victim)
         for worker in job.replicas[victim]:

@@ -12,6 +12,7 @@ from torchft.checkpointing.transport_test import make_state_dict, run_multi_reco
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport
+from ft_transport.bench.groups import join
 
 CPU = torch.device("cpu")
 
@@ -23,7 +24,7 @@ def test_torchft_recovery_test(in_place: bool) -> None:
 
     def init_transport(rank: int, world_size: int) -> PGTransport[dict[str, object]]:
         pg = ProcessGroupGloo(timeout=timedelta(seconds=10))
-        pg.configure(f"localhost:{store.port}/test", "0", rank, world_size)
+        join(pg, f"localhost:{store.port}/test", rank, world_size)
         template = (lambda: make_state_dict(CPU)) if in_place else None
         return PGTransport(pg, timedelta(seconds=10), CPU, state_dict=template)
 

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor, Placement
     from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-# A mesh by what describes it: device type, shape, ranks, names of the dimensions.
-MeshKey = tuple[str, tuple[int, ...], tuple[int, ...], tuple[str, ...] | None]
+# A mesh by what describes it: device type, shape, ranks, names of the dimensions; and True where its groups keep the
+# order of their ranks, which torch before 2.15 does not know.
+MeshKey = tuple[Any, ...]
 Meshes = dict[MeshKey, "DeviceMesh"]
 
 _DTENSOR = "torch.distributed.tensor"
@@ -69,7 +70,7 @@ class DTensorKind(KeepsAttributes):
 
     def check_bare(self, inner: Sequence[Geometry | None], context: Any) -> None:
         key, placements, shape, stride, requires_grad, is_parameter, *order = context
-        device_type, mesh_shape, ranks, names = key
+        device_type, mesh_shape, ranks, names, *keeps_order = key
         expect(bool, is_parameter)
         expect(bool, requires_grad)
         if len(inner) != 1:
@@ -85,6 +86,8 @@ class DTensorKind(KeepsAttributes):
             raise ValueError(f"a mesh of shape {mesh_shape} with ranks {str(ranks)[:80]}")
         if names is not None and len([expect(str, name) for name in names]) != len(mesh_shape):
             raise ValueError(f"a mesh of shape {mesh_shape} with names {names}")
+        if keeps_order and not (len(keeps_order) == 1 and keeps_order[0] is True):
+            raise ValueError(f"a mesh of shape {mesh_shape} with {keeps_order!r:.80}")
         for placement in placements:
             _make_placement(placement)
         if len(sizes(shape)) != len(sizes(stride)):
@@ -114,13 +117,11 @@ class DTensorKind(KeepsAttributes):
 def _mesh_like(key: MeshKey, meshes: Meshes) -> DeviceMesh:
     """The receiver's mesh for a DTensor that the template lacks: the template's of the same ranks,
     or of the same form, the process's own, or a new one without groups."""
-    device_type, shape, _, names = key
     # In this order: the very mesh that the template has; one that differs in its ranks alone (the other replica's group
     # of the same form), if there is no choice; one that this process has made for itself; and at last a mesh without
     # groups, on which one can compute nothing, but from which the local tensor can be taken.
     if key not in meshes:
-        form = device_type, shape, names
-        alike = [mesh for other, mesh in meshes.items() if (other[0], other[1], other[3]) == form]
+        alike = [mesh for other, mesh in meshes.items() if (*other[:2], *other[3:]) == (*key[:2], *key[3:])]
         meshes[key] = alike[0] if len(alike) == 1 else _own_mesh(key) or _new_mesh(key)
     return meshes[key]
 
@@ -150,14 +151,19 @@ def _own_mesh(key: MeshKey) -> DeviceMesh | None:
 def _new_mesh(key: MeshKey) -> DeviceMesh:
     from torch.distributed.device_mesh import DeviceMesh
 
-    device_type, shape, ranks, names = key
-    return DeviceMesh(
+    device_type, shape, ranks, names, *keeps_order = key
+    mesh = DeviceMesh(
         device_type,
         torch.tensor(ranks, dtype=torch.int).reshape(shape),
         mesh_dim_names=names,
         # Groups would have to be created together with the other ranks of the mesh.
         _init_backend=False,
     )
+    # Part of what makes two meshes equal. Not by the constructor: an older torch's has no such argument, and no groups
+    # hang on it here.
+    if keeps_order:
+        mesh._preserve_rank_order = True  # type: ignore[attr-defined]
+    return mesh
 
 
 def mesh_key(mesh: DeviceMesh) -> MeshKey:
@@ -165,7 +171,8 @@ def mesh_key(mesh: DeviceMesh) -> MeshKey:
     # Not the mesh's hash: that is kept and pickled, so equal meshes of two processes may differ in it (seen with torch
     # 2.13).
     ranks, names = mesh.mesh, mesh.mesh_dim_names
-    return mesh.device_type, tuple(ranks.shape), tuple(ranks.flatten().tolist()), tuple(names) if names else None
+    key = mesh.device_type, tuple(ranks.shape), tuple(ranks.flatten().tolist()), tuple(names) if names else None
+    return (*key, True) if getattr(mesh, "_preserve_rank_order", False) else key
 
 
 def meshes_of(leaves: Sequence[object]) -> Meshes:
@@ -216,7 +223,8 @@ def _make_placement(description: Sequence[Any]) -> Placement:
         case ("partial", str(reduce_op)):
             return Partial(reduce_op)
         case ("norm partial", int(norm_type) | float(norm_type)) if norm_type:
-            made: Placement = _norm_partial()(norm_type)
+            # By name: torch 2.9 has another one in the first place.
+            made: Placement = _norm_partial()(norm_type=norm_type)
             return made
         case ("replicate",):
             return Replicate()

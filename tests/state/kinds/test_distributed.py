@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -63,6 +64,32 @@ def test_a_mesh_that_the_receiver_lacks_is_made_without_groups(mesh: DeviceMesh)
     again = there_and_back(leaf, Surroundings({}))
     assert mesh_key(again.device_mesh) == mesh_key(other)
     assert again.device_mesh is not other
+
+
+@pytest.mark.skipif("preserve_rank_order" not in signature(DeviceMesh).parameters, reason="torch is older than 2.15")
+def test_a_mesh_whose_groups_keep_the_order_of_ranks_is_another_one(mesh: DeviceMesh) -> None:
+    keeping = DeviceMesh("cpu", [0], mesh_dim_names=("replicate",), preserve_rank_order=True, _init_backend=False)
+    assert keeping != mesh
+    again = there_and_back(dtensor(keeping, 1), Surroundings(meshes_of([dtensor(mesh, 1)])))
+    assert again.device_mesh == keeping
+    assert again.device_mesh is not keeping
+
+
+def test_an_older_torch_keeps_it_beside_the_mesh(mesh: DeviceMesh) -> None:
+    other = DeviceMesh("cpu", [0], mesh_dim_names=("replicate",), _init_backend=False)
+    plain = mesh_key(other)
+    other._preserve_rank_order = True
+    assert mesh_key(other) == (*plain, True)
+    again = there_and_back(dtensor(other, 1), Surroundings(meshes_of([dtensor(mesh, 1)])))
+    assert mesh_key(again.device_mesh) == mesh_key(other)
+
+
+@pytest.mark.parametrize("more", [[False], [1], ["True"], [True, True]])
+def test_what_else_is_said_of_a_mesh_is_refused(mesh: DeviceMesh, more: list[Any]) -> None:
+    kind, (part, inner) = KINDS["dtensor"], flatten_leaf(dtensor(mesh, 1))
+    key, *rest = part.context
+    with pytest.raises(ValueError, match="a mesh of shape"):
+        kind.check([None] * len(inner), ((*key, *more), *rest))
 
 
 def test_dtensors_that_disagree_say_how(mesh: DeviceMesh) -> None:
