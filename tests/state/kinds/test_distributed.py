@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -63,6 +65,14 @@ def test_a_mesh_that_the_receiver_lacks_is_made_without_groups(mesh: DeviceMesh)
     again = there_and_back(leaf, Surroundings({}))
     assert mesh_key(again.device_mesh) == mesh_key(other)
     assert again.device_mesh is not other
+
+
+def test_while_another_thread_imports_dtensor_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch does with the first optimizer; a module that is being imported is listed before it has its classes."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", ModuleType("torch.distributed.tensor"))
+    leaf = torch.ones(2, 2).to_sparse()
+    assert kind_of(leaf) is KINDS["sparse"]
+    assert meshes_of([leaf, torch.ones(1), 3]) == {}
 
 
 def test_dtensors_that_disagree_say_how(mesh: DeviceMesh) -> None:
