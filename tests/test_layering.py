@@ -320,14 +320,17 @@ except AttributeError as exc:
     assert out.split("\n")[:2] == ["False", "module 'ft_transport' has no attribute 'no_such_name'"]
 
 
-def test_importing_the_package_imports_nothing_that_no_state_has_asked_for() -> None:
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ft_transport, ft_transport.distributed, ft_transport.testing",
+        "import torchft; from ft_transport import LaneTransport, PGTransport",
+    ],
+)
+def test_importing_the_package_imports_nothing_that_no_state_has_asked_for(code: str) -> None:
     """What DTensor and ShardedTensor come with takes a second and more; whoever has such a leaf has imported it."""
-    out = run(
-        """
-import sys, ft_transport, ft_transport.distributed, ft_transport.testing
-print([name for name in sys.modules if name.startswith(("torch.distributed.tensor", "torch.distributed._shard"))])
-"""
-    )
+    late = ("torch.distributed.tensor", "torch.distributed._shard", "torch._dynamo")
+    out = run(f"{code}\nimport sys\nprint([name for name in sys.modules if name.startswith({late})])")
     assert out == "[]\n"
 
 

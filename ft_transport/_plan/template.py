@@ -20,6 +20,7 @@ from ft_transport._state.kinds.base import Surroundings
 from ft_transport._state.kinds.distributed import meshes_of
 from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import Node, Path, flatten, format_path, paths_of
+from ft_transport._telemetry.causes import naming_cause
 from ft_transport._telemetry.report import Copies, OnMismatch, TransferReport, shortened
 from ft_transport.errors import RemoteProtocolError, printable
 
@@ -73,6 +74,7 @@ def fit(
     """
     # No template: all is fresh, and there is nothing to disagree with.
     if state_dict is None:
+        report.without_template = True
         return Fit({}, {}, Surroundings())
     try:
         # ``strict`` is the older word, and means more: what is missing or left over is refused as well.
@@ -149,9 +151,9 @@ def _warn(manifest: Manifest, compared: Compared, report: TransferReport) -> Non
             for index, (path, reason) in zip(compared.disagreements, report.mismatched.items(), strict=True)
         ]
         logger.warning(
-            "%d leaves do not fit the template's and are new; the template's own are left alone, and load_state_dict "
-            "judges: %s",
-            len(lines),
+            "%s not fit the template's and %s new; what the template has is left alone, and load_state_dict judges: %s",
+            "1 leaf does" if len(lines) == 1 else f"{len(lines)} leaves do",
+            "is" if len(lines) == 1 else "are",
             shortened("; ".join(lines)),
         )
 
@@ -246,7 +248,7 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
         if best == (0, 0):
             raise RemoteProtocolError(
                 f"the state_dict callback matches nothing in what the source sends: the callback has "
-                f"{_some(paths)}, the source sends {_some(manifest.paths)}"
+                f"{_some(paths)}, the source sends {_some(manifest.paths)}{_cause(manifest.paths, paths)}"
             )
         rivals = [format_path(other)[:200] for score, other in scored if score == best]
         if len(rivals) > 1:
@@ -321,6 +323,18 @@ def _shape_of(leaf: torch.Tensor) -> tuple[int, ...] | None:
         return leaf.shape
     except Exception:  # or whatever a subclass raises
         return None
+
+
+def _cause(theirs: Sequence[Path], mine: Sequence[Path]) -> str:
+    """Why not one path is on both sides, if their names tell."""
+    # The callback's tree lies below a registered key.
+    there = [format_path(path[2:] if path[:1] == ("user",) else path) for path in theirs[:_MAX_NAMED]]
+    cause = naming_cause(there, [format_path(path) for path in mine[:_MAX_NAMED]])
+    return f": {cause}" if cause else ""
+
+
+# Paths that a cause is looked for in: made into text for it, and a peer may send a million.
+_MAX_NAMED = 1_000
 
 
 def _some(paths: Sequence[Path]) -> str:

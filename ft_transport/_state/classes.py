@@ -30,6 +30,7 @@ __all__ = [
     "dtype_of",
     "expect",
     "expect_class",
+    "if_imported",
     "imported_class",
     "is_allowed",
     "numpy_descr",
@@ -59,14 +60,20 @@ def class_name(cls: Any) -> str:
     name = f"{cls.__module__}.{cls.__qualname__}"
     # Known before a byte leaves. A class in a function, or one that a decorator has replaced under its name, could not
     # be found by any receiver.
-    if _resolve(cls.__module__, cls.__qualname__) is not cls:
+    if if_imported(cls.__module__, cls.__qualname__) is not cls:
         raise ValueError(f"class {name} cannot be found by its name: expected one at the top of a module")
     return name
 
 
-def _resolve(module: str, qualname: str) -> Any:
+def if_imported(module: str, qualname: str) -> Any:
+    """What a module has by this name; None where it is not imported, or not yet as far as that.
+
+    A leaf of a class can exist only where somebody has imported the class, so this tells whether there may be one.
+    """
     # Looked up among what is imported, and never imported: importing a module that a peer names is running code of the
-    # peer's choice.
+    # peer's choice, and importing one that no leaf needs takes time.
+    # Another thread may be importing it just now, as torch does DTensor's with the first optimizer that is made: then
+    # the module is listed, and lacks what comes later in it.
     found: Any = sys.modules.get(module)
     for part in qualname.split("."):
         found = getattr(found, part, None)
@@ -155,7 +162,7 @@ class _Named:
         self.module, short = _compat_pickle.NAME_MAPPING.get(
             (module, short), (_compat_pickle.IMPORT_MAPPING.get(module, module), short)
         )
-        found = _resolve(self.module, short)
+        found = if_imported(self.module, short)
         written = short if self.module == "builtins" else f"{self.module}.{short}"
         as_torch_knows_it = f"{getattr(found, '__module__', self.module)}.{getattr(found, '__qualname__', short)}"
         self.entry = written if as_torch_knows_it == name else f'({written}, "{name}")'
@@ -213,7 +220,7 @@ def imported_class(name: str) -> Any:
             module = importlib.import_module(".".join(parts[:split]))
         except ImportError:
             continue
-        return _resolve(module.__name__, ".".join(parts[split:]))
+        return if_imported(module.__name__, ".".join(parts[split:]))
     raise ValueError(f"class {name} cannot be found")
 
 

@@ -6,15 +6,15 @@ A report is filled in while the transfer runs and is complete once the call retu
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 
+from ft_transport._telemetry.causes import likely_cause
 from ft_transport.errors import PeerFailure, TransferError, TransferTimeout, printable, reason_of
 
 __all__ = [
@@ -190,6 +190,7 @@ class TransferReport:
     # Without annotations, so that they are no fields: neither as_dict() nor a comparison sees them.
     _finished = False
     unfit = False  # whether the state was refused because the template cannot take it
+    without_template = False  # whether a destination had none
 
     @property
     def complete(self) -> bool:
@@ -236,7 +237,8 @@ class TransferReport:
         # Until it is complete the report says where bytes shall land, not where they have.
         if self.role == "destination" and not self.error:
             landed = f", {self.in_place_share:.0%} in place, {_megabytes(self.nbytes_fresh)} fresh"
-            if self.in_place_share < 1 and (causes := self._causes()):
+            # Also where all has landed in place: a key that is on one side only is what load_state_dict may raise for.
+            if causes := self._causes():
                 landed += f" ({shortened(causes)})"
         # What ended the call, where it was no peer's doing.
         own = f" {shortened(self.error)}" if self.error and not any(peer.reason for peer in self.peers) else ""
@@ -254,14 +256,17 @@ class TransferReport:
             parts.append(f"unexpected keys: the template lacks {_count(unexpected)}, first {unexpected[0]}")
         if missing:
             parts.append(f"missing keys: the source lacks {_count(missing)} of the template, first {missing[0]}")
-        cause = _likely_cause(unexpected, missing)
+        cause = likely_cause(unexpected, missing)
         return "; ".join(parts) + (f": {cause}" if cause else "")
 
     def _causes(self) -> str:
-        """Why not all has landed in place, as far as the template is the reason."""
-        causes = [self.gaps()] if self.unexpected_keys else []
+        """Why not all has landed in place, or may not be loaded, as far as the template is the reason."""
+        if self.without_template:
+            return "the transport was given no state_dict to receive into"
+        causes = [gaps] if (gaps := self.gaps()) else []
         # One of each: the first path is enough to see what was forgotten. All of them are in the report.
-        for what, found in (("do not fit", self.mismatched), ("not received in place", self.not_in_place)):
+        unfit = "does not fit" if len(self.mismatched) == 1 else "do not fit"
+        for what, found in ((unfit, self.mismatched), ("not received in place", self.not_in_place)):
             for path, reason in list(found.items())[:1]:
                 causes.append(f"{_count(found)} {what}, first {path}: {reason}")
         return "; ".join(causes)
@@ -326,28 +331,6 @@ _TEXTS = frozenset({"reason", "address", "name"})
 
 def _count(found: Sized) -> str:
     return "1 leaf" if len(found) == 1 else f"{len(found)} leaves"
-
-
-# Parts of a path that a wrapper adds, and which one.
-_WRAPPERS = {
-    "_orig_mod": "torch.compile",
-    "module": "DistributedDataParallel or DataParallel",
-    "_fsdp_wrapped_module": "FSDP",
-}
-_OPTIMIZER_STATE = re.compile(r"(?:^|\.)state\..+\.[^.]+$")
-
-
-def _likely_cause(unexpected: Sequence[str], missing: Sequence[str]) -> str:
-    """Why paths are on one side only, as people's states tell; empty if they do not."""
-    # A name that only one side has in its paths: that side's model is wrapped, and the other one's is not.
-    for name, wrapper in _WRAPPERS.items():
-        theirs, ours = (any(name in path.split(".") for path in paths[:100]) for paths in (unexpected, missing))
-        if theirs != ours:
-            return f"{name}. on one side alone comes of {wrapper}"
-    # What most people meet first: torch makes an optimizer's state with its first step.
-    if unexpected and _OPTIMIZER_STATE.search(unexpected[0]):
-        return "a fresh optimizer has no state before its first step"
-    return ""
 
 
 def _public_name(error: BaseException) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers import noise
 
-from ft_transport import RemoteProtocolError, TransferReport
-from ft_transport._plan.template import match_template
+from ft_transport import PeerReport, RemoteProtocolError, TransferReport
+from ft_transport._plan.template import fit, match_template
 from ft_transport._state.describe import describe
 from plan.landing import land
 
@@ -24,8 +24,24 @@ def test_nothing_to_match_without_tensors() -> None:
     assert match_template(manifest, {}, report) == {}
 
 
+@pytest.mark.parametrize("sent", [{"_orig_mod.w": noise(2, 1)}, {"user": {"default": {"_orig_mod.w": noise(2, 1)}}}])
+def test_a_template_that_matches_nothing_hears_the_likely_cause(sent: dict[str, object]) -> None:
+    manifest, _ = describe({**sent, "torchft": {"step": 1}})
+    with pytest.raises(RemoteProtocolError, match=r": _orig_mod\. on one side alone comes of torch\.compile$"):
+        match_template(manifest, {"w": noise(2, 2)}, TransferReport("destination", "test", 1))
+
+
 def test_what_is_no_envelope_has_one_place_only() -> None:
     """Without ``torchft`` beside it, ``user`` is a key like any other."""
     manifest, _ = describe({"user": {"default": {"w": noise(2, 1)}}})
     with pytest.raises(RemoteProtocolError, match="matches nothing"):
         match_template(manifest, {"w": noise(2, 2)}, TransferReport("destination", "test", 1))
+
+
+def test_a_receive_without_a_template_says_so() -> None:
+    manifest, _ = describe({"w": noise(2, 1)})
+    report = TransferReport("destination", "test", 1, [PeerReport(0, "complete")], nbytes_total=8)
+    assert fit(manifest, lambda: {"w": noise(2, 2)}, report).targets
+    assert "no state_dict" not in report.summary()
+    assert not fit(manifest, None, report).targets
+    assert "(the transport was given no state_dict to receive into)" in report.summary()

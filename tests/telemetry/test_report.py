@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ft_transport._telemetry.causes import NO_STATE_YET
 from ft_transport._telemetry.events import transfer_event
 from ft_transport._telemetry.report import PHASES, PeerReport, TransferReport, outcome_of
 from ft_transport.errors import (
@@ -151,28 +152,29 @@ def landed(**fields: Any) -> str:
     return report.summary()
 
 
-FRESH = "a fresh optimizer has no state before its first step"
+def test_the_summary_names_the_first_path_and_the_likely_cause() -> None:
+    text = landed(unexpected_keys=["optim.state.0.exp_avg", "optim.state.0.step"])
+    assert "33% in place, 2.0 MB fresh (unexpected keys: the template lacks 2 leaves, first optim.state.0.exp" in text
+    assert f"first optim.state.0.exp_avg: {NO_STATE_YET})" in text
+    assert "(missing keys: the source lacks 1 leaf of the template, first head.weight)" in landed(
+        missing_keys=["head.weight"]
+    )
+    text = landed(unexpected_keys=["model._orig_mod.a"], missing_keys=["model.a"])
+    assert "; missing keys: the source lacks 1 leaf of the template, first model.a: _orig_mod. on one side" in text
 
 
-@pytest.mark.parametrize(
-    ("unexpected", "missing", "expected"),
-    [
-        (["optim.state.0.exp_avg", "optim.state.0.step"], [], f"lacks 2 leaves, first optim.state.0.exp_avg: {FRESH}"),
-        (["user.default.opt.state.layer.0.weight.exp_avg"], [], FRESH),
-        (["model.head.weight"], [], "unexpected keys: the template lacks 1 leaf, first model.head.weight)"),
-        (["model._orig_mod.a"], ["model.a"], "first model.a: _orig_mod. on one side alone comes of torch.compile"),
-        (["model.a"], ["model._orig_mod.a"], "_orig_mod. on one side alone comes of torch.compile"),
-        (["model.a"], ["model.module.a"], "module. on one side alone comes of DistributedDataParallel"),
-        (["models.a"], ["model.a"], "; missing keys: the source lacks 1 leaf of the template, first model.a)"),
-        (["model.module.b"], ["model.module.c"], "first model.module.c)"),
-    ],
-)
-def test_the_summary_names_the_first_path_and_the_likely_cause(
-    unexpected: list[str], missing: list[str], expected: str
-) -> None:
-    text = landed(unexpected_keys=unexpected, missing_keys=missing)
-    assert expected in text
-    assert "33% in place, 2.0 MB fresh (unexpected keys: the template lacks" in text
+def test_the_summary_names_keys_of_one_side_also_where_all_landed_in_place() -> None:
+    report = TransferReport("destination", "PGTransport", 5, [PeerReport(0, "complete")], nbytes_total=4)
+    report.nbytes_in_place, report.missing_keys = 4, ["head.weight"]
+    assert "100% in place, 0.0 MB fresh (missing keys: " in report.summary()
+    report.missing_keys = []
+    assert "100% in place, 0.0 MB fresh [" in report.summary()
+
+
+def test_the_summary_says_that_there_was_no_template() -> None:
+    report = TransferReport("destination", "PGTransport", 5, [PeerReport(0, "complete")], nbytes_total=4)
+    report.without_template = True
+    assert "0% in place, 0.0 MB fresh (the transport was given no state_dict to receive into)" in report.summary()
 
 
 def test_the_summary_names_what_did_not_fit() -> None:
@@ -181,6 +183,7 @@ def test_the_summary_names_what_did_not_fit() -> None:
         "2 leaves do not fit, first a: expected x, source has y; 1 leaf not received in place, first c: read-only"
         in text
     )
+    assert "(1 leaf does not fit, first a: " in landed(mismatched={"a": "expected x, source has y"})
 
 
 def test_a_long_reason_is_cut_for_people() -> None:

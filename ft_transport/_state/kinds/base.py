@@ -9,14 +9,13 @@ Not here: the kinds that the package brings (``_state.kinds.strided``, ``_state.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
-from ft_transport._state.classes import FindClass, allowed_class
+from ft_transport._state.classes import FindClass, allowed_class, if_imported
 from ft_transport._state.geometry import QUANTIZED, Geometry
 from ft_transport._state.pickles import Load, unpickle_allowed
 from ft_transport._state.values import check_cost, is_native
@@ -182,8 +181,8 @@ VALUE = "value"
 # In the order of registration, which is the order of precedence, newest first.
 KINDS: dict[str, Kind] = {}
 _BY_TYPE: dict[type, Kind] = {}
-# Of classes whose module was not imported when their kind was registered: module, name, kind.
-_LATE: list[tuple[str, str, Kind]] = []
+# Of classes that were not imported when their kind was registered, by module and name.
+_LATE: dict[tuple[str, str], Kind] = {}
 
 
 def register_kind(kind: Kind) -> None:
@@ -196,21 +195,26 @@ def register_kind(kind: Kind) -> None:
     if not kind.name or kind.name == VALUE or (kind.name in KINDS and type(KINDS[kind.name]) is not type(kind)):
         raise ValueError(f"name: expected one that no other kind has, got {kind.name!r}")
     KINDS[kind.name] = kind
+    _LATE.update(dict.fromkeys(kind.late_types, kind))
+    _look_for_late()  # before the exact ones: what an older kind waits for may be among them
     for cls in kind.types:
         _BY_TYPE[cls] = kind
-    _LATE.extend((*late, kind) for late in kind.late_types)
 
 
 def _kind_by_type(cls: type) -> Kind | None:
     """The kind of exactly this class."""
-    if cls not in _BY_TYPE and _LATE:
-        # A leaf of such a class is not there before its module is.
-        for late in [late for late in _LATE if late[0] in sys.modules]:
-            module, name, kind = late
-            if (found := getattr(sys.modules[module], name, None)) is not None:  # else it is half imported
-                _BY_TYPE.setdefault(found, kind)
-                _LATE.remove(late)
+    if cls not in _BY_TYPE:
+        _look_for_late()
     return _BY_TYPE.get(cls)
+
+
+def _look_for_late() -> None:
+    """Find classes that have been imported since their kind was registered: a leaf of one is not there before."""
+    # Entered before it is taken off, since leaves are looked at on more than one thread: none finds a class in neither.
+    for late, kind in list(_LATE.items()):
+        if (found := if_imported(*late)) is not None:
+            _BY_TYPE[found] = kind
+            _LATE.pop(late, None)
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

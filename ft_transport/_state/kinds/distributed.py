@@ -4,21 +4,21 @@ Strategy: the local tensor travels, and what places it: mesh and placements are 
 the objects, since process groups mean nothing to another process. The receiver puts it onto its own mesh.
 
 Both come with modules of torch that take a second and more to import. So these are imported by whoever has such a leaf,
-or is sent one, and not by this file.
+or is sent one, and not by this file. One who is sent one and has none pays for it before the first byte; a process that
+trains has DTensor's anyway, since torch imports it with the first optimizer that is made.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-import sys
 from collections.abc import Sequence
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ft_transport._state.classes import dtype_name, dtype_of, expect
+from ft_transport._state.classes import dtype_name, dtype_of, expect, if_imported
 from ft_transport._state.geometry import Geometry
 from ft_transport._state.kinds.base import Kind, Surroundings, check_grad
 from ft_transport._state.kinds.python import KeepsAttributes, sizes
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 MeshKey = tuple[Any, ...]
 Meshes = dict[MeshKey, "DeviceMesh"]
 
-_DTENSOR = "torch.distributed.tensor"
+_DTENSOR = ("torch.distributed.tensor", "DTensor")
 
 
 class DTensorKind(KeepsAttributes):
@@ -51,11 +51,11 @@ class DTensorKind(KeepsAttributes):
     name = "dtensor"
     not_compared = (3, 4, 5)
     is_tried = True
-    late_types = ((_DTENSOR, "DTensor"),)
+    late_types = (_DTENSOR,)
 
     def claims(self, leaf: torch.Tensor) -> bool:
-        module = sys.modules.get(_DTENSOR)
-        return module is not None and isinstance(leaf, module.DTensor)
+        cls = _dtensor()
+        return cls is not None and isinstance(leaf, cls)
 
     def flatten_bare(self, leaf: DTensor) -> tuple[Sequence[Any], Any]:
         return [leaf._local_tensor], (
@@ -177,10 +177,14 @@ def mesh_key(mesh: DeviceMesh) -> MeshKey:
 
 def meshes_of(leaves: Sequence[object]) -> Meshes:
     """The meshes that the template's DTensors live on: new leaves are rebuilt on them."""
-    module = sys.modules.get(_DTENSOR)
-    if module is None:
+    cls = _dtensor()
+    if cls is None:
         return {}
-    return {mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in leaves if isinstance(leaf, module.DTensor)}
+    return {mesh_key(leaf.device_mesh): leaf.device_mesh for leaf in leaves if isinstance(leaf, cls)}
+
+
+def _dtensor() -> Any:
+    return if_imported(*_DTENSOR)
 
 
 def _norm_partial() -> Any:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 
+from ft_transport._state.kinds import base
 from ft_transport._state.kinds.base import KINDS, PLAIN, Kind, Part, flatten_leaf, kind_of, register_kind
 
 
@@ -28,3 +34,61 @@ def test_a_kind_cannot_take_the_name_of_another() -> None:
     for kind in (Other(), Kind()):
         with pytest.raises(ValueError, match="name: expected one that no other kind has"):
             register_kind(kind)
+
+
+class Late:
+    """A leaf of a class whose module is imported when somebody needs it."""
+
+
+class LateKind(Kind):
+    name = "late"
+    late_types = (("not.yet.imported", "Late"),)
+
+    def flatten(self, leaf: Any) -> tuple[Sequence[Any], Any]:
+        return (), None
+
+
+class NewerKind(LateKind):
+    name = "newer"
+
+
+class ExactKind(LateKind):
+    name = "exact"
+    types = (Late,)
+    late_types = ()
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module that is being imported: it is listed, and has nothing yet. Kinds that a test registers are forgotten."""
+    for table in ("KINDS", "_BY_TYPE", "_LATE"):
+        monkeypatch.setattr(base, table, dict(getattr(base, table)))
+    listed = ModuleType("not.yet.imported")
+    monkeypatch.setitem(sys.modules, listed.__name__, listed)
+    return listed
+
+
+def test_a_class_is_found_once_its_module_has_it_and_is_not_imported_for_it(module: ModuleType) -> None:
+    register_kind(LateKind())
+    assert kind_of(Late()) is KINDS["object"], "half imported"
+    del sys.modules[module.__name__]
+    assert kind_of(Late()) is KINDS["object"]
+    assert module.__name__ not in sys.modules
+    sys.modules[module.__name__] = module
+    module.Late = Late  # type: ignore[attr-defined]
+    assert kind_of(Late()) is base.KINDS["late"]
+
+
+@pytest.mark.parametrize("newer", [NewerKind(), ExactKind()], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("imported", ["before", "between", "after"])
+def test_the_newest_kind_has_a_class_whenever_its_module_is_imported(
+    module: ModuleType, newer: Kind, imported: str
+) -> None:
+    for moment, kind in (("before", LateKind()), ("between", newer)):
+        if moment == imported:
+            module.Late = Late  # type: ignore[attr-defined]
+        register_kind(kind)
+    if imported == "after" and newer.late_types:  # who names the class itself has it already
+        module.Late = Late  # type: ignore[attr-defined]
+    assert kind_of(Late()) is newer
+    assert kind_of(Late()) is newer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from inspect import signature
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -90,6 +92,14 @@ def test_what_else_is_said_of_a_mesh_is_refused(mesh: DeviceMesh, more: list[Any
     key, *rest = part.context
     with pytest.raises(ValueError, match="a mesh of shape"):
         kind.check([None] * len(inner), ((*key, *more), *rest))
+
+
+def test_while_another_thread_imports_dtensor_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch does with the first optimizer; a module that is being imported is listed before it has its classes."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", ModuleType("torch.distributed.tensor"))
+    leaf = torch.ones(2, 2).to_sparse()
+    assert kind_of(leaf) is KINDS["sparse"]
+    assert meshes_of([leaf, torch.ones(1), 3]) == {}
 
 
 def test_dtensors_that_disagree_say_how(mesh: DeviceMesh) -> None:
