@@ -31,6 +31,7 @@ _MOVING |= {"errors"}
 ROOMS: dict[str, set[str]] = {
     "_version": _NOTHING,
     "errors": _NOTHING,
+    "_training": {"errors"},
     "_deadline": _NOTHING,
     "_threads": _NOTHING,
     "_process": _NOTHING,
@@ -47,7 +48,7 @@ ROOMS: dict[str, set[str]] = {
     "_transport": {"_deadline", "_options", "_plan", "_process", "_telemetry", "errors"},
     "distributed": _MOVING - {"_threads"} | {"_group", "_transport"},
     "_torchft": _MOVING | {"_group", "_lanes", "_net", "_transport", "state_digest"},
-    "__init__": {"_state", "_telemetry", "_torchft", "_version", "errors", "state_digest"},
+    "__init__": {"_state", "_telemetry", "_torchft", "_training", "_version", "errors", "state_digest"},
 }
 # What ft_transport.testing may import of ours, beside itself: the seams, and the wire to find messages in.
 ALLOWED_TESTING: dict[str, set[str]] = {
