@@ -28,6 +28,7 @@ from ft_transport.state_digest import LeafDigest, StateDigest, state_digest
 if TYPE_CHECKING:
     from ft_transport._torchft.lanes import LaneTransport
     from ft_transport._torchft.pg import PGTransport
+    from ft_transport._training.materialize import materialize
 
 __all__ = [
     "EventCallback",
@@ -50,6 +51,7 @@ __all__ = [
     "TransferReport",
     "TransferTimeout",
     "__version__",
+    "materialize",
     "progress_bar",
     "register_kind",
     "state_digest",
@@ -67,4 +69,8 @@ def __getattr__(name: str) -> Any:
         from ft_transport._torchft.lanes import LaneTransport
 
         return LaneTransport
+    if name == "materialize":
+        from ft_transport._training.materialize import materialize
+
+        return materialize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
