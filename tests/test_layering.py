@@ -68,6 +68,8 @@ TESTED_ELSEWHERE = {
     "_state/kinds": "state/kinds/test_base.py",
     "_lanes/destination": "multiproc/test_lanes.py",
     "_net/listener": "net/test_dial.py",
+    "_training/first_state": "training/test_materialize.py",
+    "_training/provisional": "training/test_materialize.py",
 }
 # Folders of tests that may wait for time to pass: of several processes, which share no clock but that one.
 IN_REAL_TIME = {"chaos", "gpu", "multiproc", "netns"}

@@ -52,7 +52,7 @@ def _before_step(optimizer: Optimizer, args: object, kwargs: object) -> None:
 
 
 def _depends_on_data(optimizer: Optimizer) -> bool:
-    return not isinstance(optimizer, SGD) or any(group["dampening"] != 0 for group in optimizer.param_groups)
+    return not isinstance(optimizer, SGD) or any(g["dampening"] != 0 or g["fused"] for g in optimizer.param_groups)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -77,9 +77,12 @@ def _shall_go(group: dict[str, Any], param: torch.Tensor, state: dict[str, Any])
 
 def _stands_for(group: dict[str, Any], param: torch.Tensor, momentum: torch.Tensor) -> bool:
     """Whether a step from ``-0.0`` is, to the bit, the one from nothing."""
-    # A product of complex numbers loses the sign of zero; a sparse gradient becomes sparse momentum.
-    sparse = param.grad is not None and param.grad.layout != momentum.layout
-    return group["dampening"] == 0 and not momentum.is_complex() and not sparse
+    # A product of complex numbers loses the sign of zero; a sparse gradient becomes sparse momentum; a step that is
+    # differentiated through begins with momentum that is not; fused kernels differ in bfloat16.
+    sparse = param.is_leaf and param.grad is not None and param.grad.layout != momentum.layout
+    return group["dampening"] == 0 and not (
+        momentum.is_complex() or sparse or group["differentiable"] or group["fused"]
+    )
 
 
 def _is_untouched(momentum: torch.Tensor) -> bool:
