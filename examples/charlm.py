@@ -17,7 +17,6 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 __all__ = [
     "Batches",
     "CharLM",
-    "allocate_optimizer_state",
     "flatten_gradients",
     "read_corpus",
     "state_digest",
@@ -94,26 +93,6 @@ class Batches:
         begins = torch.randint(len(self._share) - context, (batch_size, 1), generator=generator)
         sequences = self._share[begins + torch.arange(context + 1)].long()
         return sequences[:, :-1], sequences[:, 1:]
-
-
-def allocate_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fresh Adam its state tensors before the first step, all zero, so that a heal lands in them.
-
-    An optimizer allocates its state in its first step. One with zero gradients and a learning rate of
-    zero leaves the weights alone, and zeros (the step count too) are what Adam starts from.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for state in optimizer.state.values():
-        for value in state.values():
-            value.zero_()
 
 
 def flatten_gradients(model: nn.Module) -> torch.Tensor:

@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from charlm import Batches, CharLM, allocate_optimizer_state, flatten_gradients, read_corpus
+from charlm import Batches, CharLM, flatten_gradients, read_corpus
 from torch.distributed import TCPStore, is_torchelastic_launched
 from torchft import Manager, Optimizer, ProcessGroupGloo
 
@@ -48,7 +48,7 @@ def main() -> None:
 
     model = CharLM(WIDTH, context=CONTEXT)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    allocate_optimizer_state(adam)  # so that the optimizer's state, too, is received in place
+    ft_transport.materialize(adam)  # so that the optimizer's state, too, is received in place
     gradients = flatten_gradients(model)
     batches = Batches(read_corpus(), REPLICA, NUM_REPLICAS)
 

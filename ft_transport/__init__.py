@@ -6,6 +6,7 @@ for a plain ``torch.distributed`` group, without torchft.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ft_transport._state.geometry import Geometry
@@ -28,6 +29,7 @@ from ft_transport.state_digest import LeafDigest, StateDigest, state_digest
 if TYPE_CHECKING:
     from ft_transport._torchft.lanes import LaneTransport
     from ft_transport._torchft.pg import PGTransport
+    from ft_transport._training.materialize import materialize
 
 __all__ = [
     "EventCallback",
@@ -50,6 +52,7 @@ __all__ = [
     "TransferReport",
     "TransferTimeout",
     "__version__",
+    "materialize",
     "progress_bar",
     "register_kind",
     "state_digest",
@@ -57,19 +60,21 @@ __all__ = [
 ]
 
 
+# Imported when they are asked for: ft_transport.distributed is for those without torchft, and who only reads reports
+# need not wait for the rest.
+_LATE = {
+    "LaneTransport": "ft_transport._torchft.lanes",
+    "PGTransport": "ft_transport._torchft.pg",
+    "materialize": "ft_transport._training.materialize",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # ft_transport.distributed is for those without torchft, so torchft is imported only when it is asked for.
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        if name == "PGTransport":
-            from ft_transport._torchft.pg import PGTransport
-
-            return PGTransport
-        if name == "LaneTransport":
-            from ft_transport._torchft.lanes import LaneTransport
-
-            return LaneTransport
+        return getattr(import_module(_LATE[name]), name)
     except ModuleNotFoundError as exc:
         if exc.name == "torchft":  # two distributions have it, so neither is a dependency
             exc.msg = f"{exc.msg}: pip install 'ft_transport[torchft]', or torchft-nightly"
         raise
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -31,6 +31,7 @@ _MOVING |= {"errors"}
 ROOMS: dict[str, set[str]] = {
     "_version": _NOTHING,
     "errors": _NOTHING,
+    "_training": {"errors"},
     "_deadline": _NOTHING,
     "_threads": _NOTHING,
     "_process": _NOTHING,
@@ -47,7 +48,7 @@ ROOMS: dict[str, set[str]] = {
     "_transport": {"_deadline", "_options", "_plan", "_process", "_telemetry", "errors"},
     "distributed": _MOVING - {"_threads"} | {"_group", "_transport"},
     "_torchft": _MOVING | {"_group", "_lanes", "_net", "_transport", "state_digest"},
-    "__init__": {"_state", "_telemetry", "_torchft", "_version", "errors", "state_digest"},
+    "__init__": {"_state", "_telemetry", "_torchft", "_training", "_version", "errors", "state_digest"},
 }
 # What ft_transport.testing may import of ours, beside itself: the seams, and the wire to find messages in.
 ALLOWED_TESTING: dict[str, set[str]] = {
@@ -67,6 +68,8 @@ TESTED_ELSEWHERE = {
     "_state/kinds": "state/kinds/test_base.py",
     "_lanes/destination": "multiproc/test_lanes.py",
     "_net/listener": "net/test_dial.py",
+    "_training/first_state": "training/test_materialize.py",
+    "_training/provisional": "training/test_materialize.py",
 }
 # Folders of tests that may wait for time to pass: of several processes, which share no clock but that one.
 IN_REAL_TIME = {"chaos", "gpu", "multiproc", "netns"}

@@ -8,11 +8,12 @@ import time
 from datetime import timedelta
 
 import torch
-from charlm import Batches, CharLM, allocate_optimizer_state, flatten_gradients, read_corpus, state_digest
+from charlm import Batches, CharLM, flatten_gradients, read_corpus, state_digest
 from torch.distributed import TCPStore
 from torch.utils._pytree import tree_leaves
 from torchft import Manager, Optimizer, ProcessGroupGloo
 
+from ft_transport import materialize
 from recovery.replica import Parent, Settings
 from recovery.transports import MeasuredTransport, StateDict, build_transport, tensor_addresses
 
@@ -35,7 +36,7 @@ class _Replica:
         self.batches = Batches(read_corpus(), settings.replica, settings.num_replicas, settings.seed)
         self.model = CharLM(settings.width, context=CONTEXT)
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
-        allocate_optimizer_state(self.adam)
+        materialize(self.adam)
         self.gradients = flatten_gradients(self.model)
         self.transport, self.manager = self._build_manager()
         self.optimizer = Optimizer(self.manager, self.adam)

@@ -18,10 +18,7 @@ _WRAPPERS = {
     "module": "DistributedDataParallel or DataParallel",
     "_fsdp_wrapped_module": "FSDP",
 }
-NO_STATE_YET = (
-    "a fresh optimizer has no state before its first step: ft_transport.materialize(optimizer) makes it, and so does "
-    "ft_transport.bind"
-)
+NO_STATE_YET = "a fresh optimizer has no state before its first step: ft_transport.materialize(optimizer) makes it"
 _NO_STATE_AT_SOURCE = "the source's optimizer has no state, as before its first step"
 # Paths that are looked at for a wrapper, which shows in nearly all of them, and that a new name must explain, by more
 # than half, so that it is more than a leaf that happens to be called alike.

@@ -190,9 +190,7 @@ class LaneTransport(ManagedTransport[T]):
         # In the order of things: the end of an earlier transfer may still be on its way from the listener's thread.
         self._teller.call(partial(super()._publish, report))
 
-    def send_checkpoint(
-        self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta | None = None
-    ) -> None:
+    def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta | None = None) -> None:
         """Offer ``state_dict`` to ``dst_ranks``, and return: they fetch it while training goes on.
 
         Small tensors are copied before this returns, so forward may change buffers. A destination that dies, refuses,

@@ -131,9 +131,7 @@ class PGTransport(ManagedTransport[T]):
     def shutdown(self, wait: bool = True) -> None:
         """Nothing to stop: no thread outlives a call. The group is the Manager's."""
 
-    def send_checkpoint(
-        self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta | None = None
-    ) -> None:
+    def send_checkpoint(self, dst_ranks: list[int], step: int, state_dict: T, timeout: timedelta | None = None) -> None:
         """Send ``state_dict`` to all ``dst_ranks`` at once, and wait until each has answered or failed.
 
         A destination counts as served when it has answered that everything arrived and agrees. One that dies,
