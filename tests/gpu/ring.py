@@ -2,10 +2,13 @@
 ``_pg_transport`` does on two accelerators, and more. Says "ok" in the end.
 
     python ring.py BACKEND STORE RANK
+
+With "stand-in" for a backend, ``ft_transport.testing`` plays the devices, and messages go over Gloo, from host to host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -26,6 +29,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import ft_transport.distributed
+from ft_transport._state.describe import describe
+from ft_transport.testing import StandInAccelerator
 
 TIMEOUT = timedelta(seconds=20)
 
@@ -67,6 +72,16 @@ def large(rank: int, device: torch.device) -> dict[str, Any]:
     }
 
 
+STAND_IN = StandInAccelerator(2) if sys.argv[1] == "stand-in" else None
+
+
+def on_device(state: Any, index: int) -> Any:
+    """A state whose memory the stand-in moves to a device, if it is that which plays it."""
+    for tensor in describe(state)[1].tensors if STAND_IN is not None else ():
+        STAND_IN.put(tensor, index)  # type: ignore[union-attr]
+    return state
+
+
 def values(state: object) -> list[Any]:
     """All that is in a state, on the host, in order."""
     if isinstance(state, dict):
@@ -77,7 +92,9 @@ def values(state: object) -> list[Any]:
         return [str(state.placements), *values(state.to_local())]
     if hasattr(state, "local_shards"):
         return [item for shard in state.local_shards() for item in values(shard.tensor)]
-    return [state.cpu().tolist()] if isinstance(state, torch.Tensor) else [state]
+    if isinstance(state, torch.Tensor):
+        return [(STAND_IN.get(state) if STAND_IN is not None else state.cpu()).tolist()]
+    return [state]
 
 
 Moves = tuple[Callable[[], None], Callable[[], Any]]
@@ -101,17 +118,23 @@ def as_torchft(group: Any, device: torch.device, other: int, state: Any, templat
 
 
 def main(backend: str, path: str, rank: int) -> None:
-    kind = "sim" if backend == "simccl" else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
-    device, other = torch.device(kind, rank), 1 - rank
-    torch.accelerator.set_device_index(rank)
+    other, cases = 1 - rank, [plain, mixed, sharded, on_the_host, large]
+    if STAND_IN is not None:
+        # All four of torch's; what is larger than a flight is in other tests of the stand-in.
+        backend, device, cases = "gloo", torch.device("cpu"), cases[:4]
+    else:
+        kind = "sim" if backend == "simccl" else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
+        device = torch.device(kind, rank)
+        torch.accelerator.set_device_index(rank)
     dist.init_process_group(backend, store=dist.FileStore(path, 2), rank=rank, world_size=2, timeout=TIMEOUT)
     group = dist.group.WORLD
-    for make in (plain, mixed, sharded, on_the_host, large):
+    for make in cases:
         for in_place in (False, True):
             for moves in (as_torch, as_torchft):
-                template = make(5 + rank, device) if in_place and make is not sharded else None
+                to = on_device if make is not on_the_host else lambda state, _: state
+                template = to(make(5 + rank, device), rank) if in_place and make is not sharded else None
                 give = (lambda template=template: template) if template else None
-                sent = make(rank, device)
+                sent = to(make(rank, device), rank)
                 # Only its owner can make a sharded tensor of this rank's.
                 others = {"sharded": (torch.arange(256.0) + 256 * other).view(32, 8)}
                 expected = values(others if make is sharded else make(other, device))
@@ -129,4 +152,5 @@ def main(backend: str, path: str, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    with STAND_IN or contextlib.nullcontext():
+        main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
