@@ -17,7 +17,9 @@ MEGABYTES = 200
 def test_time_hardly_depends_on_the_number() -> None:
     if reason := rights():
         pytest.skip(reason)
-    # Eight processes share what cores there are with other tests, which only ever makes them slower.
+    # Eight processes share what cores there are with other tests, which only ever makes them slower: with nobody else
+    # on two cores all take 1.1 to 1.4 times as long as one, beside others they were seen to take 1.7 times. A star
+    # would take seven times as long, a tree two or three.
     for _ in range(3):
         with replicas(NUMBER, "1gbit") as ranks:
             one = measure(ranks, 1, MEGABYTES)
@@ -26,9 +28,9 @@ def test_time_hardly_depends_on_the_number() -> None:
         print(one, all_, broken)
         assert (one.num_healed, all_.num_healed, broken.num_healed) == (1, NUMBER, NUMBER - 1)
         assert all_.copies < 1.1
-        if all_.seconds <= 1.3 * one.seconds and broken.seconds <= 1.6 * one.seconds:
+        if max(all_.seconds, broken.seconds) <= 1.8 * one.seconds:
             return
-    pytest.fail("not within 1.3 and 1.6 times the time of one")
+    pytest.fail("not within 1.8 times the time of one")
 
 
 @pytest.mark.parametrize("slow", [1, 2], ids=["the first", "the second"])
