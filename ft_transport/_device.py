@@ -296,19 +296,19 @@ def settle(tensors: Sequence[torch.Tensor], deadline: Deadline | None = None, wi
 
     Args:
         tensors: What is to be read or written.
-        deadline: Until when; also of the copies.
+        deadline: Until when; also of the copies. None: as long as it takes.
         wire: Where messages live; see :class:`Streams`.
 
     Raises:
         TransferTimeout: The deadline passed. A thread goes on waiting for the device, and touches nothing.
     """
-    deadline = deadline or Deadline(MAX_WAIT)
     devices = wait_for(tensors, deadline)
     return Streams(devices, deadline, wire) if devices or wire.type != "cpu" else NO_STREAMS
 
 
-def wait_for(tensors: Sequence[torch.Tensor], deadline: Deadline) -> tuple[torch.device, ...]:
+def wait_for(tensors: Sequence[torch.Tensor], deadline: Deadline | None = None) -> tuple[torch.device, ...]:
     """As :func:`settle`, of who copies nothing: gives the devices that were waited for."""
+    deadline = deadline or Deadline(MAX_WAIT)
     # The state may still be computed on streams that nobody has told us of, so all of them, and not the current one's
     # event. For all there is no event: torch waits for a whole device, without a limit, and a kernel may hang.
     devices = _devices_of(tensors)

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import torch
 
-from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport._device import wait_for
 from ft_transport._plan.buffers import Arena, aligned
 from ft_transport._plan.destination import DestinationPlan
@@ -176,7 +175,7 @@ class Rewrite:
         if data is None:
             data = torch.empty(self._layout.sizes[message], dtype=torch.uint8)
             self._landing.placement.gather(message, data)
-            wait_for(self._landing.placement.memory_of(message), Deadline(MAX_WAIT))
+            wait_for(self._landing.placement.memory_of(message))
         return digest_message(data, self._algorithm, self._sample) == self._digests[message]
 
     def paths(self, messages: Iterable[int]) -> list[str]:
