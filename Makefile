@@ -9,13 +9,14 @@ DOCS_READY := $(VENV)/.ready-docs
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test lint bench chaos fuzz mutants simulated upstream matrix docs clean help
+.PHONY: demo test lint bench compare chaos fuzz mutants simulated upstream matrix docs clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
 	@echo "make test    lint, types, and all tests (ten minutes on two slow cores)"
 	@echo "make lint    ruff and mypy --strict alone"
 	@echo "make bench   side by side with torchft's and torch's transports; ARGS='...' is passed on"
+	@echo "make compare BASE=commit  heal with that commit and with this checkout, turn by turn; ARGS='--states small' for some"
 	@echo "make chaos   kill, stop and cut off replicas while they heal, for ten minutes; MINUTES=30, SEED=1 replays one"
 	@echo "make fuzz    attack what reads the wire, guided by coverage, for ten minutes; SECONDS=60 for one"
 	@echo "make mutants break one promise of the code after the other and see that a test notices; ARGS='lanes' for some"
@@ -42,6 +43,9 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m ft_transport.bench $(ARGS)
+
+compare: $(READY)
+	$(BIN)/python tests/compare.py $(BASE) $(ARGS)
 
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(ARGS)
