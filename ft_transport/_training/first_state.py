@@ -42,13 +42,19 @@ def first_state(optimizer: Optimizer, group: dict[str, Any], param: torch.Tensor
     alias = param.detach()
     alias.grad = zeros_for(param, alias)
     if isinstance(optimizer, torch.optim.SGD):
-        return {"momentum_buffer": alias.grad.fill_(-0.0)} if group["momentum"] != 0 else {}
+        return {"momentum_buffer": _negative_zeros(alias.grad)} if group["momentum"] != 0 else {}
     made = shell(optimizer, optimizer.__dict__)
     lists: dict[str, list[Any]] = {
         name: [] for name in inspect.signature(made._init_group).parameters if name != "group"
     }
     made._init_group({**group, "params": [alias]}, **lists)
     return dict(made.state.get(alias, {}))
+
+
+def _negative_zeros(zeros: torch.Tensor) -> torch.Tensor:
+    # Of a complex number fill_() would set the sign of one half alone.
+    (torch.view_as_real(zeros) if zeros.is_complex() else zeros).fill_(-0.0)
+    return zeros
 
 
 def shell(optimizer: Optimizer, attributes: dict[str, Any]) -> Any:

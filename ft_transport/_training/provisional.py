@@ -64,7 +64,11 @@ def _take_away(optimizer: Optimizer) -> None:
         for param in group["params"]:
             state = optimizer.state.get(param)
             if state and _shall_go(group, param, state):
-                del optimizer.state[param]
+                # To the names in the state dict, and to their order, as if nothing had been made: what this step will
+                # make lies where it lay, and what it will not is not there.
+                state.clear()
+                if param.grad is None:
+                    del optimizer.state[param]
 
 
 def _shall_go(group: dict[str, Any], param: torch.Tensor, state: dict[str, Any]) -> bool:
