@@ -27,7 +27,19 @@ import torch
 from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport.errors import TransferTimeout
 
-__all__ = ["NOTHING", "NO_STREAMS", "Copies", "Seam", "Streams", "is_on", "replaced", "seam", "settle", "wait_for"]
+__all__ = [
+    "NOTHING",
+    "NO_STREAMS",
+    "Copies",
+    "Seam",
+    "Streams",
+    "brought",
+    "is_on",
+    "replaced",
+    "seam",
+    "settle",
+    "wait_for",
+]
 
 logger = logging.getLogger("ft_transport")
 
@@ -73,19 +85,33 @@ class Seam:
         # torch has each operation done there anyway, and in that stream; a stand-in has to be told.
         work()
 
-    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor]) -> None:
-        """Copy flat tensors of uint8 on one device, one behind the other, to the host. Within :meth:`run`."""
-        self.hold(parts)
-        target.copy_(torch.cat(parts) if len(parts) > 1 else parts[0], non_blocking=True)
+    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor], gaps: Sequence[int]) -> None:
+        """Copy flat tensors of uint8 on one device to the host, packed as they lie there. Within :meth:`run`.
 
-    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor) -> None:
+        Args:
+            target: Where they go: its first byte is that of the first part, its last one that of the last part.
+            parts: What is copied.
+            gaps: Bytes of the target between each part and the next one, which keep what they hold.
+        """
+        self.hold(parts)
+        if len(parts) == 1:
+            target.copy_(parts[0], non_blocking=True)
+        elif not any(gaps):
+            target.copy_(torch.cat(parts), non_blocking=True)
+        else:
+            # What lies between them goes there and back: two copies, where there would be one for each part.
+            packed = target.to(parts[0].device, non_blocking=True)
+            torch._foreach_copy_(_split(packed, parts, gaps), parts)
+            target.copy_(packed, non_blocking=True)
+
+    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor, gaps: Sequence[int]) -> None:
         """The other way round."""
         self.hold(parts)
         if len(parts) == 1:
             parts[0].copy_(source, non_blocking=True)
             return
         packed = source.to(parts[0].device, non_blocking=True)
-        torch._foreach_copy_(parts, list(torch.split(packed, [part.numel() for part in parts])))
+        torch._foreach_copy_(parts, _split(packed, parts, gaps))
 
     def hold(self, tensors: Sequence[torch.Tensor]) -> None:
         """The calling thread's streams work on these tensors of devices. Within, or before, :meth:`run`."""
@@ -138,6 +164,12 @@ class Seam:
     def is_over(self, event: Any) -> bool:
         """Whether what is before an event is done. Raises what a device raises."""
         return bool(event.query())
+
+
+def _split(packed: torch.Tensor, parts: Sequence[torch.Tensor], gaps: Sequence[int]) -> list[torch.Tensor]:
+    """The places of some parts in what is packed, with gaps between them."""
+    sizes = [size for part, gap in zip(parts, [*gaps, 0], strict=True) for size in (part.numel(), gap)]
+    return list(torch.split(packed, sizes)[::2])
 
 
 _seam = Seam()
@@ -194,6 +226,19 @@ def copy(target: torch.Tensor, source: torch.Tensor, *, begin: bool = False) -> 
             _seam.run(_seam.device_of(tensor), run)
             return
     target.copy_(source)
+
+
+def brought(tensor: torch.Tensor, deadline: Deadline) -> torch.Tensor:
+    """A small tensor on the host, once the calling thread's stream has come to where it was filled.
+
+    Raises:
+        TransferTimeout: That was not by the deadline.
+    """
+    if not _seam.on_host(tensor):
+        # ``item()`` and ``cpu()`` wait without a limit for all that was told to the stream before.
+        device = _seam.device_of(tensor)
+        Copies(deadline, [device], [_seam.current_stream(device)]).finish()
+    return tensor.cpu()
 
 
 class Copies:

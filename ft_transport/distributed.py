@@ -26,7 +26,7 @@ from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import Streams, settle
+from ft_transport._device import Streams, brought, settle
 from ft_transport._group.channel import GroupChannel
 from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
 from ft_transport._group.one_way import description, land_all, post_and_wait
@@ -396,7 +396,7 @@ class PGTransport(TransportBase):
         # length comes first.
         length = torch.zeros(1, dtype=torch.int64, device=self._options.device)
         channel.wait(channel.recv(length, CONTROL_TAG), deadline)
-        nbytes = int(length.item())
+        nbytes = int(brought(length, deadline).item())
         # Whoever sends may run code here anyway; the bound is for a wire that carries something else (another program
         # on this group), whose first eight bytes would be taken for a size.
         if not 0 < nbytes <= MAX_FRAME_BYTES:
@@ -404,7 +404,7 @@ class PGTransport(TransportBase):
         data = torch.empty(nbytes, dtype=torch.uint8, device=self._options.device)
         channel.wait(channel.recv(data, FRAME_TAG), deadline)
         # Of a group whose messages live on an accelerator.
-        local = data.cpu()
+        local = brought(data, deadline)
         return ctypes.string_at(local.data_ptr(), nbytes)
 
     def _report(self, role: Role, ranks: Sequence[int]) -> TransferReport:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import pace
+from torch.utils._pytree import tree_leaves
 from two_ends import TIMEOUT, WAYS, Ends, ends
 
 import ft_transport
@@ -241,6 +242,29 @@ def test_copies_that_hang_end_at_the_deadline(
     assert "were begun and are not over" in caplog.text
 
 
+@WAYS
+def test_a_source_whose_copies_hang_says_so_at_the_deadline(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """It is not the destination that is late: the device may read the state yet, and a step would write to it."""
+    use = Streams.use
+
+    def hanging(self: Streams, **options: Any) -> Any:
+        if self.devices:
+            with use(self):
+                devices.run(ZERO, lambda: devices._over.wait(6.0))
+        return use(self, **options)
+
+    with StandInAccelerator(1) as devices:
+        sent, template = state(7.0), state(3.0)
+        put(devices, sent, 0)
+        monkeypatch.setattr(Streams, "use", hanging)
+        with ends(way, template) as found:
+            found.move(sent, timedelta(seconds=1))
+            monkeypatch.undo()
+            assert isinstance(found.errors["source"], TransferTimeout)
+            assert isinstance(found.errors["destination"], (TransferTimeout, PeerFailure))
+            assert all(seconds < 2.5 for seconds in found.seconds.values()), found.seconds
+
+
 def test_shutdown_ends_a_receive_that_waits_for_a_device() -> None:
     with StandInAccelerator(1) as devices:
         template = state(3.0)
@@ -353,6 +377,64 @@ def test_many_small_tensors_cross_in_few_copies(way: str, where: str) -> None:
         assert 0 < devices.num_copies <= 20 * sides
         assert devices.synchronized[0] + devices.events[0] <= 5 * sides
     assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
+
+
+def adam(value: float) -> dict[str, Any]:
+    """As torch's Adam keeps it: counts of steps on the host, momenta where the parameters are."""
+    return {
+        f"{index} {name}": torch.full((256,) if name != "step" else (), value + index)
+        for index in range(1500)
+        for name in ("step", "exp_avg", "exp_avg_sq")
+    }
+
+
+@WAYS
+@pytest.mark.parametrize("where", ["source", "destination", "both"])
+def test_what_is_on_the_host_in_between_costs_no_copies(way: str, where: str) -> None:
+    """What lies between a device's tensors goes along, and is as it was."""
+    with StandInAccelerator(1) as devices:
+        sent, template = adam(7.0), adam(3.0)
+        for side, found in (("source", sent), ("destination", template)):
+            for name, tensor in found.items():
+                if where in (side, "both") and "exp" in name:
+                    devices.put(tensor, 0)
+        with ends(way, template) as moved:
+            moved.move(sent)
+            assert not moved.errors
+        assert 0 < devices.num_copies <= 20
+    assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
+
+
+@WAYS
+def test_what_is_far_apart_in_a_message_goes_by_itself(way: str) -> None:
+    """The way there and back of much that is the host's would cost more than a copy."""
+    with StandInAccelerator(1) as devices:
+        sent, template = ({f"{i}": torch.full((20_000,), value + i) for i in range(9)} for value in (7.0, 3.0))
+        for found in (sent, template):
+            for name in list(found)[::2]:
+                devices.put(found[name], 0)
+        with ends(way, template) as moved:
+            moved.move(sent)
+            assert not moved.errors
+        assert devices.num_copies >= 10
+    assert all(torch.equal(template[name], tensor) for name, tensor in sent.items())
+
+
+@WAYS
+@pytest.mark.parametrize("make", [many, state], ids=["small", "large and strided"])
+def test_a_receive_takes_no_memory_of_a_device_but_for_what_is_fresh(way: str, make: Callable[[float], Any]) -> None:
+    with StandInAccelerator(1) as devices:
+        sent, template = make(7.0), make(3.0)
+        found = [tensor for side in (sent, template) for tensor in tree_leaves(side)]
+        for tensor in found:
+            devices.put(tensor, 0)
+        with ends(way, template) as moved:
+            moved.move(sent)
+        assert (devices.nbytes_allocated, moved.errors) == (0, {})
+        with ends(way, device=ZERO) as moved:
+            moved.move(sent)
+        whole = sum(tensor.nbytes for tensor in tree_leaves(sent))
+        assert devices.nbytes_allocated == (whole if way == "lanes" else 0), "a group's fresh tensors are on the host"
 
 
 @WAYS

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ft_transport._deadline import Deadline
+from ft_transport._device import brought
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._wire.frames import MAX_FRAME_BYTES, Frame, decode_frame, encode_frame
 from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError, ended
@@ -142,7 +143,7 @@ class Control:
     def _take(self, posted: Posted) -> int:
         number, pending = posted
         self.channel.wait(pending, self.deadline)
-        return int(number.item())
+        return int(brought(number, self.deadline).item())
 
     def _recv_body(self, nbytes: int) -> bytes:
         if nbytes > MAX_FRAME_BYTES:
@@ -157,7 +158,7 @@ class Control:
         if again != nbytes:
             raise RemoteProtocolError(f"a frame of {nbytes} bytes ends with {again}")
         # bytes(tensor) would make a Python number of every byte first.
-        local = body.cpu()
+        local = brought(body, self.deadline)
         return ctypes.string_at(local.data_ptr(), nbytes)
 
     def _fail(self, kind: Frame, body: Any) -> None:

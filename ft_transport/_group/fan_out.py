@@ -41,6 +41,9 @@ def close_failed(control: Control, peer: PeerReport, exc: BaseException, *, can_
             control.last_words(peer.reason)
         else:
             control.channel.abort()
+    elif peer.phase == "move" and isinstance(exc, TransferTimeout) and not control.channel.broken:
+        # It was no wait of the group that has expired, but one for this side's own device: what is posted would go on.
+        control.channel.abort()
 
 
 # Who is out of time, or gone. After a wait that has expired every pair of the group is closed anyway.

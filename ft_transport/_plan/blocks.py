@@ -12,7 +12,7 @@ import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, compress, repeat, starmap
+from itertools import chain, compress, pairwise, repeat, starmap
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -379,13 +379,20 @@ def _copy_with_gaps(part: _Part, flat: torch.Tensor, gather: bool) -> None:
 # ------------------------------------------------------------------------- between a device and the host
 
 
+# Between tensors of a device: a copy costs as much as the way there and back of so many bytes, or more. Adam's state is
+# like that: each parameter's count of steps is on the host, between momenta that are not.
+_MAX_GAP = 64 << 10
+
+
 def _runs(parts: Sequence[_Part]) -> Iterator[list[_Part]]:
-    """Those that follow each other in the message and are on one device: they cross in one copy."""
+    """Those that follow each other in the message, or nearly, and are on one device: they cross in few copies."""
+    # Nothing of another device is between two of a run, whose copies are under way meanwhile: what is there is the
+    # host's, and was copied before.
     run: list[_Part] = []
     end, device_of = -1, seam().device_of
     for part in parts:
-        begin = int(part.staged.storage_offset())
-        if run and (begin != end or device_of(part.block.memory) != device_of(run[0].block.memory)):
+        begin = _begin(part)
+        if run and (begin - end > _MAX_GAP or device_of(part.block.memory) != device_of(run[0].block.memory)):
             yield run
             run = []
         run.append(part)
@@ -404,21 +411,30 @@ def _gather_run(run: Sequence[_Part]) -> None:
         else:
             flats.append(_new_flat(part))
             _copy_with_gaps(part, flats[-1], True)
-    seam().to_host(_staged(run), flats)
+    seam().to_host(_staged(run), flats, _gaps(run))
 
 
 def _scatter_run(run: Sequence[_Part]) -> None:
     flats = [part.flat if part.block.dense else _new_flat(part) for part in run]
-    seam().to_device(flats, _staged(run))
+    seam().to_device(flats, _staged(run), _gaps(run))
     for part, flat in zip(run, flats, strict=True):
         if not part.block.dense:
             _copy_with_gaps(part, flat, False)
 
 
+def _begin(part: _Part) -> int:
+    return int(part.staged.storage_offset())
+
+
 def _staged(run: Sequence[_Part]) -> torch.Tensor:
-    """All of a run in the message."""
-    first = run[0].staged
-    return first.as_strided((sum(part.staged.numel() for part in run),), (1,))
+    """All of a run in the message, and what lies between."""
+    first, last = run[0], run[-1]
+    return first.staged.as_strided((_begin(last) + last.staged.numel() - _begin(first),), (1,))
+
+
+def _gaps(run: Sequence[_Part]) -> list[int]:
+    """Bytes between each part and the next one."""
+    return [_begin(after) - _begin(part) - part.staged.numel() for part, after in pairwise(run)]
 
 
 def _new_flat(part: _Part) -> torch.Tensor:

@@ -149,8 +149,8 @@ class PGTransport(ManagedTransport[T]):
             LocalProtocolError: A rank is not in the group; nobody was told. Or: a leaf cannot travel; nothing was sent,
                 and the destinations have been told. Or: the state has changed while it was sent (in-place operations
                 of torch on its large tensors are seen), and destinations that were not done have been told.
-            TransferTimeout: The deadline passed for at least one destination. What the others got is theirs, but
-                the group must be configured anew.
+            TransferTimeout: The deadline passed for at least one destination, or before an accelerator of this side's
+                had done its copies. What the others got is theirs, but the group must be configured anew.
             PeerFailure: The group was unusable from the start.
             TornStateError: This replica is torn. Nothing was sent, and the destinations have been told.
 

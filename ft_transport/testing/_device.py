@@ -186,7 +186,9 @@ class StandInAccelerator(Seam):
         # With a version counter of its own, as what transports write through.
         there = torch.empty(0, dtype=tensor.dtype)
         storage = memory.bytes.untyped_storage()
-        return there.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+        there = there.set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+        there = there.conj() if tensor.is_conj() else there
+        return there._neg_view() if tensor.is_neg() else there
 
     def empty_strided(
         self, shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device
@@ -206,13 +208,13 @@ class StandInAccelerator(Seam):
         self.streams.add(stream)
         stream.tell(work)
 
-    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor]) -> None:
-        self.num_copies += 1
-        super().to_host(target, parts)
+    def to_host(self, target: torch.Tensor, parts: list[torch.Tensor], gaps: Sequence[int]) -> None:
+        self.num_copies += 2 if any(gaps) else 1
+        super().to_host(target, parts, gaps)
 
-    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor) -> None:
+    def to_device(self, parts: list[torch.Tensor], source: torch.Tensor, gaps: Sequence[int]) -> None:
         self.num_copies += 1
-        super().to_device(parts, source)
+        super().to_device(parts, source, gaps)
 
     def hold(self, tensors: Sequence[torch.Tensor]) -> None:
         pass  # memory here is nobody else's before the block ends
