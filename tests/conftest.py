@@ -8,6 +8,10 @@ import signal
 
 from hypothesis import settings
 
+# Tests run on every core already, one process each: a second thread for an operation only waits for the first, and spins
+# meanwhile, which took ten times as long as the work. Before torch is imported, and for all processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same examples on every run, and no time limit for each: machines that run tests are busy.
 settings.register_profile("repeatable", max_examples=60, deadline=None, derandomize=True, database=None)
 settings.load_profile("repeatable")
