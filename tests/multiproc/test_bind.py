@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -26,7 +26,7 @@ from ft_transport._training.memory import same_memory
 from .harness import digest, workers
 
 STEPS = 200
-PATIENCE = 300.0  # seconds for a thread that reads all the time beside one that trains, on a busy machine
+PATIENCE = 100.0  # seconds for two threads that take turns in each of two processes, on a busy machine
 SHAPE = {"fsdp2": (2,), "hsdp": (2, 1), "one rank": (1,)}
 
 
@@ -36,7 +36,7 @@ class Net(nn.Module):
     def __init__(self, seed: int) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 6)) for _ in range(3)])
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 6)) for _ in range(2)])
         self.norm = nn.BatchNorm1d(6)
         self.head = nn.Linear(6, 3, bias=False)
         self.tail = nn.Linear(6, 3, bias=False)
@@ -103,7 +103,7 @@ def same_state(got: Any, expected: Any) -> bool:
 
 
 class Reading:
-    """Calls a function all the time in a thread of its own, as torchft's quorum thread may at any time."""
+    """Calls a function again and again in a thread of its own, as torchft's quorum thread may at any time."""
 
     def __init__(self, function: Callable[[], object]) -> None:
         self._function = function
@@ -117,18 +117,18 @@ class Reading:
             while not self._over.is_set():
                 self._function()
                 self.count += 1
+                # Else each operation of the other thread, which lets go of the interpreter, waits to get it back.
+                time.sleep(1e-4)
         except Exception as exc:
             self.error = f"{type(exc).__name__}: {exc}"
 
     def __enter__(self) -> Reading:
-        sys.setswitchinterval(1e-4)  # the more often they take turns, the better
         self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._over.set()
         self._thread.join()
-        sys.setswitchinterval(5e-3)
 
 
 def in_group(function: Callable[..., Any], size: int, *args: object) -> list[Any]:
@@ -173,7 +173,7 @@ def test_a_thread_that_reads_all_the_time_changes_nothing(kind: str) -> None:
     ends = in_group(train_while_read, 2, kind, True)
     assert [(end["error"], end["reader"]) for end in ends] == [("", "")] * 2
     assert [end["end"] for end in ends] == alone
-    assert all(end["reads"] > STEPS for end in ends)
+    assert all(end["reads"] >= STEPS for end in ends)
 
 
 def test_torchs_own_state_dict_breaks_the_thread_that_trains() -> None:
@@ -254,42 +254,43 @@ def test_the_state_follows_parameters_that_are_replaced() -> None:
     assert in_group(changed_afterwards, 2) == [[True] * 4] * 2
 
 
-def errors() -> list[tuple[str, str]]:
-    model = sharded("fsdp2")
+def error_of(load: Callable[[Any], object], given: Any) -> str:
+    try:
+        load(given)
+    except RuntimeError as exc:
+        return str(exc)
+    return "none"
+
+
+def _missing(state: Any) -> None:
+    del state["head.weight"]
+
+
+def _not_sharded(state: Any) -> None:
+    state["head.weight"] = torch.zeros(3, 6)
+
+
+def errors() -> list[tuple[str, str, bool]]:
+    model = sharded("fsdp2").eval()
+    bound = bind(model=model)
     found = []
-    for spoil in (
-        lambda state: state.pop("head.weight"),
-        lambda state: state.update({"head.weight": torch.zeros(3, 6)}),
-    ):
-        given = dict(copy.deepcopy(model.state_dict()))
-        spoil(given)
+    for spoil in (_missing, _not_sharded):
         before = digest(local(model.state_dict()))
+        given = {key: value + 1 for key, value in model.state_dict().items()}
+        spoil(given)
         with torch.no_grad():
             model(inputs(0))
-        texts = []
-        for load in (lambda: bind(model=model).load_state_dict({"model": given}), lambda: model.load_state_dict(given)):
-            try:
-                load()
-                texts.append("none")
-            except RuntimeError as exc:
-                texts.append(str(exc))
-            if len(texts) == 1 and not same_but_for_norm(before, model):
-                texts[0] += " and something was loaded"
-        found.append((texts[0], texts[1]))
+        ours = error_of(bound.load_state_dict, {"model": given})
+        unchanged = digest(local(model.state_dict())) == before
+        found.append((ours, error_of(model.load_state_dict, given), unchanged))
     return found
-
-
-def same_but_for_norm(before: str, model: nn.Module) -> bool:
-    """The forward above has written BatchNorm's statistics: they are left out of what is compared."""
-    return before != "" and all(
-        not isinstance(each, nn.Parameter) or each.isfinite().all() for each in model.parameters()
-    )
 
 
 def test_errors_are_torchs_own() -> None:
     for found in in_group(errors, 2):
-        for ours, torchs in found:
+        for ours, torchs, unchanged in found:
             assert ours == torchs
+            assert unchanged
             assert ours.startswith("Error(s) in loading state_dict for FSDPNet")
 
 
