@@ -1,0 +1,137 @@
+"""The examples whose replicas are several processes, under torchrun: real ranks, a real Lighthouse, real kills."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .test_examples import MARKER, ROOT, Example, lighthouse, marked_processes, marker  # noqa: F401
+
+TRAIN_FSDP2 = ROOT / "examples" / "train_fsdp2.py"
+STARTUP_TIMEOUT = 90.0  # seconds for torchrun and its ranks, and for the first quorum, on a busy machine
+REPORT = r"rank (\d) step (\d+) loss \d+\.\d+ replicas 2 state (\w+)"
+HEALED = r"step (\d+) from rank \d .*complete.* 100% in place, 0\.0 MB fresh"
+# What breaks where a state dict is taken or loaded under a running forward.
+BROKEN_FORWARD = re.compile(r"mixed torch\.Tensor and DTensor|setStorage")
+
+
+class Replica(Example):
+    """torchrun with the ranks of one replica."""
+
+    def __init__(self, script: Path, index: int, num_ranks: int, max_restarts: int, **keywords: object) -> None:
+        # With exactly as many restarts as there are kills, a rank that fails by itself ends the replica, and the test.
+        super().__init__(
+            Path("-m"),
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={num_ranks}",
+            f"--max-restarts={max_restarts}",
+            "--monitor-interval=0.1",
+            str(script),
+            REPLICA_GROUP_ID=str(index),
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+            **keywords,  # type: ignore[arg-type]
+        )
+        self.num_ranks = num_ranks
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL for one rank; torchrun ends the others and starts all of them again."""
+        self._rank(rank).kill()
+
+    def _rank(self, rank: int) -> psutil.Process:
+        for child in psutil.Process(self.process.pid).children():
+            with contextlib.suppress(psutil.Error):
+                if child.environ().get("RANK") == str(rank):
+                    return child
+        raise AssertionError(f"no process of rank {rank}; output:\n{self.output}")
+
+    def wait_for_heal(self) -> int:
+        """The step that every rank has fetched, all of it in place."""
+        steps = {int(self.wait_for(HEALED, STARTUP_TIMEOUT)[1]) for _ in range(self.num_ranks)}
+        assert len(steps) == 1, self.output
+        return steps.pop()
+
+    def wait_for_reports(self, beyond: int) -> None:
+        """Until every rank has told its digest at a step beyond this one, with both replicas at work."""
+        seen: set[str] = set()
+        while len(seen) < self.num_ranks:
+            rank, step, _ = self.wait_for(REPORT, STARTUP_TIMEOUT).groups()
+            if int(step) > beyond:
+                seen.add(rank)
+
+
+@contextlib.contextmanager
+def two_replicas(script: Path, folder: Path, num_ranks: int, kills: tuple[int, int], **environment: str) -> Iterator[list[Replica]]:
+    with contextlib.ExitStack() as stack:
+        replicas = []
+        for index in range(2):
+            replica = Replica(script, index, num_ranks, kills[index], cwd=folder, **environment)
+            stack.callback(replica.end)
+            replicas.append(replica)
+        yield replicas
+        for replica in replicas:
+            assert replica.process.poll() is None, replica.output
+            replica.process.terminate()  # torchrun passes it on, and waits for its ranks
+        for replica in replicas:
+            replica.process.wait(30.0)
+
+
+def check_equal(replicas: list[Replica]) -> None:
+    """Equal ranks have told the same digest at equal steps, whichever replica they are of."""
+    digests: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for replica in replicas:
+        told = dict(((m[1], m[2]), m[3]) for m in re.finditer(REPORT, replica.output))
+        for key, digest in told.items():
+            digests[key].append(digest)
+    compared = {key: found for key, found in digests.items() if len(found) == len(replicas)}
+    assert len(compared) >= replicas[0].num_ranks
+    assert {key: found for key, found in compared.items() if len(set(found)) > 1} == {}
+    ranks = [digest for (rank, step), (digest, _) in compared.items()]
+    assert len(set(ranks)) == len(ranks), "different ranks hold different shards, and each step changes them"
+
+
+def environment(lighthouse: str, marker: str) -> dict[str, str]:  # noqa: F811
+    return {
+        "TORCHFT_LIGHTHOUSE": lighthouse,
+        "NUM_REPLICA_GROUPS": "2",
+        "NUM_STEPS": "1000000",
+        "WIDTH": "64",
+        MARKER: marker,
+    }
+
+
+def heal_one_after_the_other(replicas: list[Replica], kills: int) -> None:
+    """Kill a rank of one replica, then of the other, and so on; each time the replica heals and goes on."""
+    for replica in replicas:
+        replica.wait_for_reports(0)
+    for kill in range(kills):
+        victim, survivor = replicas[1 - kill % 2], replicas[kill % 2]
+        victim.kill(kill // 2 % victim.num_ranks)
+        healed = victim.wait_for_heal()
+        for replica in (victim, survivor):
+            replica.wait_for_reports(healed)
+    for replica in replicas:
+        assert not BROKEN_FORWARD.search(replica.output), replica.output
+    check_equal(replicas)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_train_fsdp2_heals_again_and_again(tmp_path: Path, lighthouse: str, marker: str) -> None:  # noqa: F811
+    """Under an asynchronous quorum, so state dicts are taken and filled while forward runs.
+
+    ``FT_TRANSPORT_HEALS=20`` for twenty heals in a row, which take some minutes.
+    """
+    kills = int(os.environ.get("FT_TRANSPORT_HEALS", "2"))
+    with two_replicas(
+        TRAIN_FSDP2, tmp_path, 2, (kills // 2, (kills + 1) // 2), **environment(lighthouse, marker)
+    ) as replicas:
+        heal_one_after_the_other(replicas, kills)
+    assert marked_processes(marker) == []
