@@ -1,12 +1,13 @@
 """Sharded training (FSDP2) that outlives its replicas: several processes per replica, each heals from its like.
 
-    export RUST_LOG=warn NUM_REPLICA_GROUPS=2 TORCHFT_LIGHTHOUSE=http://host:29510
+    export RUST_LOG=warn NUM_REPLICA_GROUPS=2 TORCHFT_LIGHTHOUSE=http://host:29510 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     torchft_lighthouse --min_replicas 1 --heartbeat_timeout_ms 1000 --bind 0.0.0.0:29510
     REPLICA_GROUP_ID=0 torchrun --standalone --nproc_per_node=2 --max-restarts=100 examples/train_fsdp2.py
     REPLICA_GROUP_ID=1 torchrun --standalone --nproc_per_node=2 --max-restarts=100 examples/train_fsdp2.py
 
 Kill any of the four with ``kill -9``: torchrun starts its replica again, and each rank fetches its shards from the same
-rank of the other replica. At equal steps, equal ranks print the same digest.
+rank of the other replica. At equal steps, equal ranks print the same digest. (Without that last variable, torchrun hands
+its ranks the addresses of those that are gone.)
 
 Within a replica, FSDP2 shards over torch's own group. Across replicas each rank averages the gradients of its shards
 through its Manager once backward is over: one message, and you see all of it. ``train_hsdp.py`` does that within
@@ -56,24 +57,15 @@ def main() -> None:
         fully_shard(block)
     fully_shard(model)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ft_transport.materialize(adam)
     batches = Batches(read_corpus(), REPLICA * num_ranks + rank, NUM_REPLICAS * num_ranks)
 
-    leaves = model.state_dict()
-
-    def state_dict():
-        return {"model": leaves, "optim": adam.state_dict()}
-
-    def load_state_dict(state):
-        for k, v in leaves.items():
-            assert state["model"][k] is v or state["model"][k].data_ptr() == v.data_ptr(), k
-        adam.load_state_dict(state["optim"])
-
-    transport = ft_transport.LaneTransport(TIMEOUT / 2, torch.device("cpu"), state_dict=state_dict)
+    # Not model.state_dict(): FSDP2 reshards in it, and torchft calls it in another thread while forward runs.
+    state = ft_transport.bind(model=model, optimizers=adam)
+    transport = ft_transport.LaneTransport(TIMEOUT / 2, torch.device("cpu"), state_dict=state.state_dict)
     manager = Manager(
         pg=ProcessGroupGloo(timeout=TIMEOUT / 2),
-        load_state_dict=load_state_dict,
-        state_dict=state_dict,
+        load_state_dict=state.load_state_dict,
+        state_dict=state.state_dict,
         min_replica_size=1,
         timeout=TIMEOUT,
         replica_id=f"train_fsdp2_{REPLICA}",
