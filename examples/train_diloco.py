@@ -77,20 +77,20 @@ def main() -> None:
         checkpoint_transport=transport,
     )
 
-    last = inner_step = 0
+    synced = inner_step = 0
     with DiLoCo(manager, fragments, inner, outer, SYNC_EVERY, fragment_sync_delay=SYNC_DELAY):
-        while (step := manager.current_step()) < NUM_STEPS:
-            if step > last:
+        while manager.current_step() < NUM_STEPS:
+            inner.zero_grad()
+            loss = model(*batches.at(inner_step, BATCH_SIZE, CONTEXT))
+            loss.backward()
+            inner.step()  # within it, torchft begins and ends the syncs
+            inner_step += 1
+            if (step := manager.current_step()) > synced:
                 found = transport.state_digest().by_path
                 shared = {path: leaf for path, leaf in found.items() if path.startswith("StreamingDiLoCoFragment")}
                 digest, alive = ft_transport.StateDigest.of(shared).whole[:12], manager.num_participants()
                 print(f"step {step} loss {loss.item():.3f} replicas {alive} fragments {digest}", flush=True)
-                last = step
-            inner.zero_grad()
-            loss = model(*batches.at(inner_step, BATCH_SIZE, CONTEXT))
-            loss.backward()
-            inner.step()  # within it, torchft prepares and ends the syncs
-            inner_step += 1
+                synced = step
     manager.shutdown()
     del store
 

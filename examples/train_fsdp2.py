@@ -5,9 +5,9 @@
     REPLICA_GROUP_ID=0 torchrun --standalone --nproc_per_node=2 --max-restarts=100 examples/train_fsdp2.py
     REPLICA_GROUP_ID=1 torchrun --standalone --nproc_per_node=2 --max-restarts=100 examples/train_fsdp2.py
 
-Kill any of the four with ``kill -9``: torchrun starts its replica again, and each rank fetches its shards from the same
-rank of the other replica. At equal steps, equal ranks print the same digest. (Without that last variable, torchrun hands
-its ranks the addresses of those that are gone.)
+Kill any of the four with ``kill -9``: torchrun starts its replica again, and each rank fetches its shards from the
+same rank of the other replica. At equal steps, equal ranks print the same digest. (Without that last variable, a
+torchrun that restarts hands its ranks the addresses of those that are gone.)
 
 Within a replica, FSDP2 shards over torch's own group. Across replicas each rank averages the gradients of its shards
 through its Manager once backward is over: one message, and you see all of it. ``train_hsdp.py`` does that within

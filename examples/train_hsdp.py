@@ -5,9 +5,9 @@
     REPLICA_GROUP_ID=0 torchrun --standalone --nproc_per_node=4 --max-restarts=100 examples/train_hsdp.py
     REPLICA_GROUP_ID=1 torchrun --standalone --nproc_per_node=4 --max-restarts=100 examples/train_hsdp.py
 
-Kill any rank with ``kill -9``: torchrun starts its replica again, and each rank fetches its shards from the same rank of
-the other replica. At equal steps, equal ranks print the same digest. (Without that last variable, torchrun hands its
-ranks the addresses of those that are gone.)
+Kill any rank with ``kill -9``: torchrun starts its replica again, and each rank fetches its shards from the same rank
+of the other replica. At equal steps, equal ranks print the same digest. (Without that last variable, a torchrun that
+restarts hands its ranks the addresses of those that are gone.)
 
 As torchft's own test of FSDP does it: FSDP2 reduces each block's gradients over torch's mesh as soon as backward has
 them, and then a hook has the Manager average the result with the other replicas', so that this, too, happens behind

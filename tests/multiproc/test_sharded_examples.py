@@ -68,7 +68,9 @@ class Replica(Example):
 
 
 @contextlib.contextmanager
-def two_replicas(script: Path, folder: Path, num_ranks: int, kills: tuple[int, int], **environment: str) -> Iterator[list[Replica]]:
+def two_replicas(
+    script: Path, folder: Path, num_ranks: int, kills: tuple[int, int], **environment: str
+) -> Iterator[list[Replica]]:
     with contextlib.ExitStack() as stack:
         replicas = []
         for index in range(2):
@@ -87,7 +89,7 @@ def check_equal(replicas: list[Replica]) -> None:
     """Equal ranks have told the same digest at equal steps, whichever replica they are of."""
     digests: dict[tuple[str, str], list[str]] = defaultdict(list)
     for replica in replicas:
-        told = dict(((m[1], m[2]), m[3]) for m in re.finditer(REPORT, replica.output))
+        told = {(m[1], m[2]): m[3] for m in re.finditer(REPORT, replica.output)}
         for key, digest in told.items():
             digests[key].append(digest)
     compared = {key: found for key, found in digests.items() if len(found) == len(replicas)}
