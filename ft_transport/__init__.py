@@ -29,9 +29,11 @@ from ft_transport.state_digest import LeafDigest, StateDigest, state_digest
 if TYPE_CHECKING:
     from ft_transport._torchft.lanes import LaneTransport
     from ft_transport._torchft.pg import PGTransport
+    from ft_transport._training.bind import Bound, bind
     from ft_transport._training.materialize import materialize
 
 __all__ = [
+    "Bound",
     "EventCallback",
     "Geometry",
     "Kind",
@@ -52,6 +54,7 @@ __all__ = [
     "TransferReport",
     "TransferTimeout",
     "__version__",
+    "bind",
     "materialize",
     "progress_bar",
     "register_kind",
@@ -63,8 +66,10 @@ __all__ = [
 # Imported when they are asked for: ft_transport.distributed is for those without torchft, and who only reads reports
 # need not wait for the rest.
 _LATE = {
+    "Bound": "ft_transport._training.bind",
     "LaneTransport": "ft_transport._torchft.lanes",
     "PGTransport": "ft_transport._torchft.pg",
+    "bind": "ft_transport._training.bind",
     "materialize": "ft_transport._training.materialize",
 }
 

@@ -1,0 +1,197 @@
+"""An optimizer's state dict, and a load that keeps the tensors that are there.
+
+torch's own load replaces the state by what it is given, cast to the parameters' dtype: a state of float32 beside
+parameters of bfloat16 is not what it was afterwards, and what was received in place is copied once more. Here a tensor
+that fits is written to, one that has no counterpart is taken over as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ft_transport._training.first_state import shell
+from ft_transport._training.memory import is_dtensor, is_plain, same_memory
+
+__all__ = ["OptimizerState"]
+
+# How this replica computes, not what: they depend on its devices.
+_LOCAL = ("capturable", "foreach", "fused")
+# Wrappers that override state_dict, but only for who asks: what they hold is the inner one's.
+_PASS_ON = ("torchft.", "torch.distributed.optim.")
+_ATOMIC = (int, float, complex, bool, str, bytes, type(None))
+_WRAPPED = ("optim", "optimizer")
+
+_Copies = list[tuple[Any, Any]]
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer that steps, where others only pass on what it holds."""
+    while type(optimizer).__module__.startswith(_PASS_ON):
+        inner = [getattr(optimizer, name, None) for name in _WRAPPED]
+        found = next((each for each in inner if isinstance(each, Optimizer)), None)
+        if found is None:
+            break
+        optimizer = found
+    return optimizer
+
+
+class OptimizerState:
+    """The state of one optimizer.
+
+    One that overrides ``state_dict`` or ``load_state_dict``, or has hooks for its state dict, is asked itself, each
+    time.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = innermost(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``optimizer.state_dict()``."""
+        optimizer = self._optimizer
+        if _is_called(optimizer):
+            return optimizer.state_dict()  # type: ignore[no-any-return]
+        params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+        indices: dict[int, int] = {}
+        for index, param in enumerate(params):
+            indices.setdefault(id(param), index)
+        groups = []
+        for group in optimizer.param_groups:
+            packed = {name: value for name, value in group.items() if name != "params"}
+            packed["params"] = [indices[id(param)] for param in group["params"]]
+            groups.append(packed)
+        # A copy of each: the thread that trains may add to them.
+        state = {
+            indices[id(param)] if isinstance(param, torch.Tensor) else param: dict(values)
+            if isinstance(values, dict)
+            else values
+            for param, values in list(optimizer.state.items())
+        }
+        return {"state": state, "param_groups": groups}
+
+    def prepare(self, state: Mapping[str, Any]) -> Callable[[], None]:
+        """Find out how to load a state, without writing anything; what is returned loads it.
+
+        Raises:
+            ValueError: torch's own, for other parameter groups.
+        """
+        optimizer = self._optimizer
+        if _loads_itself(optimizer):
+            return lambda: optimizer.load_state_dict(state)
+        state = dict(state)
+        for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+            state = hook(optimizer, state) or state
+        saved, groups = state["param_groups"], optimizer.param_groups
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
+            _let_torch_refuse(optimizer, state)
+        copies: _Copies = []
+        new_state = _states(optimizer, state, copies)
+        new_groups = [_group(group, given, copies) for group, given in zip(groups, saved, strict=True)]
+        return lambda: _write(optimizer, new_state, new_groups, copies)
+
+
+def _is_called(optimizer: Any) -> bool:
+    """Whether only the optimizer itself can say what its state is."""
+    if not isinstance(optimizer, Optimizer) or "state_dict" in optimizer.__dict__:
+        return True
+    if type(optimizer).state_dict is not Optimizer.state_dict:
+        return True
+    return bool(optimizer._optimizer_state_dict_pre_hooks or optimizer._optimizer_state_dict_post_hooks)
+
+
+def _loads_itself(optimizer: Any) -> bool:
+    if not isinstance(optimizer, Optimizer) or "load_state_dict" in optimizer.__dict__:
+        return True
+    return type(optimizer).load_state_dict is not Optimizer.load_state_dict
+
+
+def _let_torch_refuse(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Raise what torch's own load raises; nothing is written."""
+    probe = shell(optimizer, {name: value for name, value in optimizer.__dict__.items() if "hooks" not in name})
+    probe._optimizer_load_state_dict_pre_hooks = {}
+    probe.param_groups = optimizer.param_groups
+    Optimizer.load_state_dict(probe, state)
+    raise ValueError("loaded state dict has other parameter groups")
+
+
+def _states(optimizer: Optimizer, state: Mapping[str, Any], copies: _Copies) -> dict[Any, Any]:
+    """The optimizer's state as it shall be; what of it is there already has to be written to."""
+    places: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
+    for group, given in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for index, param in zip(given["params"], group["params"], strict=True):
+            places[index] = param, group
+    made: dict[Any, Any] = {}
+    for index, values in state["state"].items():
+        param, group = places.get(index, (None, {}))
+        adopt = partial(_adopted, param, group)
+        key = index if param is None else param
+        made[key] = _merged(optimizer.state.get(key), values, copies, adopt)
+    return made
+
+
+def _group(group: dict[str, Any], given: Mapping[str, Any], copies: _Copies) -> dict[str, Any]:
+    made = {name: group[name] for name in ("param_names",) if name in group}
+    for name, value in given.items():
+        if name in _LOCAL and name in group:
+            made[name] = group[name]
+        elif name != "params":
+            made[name] = _merged(group.get(name), value, copies, copy.deepcopy)
+    made["params"] = group["params"]
+    return made
+
+
+def _merged(live: Any, value: Any, copies: _Copies, adopt: Callable[[torch.Tensor], Any]) -> Any:
+    """A value to load, with the live tensors in it wherever one can take what it has."""
+    if type(value) in _ATOMIC:
+        return value
+    if isinstance(value, torch.Tensor):
+        if live is value or not _fits(live, value):
+            return live if live is value else adopt(value)
+        if not same_memory(live, value):
+            copies.append((live, value))
+        return live
+    if isinstance(value, dict):
+        known = live if isinstance(live, dict) else {}
+        return {name: _merged(known.get(name), part, copies, adopt) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        parts = live if isinstance(live, (list, tuple)) and len(live) == len(value) else [None] * len(value)
+        return type(value)(_merged(part, given, copies, adopt) for part, given in zip(parts, value, strict=True))
+    return copy.deepcopy(value)
+
+
+def _fits(live: Any, value: Any) -> bool:
+    """Whether a tensor can become equal to another one to the bit by being written to."""
+    if not isinstance(live, torch.Tensor) or live.dtype != value.dtype or live.shape != value.shape or live.is_meta:
+        return False
+    if is_dtensor(live):
+        return is_dtensor(value) and bool(vars(live)["_spec"] == value._spec)
+    return is_plain(live) and is_plain(value)
+
+
+def _adopted(param: torch.Tensor | None, group: dict[str, Any], value: torch.Tensor) -> torch.Tensor:
+    """A tensor of a state as torch's own load takes it, but never cast."""
+    if param is None or (value.dim() == 0 and not (group.get("capturable") or group.get("fused"))):
+        return value  # a count, or a product of numbers: where the optimizer reads it without waiting for a device
+    return value.to(device=param.device)
+
+
+def _write(optimizer: Optimizer, state: dict[Any, Any], groups: list[dict[str, Any]], copies: _Copies) -> None:
+    with torch.no_grad():
+        for live, value in copies:
+            live.copy_(value)
+    # Not others in their place, as torch does: wrappers and schedulers may hold these.
+    optimizer.state.clear()
+    optimizer.state.update(state)
+    for group, made in zip(optimizer.param_groups, groups, strict=True):
+        group.clear()
+        group.update(made)
+    # What a class has to say of older states.
+    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+    for hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        hook(optimizer)
