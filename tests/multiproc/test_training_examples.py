@@ -1,4 +1,4 @@
-"""The examples whose replicas are several processes, under torchrun: real ranks, a real Lighthouse, real kills."""
+"""The examples of sharded training and of DiLoCo: real ranks under torchrun, a real Lighthouse, real kills."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .test_examples import MARKER, ROOT, Example, lighthouse, marked_processes, marker  # noqa: F401
+from .test_examples import MARKER, ROOT, Example, lighthouse, marked_processes, marker, started  # noqa: F401
 
+TRAIN_DILOCO = ROOT / "examples" / "train_diloco.py"
 TRAIN_FSDP2 = ROOT / "examples" / "train_fsdp2.py"
+TRAIN_HSDP = ROOT / "examples" / "train_hsdp.py"
 STARTUP_TIMEOUT = 90.0  # seconds for torchrun and its ranks, and for the first quorum, on a busy machine
+DILOCO_REPORT = r"step (\d+) loss \d+\.\d+ replicas 2 fragments (\w+)"
 REPORT = r"rank (\d) step (\d+) loss \d+\.\d+ replicas 2 state (\w+)"
 HEALED = r"step (\d+) from rank \d .*complete.* 100% in place, 0\.0 MB fresh"
 # What breaks where a state dict is taken or loaded under a running forward.
@@ -85,18 +88,18 @@ def two_replicas(
             replica.process.wait(30.0)
 
 
-def check_equal(replicas: list[Replica]) -> None:
-    """Equal ranks have told the same digest at equal steps, whichever replica they are of."""
-    digests: dict[tuple[str, str], list[str]] = defaultdict(list)
+def check_equal(replicas: list[Replica], num_shards: int) -> None:
+    """Ranks that hold the same shard have told the same digest at equal steps, whichever replica they are of."""
+    digests: dict[tuple[int, str], list[str]] = defaultdict(list)
     for replica in replicas:
-        told = {(m[1], m[2]): m[3] for m in re.finditer(REPORT, replica.output)}
-        for key, digest in told.items():
-            digests[key].append(digest)
-    compared = {key: found for key, found in digests.items() if len(found) == len(replicas)}
-    assert len(compared) >= replicas[0].num_ranks
+        # The last one, where a step has been told twice: it was told before a kill, and again after a heal.
+        told = {(int(m[1]), m[2]): m[3] for m in re.finditer(REPORT, replica.output)}
+        for (rank, step), digest in told.items():
+            digests[rank % num_shards, step].append(digest)
+    compared = {key: found for key, found in digests.items() if len(found) > replicas[0].num_ranks // num_shards}
+    assert len(compared) >= num_shards
     assert {key: found for key, found in compared.items() if len(set(found)) > 1} == {}
-    ranks = [digest for (rank, step), (digest, _) in compared.items()]
-    assert len(set(ranks)) == len(ranks), "different ranks hold different shards, and each step changes them"
+    assert len({found[0] for found in compared.values()}) == len(compared), "shards differ, and each step changes them"
 
 
 def environment(lighthouse: str, marker: str) -> dict[str, str]:  # noqa: F811
@@ -109,19 +112,19 @@ def environment(lighthouse: str, marker: str) -> dict[str, str]:  # noqa: F811
     }
 
 
-def heal_one_after_the_other(replicas: list[Replica], kills: int) -> None:
+def heal_one_after_the_other(replicas: list[Replica], kills: int, num_shards: int) -> None:
     """Kill a rank of one replica, then of the other, and so on; each time the replica heals and goes on."""
     for replica in replicas:
         replica.wait_for_reports(0)
     for kill in range(kills):
         victim, survivor = replicas[1 - kill % 2], replicas[kill % 2]
-        victim.kill(kill // 2 % victim.num_ranks)
+        victim.kill((kill // 2 + 1) % victim.num_ranks)
         healed = victim.wait_for_heal()
         for replica in (victim, survivor):
             replica.wait_for_reports(healed)
     for replica in replicas:
         assert not BROKEN_FORWARD.search(replica.output), replica.output
-    check_equal(replicas)
+    check_equal(replicas, num_shards)
 
 
 @pytest.mark.slow
@@ -135,5 +138,42 @@ def test_train_fsdp2_heals_again_and_again(tmp_path: Path, lighthouse: str, mark
     with two_replicas(
         TRAIN_FSDP2, tmp_path, 2, (kills // 2, (kills + 1) // 2), **environment(lighthouse, marker)
     ) as replicas:
-        heal_one_after_the_other(replicas, kills)
+        heal_one_after_the_other(replicas, kills, 2)
     assert marked_processes(marker) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_train_hsdp_heals_a_replica_that_was_killed(tmp_path: Path, lighthouse: str, marker: str) -> None:  # noqa: F811
+    """Two ranks hold a model, and four are a replica: DTensors on a mesh of two dimensions."""
+    with two_replicas(TRAIN_HSDP, tmp_path, 4, (0, 1), **environment(lighthouse, marker), SHARD="2") as replicas:
+        heal_one_after_the_other(replicas, 1, 2)
+    assert marked_processes(marker) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_train_diloco_heals_a_replica_that_was_killed(tmp_path: Path, lighthouse: str, marker: str) -> None:  # noqa: F811
+    """Killed between two syncs, and healed within the round of the next fragment, which the survivor goes on with."""
+
+    def replica(index: int) -> contextlib.AbstractContextManager[Example]:
+        settings = environment(lighthouse, marker)
+        return started(TRAIN_DILOCO, cwd=tmp_path, REPLICA_GROUP_ID=str(index), **settings)
+
+    with replica(0) as survivor:
+        with replica(1) as victim:
+            survivor.wait_for(DILOCO_REPORT, STARTUP_TIMEOUT)
+            killed_at = int(victim.wait_for(DILOCO_REPORT, STARTUP_TIMEOUT)[1])
+            victim.process.kill()
+            victim.process.wait(10.0)
+        with replica(1) as again:
+            healed = int(again.wait_for(r"step (\d+) from rank \d .*complete.* 100% in place", STARTUP_TIMEOUT)[1])
+            assert healed >= killed_at
+            # Each of the fragments is averaged once more, with what was healed.
+            for step in (healed + 1, healed + 2):
+                again.wait_for(rf"step {step} loss .* replicas 2 ", STARTUP_TIMEOUT)
+                survivor.wait_for(rf"step {step} loss .* replicas 2 ", STARTUP_TIMEOUT)
+    told = [dict(re.findall(DILOCO_REPORT, example.output)) for example in (survivor, again)]
+    compared = told[0].keys() & told[1].keys()
+    assert {str(healed + 1), str(healed + 2)} <= compared
+    assert {step: [each[step] for each in told] for step in compared if told[0][step] != told[1][step]} == {}
