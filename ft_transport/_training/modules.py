@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,19 +21,19 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ft_transport._training.fully_sharded import is_fsdp1, is_fsdp_hook, reshard, sharded_params
-from ft_transport._training.memory import is_dtensor, is_plain, same_memory
+from ft_transport._training.memory import Aliases, is_dtensor, is_plain, same_memory, same_spec
 
 __all__ = ["ModuleState", "without_compiled"]
 
 _EXTRA = "_extra_state"
-_COMPILED = "_orig_mod."
+_COMPILED = "_orig_mod"
 # torch's own that override how they load: for older keys, which a state with today's keys has not.
 _LOADED_AS_OTHERS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")
 
 
 def without_compiled(key: str) -> str:
     """A key as it is where nothing is compiled."""
-    return key.replace(_COMPILED, "") if _COMPILED in key else key
+    return ".".join(part for part in key.split(".") if part != _COMPILED) if _COMPILED in key else key
 
 
 class ModuleState:
@@ -56,25 +57,23 @@ class ModuleState:
         Raises:
             RuntimeError: torch's own, for other keys or shapes.
         """
+        if not isinstance(state, Mapping):
+            self._module.load_state_dict(state)  # refuses it
         plan = self._current()
-        given = {without_compiled(key): value for key, value in state.items()} if isinstance(state, Mapping) else None
-        if given is not None and plan.loads_plainly:
-            copies = plan.copies_of(given)
-            if copies is not None:
-                return lambda: self._write(plan, given, copies)
-        named: Any = state
-        if given is not None:
-            named = OrderedDict((plan.real_keys.get(key, key), value) for key, value in given.items())
-            if hasattr(state, "_metadata"):
-                named._metadata = state._metadata
-            if plan.loads_plainly:
-                with _Rehearsal(self._module):
-                    self._module.load_state_dict(named)
-
-        def load() -> None:
-            self._module.load_state_dict(named)
-
-        return load
+        plainly = plan.loads_plainly and not torch.__future__.get_swap_module_params_on_conversion()
+        given = state
+        if any(_COMPILED in key for key in state):
+            given = {without_compiled(key): value for key, value in state.items()}
+        copies = plan.copies_of(given) if plainly else None
+        if copies is not None:
+            return partial(self._write, plan, given, copies)
+        named: Any = OrderedDict((plan.real_keys.get(key, key), value) for key, value in given.items())
+        if hasattr(state, "_metadata"):
+            named._metadata = state._metadata
+        if plainly:
+            with _Rehearsal(self._module):
+                self._module.load_state_dict(named)
+        return partial(self._module.load_state_dict, named)
 
     def _current(self) -> _Plan:
         plan = self._plan
@@ -82,14 +81,11 @@ class ModuleState:
             self._plan = plan = _Plan(self._module)  # in one step: another thread may be reading
         return plan
 
-    def _write(self, plan: _Plan, state: dict[str, Any], copies: list[tuple[Any, Any]]) -> None:
+    def _write(self, plan: _Plan, state: Mapping[str, Any], copies: list[tuple[Any, Any]]) -> None:
         reshard(self._module)
         with torch.no_grad():
             for live, value in copies:
-                if is_dtensor(live) and live._spec == value._spec:
-                    live._local_tensor.copy_(value._local_tensor)
-                else:
-                    live.copy_(value)
+                live.copy_(value)
         for key, module in plan.extra.items():
             module.set_extra_state(state[key])
 
@@ -108,10 +104,9 @@ class _Plan:
         self._modules: list[nn.Module] = []
         self.extra: dict[str, Any] = {}
         self.real_keys: dict[str, str] = {}
-        self.loads_plainly = not torch.__future__.get_swap_module_params_on_conversion()
+        self.loads_plainly = True
         self._walk(module, "")
-        self._tensors = self._now()
-        self._leaves = [tensor.detach() for tensor in self._tensors]
+        self._aliases = Aliases(self._now())
         self._seen = self._look()
 
     # ------------------------------------------------------------------------------ making it
@@ -190,7 +185,9 @@ class _Plan:
         seen: list[Any] = []
         for module in self._modules:
             seen.append(type(module))
-            seen.append(module.__dict__.get("state_dict"))
+            own = module.__dict__
+            seen.append(own.get("state_dict"))
+            seen.append(own.get("load_state_dict"))
             for named in (module._modules, module._buffers, module._non_persistent_buffers_set):
                 if named:
                     seen += named
@@ -201,8 +198,7 @@ class _Plan:
             if params:
                 seen += params
                 if self._sharded:
-                    own = id(module)
-                    seen += [p for name, p in list(params.items()) if (own, name) not in self._sharded]
+                    seen += [p for name, p in list(params.items()) if (id(module), name) not in self._sharded]
                 else:
                     seen += params.values()
             seen.append(_NEXT)
@@ -218,16 +214,7 @@ class _Plan:
 
     def leaves(self) -> list[torch.Tensor]:
         """Aliases of the tensors that are trained, in the memory that these have now."""
-        tensors, leaves = self._now(), self._leaves
-        stale = [
-            i for i, (tensor, leaf) in enumerate(zip(tensors, leaves, strict=True)) if not same_memory(leaf, tensor)
-        ]
-        if stale:
-            leaves = list(leaves)
-            for index in stale:
-                leaves[index] = tensors[index].detach()
-            self._leaves = leaves
-        return leaves
+        return self._aliases.of(self._now())
 
     def read(self) -> OrderedDict[str, Any]:
         """The state dict."""
@@ -241,18 +228,17 @@ class _Plan:
         state.update(zip(self._keys[begin:], leaves[begin:], strict=True))
         return state  # type: ignore[no-any-return]
 
-    def copies_of(self, state: dict[str, Any]) -> list[tuple[Any, Any]] | None:
+    def copies_of(self, state: Mapping[str, Any]) -> list[tuple[Any, Any]] | None:
         """What has to be copied, with where to; None if that is for torch's own load to decide."""
         if len(state) != len(self._keys) + len(self.extra) or not self.extra.keys() <= state.keys():
             return None
         copies = []
         for key, live in zip(self._keys, self.leaves(), strict=True):
             value = state.get(key)
-            if value is live or same_memory(live, value):
-                continue
-            if not _can_copy(live, value):
-                return None
-            copies.append((live, value))
+            if value is not live and not same_memory(live, value):
+                if not _can_copy(live, value):
+                    return None
+                copies.append(_plain(live, value))
         return copies
 
 
@@ -263,7 +249,14 @@ def _can_copy(live: Any, value: Any) -> bool:
     """Whether a copy is what torch's own load would do, and cannot fail."""
     if not isinstance(value, torch.Tensor) or live.shape != value.shape or live.is_meta or value.is_meta:
         return False
-    return (is_plain(live) and is_plain(value)) or (is_dtensor(live) and is_dtensor(value))
+    if is_dtensor(live):
+        return is_dtensor(value) and same_spec(live, value)
+    return is_plain(live) and is_plain(value)
+
+
+def _plain(live: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of DTensors their own pieces, which costs a copy of it a hundredth."""
+    return (live._local_tensor, value._local_tensor) if is_dtensor(live) else (live, value)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
