@@ -18,8 +18,10 @@ TRAIN_DILOCO = ROOT / "examples" / "train_diloco.py"
 TRAIN_FSDP2 = ROOT / "examples" / "train_fsdp2.py"
 TRAIN_HSDP = ROOT / "examples" / "train_hsdp.py"
 STARTUP_TIMEOUT = 90.0  # seconds for torchrun and its ranks, and for the first quorum, on a busy machine
-DILOCO_REPORT = r"step (\d+) loss \d+\.\d+ replicas 2 fragments (\w+)"
-REPORT = r"rank (\d) step (\d+) loss \d+\.\d+ replicas 2 state (\w+)"
+# Ranks share an output: what one prints may end up behind what another one has printed, in the same line.
+DIGEST = r"([0-9a-f]{12})"
+DILOCO_REPORT = r"step (\d+) loss \d+\.\d+ replicas 2 fragments " + DIGEST
+REPORT = r"rank (\d) step (\d+) loss \d+\.\d+ replicas 2 state " + DIGEST
 HEALED = r"step (\d+) from rank \d .*complete.* 100% in place, 0\.0 MB fresh"
 # What breaks where a state dict is taken or loaded under a running forward.
 BROKEN_FORWARD = re.compile(r"mixed torch\.Tensor and DTensor|setStorage")
