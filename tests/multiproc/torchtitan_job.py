@@ -1,8 +1,8 @@
 """A replica trained with torchtitan 0.3's parts, as far as they run on the CPU: started by test_torchtitan.py.
 
 Its Manager, optimizers, schedulers and checkpointer are torchtitan's, put together and called as in its
-``FaultTolerantTrainer``, which itself needs an accelerator, as do its models (they import triton). The first two classes
-are what ``docs/torchtitan.md`` tells to write.
+``FaultTolerantTrainer``, which itself needs an accelerator, as do its models (they import triton). The first two
+classes are what ``docs/torchtitan.md`` tells to write; ``--own`` leaves them out.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torchtitan.experiments.torchft.optimizer import TorchFTOptimizersContainer
 import ft_transport
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-from charlm import Batches, CharLM, read_corpus  # noqa: E402
+from charlm import Batches, CharLM, read_corpus
 
 
 class LaneManager(TorchFTManager):
@@ -114,7 +114,7 @@ class Job:
         loss.backward()
         self.optimizers.step()
         self.lr_schedulers.step()
-        return float(loss)
+        return loss.item()
 
     def train(self) -> None:
         manager = self.ft_manager.manager
