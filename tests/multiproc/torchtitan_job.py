@@ -119,9 +119,11 @@ class Job:
     def train(self) -> None:
         manager = self.ft_manager.manager
         while True:
+            before = manager.current_step()
             self.step += 1
             loss = self.train_step()
-            if (step := manager.current_step()) % 10 == 0:
+            # Not where the step was not committed: torchtitan has gone on in its schedules then, all the same.
+            if (step := manager.current_step()) % 10 == 0 and step > before:
                 state = [self.model.state_dict(), [each.state_dict() for each in self.optimizers]]
                 digest, alive = ft_transport.state_digest(state).whole[:12], manager.num_participants()
                 rank = dist.get_rank()
