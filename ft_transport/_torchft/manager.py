@@ -94,4 +94,29 @@ class RegisteredState:
                 "state_dict='manager': expected to be called by a Manager of torchft 0.2.0 or its like, "
                 f"got {manager!r}"
             ) from None
-        return {key: function() for key, function in functions.items()}
+        return {key: _with_originals(function, function()) for key, function in functions.items()}
+
+
+def _with_originals(function: Any, state: object) -> object:
+    """What a function gives; what a fragment of DiLoCo gives, with its own tensors in the place of copies of them.
+
+    A fragment gives clones of the parameters of its last sync, other ones in each call. What is received into those
+    reaches the fragment by a second copy, in fresh memory as large as the model.
+    """
+    fragment = _self_of(function)
+    # By name, as above. What another torchft's fragment gives is taken as it is.
+    if type(fragment).__module__ != "torchft.local_sgd" or not isinstance(state, dict):
+        return state
+    originals: Any = getattr(fragment, "original_parameters", {})
+    if state.get("original_parameters", {}).keys() != originals.keys():
+        return state
+    return {**state, "original_parameters": dict(originals)}
+
+
+def _self_of(function: Any) -> object:
+    """The ``self`` of the method that a function was made in; None where there is none."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    for name, cell in zip(names, function.__closure__ if names else (), strict=True):
+        if name == "self":
+            return cell.cell_contents
+    return None

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torchft.local_sgd import _StreamingDiLoCoFragment
 
 from ft_transport import LocalProtocolError
 from ft_transport._torchft.manager import RegisteredState, calling_manager, goes_on_training
@@ -63,6 +65,42 @@ def test_a_key_that_is_registered_meanwhile() -> None:
     states["default"] = lambda: states.update(late=lambda: 2)
     assert called_by(SimpleNamespace(_user_state_dicts=states), RegisteredState()) == {"default": None}
     assert "late" in states
+
+
+def registered_fragment() -> tuple[_StreamingDiLoCoFragment, SimpleNamespace]:
+    """A fragment of torchft's, and a Manager that has it."""
+    states: dict[str, Callable[[], object]] = {}
+    manager = SimpleNamespace(
+        _user_state_dicts=states, register_state_dict_fn=lambda key, load, save: states.update({key: save})
+    )
+    module = torch.nn.Linear(3, 2)
+    outer = torch.optim.SGD(module.parameters(), lr=0.7)
+    fragment = _StreamingDiLoCoFragment(manager, module, 0, 1, outer, outer, 1)
+    fragment.save_parameters()
+    fragment.register_state_dict_fn()
+    return fragment, manager
+
+
+def test_the_originals_of_a_fragment_are_its_own_tensors() -> None:
+    """So that they are received in place; torchft's function gives copies."""
+    fragment, manager = registered_fragment()
+    (gives,) = manager._user_state_dicts.values()
+    found = called_by(manager, RegisteredState())["StreamingDiLoCoFragment_0"]
+    assert found.keys() == gives().keys()
+    assert list(found["original_parameters"]) == list(gives()["original_parameters"]) == ["weight", "bias"]
+    for name, tensor in fragment.original_parameters.items():
+        assert found["original_parameters"][name] is tensor
+        assert gives()["original_parameters"][name] is not tensor, "torchft's function gives the tensors themselves"
+
+
+def test_a_fragment_that_gives_something_else_is_taken_at_its_word() -> None:
+    fragment, manager = registered_fragment()
+    fragment.original_parameters["new"] = torch.zeros(1)
+    (key,) = manager._user_state_dicts
+    given = {"original_parameters": {"weight": 1}}
+    self = fragment
+    manager._user_state_dicts[key] = lambda: given if self else None
+    assert called_by(manager, RegisteredState())[key] is given
 
 
 @pytest.mark.parametrize("manager", [None, SimpleNamespace()])

@@ -1,0 +1,91 @@
+"""Hybrid sharded training (HSDP) that outlives its replicas: sharded within a replica, replicated across them.
+
+    export RUST_LOG=warn NUM_REPLICA_GROUPS=2 TORCHFT_LIGHTHOUSE=http://host:29510 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    torchft_lighthouse --min_replicas 1 --heartbeat_timeout_ms 1000 --bind 0.0.0.0:29510
+    REPLICA_GROUP_ID=0 torchrun --standalone --nproc_per_node=4 --max-restarts=100 examples/train_hsdp.py
+    REPLICA_GROUP_ID=1 torchrun --standalone --nproc_per_node=4 --max-restarts=100 examples/train_hsdp.py
+
+Kill any rank with ``kill -9``: torchrun starts its replica again, and each rank fetches its shards from the same rank
+of the other replica. At equal steps, equal ranks print the same digest. (Without that last variable, a torchrun that
+restarts hands its ranks the addresses of those that are gone.)
+
+As torchft's own test of FSDP does it: FSDP2 reduces each block's gradients over torch's mesh as soon as backward has
+them, and then a hook has the Manager average the result with the other replicas', so that this, too, happens behind
+the rest of backward. Where you want to see the gradients in between (to clip or to quantize them), see
+``train_fsdp2.py``. Here a replica's ranks are a mesh of their own, too: SHARD of them hold a model.
+"""
+
+import logging
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from charlm import Batches, CharLM, read_corpus
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torchft import Manager, Optimizer, ProcessGroupGloo
+
+import ft_transport
+
+REPLICA = int(os.environ.get("REPLICA_GROUP_ID", "0"))
+NUM_REPLICAS = int(os.environ.get("NUM_REPLICA_GROUPS", "2"))
+NUM_STEPS = int(os.environ.get("NUM_STEPS", "1000"))
+WIDTH = int(os.environ.get("WIDTH", "256"))
+SHARD = int(os.environ.get("SHARD", "2"))  # ranks that hold a model together; a replica may be several times as many
+BATCH_SIZE, CONTEXT = 8, 64  # sequences, characters
+REPORT_INTERVAL = 10  # steps
+TIMEOUT = timedelta(seconds=30)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("ft_transport").setLevel(logging.INFO)  # one line for each transfer, and every 5 s
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+
+    mesh = init_device_mesh("cpu", (num_ranks // SHARD, SHARD), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(0)  # ranks that hold the same shard begin with the same numbers
+    model = CharLM(WIDTH, context=CONTEXT)
+    for block in model.blocks.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    batches = Batches(read_corpus(), REPLICA * num_ranks + rank, NUM_REPLICAS * num_ranks)
+
+    state = ft_transport.bind(model=model, optimizers=adam)
+    transport = ft_transport.LaneTransport(TIMEOUT / 2, torch.device("cpu"), state_dict=state.state_dict)
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=TIMEOUT / 2),
+        load_state_dict=state.load_state_dict,
+        state_dict=state.state_dict,
+        min_replica_size=1,
+        timeout=TIMEOUT,
+        replica_id=f"train_hsdp_{REPLICA}",
+        checkpoint_transport=transport,
+    )
+    optimizer = Optimizer(manager, adam)
+
+    def average(gradients: torch.Tensor) -> None:
+        manager.allreduce(gradients).wait()
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_all_reduce_hook(average)
+
+    while manager.current_step() < NUM_STEPS:
+        optimizer.zero_grad()  # starts the quorum
+        loss = model(*batches.at(manager.current_step(), BATCH_SIZE, CONTEXT))
+        loss.backward()
+        optimizer.step()  # only if this step is to be committed
+        step = manager.current_step()
+        if step % REPORT_INTERVAL == 0:
+            digest, alive = transport.state_digest().whole[:12], manager.num_participants()
+            print(f"rank {rank} step {step} loss {loss.item():.3f} replicas {alive} state {digest}", flush=True)
+    manager.shutdown()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
