@@ -38,6 +38,7 @@ POLL_INTERVAL = 0.05  # seconds
 MANAGER_TIMEOUT = 20.0  # seconds
 JOIN_TIMEOUT_MS = 2000  # how long a quorum waits for a replica that lives but has not joined
 HEARTBEAT_TIMEOUT_MS = 1500  # after which a silent replica counts as dead
+STANDBY_NOTICE = 1.0  # seconds that a standby waits, for all to see, before a replica is killed
 FINISH_NOTICE = 1.0  # seconds ahead of the last step in which every replica surely learns of it
 
 
@@ -126,7 +127,7 @@ class Director:
         return self._options.standby or (self._options.compare and self._num_killed > 0)
 
     def _standby_waits(self) -> bool:
-        """Whether a standby waits; one is started where there is none.
+        """Whether a standby has waited long enough to be seen; one is started where there is none.
 
         Not before all train: what it costs to start one is taken from whoever trains on the same cores.
         """
@@ -134,7 +135,8 @@ class Director:
         if self._num_standbys == sum(recovery.standby for recovery in story.recoveries):
             self._num_standbys += 1
             self._cluster.start_standby()
-        return story.standby_waits
+        waiting = story.standbys[-1].waiting if story.standby_waits else None
+        return waiting is not None and self._cluster.now() > waiting + STANDBY_NOTICE
 
     def _kill_step(self, index: int) -> int:
         first, last = self._options.kill_step, self._options.steps
