@@ -37,7 +37,6 @@ TRANSPORTS = ("ft_transport", "lanes", "torchft-pg", "torchft-http")
 POLL_INTERVAL = 0.05  # seconds
 MANAGER_TIMEOUT = 20.0  # seconds
 JOIN_TIMEOUT_MS = 2000  # how long a quorum waits for a replica that lives but has not joined
-HEARTBEAT_TIMEOUT_MS = 1500  # after which a silent replica counts as dead
 STANDBY_NOTICE = 1.0  # seconds that a standby waits, for all to see, before a replica is killed
 FINISH_NOTICE = 1.0  # seconds ahead of the last step in which every replica surely learns of it
 
@@ -152,6 +151,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--kills", type=int, default=1, help="kills, evenly spread over the rest (%(default)s)")
     add("--standby", action="store_true", help="a process that is ready but for its Manager takes a dead one's place")
     add("--compare", action="store_true", help="the first kill without a standby, the others, at least one, with")
+    add("--heartbeat-timeout-ms", type=int, default=1000, help="after which a silent replica is dead (%(default)s)")
     add("--width", type=int, default=320, help="model width, a multiple of 64 (%(default)s)")
     add("--transport", choices=TRANSPORTS, default=TRANSPORTS[0], help="what moves the state (%(default)s)")
     add(
@@ -198,7 +198,7 @@ def min_replicas(num_replicas: int) -> int:
     return max(1, num_replicas // 2)
 
 
-def start_lighthouse(num_replicas: int) -> Any:
+def start_lighthouse(num_replicas: int, heartbeat_timeout_ms: int) -> Any:
     """A torchft Lighthouse in this process, on a free port."""
     from torchft.coordination import LighthouseServer
 
@@ -206,7 +206,7 @@ def start_lighthouse(num_replicas: int) -> Any:
         bind="[::]:0",
         min_replicas=min_replicas(num_replicas),
         join_timeout_ms=JOIN_TIMEOUT_MS,
-        heartbeat_timeout_ms=HEARTBEAT_TIMEOUT_MS,
+        heartbeat_timeout_ms=heartbeat_timeout_ms,
     )
 
 
@@ -252,7 +252,7 @@ def _on_terminate(signum: int, frame: FrameType | None) -> None:
 def direct(options: argparse.Namespace, console: Console, origin: float) -> tuple[Story, list[Event]]:
     """Run the whole demo; no process is left, however it ends."""
     divert_native_log(options.output / "lighthouse.log")
-    lighthouse = start_lighthouse(options.replicas)
+    lighthouse = start_lighthouse(options.replicas, options.heartbeat_timeout_ms)
     settings = Settings(
         replica=0,
         num_replicas=options.replicas,

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from charlm import Batches, CharLM, flatten_gradients, read_corpus
+from standby import until_needed
 from torch.distributed import TCPStore, is_torchelastic_launched
 from torchft import Manager, Optimizer, ProcessGroupGloo
 
@@ -44,8 +45,6 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("ft_transport").setLevel(logging.INFO)  # one line for each transfer, and every 5 s
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    store = host_store()  # lives as long as the Manager
-
     model = CharLM(WIDTH, context=CONTEXT)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ft_transport.materialize(adam)  # so that the optimizer's state, too, is received in place
@@ -59,6 +58,8 @@ def main() -> None:
         model.load_state_dict(state["model"])
         adam.load_state_dict(state["optim"])
 
+    until_needed()  # nothing to wait for, unless standby.py has started this process as a standby
+    store = host_store()  # lives as long as the Manager
     # The transport gets the function that the Manager gets, and less time than the Manager.
     pg = ProcessGroupGloo(timeout=TIMEOUT / 2)
     transport = ft_transport.PGTransport(pg, TIMEOUT / 2, torch.device("cpu"), state_dict=state_dict)
