@@ -126,8 +126,8 @@ def main() -> None:
     training.run(settings, parent)
     sys.stdout.flush()
     sys.stderr.flush()
-    # Python takes torch's modules apart before it ends: 1.3 s of CPU in each of these processes, all at once, which took
-    # longer than the parent waits where the machine had other work.
+    # Python takes torch's modules apart before it ends: 1.3 s of CPU in each of these processes, all at once, which
+    # took longer than the parent waits where the machine had other work.
     os._exit(0)
 
 
