@@ -283,7 +283,8 @@ def test_recover_tells_when_a_replica_fails(tmp_path: Path, marker: str) -> None
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    "arguments", [["--replicas", "1"], ["--width", "100"], ["--kill-step", "80"], ["--kills", "-1"], ["--compare", "--standby"]]
+    "arguments",
+    [["--replicas", "1"], ["--width", "100"], ["--kill-step", "80"], ["--kills", "-1"], ["--compare", "--standby"]],
 )
 def test_recover_refuses_options_that_cannot_work(tmp_path: Path, arguments: list[str]) -> None:
     result = subprocess.run(
