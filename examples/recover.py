@@ -6,6 +6,8 @@ with every duration, as checks (equal bit for bit, in place, the loss goes on fa
 
     python examples/recover.py
     python examples/recover.py --replicas 4 --kills 2 --width 512 --transport torchft-http
+    python examples/recover.py --standby    # a process that has everything ready takes the dead one's place
+    python examples/recover.py --compare    # one kill without a standby, one with
 
 Exit status: 0 when every check holds, 1 when one does not, 130 after Ctrl-C.
 """
@@ -35,7 +37,7 @@ TRANSPORTS = ("ft_transport", "lanes", "torchft-pg", "torchft-http")
 POLL_INTERVAL = 0.05  # seconds
 MANAGER_TIMEOUT = 20.0  # seconds
 JOIN_TIMEOUT_MS = 2000  # how long a quorum waits for a replica that lives but has not joined
-HEARTBEAT_TIMEOUT_MS = 1500  # after which a silent replica counts as dead
+STANDBY_NOTICE = 1.0  # seconds that a standby waits, for all to see, before a replica is killed
 FINISH_NOTICE = 1.0  # seconds ahead of the last step in which every replica surely learns of it
 
 
@@ -57,6 +59,7 @@ class Director:
         self._view = view
         self._gone_on = False
         self._num_killed = 0
+        self._num_standbys = 0
         self._finish_at: int | None = None
         self.events: list[Event] = []
 
@@ -80,11 +83,18 @@ class Director:
         self._view.update(event, self._cluster.now())
         if event is None:
             return
+        if event.replica is None:
+            if event.event == "gone":
+                raise DemoError(f"the standby ended by itself:\n{self._cluster.log_tail(None)}")
+            return
         row = self._story.rows[event.replica]
         if event.event == "gone" and event.incarnation == row.incarnation and row.state != "dead":
             raise DemoError(f"replica {event.replica} ended by itself:\n{self._cluster.log_tail(event.replica)}")
         if event.event == "reaped":
-            self._cluster.start(event.replica)
+            if self._story.standby_waits:
+                self._cluster.hand_over(event.replica)
+            else:
+                self._cluster.start(event.replica)
         if event.event == "ready" and event.incarnation:
             self._cluster.tell(event.replica, "go")
 
@@ -99,15 +109,33 @@ class Director:
         if not story.healthy or len(story.recoveries) < self._num_killed:
             return
         if self._num_killed < self._options.kills:
+            if self._needs_standby() and not self._standby_waits():
+                return
             victim = (self._options.replicas - 1 - self._num_killed) % self._options.replicas
             if story.rows[victim].step >= self._kill_step(self._num_killed):
                 self._cluster.kill(victim)
                 self._num_killed += 1
-        elif self._finish_at is None:
-            notice = math.ceil(FINISH_NOTICE / max(story.step_seconds(), 1e-3))
+        elif self._finish_at is None and story.step_seconds():
+            notice = math.ceil(FINISH_NOTICE / story.step_seconds())
             self._finish_at = max(self._options.steps, story.step + notice)
             for row in story.rows:
                 self._cluster.tell(row.replica, "finish_at", step=self._finish_at)
+
+    def _needs_standby(self) -> bool:
+        """Whether the next kill is one for a standby: each with ``--standby``, all but the first with ``--compare``."""
+        return self._options.standby or (self._options.compare and self._num_killed > 0)
+
+    def _standby_waits(self) -> bool:
+        """Whether a standby has waited long enough to be seen; one is started where there is none.
+
+        Not before all train: what it costs to start one is taken from whoever trains on the same cores.
+        """
+        story = self._story
+        if self._num_standbys == sum(recovery.standby for recovery in story.recoveries):
+            self._num_standbys += 1
+            self._cluster.start_standby()
+        waiting = story.standbys[-1].waiting if story.standby_waits else None
+        return waiting is not None and self._cluster.now() > waiting + STANDBY_NOTICE
 
     def _kill_step(self, index: int) -> int:
         first, last = self._options.kill_step, self._options.steps
@@ -121,6 +149,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--steps", type=int, default=80, help="steps to train; more if a heal takes longer (%(default)s)")
     add("--kill-step", type=int, default=30, help="step after which the first kill comes (%(default)s)")
     add("--kills", type=int, default=1, help="kills, evenly spread over the rest (%(default)s)")
+    add("--standby", action="store_true", help="a process that is ready but for its Manager takes a dead one's place")
+    add("--compare", action="store_true", help="the first kill without a standby, the others, at least one, with")
+    add("--heartbeat-timeout-ms", type=int, default=1000, help="after which a silent replica is dead (%(default)s)")
     add("--width", type=int, default=320, help="model width, a multiple of 64 (%(default)s)")
     add("--transport", choices=TRANSPORTS, default=TRANSPORTS[0], help="what moves the state (%(default)s)")
     add(
@@ -141,6 +172,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         parser.error("--width: expected a multiple of 64")
     if options.kills < 0:
         parser.error("--kills: expected 0 or more")
+    if options.standby and options.compare:
+        parser.error("--compare: is without a standby first; leave --standby out")
+    if options.compare:
+        options.kills = max(options.kills, 2)
     return options
 
 
@@ -163,7 +198,7 @@ def min_replicas(num_replicas: int) -> int:
     return max(1, num_replicas // 2)
 
 
-def start_lighthouse(num_replicas: int) -> Any:
+def start_lighthouse(num_replicas: int, heartbeat_timeout_ms: int) -> Any:
     """A torchft Lighthouse in this process, on a free port."""
     from torchft.coordination import LighthouseServer
 
@@ -171,7 +206,7 @@ def start_lighthouse(num_replicas: int) -> Any:
         bind="[::]:0",
         min_replicas=min_replicas(num_replicas),
         join_timeout_ms=JOIN_TIMEOUT_MS,
-        heartbeat_timeout_ms=HEARTBEAT_TIMEOUT_MS,
+        heartbeat_timeout_ms=heartbeat_timeout_ms,
     )
 
 
@@ -189,12 +224,14 @@ def write_summary(options: argparse.Namespace, story: Story, seconds: float, pat
     checks = {check.name: {"passed": check.passed, "detail": check.detail} for check in story.checks()}
     equal, in_place = story.checks()[1:3]
     means = story.mean_losses()
+    shares = story.standby_share()
     summary = {
         "passed": all(check.passed is not False for check in story.checks()),
         "equal": equal.passed,
         "in_place": in_place.passed,
         "mean_loss": means and {"before": means[0], "after": means[1], "num_steps": means[2]},
         "checks": checks,
+        "standby_share": shares and {"with": shares[0], "without": shares[1], "share": shares[0] / shares[1]},
         "recoveries": [recovery.as_dict() for recovery in story.recoveries],
         "finals": [row.finished for row in story.rows],
         "seconds": seconds,
@@ -215,7 +252,7 @@ def _on_terminate(signum: int, frame: FrameType | None) -> None:
 def direct(options: argparse.Namespace, console: Console, origin: float) -> tuple[Story, list[Event]]:
     """Run the whole demo; no process is left, however it ends."""
     divert_native_log(options.output / "lighthouse.log")
-    lighthouse = start_lighthouse(options.replicas)
+    lighthouse = start_lighthouse(options.replicas, options.heartbeat_timeout_ms)
     settings = Settings(
         replica=0,
         num_replicas=options.replicas,
@@ -253,8 +290,8 @@ def direct(options: argparse.Namespace, console: Console, origin: float) -> tupl
 def main() -> int:
     options = parse_options(sys.argv[1:])
     options.output.mkdir(parents=True, exist_ok=True)
-    for log in options.output.glob("replica_*.log"):
-        log.unlink()
+    for log in [*options.output.glob("replica_*.log"), options.output / "standby.log"]:
+        log.unlink(missing_ok=True)
     # Set even where this process was started with SIGINT ignored, as a shell does for a background job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _on_terminate)

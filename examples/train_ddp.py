@@ -15,6 +15,7 @@ from datetime import timedelta
 
 import torch
 from charlm import Batches, CharLM, flatten_gradients, read_corpus
+from standby import until_needed
 from torch.distributed import TCPStore, is_torchelastic_launched
 from torchft import Manager, Optimizer, ProcessGroupGloo
 
@@ -43,14 +44,14 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("ft_transport").setLevel(logging.INFO)  # one line for each transfer, and every 5 s
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    store = host_store()  # lives as long as the Manager
-
     model = CharLM(WIDTH, context=CONTEXT)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
     bound = ft_transport.bind(model=model, optimizers=adam)
     gradients = flatten_gradients(model)
     batches = Batches(read_corpus(), REPLICA, NUM_REPLICAS)
 
+    until_needed()  # nothing to wait for, unless standby.py has started this process as a standby
+    store = host_store()  # lives as long as the Manager
     # The transport gets the function that the Manager gets, and less time than the Manager.
     pg = ProcessGroupGloo(timeout=TIMEOUT / 2)
     transport = ft_transport.PGTransport(pg, TIMEOUT / 2, torch.device("cpu"), state_dict=bound.state_dict)

@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from recover import Director, parse_options
+from recover import STANDBY_NOTICE, Director, parse_options
 from recovery.cluster import Event
 from recovery.story import Story
 
@@ -30,11 +30,14 @@ class ScriptedCluster:
         self._finish_at = sys.maxsize
         self._queue: deque[Event] = deque()
         self._dead: set[int] = set()
+        self.num_standbys = 0
+        self.handed_over: list[int] = []
 
     def now(self) -> float:
         return self._time
 
     def next_event(self, timeout: float) -> Event | None:
+        self._time += 0.5
         if not self._queue and not self._dead:
             for _ in range(3):
                 self._train_step()
@@ -57,12 +60,31 @@ class ScriptedCluster:
         if replica in self._dead:
             self._incarnations[replica] += 1
         self._post(replica, "started")
-        self._post(replica, "ready")
         if replica in self._dead:
-            self._dead.remove(replica)
-            self._post(replica, "receiving", step=self._step)
-            self._post(replica, "received", nbytes=1, in_place_nbytes=1, seconds=0.1, report=None)
-            self._post(replica, "healed", step=self._step + 1, same_addresses=True)
+            self._heal(replica)
+        else:
+            self._post(replica, "ready")
+
+    def _heal(self, replica: int) -> None:
+        self._dead.remove(replica)
+        self._post(replica, "ready")
+        self._post(replica, "receiving", step=self._step)
+        self._post(replica, "received", nbytes=1, in_place_nbytes=1, seconds=0.1, report=None)
+        self._post(replica, "healed", step=self._step + 1, same_addresses=True)
+
+    def start_standby(self) -> None:
+        assert len(self.handed_over) == self.num_standbys, "there is a standby already"
+        for event in ("started", "interpreter", "imported", "waiting"):
+            self._time += 0.01
+            self._queue.append(Event(self._time, None, self.num_standbys, event))
+        self.num_standbys += 1
+
+    def hand_over(self, replica: int) -> None:
+        self.handed_over.append(replica)
+        assert len(self.handed_over) <= self.num_standbys, "there is no standby"
+        self._incarnations[replica] += 1
+        self._post(replica, "handed_over")
+        self._heal(replica)
 
     def kill(self, replica: int) -> None:
         assert replica not in self._dead, "killed a replica that is dead already"
@@ -96,3 +118,27 @@ def test_each_kill_happens_once_however_late_the_events_are_read(kills: int) -> 
     assert cluster.killed == [1, 0, 1][:kills]
     assert len(story.recoveries) == kills
     assert all(recovery.healed is not None for recovery in story.recoveries)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "handed_over"),
+    [(["--standby", "--kills", "3"], [1, 0, 1]), (["--compare"], [0]), (["--compare", "--kills", "3"], [0, 1])],
+)
+def test_a_kill_waits_for_its_standby(arguments: list[str], handed_over: list[int]) -> None:
+    options = parse_options(["--replicas", "2", "--steps", "40", "--kill-step", "8", *arguments])
+    cluster, story = ScriptedCluster(), Story(2, options.kills, in_place=True)
+    director = Director(options, cluster, story, NoView())  # type: ignore[arg-type]
+    director.run()
+    assert cluster.handed_over == handed_over
+    assert cluster.num_standbys == len(handed_over)
+    assert [recovery.replica for recovery in story.recoveries if recovery.standby] == handed_over
+    waits = [(standby.waiting, standby.handed_over) for standby in story.standbys]
+    assert all(handed - waiting > STANDBY_NOTICE for waiting, handed in waits)
+
+
+def test_the_end_is_not_set_before_two_steps_tell_how_long_one_takes() -> None:
+    options = parse_options(["--replicas", "2", "--steps", "2", "--kill-step", "1", "--kills", "0"])
+    cluster, story = ScriptedCluster(), Story(2, 0, in_place=True)
+    director = Director(options, cluster, story, NoView())  # type: ignore[arg-type]
+    director.run()
+    assert story.step < 200

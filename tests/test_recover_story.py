@@ -81,6 +81,37 @@ def test_durations_add_up() -> None:
     assert recovery.gigabytes_per_second == pytest.approx(NBYTES / 0.25 / 1e9)
 
 
+def test_a_standby_had_everything_but_its_manager_before_the_kill() -> None:
+    story = Story(num_replicas=2, num_kills=1, in_place=True)
+
+    def happened(time: float, replica: int | None, incarnation: int, event: str, **fields: Any) -> None:
+        story.apply(Event(time, replica, incarnation, event, fields))
+
+    for replica in (0, 1):
+        happened(0.0, replica, 0, "started")
+        happened(1.0, replica, 0, "committed", step=1, loss=3.0, participants=2)
+    assert not story.standby_waits
+    for time, event in ((1.0, "started"), (1.1, "interpreter"), (2.0, "imported"), (2.2, "waiting")):
+        happened(time, None, 0, event)
+    assert story.standby_waits
+    happened(3.0, 1, 0, "killed")
+    happened(3.1, 1, 1, "handed_over")
+    assert (story.rows[1].state, story.rows[1].incarnation, story.standby_waits) == ("starting", 1, False)
+    happened(3.2, 1, 1, "ready")
+    happened(3.3, 1, 1, "receiving", step=1)
+    happened(3.5, 1, 1, "received", nbytes=NBYTES, in_place_nbytes=NBYTES, seconds=0.2, report=None)
+    happened(3.6, 1, 1, "committed", step=2, loss=None, participants=2)
+    happened(3.6, 1, 1, "healed", step=2, same_addresses=True)
+    (recovery,) = story.recoveries
+    durations = recovery.durations()
+    assert recovery.standby
+    assert (durations["interpreter"], durations["imports"]) == (0.0, 0.0)
+    assert durations.pop("total") == pytest.approx(0.6) == sum(durations.values())
+    (standby,) = story.standbys
+    assert (standby.waiting, standby.handed_over, standby.replica) == (2.2, 3.1, 1)
+    assert story.standby_share() is None  # nothing to compare with
+
+
 def test_pauses_are_the_survivors() -> None:
     (recovery,) = told().recoveries
     assert recovery.pause_at_kill == pytest.approx(2.0)  # step 2 at 2.0 s, step 3 at 4.0 s

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from recovery.show import REPLICA_COLORS
+from recovery.show import REPLICA_COLORS, STANDBY_COLOR
 from recovery.story import LossPoint, Recovery, Row, Story
 
 __all__ = ["draw"]
@@ -40,7 +40,9 @@ MIN_LABELLED_SHARE = 0.06  # of a bar's length; narrower stretches are named by 
 def draw(story: Story, path: Path) -> None:
     """Write the picture as PNG."""
     num_rows, num_recoveries = len(story.rows), len(story.recoveries)
-    heights = [4.6, 0.34 * num_rows + 0.25] + ([0.42 * num_recoveries + 0.25] if num_recoveries else [])
+    heights = [4.6, 0.34 * (num_rows + bool(story.standbys)) + 0.25] + (
+        [0.42 * num_recoveries + 0.25] if num_recoveries else []
+    )
     with rc_context({"font.size": 10, "text.color": INK, "axes.edgecolor": MUTED}):
         figure = Figure(figsize=(12, sum(heights) + 2.2), layout="constrained")
         axes = figure.subplots(len(heights), 1, height_ratios=heights)
@@ -61,7 +63,10 @@ def _title(story: Story) -> str:
     healed = [recovery for recovery in story.recoveries if recovery.durations()]
     if not healed:
         return f"{len(story.rows)} replicas train"
-    times = ", ".join(f"{recovery.durations()['total']:.1f} s" for recovery in healed)
+    times = ", ".join(
+        f"{recovery.durations()['total']:.1f} s" + (" from a standby" if recovery.standby else "")
+        for recovery in healed
+    )
     killed = "a replica is killed and heals" if len(healed) == 1 else f"{len(healed)} kills, {len(healed)} heals"
     return f"{len(story.rows)} replicas train; {killed}: {times} from SIGKILL to the first commit"
 
@@ -135,8 +140,12 @@ def _draw_timeline(axis: Axes, story: Story) -> None:
         for recovery in story.recoveries:
             if recovery.replica == row.replica:
                 _draw_stretches(axis, recovery, row.replica, recovery.killed)
-    axis.set_yticks(range(len(story.rows)), [f"replica {row.replica}" for row in story.rows])
-    axis.set_ylim(len(story.rows) - 0.45, -0.55)
+    names = [f"replica {row.replica}" for row in story.rows]
+    if story.standbys:
+        _draw_standbys(axis, story)
+        names.append("standby")
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.45, -0.55)
     axis.set_xlabel("seconds since the start; one tick for each committed step")
 
 
@@ -147,6 +156,31 @@ def _draw_steps(axis: Axes, row: Row, story: Story) -> None:
     spans = [(begin, end - begin) for begin, end in zip(begins, ends, strict=True) if end > begin]
     axis.broken_barh(spans, (row.replica - 0.32, 0.64), color=_color(row.replica), alpha=0.3, lw=0)
     axis.vlines(row.commits, row.replica - 0.32, row.replica + 0.32, color=_color(row.replica), lw=1.3)
+
+
+def _draw_standbys(axis: Axes, story: Story) -> None:
+    """In a row of their own below the replicas: what each imported and built ahead of time, and how long it waited."""
+    height = len(story.rows)
+    last = max(commit for row in story.rows for commit in row.commits)
+    for standby in story.standbys:
+        moments = [standby.started, standby.interpreter, standby.imported, standby.waiting]
+        names = ["interpreter", "imports", "model_and_manager"]
+        for name, begin, end in zip(names, moments, moments[1:], strict=False):
+            if begin is not None and end is not None:
+                axis.barh(height, end - begin, left=begin, height=0.64, color=STRETCHES[name][1], alpha=0.45, lw=0)
+        if standby.waiting is None:
+            continue
+        end = standby.handed_over if standby.handed_over is not None else last
+        width = end - standby.waiting
+        axis.barh(height, width, left=standby.waiting, height=0.64, color=STANDBY_COLOR, alpha=0.4, lw=0)
+        axis.text(end, height, f"  waited {width:.1f} s", va="center", fontsize=9, color=INK)
+        if standby.replica is not None:
+            axis.annotate(
+                "",
+                (end, standby.replica + 0.36),
+                (end, height),
+                arrowprops={"arrowstyle": "->", "color": INK, "lw": 1.4},
+            )
 
 
 def _draw_stretches(axis: Axes, recovery: Recovery, height: float, begin: float) -> None:
@@ -162,13 +196,15 @@ def _draw_recoveries(axis: Axes, recoveries: list[Recovery]) -> None:
     for index, recovery in enumerate(recoveries):
         _draw_stretches(axis, recovery, index, 0.0)
         _label_stretches(axis, recovery, index, longest)
-    handles = [Patch(color=color) for _, color in STRETCHES.values()]
-    labels = [_legend_label(recoveries, name) for name in STRETCHES]
+    shown = [name for name in STRETCHES if any(recovery.durations().get(name, 1.0) for recovery in recoveries)]
+    handles = [Patch(color=STRETCHES[name][1]) for name in shown]
+    labels = [_legend_label(recoveries, name) for name in shown]
     axis.legend(
         handles, labels, loc="upper center", bbox_to_anchor=(0.5, -0.55 / len(recoveries)), frameon=False,
         ncols=len(labels), handlelength=1.0, columnspacing=1.2, fontsize=9,
     )  # fmt: skip
-    axis.set_yticks(range(len(recoveries)), [f"replica {recovery.replica}" for recovery in recoveries])
+    names = [f"replica {recovery.replica}" + ("\nfrom standby" if recovery.standby else "") for recovery in recoveries]
+    axis.set_yticks(range(len(recoveries)), names)
     axis.set_ylim(len(recoveries) - 0.45, -0.55)
     axis.set_xlim(0, longest * 1.42 or 1.0)
     axis.set_title("Where the time from SIGKILL to the first commit went, in seconds", loc="left", fontsize=11)

@@ -17,14 +17,17 @@ from rich.text import Text
 from recovery.cluster import Event
 from recovery.story import LossPoint, Recovery, Row, Story
 
-__all__ = ["REPLICA_COLORS", "LiveView", "PlainView", "View", "narrate", "print_result", "sparkline"]
+__all__ = ["REPLICA_COLORS", "STANDBY_COLOR", "LiveView", "PlainView", "View", "narrate", "print_result", "sparkline"]
 
 REPLICA_COLORS = ["#4c9be8", "#f2a541", "#57b894", "#c678dd", "#e06c75", "#98a2b3"]
+STANDBY_COLOR = "#d8b4fe"
 STATE_STYLES = {
     "starting": "yellow",
     "ready": "yellow",
     "syncing": "cyan",
     "training": "green",
+    "waiting": "black on bright_yellow",
+    "handed over": "dim",
     "dead": "bold white on red",
     "healing": "bold black on cyan",
     "healed": "bold black on green",
@@ -32,7 +35,7 @@ STATE_STYLES = {
 }
 BARS = "▁▂▃▄▅▆▇█"
 BAR_WIDTH = 8
-OTHER_COLUMNS_WIDTH = 86  # what a row needs beside the sparkline
+OTHER_COLUMNS_WIDTH = 90  # what a row needs beside the sparkline
 MIN_SPARK_WIDTH, MAX_SPARK_WIDTH = 10, 48
 NUM_LINES = 9  # of the story, below the live table
 PLAIN_STEP_INTERVAL = 10  # steps between two plain lines about the loss
@@ -59,7 +62,10 @@ def narrate(event: Event, story: Story) -> Text | None:
         return None
     what, style = told
     line = Text(f"{event.time:8.2f} s  ")
-    line.append(f"replica {event.replica}", style=REPLICA_COLORS[event.replica % len(REPLICA_COLORS)])
+    if event.replica is None:
+        line.append("standby  ", style=STANDBY_COLOR)
+    else:
+        line.append(f"replica {event.replica}", style=REPLICA_COLORS[event.replica % len(REPLICA_COLORS)])
     return line.append("  ").append(what, style=style)
 
 
@@ -70,7 +76,12 @@ def _tell(event: Event, story: Story) -> tuple[str, str] | None:
             return ("started again", "yellow") if again else ("started", "dim")
         case "ready":
             return ("ready to train" if not again else "its Manager asks for a quorum", "dim")
+        case "waiting":
+            return "has imported and built everything, and waits for a replica to die", "yellow"
+        case "handed_over":
+            return "the standby takes its place", "bold yellow"
         case "killed":
+            assert event.replica is not None
             return f"killed with SIGKILL after step {story.rows[event.replica].step}", "bold red"
         case "discarded":
             return f"step not committed: {fields['error'] or 'too few replicas'}"[:110], "yellow"
@@ -182,7 +193,7 @@ class LiveView:
 
     def _render(self) -> Panel:
         table = Table(box=SIMPLE_HEAD, expand=True, pad_edge=False)
-        for name, width in [("replica", 8), ("state", 10), ("step", 4), ("loss", 5)]:
+        for name, width in [("replica", 9), ("state", 13), ("step", 4), ("loss", 5)]:
             table.add_column(name, min_width=width, no_wrap=True)
         table.add_column("loss so far", width=self._spark_width, no_wrap=True)
         table.add_column("last transfer", ratio=1, no_wrap=True)
@@ -190,6 +201,9 @@ class LiveView:
         low, high = min(losses, default=0.0), max(losses, default=1.0)
         for row in self._story.rows:
             table.add_row(*self._cells(row, low, high))
+        if self._story.standbys:
+            state = self._story.standbys[-1].state
+            table.add_row(Text("● standby", style=STANDBY_COLOR), Text(f" {state} ", style=STATE_STYLES[state]))
         step, total = self._story.step, max(self._num_steps, self._story.step)
         subtitle = f"step {step} of {total} · {self._now:.0f} s"
         return Panel(Group(table, *self._lines), title=self._title, subtitle=subtitle, box=ROUNDED)
@@ -225,6 +239,9 @@ def print_result(console: Console, story: Story) -> None:
     """The tables: one column for each recovery, then the checks."""
     if story.recoveries:
         console.print(_recovery_table(story.recoveries))
+    if shares := story.standby_share():
+        text = f" With the standby {shares[0]:.2f} s from SIGKILL to the first commit, without {shares[1]:.2f} s: "
+        console.print(Text(text).append(f"{shares[0] / shares[1]:.0%}", "bold").append(" of it.\n"))
     table = Table(box=SIMPLE_HEAD, title="Checks", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("check")
@@ -239,7 +256,8 @@ def _recovery_table(recoveries: list[Recovery]) -> Table:
     table = Table(box=SIMPLE_HEAD, title="Recovery", title_justify="left", title_style="bold")
     table.add_column("")
     for recovery in recoveries:
-        table.add_column(f"replica {recovery.replica}", justify="right")
+        name = f"replica {recovery.replica}" + (", standby" if recovery.standby else "")
+        table.add_column(name, justify="right")
     columns = [_recovery_column(recovery) for recovery in recoveries]
     for name in columns[0]:
         style = "bold" if name.startswith("SIGKILL") else ""
@@ -264,8 +282,8 @@ def _recovery_column(recovery: Recovery) -> dict[str, str]:
         **column,
         "noticed, started again": _seconds(durations["restart"]),
         "process start": _seconds(start),
-        "  interpreter": _seconds(durations["interpreter"]),
-        "  imports": _seconds(durations["imports"]),
+        "  interpreter": "before the kill" if recovery.standby else _seconds(durations["interpreter"]),
+        "  imports": "before the kill" if recovery.standby else _seconds(durations["imports"]),
         "  model and Manager": _seconds(durations["model_and_manager"]),
         "quorum, process group": _seconds(durations["quorum"]),
         "transfer": _seconds(durations["transfer"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 from recovery.cluster import Event
 
-__all__ = ["Check", "LossPoint", "Recovery", "Row", "Story"]
+__all__ = ["Check", "LossPoint", "Recovery", "Row", "Standby", "Story"]
 
 MAX_WINDOW = 10  # steps on each side of the comparison of losses
 
@@ -51,15 +51,41 @@ class Row:
 
 
 @dataclass
+class Standby:
+    """A process that waits for a replica to die. Times are seconds after the origin, None while not reached.
+
+    Attributes:
+        waiting: When it had imported and built everything.
+        handed_over: When it took the place of ``replica``.
+    """
+
+    started: float
+    interpreter: float | None = None
+    imported: float | None = None
+    waiting: float | None = None
+    handed_over: float | None = None
+    replica: int | None = None
+
+    @property
+    def state(self) -> str:
+        """``"starting"``, ``"waiting"`` or ``"handed over"``."""
+        if self.handed_over is not None:
+            return "handed over"
+        return "starting" if self.waiting is None else "waiting"
+
+
+@dataclass
 class Recovery:
     """One kill and the way back. Times are seconds after the origin, None while not reached.
 
-    The moments come in the order of the fields; ``durations`` is their differences, so they add up.
+    The moments come in the order of the fields; ``durations`` is their differences, so they add up. A standby
+    had imported and built all before the kill: what it starts with is the Manager.
     """
 
     replica: int
     killed_after_step: int
     killed: float
+    standby: bool = False
     started: float | None = None
     interpreter: float | None = None
     imported: float | None = None
@@ -132,6 +158,7 @@ class Story:
     def __init__(self, num_replicas: int, num_kills: int, in_place: bool) -> None:
         self.rows = [Row(replica) for replica in range(num_replicas)]
         self.recoveries: list[Recovery] = []
+        self.standbys: list[Standby] = []
         self.num_kills = num_kills
         self._in_place = in_place
 
@@ -148,6 +175,11 @@ class Story:
         return all(row.finished is not None for row in self.rows)
 
     @property
+    def standby_waits(self) -> bool:
+        """Whether a standby could take over at once."""
+        return bool(self.standbys) and self.standbys[-1].state == "waiting"
+
+    @property
     def step(self) -> int:
         """The last step that any replica committed."""
         return max(row.step for row in self.rows)
@@ -160,16 +192,26 @@ class Story:
 
     def apply(self, event: Event) -> None:
         """Take in one event. What a killed incarnation had still sent counts as loss and commit only."""
+        if event.replica is None:
+            self._apply_to_standby(event)
+            return
         row = self.rows[event.replica]
         if event.event == "committed":
             self._commit(row, event)
-        if event.event == "started":
+        begins = event.event in ("started", "handed_over")
+        if begins:
             row.incarnation = event.incarnation
-        alive = row.state != "dead" or event.event == "started"
+        alive = row.state != "dead" or begins
         if event.incarnation == row.incarnation and alive:
             handler = getattr(self, f"_on_{event.event}", None)
             if handler is not None:
                 handler(row, event)
+
+    def _apply_to_standby(self, event: Event) -> None:
+        if event.event == "started":
+            self.standbys.append(Standby(event.time))
+        elif event.event in ("interpreter", "imported", "waiting"):
+            setattr(self.standbys[-1], event.event, event.time)
 
     def _commit(self, row: Row, event: Event) -> None:
         row.commits.append(event.time)
@@ -194,6 +236,16 @@ class Story:
         row.state = "starting"
         row.received = None
         self._mark(row, event)
+
+    def _on_handed_over(self, row: Row, event: Event) -> None:
+        standby = self.standbys[-1]
+        standby.handed_over, standby.replica = event.time, event.replica
+        row.state = "starting"
+        row.received = None
+        recovery = self._recovery(row)
+        assert recovery is not None
+        recovery.standby = True
+        recovery.started = recovery.interpreter = recovery.imported = event.time
 
     def _on_interpreter(self, row: Row, event: Event) -> None:
         self._mark(row, event)
@@ -259,6 +311,16 @@ class Story:
                 continue
             recovery.pause_at_kill = max(_longest_gap(t, recovery.killed, recovery.ready) for t in others)
             recovery.pause_at_heal = max(_longest_gap(t, recovery.ready, recovery.healed) for t in others)
+
+    def standby_share(self) -> tuple[float, float] | None:
+        """Mean seconds from SIGKILL to the first commit, with a standby and without; None if not both were seen."""
+        totals: dict[bool, list[float]] = {True: [], False: []}
+        for recovery in self.recoveries:
+            if durations := recovery.durations():
+                totals[recovery.standby].append(durations["total"])
+        if not totals[True] or not totals[False]:
+            return None
+        return statistics.fmean(totals[True]), statistics.fmean(totals[False])
 
     def mean_losses(self) -> tuple[float, float, int] | None:
         """Mean loss of all replicas before the first kill and at the end, and of how many steps each.

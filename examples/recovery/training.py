@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 import time
@@ -13,9 +14,9 @@ from torch.distributed import TCPStore
 from torch.utils._pytree import tree_leaves
 from torchft import Manager, Optimizer, ProcessGroupGloo
 
-from ft_transport import materialize
+from ft_transport import bind
 from recovery.replica import Parent, Settings
-from recovery.transports import MeasuredTransport, StateDict, build_transport, tensor_addresses
+from recovery.transports import MeasuredTransport, build_transport, tensor_addresses
 
 __all__ = ["run"]
 
@@ -25,43 +26,53 @@ LEARNING_RATE = 1e-3
 MAX_SEED = 2**31
 
 
-class _Replica:
-    """Model, optimizer and Manager of this process."""
+class _Job:
+    """All that a replica needs whichever one it is: a standby has it before it knows."""
 
-    def __init__(self, settings: Settings, parent: Parent) -> None:
-        self.settings = settings
-        self.parent = parent
+    def __init__(self, settings: Settings) -> None:
         # Every process starts from weights of its own: equal states at the end can only have been sent.
-        torch.manual_seed((settings.seed * 1009 + settings.replica * 101 + settings.incarnation) % MAX_SEED)
-        self.batches = Batches(read_corpus(), settings.replica, settings.num_replicas, settings.seed)
+        origin = settings.num_replicas if settings.replica is None else settings.replica
+        torch.manual_seed((settings.seed * 1009 + origin * 101 + settings.incarnation) % MAX_SEED)
+        self.corpus = read_corpus()
         self.model = CharLM(settings.width, context=CONTEXT)
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
-        materialize(self.adam)
+        self.bound = bind(model=self.model, optimizers=self.adam)
         self.gradients = flatten_gradients(self.model)
+
+    def warm_up(self) -> None:
+        """Do what is slow the first time: a forward and a backward, without a step, and the state's leaves."""
+        nothing = torch.zeros(BATCH_SIZE, CONTEXT, dtype=torch.long)
+        self.model(nothing, nothing).backward()
+        self.adam.zero_grad(set_to_none=False)
+        self.bound.state_dict()
+
+
+class _Replica:
+    """A job with a Manager: from here on, the others count on it."""
+
+    def __init__(self, settings: Settings, parent: Parent, job: _Job) -> None:
+        assert settings.replica is not None
+        self.settings = settings
+        self.parent = parent
+        self.model, self.gradients, self.bound = job.model, job.gradients, job.bound
+        self.batches = Batches(job.corpus, settings.replica, settings.num_replicas, settings.seed)
         self.transport, self.manager = self._build_manager()
-        self.optimizer = Optimizer(self.manager, self.adam)
-        self._addresses = tensor_addresses(self.state_dict())
-
-    def state_dict(self) -> StateDict:
-        return {"model": self.model.state_dict(), "optim": self.adam.state_dict()}
-
-    def load_state_dict(self, state_dict: StateDict) -> None:
-        self.model.load_state_dict(state_dict["model"])
-        self.adam.load_state_dict(state_dict["optim"])
+        self.optimizer = Optimizer(self.manager, job.adam)
+        self._addresses = tensor_addresses(self.bound.state_dict())
 
     def _build_manager(self) -> tuple[MeasuredTransport, Manager]:
         settings = self.settings
         timeout = timedelta(seconds=settings.timeout)
         # A heal that fails has to end before the others' allreduce times out: half the Manager's budget.
         pg = ProcessGroupGloo(timeout=timeout / 2)
-        template = self.state_dict if settings.in_place else None
+        template = self.bound.state_dict if settings.in_place else None
         chosen = build_transport(settings.transport, pg, timeout / 2, template, self.parent)
-        transport = MeasuredTransport(chosen, self.state_dict, self.parent)
+        transport = MeasuredTransport(chosen, self.bound.state_dict, self.parent)
         self._store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         manager = Manager(
             pg=pg,
-            load_state_dict=self.load_state_dict,
-            state_dict=self.state_dict,
+            load_state_dict=self.bound.load_state_dict,
+            state_dict=self.bound.state_dict,
             min_replica_size=settings.min_replicas,
             timeout=timeout,
             quorum_timeout=timeout,
@@ -109,13 +120,13 @@ class _Replica:
             self._report_heal(step + 1)
 
     def _report_heal(self, step: int) -> None:
-        before, self._addresses = self._addresses, tensor_addresses(self.state_dict())
+        before, self._addresses = self._addresses, tensor_addresses(self.bound.state_dict())
         self.transport.received = False
         self.parent.emit("healed", step=step, same_addresses=self._addresses == before)
 
     def report_final_state(self) -> None:
         """Send the digest of all weights, optimizer states and the step count."""
-        state = {**self.state_dict(), "step": self.manager.current_step()}
+        state = {**self.bound.state_dict(), "step": self.manager.current_step()}
         leaves = tree_leaves(state)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self.parent.emit(
@@ -134,11 +145,19 @@ def _first_line(error: object) -> str:
 
 
 def run(settings: Settings, parent: Parent) -> None:
-    """Train as one replica until the parent says that it is enough."""
+    """Train as one replica, as a standby once it has become one, until the parent says that it is enough."""
     parent.emit("imported")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     torch.set_num_threads(1)
-    replica = _Replica(settings, parent)
+    job = _Job(settings)
+    if settings.replica is None:
+        job.warm_up()
+        parent.emit("waiting")
+        role = parent.wait_to_become()
+        if role is None:
+            return
+        settings = dataclasses.replace(settings, replica=role[0], incarnation=role[1])
+    replica = _Replica(settings, parent, job)
     parent.emit("ready", num_parameters=sum(parameter.numel() for parameter in replica.model.parameters()))
     parent.wait_for("go")
     replica.train()

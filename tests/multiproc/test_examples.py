@@ -187,6 +187,75 @@ def check_events(path: Path) -> None:
     assert killed[0]["replica"] == healed[0]["replica"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_recover_compares_a_heal_without_a_standby_and_one_with(tmp_path: Path, marker: str) -> None:
+    steps = ["--steps", "24", "--kill-step", "8", "--timeout", "160"]
+    with small_demo(tmp_path, marker, "--compare", *steps) as demo:
+        status = demo.wait(190.0)
+        left = marked_processes(marker)
+    assert status == 0, demo.output
+    assert left == []
+    summary = json.loads((tmp_path / "output" / "summary.json").read_text())
+    assert (summary["passed"], summary["equal"], summary["in_place"]) == (True, True, True)
+    cold, warm = summary["recoveries"]
+    assert (cold["standby"], warm["standby"]) == (False, True)
+    check_durations(cold, set())
+    check_durations(warm, {"interpreter", "imports"})
+    totals = [recovery["durations"]["total"] for recovery in (warm, cold)]
+    assert summary["standby_share"]["share"] == pytest.approx(totals[0] / totals[1])
+    assert re.search(r"With the standby \d+\.\d+ s .* without \d+\.\d+ s: \d+% of it", demo.output)
+    check_standby_events(tmp_path / "output" / "events.jsonl")
+
+
+def check_durations(recovery: dict[str, Any], before_the_kill: set[str]) -> None:
+    durations = dict(recovery["durations"])
+    total = durations.pop("total")
+    assert {name for name, seconds in durations.items() if seconds == 0} == before_the_kill
+    assert sum(durations.values()) == pytest.approx(total)
+    assert recovery["in_place_share"] == 1.0
+
+
+def check_standby_events(path: Path) -> None:
+    """One process waited, was handed over, and is the replica from then on; its Manager came after."""
+    events = [json.loads(line) for line in path.read_text().splitlines()]
+    first, second = (event for event in events if event["event"] == "killed")
+    own = [event["event"] for event in events if event["replica"] is None]
+    assert own == ["started", "interpreter", "imported", "waiting"]
+    after = [event for event in events if event["replica"] == second["replica"] and event["incarnation"] == 1]
+    assert [event["event"] for event in after][:3] == ["handed_over", "ready", "receiving"]
+    waiting = next(event for event in events if event["event"] == "waiting")
+    assert first["time"] < waiting["time"] < second["time"] < after[0]["time"]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_recover_leaves_no_standby_behind(tmp_path: Path, marker: str, signum: int, status: int) -> None:
+    with small_demo(tmp_path, marker, "--standby", *ENDLESS) as demo:
+        demo.wait_for(r"standby .* waits for a replica to die", 2 * STARTUP_TIMEOUT)
+        assert len(marked_processes(marker)) == 4
+        demo.process.send_signal(signum)
+        assert demo.wait(15.0) == status, demo.output
+        assert wait_until_none(marker, 5.0 if signum == signal.SIGKILL else 0.0) == []
+
+
+@pytest.mark.timeout(120)
+def test_recover_tells_when_the_standby_fails(tmp_path: Path, marker: str) -> None:
+    with small_demo(tmp_path, marker, "--standby", *ENDLESS) as demo:
+        demo.wait_for(r"standby .* waits for a replica to die", 2 * STARTUP_TIMEOUT)
+        os.kill(newest(marked_processes(marker)), signal.SIGKILL)
+        assert demo.wait(15.0) == 1
+        assert "failed: the standby ended by itself" in demo.output
+        assert marked_processes(marker) == []
+
+
+def newest(pids: list[int]) -> int:
+    """The process that was started last."""
+    return max(pids, key=lambda pid: int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]))
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
@@ -214,7 +283,8 @@ def test_recover_tells_when_a_replica_fails(tmp_path: Path, marker: str) -> None
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    "arguments", [["--replicas", "1"], ["--width", "100"], ["--kill-step", "80"], ["--kills", "-1"]]
+    "arguments",
+    [["--replicas", "1"], ["--width", "100"], ["--kill-step", "80"], ["--kills", "-1"], ["--compare", "--standby"]],
 )
 def test_recover_refuses_options_that_cannot_work(tmp_path: Path, arguments: list[str]) -> None:
     result = subprocess.run(
