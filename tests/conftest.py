@@ -8,8 +8,9 @@ import signal
 
 from hypothesis import settings
 
-# Tests run on every core already, one process each: a second thread for an operation only waits for the first, and spins
-# meanwhile, which took ten times as long as the work. Before torch is imported, and for all processes that tests start.
+# Tests run on every core already, one process each. A second thread for an operation only waits for the first one, and
+# spins meanwhile: that took ten times as long as the work. For all processes that tests start, too, and so before torch
+# is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The same examples on every run, and no time limit for each: machines that run tests are busy.

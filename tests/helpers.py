@@ -57,8 +57,11 @@ def raw_bytes(tensor: torch.Tensor) -> bytes:
     if tensor.numel() == 0:
         return b""
     size = tensor.dtype.itemsize
+    begin = tensor.storage_offset() * size
+    if tensor.is_contiguous():
+        return bytes(storage_bytes(tensor)[begin : begin + tensor.numel() * size].tolist())
     strides = [stride * size for stride in tensor.stride()]
-    flat = storage_bytes(tensor).as_strided([*tensor.shape, size], [*strides, 1], tensor.storage_offset() * size)
+    flat = storage_bytes(tensor).as_strided([*tensor.shape, size], [*strides, 1], begin)
     return bytes(flat.reshape(-1).tolist())
 
 
@@ -67,10 +70,9 @@ def difference(got: object, expected: object) -> str:
     (nodes, leaves, _), (other_nodes, other_leaves, _) = flatten(got), flatten(expected)
     if nodes != other_nodes:
         return f"structure: {nodes} against {other_nodes}"
-    paths = paths_of(nodes)
-    for path, leaf, other in zip(paths, leaves, other_leaves, strict=True):
+    for index, (leaf, other) in enumerate(zip(leaves, other_leaves, strict=True)):
         if reason := _leaf_difference(leaf, other):
-            return f"{format_path(path)}: {reason}"
+            return f"{format_path(paths_of(nodes)[index])}: {reason}"
     return ""
 
 

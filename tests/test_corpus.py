@@ -29,6 +29,8 @@ from corpus.wire import TRANSPORTS, Outcome, Wire, wires
 from helpers import noise
 from torch.distributed.tensor import Partial, Shard
 
+from ft_transport import state_digest
+
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in WARNINGS]
 
 CASE = pytest.mark.parametrize("case", CASES, ids=repr)
@@ -62,6 +64,14 @@ def send(wire: Wire, case: Case, template: object = None, *, in_place: bool = Fa
     return state, outcome
 
 
+def check_digest(wire: Wire, outcome: Outcome, state: object) -> None:
+    """What was healed has the digest of its source. With one transport: what arrived is the same with each."""
+    if wire.name == "PGTransport":
+        got, expected = state_digest(outcome.result), state_digest(state)
+        assert got.diff(expected) == []
+        assert got == expected
+
+
 # ------------------------------------------------------------------------------------------- transfers
 
 
@@ -75,6 +85,7 @@ def test_fresh(case: Case, wire: Wire) -> None:
     assert outcome.report is not None
     assert outcome.report.complete
     assert outcome.report.in_place_share == 0
+    check_digest(wire, outcome, state)
 
 
 @CASE_AND_TRANSPORT
@@ -85,6 +96,7 @@ def test_in_place(case: Case, wire: Wire) -> None:
     assert differences(outcome.result, state) == []
     check_wire(outcome, state)
     check_landing(case, before, outcome)
+    check_digest(wire, outcome, state)
 
 
 def check_wire(outcome: Outcome, state: object) -> None:

@@ -188,18 +188,18 @@ def test_a_state_that_has_arrived_does_not_wait_for_the_step_that_training_is_in
 ) -> None:
     """Nor is it given up for that: the source has committed it."""
     with StandInAccelerator(1) as devices:
-        template = state(3.0)
+        template, steps = state(3.0), []
         put(devices, template, 0)
 
         def rebuild_beside(self: DestinationPlan, streams: Streams) -> object:
-            devices.launch(0, int, seconds=3.0)
+            devices.launch(0, lambda: steps.append("is over"), seconds=15.0)
             return rebuild(self, streams)
 
         monkeypatch.setattr(DestinationPlan, "rebuild", rebuild_beside)
         with ends(way, template, shadow=shadow) as found:
-            found.move(state(7.0), timedelta(seconds=1))
+            found.move(state(7.0))
             assert not found.errors
-            assert found.seconds["destination"] < 2.0
+            assert not steps, "the step is over"
             assert holds(template, 7.0, devices)
             assert not found.destination.torn
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
@@ -269,13 +269,14 @@ def test_shutdown_ends_a_receive_that_waits_for_a_device() -> None:
     with StandInAccelerator(1) as devices:
         template = state(3.0)
         put(devices, template, 0)
-        devices.launch(0, lambda: None, seconds=30.0)
+        done: list[str] = []
+        devices.launch(0, lambda: done.append("all"), seconds=15.0)
         with ends("lanes", template) as found:
             ending = threading.Timer(0.5, found.destination.shutdown)
             ending.start()
             found.move(state(7.0))
             ending.join()
-            assert found.seconds["destination"] < 5.0
+            assert not done, "the device was waited for"
             assert "shut down" in str(found.errors["destination"])
 
 
@@ -298,16 +299,17 @@ def test_the_deadline_holds_behind_a_device_that_is_busy(way: str, busy: str) ->
         sent, template = state(7.0), state(3.0)
         for tensor in tensors(sent if busy == "source" else template):
             devices.put(tensor, 0)
-        devices.launch(0, lambda: None, seconds=12.0)
+        done: list[str] = []
+        devices.launch(0, lambda: done.append("all"), seconds=15.0)
         with ends(way, template) as found:
             found.move(sent, timedelta(seconds=1))
+            assert not done, "the device was waited for"
             error = found.errors[busy]
             if busy == "source":
                 assert isinstance(error, TransferTimeout)
                 assert "cuda:0 has not done what it was told" in str(error)
             else:
                 assert isinstance(error, (TransferTimeout, PeerFailure))
-            assert all(seconds < 2.0 for seconds in found.seconds.values()), found.seconds
     assert holds(template, 3.0), "nothing was written"
 
 
@@ -320,8 +322,8 @@ def test_copies_do_not_wait_for_the_step_that_training_is_in(way: str) -> None:
         put(devices, template, 0)
         with ends(way, template) as found:
             # Behind what is waited for before a byte moves.
-            in_phase(found, "move", lambda: devices.launch(0, int, seconds=8.0))
-            found.move(sent, timedelta(seconds=4))
+            in_phase(found, "move", lambda: devices.launch(0, int, seconds=15.0))
+            found.move(sent, timedelta(seconds=10))
             assert not found.errors
             assert devices.current_stream(ZERO) not in devices.streams
 

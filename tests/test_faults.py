@@ -147,7 +147,7 @@ def run(
     options = kwargs.pop("options", SMALL)
     channels = wrap_source(left), wrap_destination(right)
     ends = transfer(make(1), lambda: template, options=options, channels=channels, **kwargs)
-    assert time.perf_counter() - start < 5, "both sides learn of it at once"
+    assert time.perf_counter() - start < 10, "both sides learn of it at once, and not at their deadlines"
     for side in (ends.source, ends.destination):
         assert num_posted(side.channel) == 0
     return ends, template, before
@@ -187,7 +187,7 @@ def operations_of(cell: Cell) -> list[int]:
 
 
 SOON = timedelta(milliseconds=40)
-LATER = timedelta(seconds=5)
+LATER = timedelta(seconds=15)
 
 # At which operation of the side with the fault; and what it takes to have it.
 AT_OPERATIONS: dict[str, Callable[[FaultyChannel, int], FaultyChannel]] = {
@@ -199,12 +199,12 @@ AT_OPERATIONS: dict[str, Callable[[FaultyChannel, int], FaultyChannel]] = {
 MESSAGES = range(sum(1 for what, tag, *_ in RECORDED[0].operations if what == "send" and tag >= FIRST_MESSAGE_TAG))
 
 
-def walk(cell: Cell) -> Iterator[tuple[Ends, dict[str, Any], list[bytes]]]:
-    """Every transfer with the fault of a cell."""
+def walk(cell: Cell, soon: timedelta) -> Iterator[tuple[Ends, dict[str, Any], list[bytes]]]:
+    """Every transfer with the fault of a cell; where a deadline ends it, that is soon."""
     if cell.fault in AT_OPERATIONS:
         times: dict[str, Any] = {}
         if cell.fault == "stopped":
-            mine, other = (LATER, SOON) if cell.row.who == SOURCE else (SOON, LATER)
+            mine, other = (LATER, soon) if cell.row.who == SOURCE else (soon, LATER)
             # The one that is stopped shall not find out by its own deadline.
             times = {"timeout": mine, "destination_timeout": other}
         for operation in operations_of(cell):
@@ -218,7 +218,7 @@ def walk(cell: Cell) -> Iterator[tuple[Ends, dict[str, Any], list[bytes]]]:
         total = sum(nbytes for _, _, nbytes, _ in RECORDED[0].operations)
         for share in (0.5, 0.7, 0.9):
             wrap = lambda channel, n=int(share * total): FaultyChannel(channel).freeze_after(n)  # noqa: E731
-            yield run(wrap, timeout=SOON, destination_timeout=LATER)
+            yield run(wrap, timeout=soon, destination_timeout=LATER)
     elif cell.fault == "clock jumps":
         with pytest.MonkeyPatch.context() as patch:
             now, ahead = time.time(), iter(range(10**9))
@@ -236,8 +236,18 @@ IN_MEMORY = [
 
 @pytest.mark.parametrize("cell", IN_MEMORY, ids=str)
 def test_cell(cell: Cell) -> None:
+    try:
+        check_cell(cell, SOON)
+    except AssertionError:
+        if cell.fault not in ("stopped", "frozen"):
+            raise
+        # On a busy machine the deadline may come before the fault does. Not so a longer one.
+        check_cell(cell, 25 * SOON)
+
+
+def check_cell(cell: Cell, soon: timedelta) -> None:
     seen = 0
-    for ends, template, before in walk(cell):
+    for ends, template, before in walk(cell, soon):
         seen += 1
         check_destination(ends, template, before)
         if cell.phase == AFTER:

@@ -71,6 +71,13 @@ def body_of(state: object) -> list[Any]:
     return body
 
 
+def copies_of(body: Any) -> Iterator[Any]:
+    """Copies of an honest body, without end. By msgpack, which is ten times as fast as ``deepcopy``."""
+    data = encode_frame(Frame.MANIFEST, body)[8:]
+    while True:
+        yield msgpack.unpackb(data, strict_map_key=False, unicode_errors="surrogatepass")
+
+
 def frame(body: Any, kind: Frame = Frame.MANIFEST) -> bytes:
     return encode_frame(kind, body)
 
@@ -221,23 +228,21 @@ def parent_of(body: Any, path: tuple[int, ...]) -> Any:
 def test_every_node_replaced_by_every_evil(name: str) -> None:
     honest = body_of(STATES[name])
     assert receive(frame(honest), STATES[name]) == ""
-    for path, evil in some(itertools.product(places(honest), EVIL)):
-        body = copy.deepcopy(honest)
+    for (path, evil), body in zip(some(itertools.product(places(honest), EVIL)), copies_of(honest), strict=False):
         if path:
             parent_of(body, path)[path[-1]] = evil
-        else:
-            body = evil
-        receive(frame(body), STATES[name])
+        receive(frame(body if path else evil), STATES[name])
 
 
 @pytest.mark.parametrize("name", STATES)
 def test_every_node_left_out_doubled_moved_and_swapped(name: str) -> None:
     honest = body_of(STATES[name])
+    copies = copies_of(honest)
     for path in places(honest):
         if not path:
             continue
         for change in ("delete", "double", "reverse", "wrap", "inner"):
-            body = copy.deepcopy(honest)
+            body = next(copies)
             parent, index = parent_of(body, path), path[-1]
             found = parent[index]
             if change == "delete":
@@ -775,10 +780,11 @@ def test_pickles_would_run_otherwise() -> None:
 @pytest.mark.parametrize("name", STATES)
 def test_pickles_in_every_field(name: str) -> None:
     honest = body_of(STATES[name])
+    copies = copies_of(honest)
     payloads = [PICKLES["protocol 2"], PICKLES["protocol 4"]]
     for path in places(honest):
         for payload in (*payloads, *(["object", payload] for payload in payloads)):
-            body = copy.deepcopy(honest)
+            body = next(copies)
             if path:
                 parent_of(body, path)[path[-1]] = payload
             receive(frame(body if path else payload), STATES[name])
@@ -810,8 +816,10 @@ def test_objects_nested_so_deep_that_the_stack_would_overflow() -> None:
 
 
 def test_objects_with_keys_that_a_dict_cannot_tell_apart() -> None:
-    keys = {int.from_bytes(number, "little"): 1 for _, number in ints_of_one_hash(20_000)}
-    for attack in of_object(pickle.dumps(keys, 2)):
+    # Written by hand: a dict of them would take as long here.
+    numbers = [int.from_bytes(number, "little") for _, number in ints_of_one_hash(20_000)]
+    data = b"\x80\x02}(" + b"".join(pickle.dumps(number, 2)[2:-1] + b"K\x01" for number in numbers) + b"u."
+    for attack in of_object(data):
         refused(attack)
 
 
@@ -962,6 +970,7 @@ def test_every_node_of_a_context_replaced_by_every_evil(kind: str, mesh: DeviceM
     """What cannot be rebuilt is refused before a byte lands, whether the template has the leaf or not."""
     state = distributed(mesh)[kind]
     honest = body_of(state)
+    copies = copies_of(honest)
     for template in (None, state, {"other": noise(2, 1), **state}):
         assert receive(frame(honest), template) == ""
         evils = (
@@ -976,7 +985,7 @@ def test_every_node_of_a_context_replaced_by_every_evil(kind: str, mesh: DeviceM
         )
         for path, evil in some(itertools.product(places(honest), evils)):
             if path and path[0] in (2, 3):
-                body = copy.deepcopy(honest)
+                body = next(copies)
                 parent_of(body, path)[path[-1]] = evil
                 receive(frame(body), template)
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .cells import cells
-from .run import PARTS, ROOT, Folder
+from .cells import PARTS, cells
+from .run import ROOT, Folder
 from .table import describe, render, replaced
 
 PAGE = ROOT / "docs" / "versions.md"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["ALSO", "PYTHONS", "TORCHES", "TORCHFTS", "Cell", "cells"]
+__all__ = ["ALSO", "PARTS", "PYTHONS", "TORCHES", "TORCHFTS", "Cell", "cells"]
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.9.1", "2.11.0", "2.13.0", "2.15.0")
@@ -13,6 +13,8 @@ TORCHES = ("2.9.1", "2.11.0", "2.13.0", "2.15.0")
 TORCHFTS = ("torchft==0.2.0", "torchft-nightly==2026.10.26")
 # What an older torch needs of other packages that do not say so themselves.
 ALSO = {"2.9.1": ["torchao==0.15.0"]}
+# What is run in each cell.
+PARTS = ("unit", "heal")
 
 
 @dataclass(frozen=True)

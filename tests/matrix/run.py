@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .cells import ALSO, Cell
+from .cells import ALSO, PARTS, Cell
 
-__all__ = ["PARTS", "Folder", "counted", "interpreter"]
+__all__ = ["Folder", "counted", "interpreter"]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 _NOT_UNIT = ("chaos", "gpu", "multiproc", "netns", "upstream", "test_mutants.py")
 _UNIT = ["-n", "2", "--dist", "loadfile", *(f"--ignore=tests/{name}" for name in _NOT_UNIT)]
 _HEAL = [f"tests/multiproc/test_{name}.py" for name in ("manager", "shared")]
-PARTS = {"unit": _UNIT, "heal": _HEAL}
+_ARGUMENTS = dict(zip(PARTS, (_UNIT, _HEAL), strict=True))
 
 # What is installed beside the wheel: all that the unit part looks for, in its newest version.
 _EXTRAS = "[demo,test]"
@@ -109,7 +109,7 @@ class Folder:
     def is_done(self, cell: Cell) -> bool:
         """Whether there is nothing left to run of it."""
         result = self.result_of(cell) or {}
-        return "install" in result or PARTS.keys() <= result.keys()
+        return "install" in result or set(PARTS) <= result.keys()
 
     def forget(self, cell: Cell) -> None:
         """Remove its result."""
@@ -125,7 +125,7 @@ class Folder:
             result["install"] = str(exc)
             self._keep(cell, result)
             return result
-        for part, arguments in PARTS.items():
+        for part, arguments in _ARGUMENTS.items():
             if part not in result:
                 result[part] = self._test(cell, part, arguments)
                 self._keep(cell, result)

@@ -6,14 +6,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .cells import Cell
+from .cells import PARTS, Cell
 
 __all__ = ["BEGIN", "END", "describe", "render", "replaced"]
 
 # What is between these lines of the page is written by ``python -m tests.matrix --table``.
 BEGIN, END = "<!-- matrix: begin -->", "<!-- matrix: end -->"
-
-_PARTS = ("unit", "heal")
 
 
 def describe(part: dict[str, Any] | None) -> str:
@@ -41,7 +39,7 @@ def render(cells: Sequence[Cell], result_of: Callable[[Cell], dict[str, Any] | N
 def _parts(result: dict[str, Any]) -> list[str]:
     if "install" in result:  # why there is nothing to run
         return [result["install"], ""]
-    return [describe(result.get(part)) for part in _PARTS]
+    return [describe(result.get(part)) for part in PARTS]
 
 
 def _failures(cells: Sequence[Cell], result_of: Callable[[Cell], dict[str, Any] | None]) -> list[str]:
@@ -49,7 +47,7 @@ def _failures(cells: Sequence[Cell], result_of: Callable[[Cell], dict[str, Any] 
     lines = []
     for cell in cells:
         result = result_of(cell) or {}
-        failed = [name for part in _PARTS for name in (result.get(part) or {}).get("failures", [])]
+        failed = [name for part in PARTS for name in (result.get(part) or {}).get("failures", [])]
         if failed:
             lines += ["", f"Failed with {cell.name}:", "", *(f"* `{name}`" for name in failed)]
     return lines

@@ -75,8 +75,8 @@ def outcomes(source: Any) -> list[str]:
 
 @pytest.mark.parametrize("early", [True, False], ids=["waits already", "comes later"])
 def test_one_of_a_step_that_is_over_takes_nobodys_place(lanes: Lanes, early: bool) -> None:
-    source, state = lanes.transport(), make_state()
-    stale, right = lanes.destination(make_state(2)), lanes.destination(make_state(3))
+    source, state = lanes.transport(**CALM), make_state()
+    stale, right = lanes.destination(make_state(2), **CALM), lanes.destination(make_state(3), **CALM)
     if early:
         stale.start(source.metadata(), step=STEP - 1)
         wait_until(lambda: waiting(source) == 1)
@@ -92,8 +92,8 @@ def test_one_of_a_step_that_is_over_takes_nobodys_place(lanes: Lanes, early: boo
 
 @pytest.mark.parametrize("early", [True, False], ids=["waits already", "comes later"])
 def test_one_of_the_next_step_waits_for_the_next_offer(lanes: Lanes, early: bool) -> None:
-    source, state, following = lanes.transport(), make_state(), make_state(4)
-    now, then = lanes.destination(make_state(2)), lanes.destination(make_state(3))
+    source, state, following = lanes.transport(**CALM), make_state(), make_state(4)
+    now, then = lanes.destination(make_state(2), **CALM), lanes.destination(make_state(3), **CALM)
     if early:
         then.start(source.metadata(), step=STEP + 1)
         wait_until(lambda: waiting(source) == 1)
@@ -145,7 +145,7 @@ def test_metadata_that_nobody_can_read_costs_those_behind_it_nothing(lanes: Lane
         of_another = lanes.transport().metadata() if metadata == "of another" else metadata
         first.send(LaneFrame.READY, first.timer, body=[of_another, ident])
         first.await_frame(LaneFrame.ROUTE)
-        assert lanes.destination(make_state(2)).start(source.metadata()).join().sound(state)
+        assert lanes.destination(make_state(2), **CALM).start(source.metadata()).join().sound(state)
     source.disallow_checkpoint()
     assert sorted(outcomes(source)) == ["complete", "dead"]
 
@@ -158,7 +158,7 @@ def test_a_route_that_nobody_can_read_is_answered(lanes: Lanes, monkeypatch: pyt
         first.await_frame(LaneFrame.MANIFEST)
         first.send(LaneFrame.READY, first.timer, body=["nonsense", b"i" * 16])
         first.await_frame(LaneFrame.ROUTE)
-        destination = lanes.destination(make_state(2)).start(source.metadata()).join()
+        destination = lanes.destination(make_state(2), **CALM).start(source.metadata()).join()
         assert destination.sound(state), destination.error
     source.disallow_checkpoint()
 
@@ -189,7 +189,7 @@ def test_so_many_are_served_at_once_and_the_others_wait(lanes: Lanes, monkeypatc
 
 def test_so_many_conversations_of_one_transfer_and_no_more(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission, "SPARE_CONVERSATIONS", 0)
-    source = lanes.transport()
+    source = lanes.transport(**CALM)
     source.send_checkpoint([1, 2, 3], STEP, envelope(make_state()), TIMEOUT)
     for identity in (b"a", b"b", b"a"):
         with peer(source.metadata(), identity=identity) as one:
@@ -204,10 +204,10 @@ def test_so_many_conversations_of_one_transfer_and_no_more(lanes: Lanes, monkeyp
 def test_so_many_lanes_in_all(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who gets fewer than it wants does with these."""
     monkeypatch.setattr(dispatcher, "MAX_ALL_LANES", 2)
-    source, state = lanes.transport(), make_state(large=12)
+    source, state = lanes.transport(**CALM), make_state(large=12)
     proxy = lanes.proxy(source.metadata(), slowly(100))
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
-    destination = lanes.destination(make_state(2, large=12), lanes=8).start(proxy.metadata)
+    destination = lanes.destination(make_state(2, large=12), lanes=8, **CALM).start(proxy.metadata)
     wait_until(lambda: proxy.num_connections == 9)
     assert sum(thread.name == "ft_transport-supplier" for thread in threading.enumerate()) <= 2
     assert destination.join().sound(state), destination.error
@@ -268,7 +268,7 @@ def test_a_log_handler_that_takes_its_time_does_not_hold_the_listener(lanes: Lan
     handler = logging.Handler()
     handler.emit = slow  # type: ignore[method-assign]
     logger = logging.getLogger("ft_transport")
-    source = lanes.transport()
+    source = lanes.transport(**CALM)
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
     logger.addHandler(handler)
     try:
@@ -295,7 +295,7 @@ def test_a_frozen_one_costs_the_one_before_it_nothing(lanes: Lanes) -> None:
     proxy = lanes.proxy(first.transport.metadata(), slowly(20))
     first.transport._local = first.transport._local._replace(metadata=proxy.metadata)
     assert first.start(source.metadata()).join().sound(state)
-    second = lanes.destination(make_state(3, large=8), lanes=1).start(source.metadata())
+    second = lanes.destination(make_state(3, large=8), lanes=1, **CALM).start(source.metadata())
     wait_until(lambda: proxy.nbytes > 4 * MIB)
     proxy.freeze()
     begin = time.monotonic()
@@ -355,8 +355,8 @@ def test_a_template_function_that_ends_the_process_tells_the_source(lanes: Lanes
     def state_dict() -> object:
         raise error
 
-    source = lanes.transport()
-    destination = lanes.destination()
+    source = lanes.transport(**CALM)
+    destination = lanes.destination(**CALM)
     destination.transport._state_dict = state_dict
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
     destination.start(source.metadata()).join()
@@ -376,7 +376,7 @@ class Ends:
 
 
 def test_a_leaf_that_ends_the_process_is_told_to_destinations(lanes: Lanes) -> None:
-    source, destination = lanes.transport(), lanes.destination(make_state(2))
+    source, destination = lanes.transport(**CALM), lanes.destination(make_state(2), **CALM)
     destination.start(source.metadata())
     with pytest.raises(SystemExit, match="enough"):
         source.send_checkpoint([1], STEP, envelope({"leaf": Ends()}), TIMEOUT)

@@ -458,12 +458,14 @@ def test_the_deadline_is_kept_on_both_sides(lanes: Lanes) -> None:
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     destination.join()
     assert isinstance(destination.error, TransferTimeout)
-    assert 1.0 <= destination.seconds < 2.5
+    assert destination.seconds >= 1.0
+    # Nobody has waited for the rest, which takes ten seconds in all.
+    assert proxy.nbytes < sum(tensor.nbytes for tensor in tensors(state)) / 2
     # A message may have landed whole by then.
-    assert destination.error.torn == (IN_PIECES or destination.report.peers[0].nbytes > 0)
-    begin = time.monotonic()
+    moved = destination.error.phase == "move"
+    assert destination.error.torn == (moved if IN_PIECES else destination.report.peers[0].nbytes > 0)
     source.disallow_checkpoint()
-    assert time.monotonic() - begin < 2.0
+    assert proxy.nbytes < sum(tensor.nbytes for tensor in tensors(state)) / 2
     # Nothing lands any more.
     before = digest(template)
     for tensor in tensors(state):

@@ -112,11 +112,13 @@ def make_state(megabytes: int) -> dict[str, torch.Tensor]:
 
 _transport: LaneTransport[Any] | None = None
 _state: dict[str, torch.Tensor] = {}
+_first: float | None = None  # when the first bytes had come
 
 
 def prepare(megabytes: int, topology: str, source: bool, dies_at: float, stall: timedelta) -> str:
     """Make a transport and its state; gives the metadata."""
-    global _transport, _state
+    global _transport, _state, _first
+    _first = None
     if _transport is not None:
         _transport.shutdown()
     _state = make_state(megabytes)
@@ -124,8 +126,11 @@ def prepare(megabytes: int, topology: str, source: bool, dies_at: float, stall: 
         for tensor in _state.values():
             tensor.zero_()
 
-    def die(now: Progress) -> None:
-        if now.nbytes_done >= dies_at * now.nbytes_total:
+    def progress(now: Progress) -> None:
+        global _first
+        if _first is None and now.nbytes_done:
+            _first = time.monotonic()
+        if dies_at and now.nbytes_done >= dies_at * now.nbytes_total:
             os.kill(os.getpid(), signal.SIGKILL)
 
     _transport = LaneTransport(
@@ -135,7 +140,7 @@ def prepare(megabytes: int, topology: str, source: bool, dies_at: float, stall: 
         topology=topology,  # type: ignore[arg-type]
         stall_timeout=stall,
         blocking=True,
-        on_progress=die if dies_at else None,
+        on_progress=None if source else progress,
     )
     return _transport.metadata()
 
@@ -149,9 +154,10 @@ def serve(number: int) -> dict[str, Any]:
 
 
 class Healed(NamedTuple):
-    """When a receive began and ended, on the clock that all processes share, and whether the state is right."""
+    """When a receive began, had bytes, and ended, on the clock that all processes share, and whether the state is right."""
 
     began: float
+    first: float
     ended: float
     sound: bool
 
@@ -165,7 +171,8 @@ def heal(metadata: str, megabytes: int, begin: float) -> Healed:
     ended = time.monotonic()
     _transport.disallow_checkpoint()
     expected = make_state(megabytes)
-    return Healed(began, ended, all(torch.equal(got[name], expected[name]) for name in expected))
+    assert _first is not None
+    return Healed(began, _first, ended, all(torch.equal(got[name], expected[name]) for name in expected))
 
 
 # ---------------------------------------------------------------------------------- inside the test
@@ -178,12 +185,14 @@ class Result(NamedTuple):
         seconds: From the first begin to the last end.
         copies: Bytes that left the source, in copies of the state.
         num_healed: Destinations with the right state.
+        firsts: When each destination had its first bytes, in seconds from the first begin, in the order of the chain.
         ends: When each destination was done, in seconds from the first begin, in the order of the chain.
     """
 
     seconds: float
     copies: float
     num_healed: int
+    firsts: list[float]
     ends: list[float]
 
 
@@ -209,8 +218,9 @@ def measure(
     if victim > 0:
         ranks[victim].wait_dead()
     began = min(each.began for each in healed)
-    ends = [each.ended - began for each in healed]
-    return Result(max(ends), report["nbytes_wire"] / report["nbytes_total"], sum(each.sound for each in healed), ends)
+    copies, num_healed = report["nbytes_wire"] / report["nbytes_total"], sum(each.sound for each in healed)
+    firsts, ends = [each.first - began for each in healed], [each.ended - began for each in healed]
+    return Result(max(ends), copies, num_healed, firsts, ends)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -141,10 +142,17 @@ def job(case: Case, seed: int = 0, before_scheduler: Callable[[Optimizer], objec
 
 def gradient(param: torch.Tensor, index: int, number: int) -> torch.Tensor:
     """With zeros of either sign in it, and at first nothing else in that of the second parameter."""
-    made = torch.randn(param.shape, generator=torch.Generator().manual_seed(100 * number + index)).to(param.dtype)
+    made = _gradient(param.shape, param.dtype, index, number)
+    return torch.empty_like(param).copy_(made)  # with the parameter's strides, as backward does
+
+
+@functools.lru_cache(maxsize=10_000)
+def _gradient(shape: torch.Size, dtype: torch.dtype, index: int, number: int) -> torch.Tensor:
+    """Made once: all optimizers get the same."""
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(100 * number + index)).to(dtype)
     flat = made.reshape(-1)
     if index == 1 and number < 2:
         flat.mul_(0)
     flat[::3] = 0.0
     flat[1::4] = -0.0
-    return torch.empty_like(param).copy_(flat.view(param.shape))  # with the parameter's strides, as backward does
+    return flat.view(shape)
