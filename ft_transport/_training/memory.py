@@ -51,9 +51,9 @@ def _same_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if one.is_conj() != other.is_conj() or one.is_neg() != other.is_neg():
         return False
-    if (one.is_cpu and other.is_cpu) or (one.is_cuda and other.is_cuda):
+    if ((one.is_cpu and other.is_cpu) or (one.is_cuda and other.is_cuda)) and not (one.is_conj() or one.is_neg()):
         return one.is_set_to(other)
-    # Other devices have not that function.
+    # Other devices have not that function, and of conjugated tensors it compares copies.
     return (
         one.untyped_storage()._cdata == other.untyped_storage()._cdata
         and one.storage_offset() == other.storage_offset()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -56,15 +55,16 @@ class OptimizerState:
         optimizer = self._optimizer
         if _is_called(optimizer):
             return optimizer.state_dict()  # type: ignore[no-any-return]
-        params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
         indices: dict[int, int] = {}
-        for index, param in enumerate(params):
-            indices.setdefault(id(param), index)
-        groups = []
+        groups, begin = [], 0
         for group in optimizer.param_groups:
+            # Of one that is twice in a group, the last place counts, and the first group of one that is in several.
+            found = {id(param): index for index, param in enumerate(group["params"], begin)}
+            indices.update((key, index) for key, index in found.items() if key not in indices)
             packed = {name: value for name, value in group.items() if name != "params"}
             packed["params"] = [indices[id(param)] for param in group["params"]]
             groups.append(packed)
+            begin += len(group["params"])
         # A copy of each: the thread that trains may add to them.
         state = {
             indices[id(param)] if isinstance(param, torch.Tensor) else param: dict(values)
