@@ -63,13 +63,13 @@ def main() -> None:
         ft_transport.materialize(each)  # DiLoCo registers these itself; the inner one is materialized by bind
     batches = Batches(read_corpus(), REPLICA, NUM_REPLICAS)
 
-    state = ft_transport.bind(model=model, optimizers=inner)
+    bound = ft_transport.bind(model=model, optimizers=inner)
     # All that is registered with the Manager is the template: DiLoCo adds its fragments to what bind gives.
     transport = ft_transport.LaneTransport(TIMEOUT / 2, torch.device("cpu"), state_dict="manager")
     manager = Manager(
         pg=ProcessGroupGloo(timeout=TIMEOUT / 2),
-        load_state_dict=state.load_state_dict,
-        state_dict=state.state_dict,
+        load_state_dict=bound.load_state_dict,
+        state_dict=bound.state_dict,
         min_replica_size=1,
         use_async_quorum=False,  # DiLoCo asks for it
         timeout=TIMEOUT,

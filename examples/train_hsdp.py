@@ -54,12 +54,12 @@ def main() -> None:
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
     batches = Batches(read_corpus(), REPLICA * num_ranks + rank, NUM_REPLICAS * num_ranks)
 
-    state = ft_transport.bind(model=model, optimizers=adam)
-    transport = ft_transport.LaneTransport(TIMEOUT / 2, torch.device("cpu"), state_dict=state.state_dict)
+    bound = ft_transport.bind(model=model, optimizers=adam)
+    transport = ft_transport.LaneTransport(TIMEOUT / 2, torch.device("cpu"), state_dict=bound.state_dict)
     manager = Manager(
         pg=ProcessGroupGloo(timeout=TIMEOUT / 2),
-        load_state_dict=state.load_state_dict,
-        state_dict=state.state_dict,
+        load_state_dict=bound.load_state_dict,
+        state_dict=bound.state_dict,
         min_replica_size=1,
         timeout=TIMEOUT,
         replica_id=f"train_hsdp_{REPLICA}",
