@@ -12,7 +12,6 @@ in place of ``python``. At equal steps all replicas print the same digest of the
 import logging
 import os
 from datetime import timedelta
-from typing import Any
 
 import torch
 from charlm import Batches, CharLM, flatten_gradients, read_corpus
@@ -47,26 +46,19 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     model = CharLM(WIDTH, context=CONTEXT)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    ft_transport.materialize(adam)  # so that the optimizer's state, too, is received in place
+    bound = ft_transport.bind(model=model, optimizers=adam)
     gradients = flatten_gradients(model)
     batches = Batches(read_corpus(), REPLICA, NUM_REPLICAS)
-
-    def state_dict() -> dict[str, Any]:
-        return {"model": model.state_dict(), "optim": adam.state_dict()}
-
-    def load_state_dict(state: dict[str, Any]) -> None:
-        model.load_state_dict(state["model"])
-        adam.load_state_dict(state["optim"])
 
     until_needed()  # nothing to wait for, unless standby.py has started this process as a standby
     store = host_store()  # lives as long as the Manager
     # The transport gets the function that the Manager gets, and less time than the Manager.
     pg = ProcessGroupGloo(timeout=TIMEOUT / 2)
-    transport = ft_transport.PGTransport(pg, TIMEOUT / 2, torch.device("cpu"), state_dict=state_dict)
+    transport = ft_transport.PGTransport(pg, TIMEOUT / 2, torch.device("cpu"), state_dict=bound.state_dict)
     manager = Manager(
         pg=pg,
-        load_state_dict=load_state_dict,
-        state_dict=state_dict,
+        load_state_dict=bound.load_state_dict,
+        state_dict=bound.state_dict,
         min_replica_size=1,
         timeout=TIMEOUT,
         replica_id=f"train_ddp_{REPLICA}",

@@ -69,6 +69,7 @@ TESTED_ELSEWHERE = {
     "_lanes/destination": "multiproc/test_lanes.py",
     "_net/listener": "net/test_dial.py",
     "_training/first_state": "training/test_materialize.py",
+    "_training/fully_sharded": "multiproc/test_bind.py",
     "_training/provisional": "training/test_materialize.py",
 }
 # Folders of tests that may wait for time to pass: of several processes, which share no clock but that one.

@@ -67,17 +67,17 @@ def bind(
     """
     parts: dict[str, Any] = {}
     if model is not None:
-        parts["model"] = _each(model, _module)
+        parts["model"] = _each(model, _module, "model")
     if optimizers is not None:
-        parts["optim"] = _each(optimizers, _optimizer)
+        parts["optim"] = _each(optimizers, _optimizer, "optimizers")
     if schedulers is not None:
-        parts["schedulers"] = _each(schedulers, _other)
+        parts["schedulers"] = _each(schedulers, _other, "schedulers")
     for name, value in (extra or {}).items():
         if name in _NAMES:
             raise ValueError(f"extra: {name!r} is the name of another part; choose another one")
         parts[name] = _any(value, f"extra[{name!r}]")
     if materialize:
-        _each(optimizers if optimizers is not None else (), _materialize)
+        _each(optimizers if optimizers is not None else (), _materialize, "optimizers")
     return Bound(parts)
 
 
@@ -138,9 +138,8 @@ class _Object:
         return lambda: self._value.load_state_dict(state)
 
 
-def _each(value: Any, make: Callable[[Any, str], Any]) -> Any:
+def _each(value: Any, make: Callable[[Any, str], Any], name: str) -> Any:
     """What is made of one, or of each of several."""
-    name = "value"
     if isinstance(value, Mapping) and not hasattr(value, "load_state_dict"):
         return {key: make(one, f"{name}[{key!r}]") for key, one in value.items()}
     if isinstance(value, Sequence) and not hasattr(value, "load_state_dict"):
@@ -158,7 +157,7 @@ def _map(part: Any, function: Callable[[Any], Any]) -> Any:
 
 def _module(value: Any, name: str) -> _Part:
     if not isinstance(value, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(value).__name__}")
     return ModuleState(value)
 
 
@@ -179,12 +178,13 @@ def _any(value: Any, name: str) -> _Part:
 
 def _materialize(optimizer: Any, name: str) -> None:
     if not isinstance(optimizer, Optimizer):
-        logger.warning("materialize: %s is not a torch.optim.Optimizer", type(optimizer).__name__)
+        kind = type(optimizer).__name__
+        logger.warning("%s: its first state cannot be made, since %s is no torch.optim.Optimizer", name, kind)
         return
     try:
         materialize(optimizer)
     except CannotMaterialize as exc:
-        logger.warning("%s; until then it is received into fresh memory", exc)
+        logger.warning("%s: %s; until then it is received into fresh memory", name, exc)
 
 
 def _prepared(part: Any, state: Any, path: str) -> list[Callable[[], None]]:
@@ -199,5 +199,7 @@ def _prepared(part: Any, state: Any, path: str) -> list[Callable[[], None]]:
 
 
 def _check_names(parts: Mapping[str, Any], state: Mapping[str, Any], path: str) -> None:
-    if parts.keys() != state.keys():
-        raise ValueError(f"{path}: expected {sorted(parts)}, the state has {sorted(state)}; nothing was loaded")
+    missing = ", ".join(sorted(parts.keys() - state.keys())) or "none"
+    unexpected = ", ".join(sorted(state.keys() - parts.keys())) or "none"
+    if missing != "none" or unexpected != "none":
+        raise ValueError(f"{path}: missing {missing}, unexpected {unexpected}; nothing was loaded")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 
-__all__ = ["is_dtensor", "is_plain", "same_memory"]
+__all__ = ["Aliases", "is_dtensor", "is_plain", "same_memory", "same_spec"]
 
 # A class of somebody's own may keep its bytes elsewhere than a tensor of this shape does.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+_kind = attrgetter("dtype", "layout", "is_cpu", "is_cuda")
 
 
 def is_plain(tensor: Any) -> bool:
@@ -22,6 +26,11 @@ def is_dtensor(value: Any) -> bool:
     return hasattr(value, "_local_tensor") and hasattr(value, "_spec")
 
 
+def same_spec(one: Any, other: Any) -> bool:
+    """Whether two DTensors are pieces of the same tensor, cut in the same way."""
+    return one._spec is other._spec or bool(one._spec == other._spec)
+
+
 def same_memory(one: Any, other: Any) -> bool:
     """Whether writing to one would write the same elements of the other. False where that is not known."""
     if one is other:
@@ -29,8 +38,11 @@ def same_memory(one: Any, other: Any) -> bool:
     if type(one) in _PLAIN and type(other) in _PLAIN:
         return _same_elements(one, other)
     if is_dtensor(one) and is_dtensor(other):
-        same = one._spec is other._spec or one._spec == other._spec
-        return same and is_plain(one._local_tensor) and same_memory(one._local_tensor, other._local_tensor)
+        return (
+            same_spec(one, other)
+            and is_plain(one._local_tensor)
+            and same_memory(one._local_tensor, other._local_tensor)
+        )
     return False
 
 
@@ -39,12 +51,41 @@ def _same_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if one.is_conj() != other.is_conj() or one.is_neg() != other.is_neg():
         return False
-    if (one.is_cpu and other.is_cpu) or (one.is_cuda and other.is_cuda):
+    if ((one.is_cpu and other.is_cpu) or (one.is_cuda and other.is_cuda)) and not (one.is_conj() or one.is_neg()):
         return one.is_set_to(other)
-    # Other devices have not that function.
+    # Other devices have not that function, and of conjugated tensors it compares copies.
     return (
         one.untyped_storage()._cdata == other.untyped_storage()._cdata
         and one.storage_offset() == other.storage_offset()
         and one.shape == other.shape
         and one.stride() == other.stride()
     )
+
+
+class Aliases:
+    """Detached aliases of tensors, made once and again where a tensor has other memory than it had."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._made = [tensor.detach() for tensor in tensors], _reading(tensors)
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The aliases of the same tensors now. Threading: any thread."""
+        aliases, reading = self._made
+        now = _reading(tensors)
+        # All at once in C, where all of them are of torch's own class; True is said for other dtypes too.
+        if now is None or now != reading or not all(map(torch.Tensor.is_set_to, aliases, tensors)):
+            pairs = zip(aliases, tensors, strict=True)
+            kept = [alias if same_memory(alias, tensor) else tensor.detach() for alias, tensor in pairs]
+            self._made = kept, now  # in one step: another thread may be reading
+            return kept
+        return aliases
+
+
+def _reading(tensors: Sequence[torch.Tensor]) -> list[list[Any]] | None:
+    """How the tensors read their memory, beside where it is; None where they have not all of them such a one."""
+    if not {*map(type, tensors)} <= {*_PLAIN}:
+        return None
+    kinds = list(map(_kind, tensors))
+    if not all(layout is torch.strided and (is_cpu or is_cuda) for _, layout, is_cpu, is_cuda in {*kinds}):
+        return None
+    return [kinds, list(map(torch.Tensor.is_conj, tensors)), list(map(torch.Tensor.is_neg, tensors))]

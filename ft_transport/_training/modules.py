@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,19 +21,52 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from ft_transport._training.fully_sharded import is_fsdp1, is_fsdp_hook, reshard, sharded_params
-from ft_transport._training.memory import is_dtensor, is_plain, same_memory
+from ft_transport._training.memory import Aliases, is_dtensor, is_plain, same_memory, same_spec
 
 __all__ = ["ModuleState", "without_compiled"]
 
 _EXTRA = "_extra_state"
-_COMPILED = "_orig_mod."
+_COMPILED = "_orig_mod"
 # torch's own that override how they load: for older keys, which a state with today's keys has not.
 _LOADED_AS_OTHERS = ("torch.nn.modules.batchnorm", "torch.nn.modules.instancenorm")
 
 
 def without_compiled(key: str) -> str:
     """A key as it is where nothing is compiled."""
-    return key.replace(_COMPILED, "") if _COMPILED in key else key
+    return ".".join(part for part in key.split(".") if part != _COMPILED) if _COMPILED in key else key
+
+
+def _all_without_compiled(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A module's state with the keys that it has where nothing is compiled."""
+    if not any(_COMPILED in key for key in state):
+        return state
+    made: Any = OrderedDict((without_compiled(key), value) for key, value in state.items())
+    if hasattr(state, "_metadata"):
+        # Of a wrapper and what is in it, the latter comes last.
+        made._metadata = OrderedDict((without_compiled(f"{k}.")[:-1], value) for k, value in state._metadata.items())
+    return made  # type: ignore[no-any-return]
+
+
+def _with_real_names(module: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The other way round: the state with the keys that torch's own load of this module expects."""
+    paths = [name for name, _ in module.named_modules(remove_duplicate=False)]
+    real = {without_compiled(f"{path}.")[:-1]: path for path in paths}
+    if all(name == path for name, path in real.items()):
+        return state
+    made: Any = OrderedDict((_real_name(key, real), value) for key, value in state.items())
+    if hasattr(state, "_metadata"):
+        made._metadata = OrderedDict((real.get(name, name), value) for name, value in state._metadata.items())
+    return made  # type: ignore[no-any-return]
+
+
+def _real_name(key: str, real: dict[str, str]) -> str:
+    """A key below the innermost module that it names."""
+    path = key
+    while path:
+        path = path.rpartition(".")[0]
+        if path in real:
+            return ".".join(filter(None, [real[path], key[len(path) :].removeprefix(".")]))
+    return key
 
 
 class ModuleState:
@@ -46,7 +80,7 @@ class ModuleState:
         self._module = module
         self._plan = _Plan(module)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, Any]:
         """As ``module.state_dict()`` of a module that is not compiled, in any thread."""
         return self._current().read()
 
@@ -56,25 +90,19 @@ class ModuleState:
         Raises:
             RuntimeError: torch's own, for other keys or shapes.
         """
+        if not isinstance(state, Mapping):
+            self._module.load_state_dict(state)  # refuses it
         plan = self._current()
-        given = {without_compiled(key): value for key, value in state.items()} if isinstance(state, Mapping) else None
-        if given is not None and plan.loads_plainly:
-            copies = plan.copies_of(given)
-            if copies is not None:
-                return lambda: self._write(plan, given, copies)
-        named: Any = state
-        if given is not None:
-            named = OrderedDict((plan.real_keys.get(key, key), value) for key, value in given.items())
-            if hasattr(state, "_metadata"):
-                named._metadata = state._metadata
-            if plan.loads_plainly:
-                with _Rehearsal(self._module):
-                    self._module.load_state_dict(named)
-
-        def load() -> None:
-            self._module.load_state_dict(named)
-
-        return load
+        plainly = plan.loads_plainly and not torch.__future__.get_swap_module_params_on_conversion()
+        given = _all_without_compiled(state)
+        copies = plan.copies_of(given) if plainly else None
+        if copies is not None:
+            return partial(self._write, plan, given, copies)
+        named = _with_real_names(self._module, given)
+        if plainly:
+            with _Rehearsal(self._module):
+                self._module.load_state_dict(named)
+        return partial(self._module.load_state_dict, named)
 
     def _current(self) -> _Plan:
         plan = self._plan
@@ -82,14 +110,11 @@ class ModuleState:
             self._plan = plan = _Plan(self._module)  # in one step: another thread may be reading
         return plan
 
-    def _write(self, plan: _Plan, state: dict[str, Any], copies: list[tuple[Any, Any]]) -> None:
+    def _write(self, plan: _Plan, state: Mapping[str, Any], copies: list[tuple[Any, Any]]) -> None:
         reshard(self._module)
         with torch.no_grad():
             for live, value in copies:
-                if is_dtensor(live) and live._spec == value._spec:
-                    live._local_tensor.copy_(value._local_tensor)
-                else:
-                    live.copy_(value)
+                live.copy_(value)
         for key, module in plan.extra.items():
             module.set_extra_state(state[key])
 
@@ -106,26 +131,26 @@ class _Plan:
         self._calls: list[tuple[int, Callable[[OrderedDict[str, Any]], None]]] = []
         self._metadata: OrderedDict[str, Any] = OrderedDict()
         self._modules: list[nn.Module] = []
+        self._called: list[nn.Module] = []  # that say themselves what their state is, with all that is below
         self.extra: dict[str, Any] = {}
-        self.real_keys: dict[str, str] = {}
-        self.loads_plainly = not torch.__future__.get_swap_module_params_on_conversion()
+        self.loads_plainly = True
         self._walk(module, "")
-        self._tensors = self._now()
-        self._leaves = [tensor.detach() for tensor in self._tensors]
+        self._aliases = Aliases(self._now())
         self._seen = self._look()
 
     # ------------------------------------------------------------------------------ making it
 
     def _walk(self, module: nn.Module, real: str) -> None:
         prefix = without_compiled(real)
-        self._modules.append(module)
         self._check(module, prefix)
         self.loads_plainly &= _loads_plainly(module)
         if _is_called(module):
             self.loads_plainly = False
             self._refuse_sharded(module, prefix)
-            self._call(lambda state: _called(module, real, state))
+            self._called.append(module)
+            self._call(lambda state: _add_called(module, real, state))
             return
+        self._modules.append(module)
         self._metadata[prefix[:-1]] = {"version": module._version}
         self._own(module, real)
         for name, child in module._modules.items():
@@ -142,22 +167,19 @@ class _Plan:
             return
         for name, param in module._parameters.items():
             if param is not None:
-                self._add(f"{real}{name}", self._sharded.get((id(module), name), param))
+                self._add(f"{prefix}{name}", self._sharded.get((id(module), name), param))
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                self._add(f"{real}{name}", buffer)
+                self._add(f"{prefix}{name}", buffer)
         gives = type(module).get_extra_state is not nn.Module.get_extra_state
         if gives != (type(module).set_extra_state is not nn.Module.set_extra_state):
             self.loads_plainly = False  # torch says what is wrong with that
         if gives:
             key = f"{prefix}{_EXTRA}"
             self.extra[key] = module
-            self.real_keys[key] = f"{real}{_EXTRA}"
             self._call(lambda state: state.update({key: module.get_extra_state()}))
 
-    def _add(self, real: str, held: Callable[[], torch.Tensor] | torch.Tensor) -> None:
-        key = without_compiled(real)
-        self.real_keys[key] = real
+    def _add(self, key: str, held: Callable[[], torch.Tensor] | torch.Tensor) -> None:
         self._keys.append(key)
         self._held.append(held)
 
@@ -188,9 +210,13 @@ class _Plan:
     def _look(self) -> list[Any]:
         """All that decides what is in the state, to compare it by identity; kept, so that no identity is used twice."""
         seen: list[Any] = []
+        for module in (*self._called, *self._modules):
+            own = module.__dict__
+            seen += (type(module), own.get("state_dict"), own.get("load_state_dict"))
+            for hooks in _hooks(module):
+                if hooks:
+                    seen += hooks.values()
         for module in self._modules:
-            seen.append(type(module))
-            seen.append(module.__dict__.get("state_dict"))
             for named in (module._modules, module._buffers, module._non_persistent_buffers_set):
                 if named:
                     seen += named
@@ -201,14 +227,10 @@ class _Plan:
             if params:
                 seen += params
                 if self._sharded:
-                    own = id(module)
-                    seen += [p for name, p in list(params.items()) if (own, name) not in self._sharded]
+                    seen += [p for name, p in list(params.items()) if (id(module), name) not in self._sharded]
                 else:
                     seen += params.values()
             seen.append(_NEXT)
-            for hooks in _hooks(module):
-                if hooks:
-                    seen += hooks.values()
         return seen
 
     def _now(self) -> list[torch.Tensor]:
@@ -218,19 +240,12 @@ class _Plan:
 
     def leaves(self) -> list[torch.Tensor]:
         """Aliases of the tensors that are trained, in the memory that these have now."""
-        tensors, leaves = self._now(), self._leaves
-        stale = [
-            i for i, (tensor, leaf) in enumerate(zip(tensors, leaves, strict=True)) if not same_memory(leaf, tensor)
-        ]
-        if stale:
-            leaves = list(leaves)
-            for index in stale:
-                leaves[index] = tensors[index].detach()
-            self._leaves = leaves
-        return leaves
+        return self._aliases.of(self._now())
 
-    def read(self) -> OrderedDict[str, Any]:
+    def read(self) -> Mapping[str, Any]:
         """The state dict."""
+        if self._called[:1] == [self._module]:
+            return _all_without_compiled(self._module.state_dict())  # who overrides it need not take arguments
         state: Any = OrderedDict()
         state._metadata = OrderedDict((key, dict(value)) for key, value in self._metadata.items())
         leaves, begin = self.leaves(), 0
@@ -241,18 +256,17 @@ class _Plan:
         state.update(zip(self._keys[begin:], leaves[begin:], strict=True))
         return state  # type: ignore[no-any-return]
 
-    def copies_of(self, state: dict[str, Any]) -> list[tuple[Any, Any]] | None:
+    def copies_of(self, state: Mapping[str, Any]) -> list[tuple[Any, Any]] | None:
         """What has to be copied, with where to; None if that is for torch's own load to decide."""
         if len(state) != len(self._keys) + len(self.extra) or not self.extra.keys() <= state.keys():
             return None
         copies = []
         for key, live in zip(self._keys, self.leaves(), strict=True):
             value = state.get(key)
-            if value is live or same_memory(live, value):
-                continue
-            if not _can_copy(live, value):
-                return None
-            copies.append((live, value))
+            if value is not live and not same_memory(live, value):
+                if not _can_copy(live, value):
+                    return None
+                copies.append(_plain(live, value))
         return copies
 
 
@@ -263,7 +277,14 @@ def _can_copy(live: Any, value: Any) -> bool:
     """Whether a copy is what torch's own load would do, and cannot fail."""
     if not isinstance(value, torch.Tensor) or live.shape != value.shape or live.is_meta or value.is_meta:
         return False
-    return (is_plain(live) and is_plain(value)) or (is_dtensor(live) and is_dtensor(value))
+    if is_dtensor(live):
+        return is_dtensor(value) and same_spec(live, value)
+    return is_plain(live) and is_plain(value)
+
+
+def _plain(live: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of DTensors their own pieces, which costs a copy of it a hundredth."""
+    return (live._local_tensor, value._local_tensor) if is_dtensor(live) else (live, value)
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -297,18 +318,14 @@ def _loads_plainly(module: nn.Module) -> bool:
     return all(map(is_fsdp_hook, loading))
 
 
-def _called(module: nn.Module, real: str, state: OrderedDict[str, Any]) -> None:
-    """Add what a module says of itself, in its own words."""
-    if real:
-        destination: Any = OrderedDict()
-        destination._metadata = OrderedDict()
-        said = module.state_dict(destination=destination, prefix=real, keep_vars=False)
-    else:
-        said = module.state_dict()  # who overrides it need not take arguments
-    for key, value in said.items():
-        state[without_compiled(key)] = value
-    for key, value in getattr(said, "_metadata", {}).items():
-        state._metadata[without_compiled(f"{key}.")[:-1]] = value  # type: ignore[attr-defined]
+def _add_called(module: nn.Module, real: str, state: OrderedDict[str, Any]) -> None:
+    """Add what a module in another one says of itself; as torch does, what it returns is not looked at."""
+    said: Any = OrderedDict()
+    said._metadata = OrderedDict()
+    module.state_dict(destination=said, prefix=real, keep_vars=False)
+    plain: Any = _all_without_compiled(said)
+    state.update(plain)
+    state._metadata.update(plain._metadata)  # type: ignore[attr-defined]
 
 
 def _name(module: nn.Module, prefix: str) -> str:

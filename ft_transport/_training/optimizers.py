@@ -10,14 +10,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from ft_transport._training.first_state import shell
-from ft_transport._training.memory import is_dtensor, is_plain, same_memory
+from ft_transport._training.memory import is_dtensor, is_plain, same_memory, same_spec
 
 __all__ = ["OptimizerState"]
 
@@ -27,8 +27,6 @@ _LOCAL = ("capturable", "foreach", "fused")
 _PASS_ON = ("torchft.", "torch.distributed.optim.")
 _ATOMIC = (int, float, complex, bool, str, bytes, type(None))
 _WRAPPED = ("optim", "optimizer")
-
-_Copies = list[tuple[Any, Any]]
 
 
 def innermost(optimizer: Any) -> Any:
@@ -57,20 +55,21 @@ class OptimizerState:
         optimizer = self._optimizer
         if _is_called(optimizer):
             return optimizer.state_dict()  # type: ignore[no-any-return]
-        params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
         indices: dict[int, int] = {}
-        for index, param in enumerate(params):
-            indices.setdefault(id(param), index)
-        groups = []
+        groups, begin = [], 0
         for group in optimizer.param_groups:
+            # Of one that is twice in a group, the last place counts, and the first group of one that is in several.
+            found = {id(param): index for index, param in enumerate(group["params"], begin)}
+            indices.update((key, index) for key, index in found.items() if key not in indices)
             packed = {name: value for name, value in group.items() if name != "params"}
             packed["params"] = [indices[id(param)] for param in group["params"]]
             groups.append(packed)
+            begin += len(group["params"])
         # A copy of each: the thread that trains may add to them.
         state = {
             indices[id(param)] if isinstance(param, torch.Tensor) else param: dict(values)
-            if isinstance(values, dict)
-            else values
+            if type(values) is dict
+            else copy.copy(values)
             for param, values in list(optimizer.state.items())
         }
         return {"state": state, "param_groups": groups}
@@ -90,10 +89,10 @@ class OptimizerState:
         saved, groups = state["param_groups"], optimizer.param_groups
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
             _let_torch_refuse(optimizer, state)
-        copies: _Copies = []
-        new_state = _states(optimizer, state, copies)
+        copies = _Copies()
+        merged = _states(optimizer, state, copies)
         new_groups = [_group(group, given, copies) for group, given in zip(groups, saved, strict=True)]
-        return lambda: _write(optimizer, new_state, new_groups, copies)
+        return partial(_write, optimizer, merged, new_groups, copies)
 
 
 def _is_called(optimizer: Any) -> bool:
@@ -120,42 +119,65 @@ def _let_torch_refuse(optimizer: Optimizer, state: dict[str, Any]) -> None:
     raise ValueError("loaded state dict has other parameter groups")
 
 
-def _states(optimizer: Optimizer, state: Mapping[str, Any], copies: _Copies) -> dict[Any, Any]:
-    """The optimizer's state as it shall be; what of it is there already has to be written to."""
+def _states(optimizer: Optimizer, state: Mapping[str, Any], copies: _Copies) -> tuple[list[Any], list[Any]] | None:
+    """The optimizer's state as it shall be, its keys and its values; None if the dicts are there as they shall be."""
+    # By identity: a tensor's hash is a function in Python.
+    here = {id(param): values for param, values in optimizer.state.items()}
     places: dict[Any, tuple[torch.Tensor, dict[str, Any]]] = {}
     for group, given in zip(optimizer.param_groups, state["param_groups"], strict=True):
         for index, param in zip(given["params"], group["params"], strict=True):
             places[index] = param, group
-    made: dict[Any, Any] = {}
+    keys, made = [], []
     for index, values in state["state"].items():
         param, group = places.get(index, (None, {}))
-        adopt = partial(_adopted, param, group)
-        key = index if param is None else param
-        made[key] = _merged(optimizer.state.get(key), values, copies, adopt)
-    return made
+        live = optimizer.state.get(index) if param is None else here.get(id(param))
+        keys.append(index if param is None else param)
+        made.append(live if _is_there(live, values) else _merged(live, values, copies, partial(_adopted, param, group)))
+    unchanged = [*map(id, keys)] == [*here] and all(map(is_, made, here.values()))
+    return None if unchanged else (keys, made)
+
+
+def _is_there(live: Any, values: Any) -> bool:
+    """Whether a parameter's state has been received in place, all of it."""
+    if type(live) is not dict or type(values) is not dict or len(live) != len(values):
+        return False
+    return all(map(is_, values.values(), map(live.get, values)))
 
 
 def _group(group: dict[str, Any], given: Mapping[str, Any], copies: _Copies) -> dict[str, Any]:
-    made = {name: group[name] for name in ("param_names",) if name in group}
-    for name, value in given.items():
-        if name in _LOCAL and name in group:
-            made[name] = group[name]
-        elif name != "params":
-            made[name] = _merged(group.get(name), value, copies, copy.deepcopy)
-    made["params"] = group["params"]
-    return made
+    """A parameter group as it shall be."""
+    kept = {name: group[name] for name in ("params", *_LOCAL) if name in group}
+    names = {"param_names": group["param_names"]} if "param_names" in group and "param_names" not in given else {}
+    made = {
+        name: kept[name] if name in kept else _merged(group.get(name), value, copies, copy.deepcopy)
+        for name, value in given.items()
+    }
+    return {**made, **names}
+
+
+class _Copies:
+    """What has to be copied, with where to."""
+
+    def __init__(self) -> None:
+        self.pairs: list[tuple[Any, Any]] = []
+        self._taken: set[int] = set()
+
+    def take(self, live: Any, value: torch.Tensor) -> bool:
+        """Whether a live tensor shall have the value. Once only: an optimizer may hold one under several names."""
+        if not _fits(live, value) or id(live) in self._taken:
+            return False
+        self._taken.add(id(live))
+        if not same_memory(live, value):
+            self.pairs.append((live, value))
+        return True
 
 
 def _merged(live: Any, value: Any, copies: _Copies, adopt: Callable[[torch.Tensor], Any]) -> Any:
     """A value to load, with the live tensors in it wherever one can take what it has."""
-    if type(value) in _ATOMIC:
+    if live is value or type(value) in _ATOMIC:
         return value
     if isinstance(value, torch.Tensor):
-        if live is value or not _fits(live, value):
-            return live if live is value else adopt(value)
-        if not same_memory(live, value):
-            copies.append((live, value))
-        return live
+        return live if copies.take(live, value) else adopt(value)
     if isinstance(value, dict):
         known = live if isinstance(live, dict) else {}
         return {name: _merged(known.get(name), part, copies, adopt) for name, part in value.items()}
@@ -170,7 +192,7 @@ def _fits(live: Any, value: Any) -> bool:
     if not isinstance(live, torch.Tensor) or live.dtype != value.dtype or live.shape != value.shape or live.is_meta:
         return False
     if is_dtensor(live):
-        return is_dtensor(value) and bool(vars(live)["_spec"] == value._spec)
+        return is_dtensor(value) and same_spec(live, value)
     return is_plain(live) and is_plain(value)
 
 
@@ -181,13 +203,19 @@ def _adopted(param: torch.Tensor | None, group: dict[str, Any], value: torch.Ten
     return value.to(device=param.device)
 
 
-def _write(optimizer: Optimizer, state: dict[Any, Any], groups: list[dict[str, Any]], copies: _Copies) -> None:
+def _write(
+    optimizer: Optimizer,
+    merged: tuple[list[Any], list[Any]] | None,
+    groups: list[dict[str, Any]],
+    copies: _Copies,
+) -> None:
     with torch.no_grad():
-        for live, value in copies:
+        for live, value in copies.pairs:
             live.copy_(value)
     # Not others in their place, as torch does: wrappers and schedulers may hold these.
-    optimizer.state.clear()
-    optimizer.state.update(state)
+    if merged is not None:
+        optimizer.state.clear()
+        optimizer.state.update(zip(*merged, strict=True))
     for group, made in zip(optimizer.param_groups, groups, strict=True):
         group.clear()
         group.update(made)
