@@ -37,7 +37,6 @@ class ScriptedCluster:
         return self._time
 
     def next_event(self, timeout: float) -> Event | None:
-        self._time += 0.5
         if not self._queue and not self._dead:
             for _ in range(3):
                 self._train_step()

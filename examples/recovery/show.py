@@ -240,8 +240,8 @@ def print_result(console: Console, story: Story) -> None:
     if story.recoveries:
         console.print(_recovery_table(story.recoveries))
     if shares := story.standby_share():
-        text = f" With the standby {shares[0]:.2f} s from SIGKILL to the first commit, without {shares[1]:.2f} s: "
-        console.print(Text(text).append(f"{shares[0] / shares[1]:.0%}", "bold").append(" of it.\n"))
+        text = f" SIGKILL to first commit: {shares[0]:.2f} s with a standby, {shares[1]:.2f} s without: "
+        console.print(Text(text).append(f"{shares[0] / shares[1]:.0%}\n", "bold"), soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, title="Checks", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("check")

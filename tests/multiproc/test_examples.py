@@ -204,7 +204,7 @@ def test_recover_compares_a_heal_without_a_standby_and_one_with(tmp_path: Path, 
     check_durations(warm, {"interpreter", "imports"})
     totals = [recovery["durations"]["total"] for recovery in (warm, cold)]
     assert summary["standby_share"]["share"] == pytest.approx(totals[0] / totals[1])
-    assert re.search(r"With the standby \d+\.\d+ s .* without \d+\.\d+ s: \d+% of it", demo.output)
+    assert re.search(r"\d+\.\d+ s with a standby, \d+\.\d+ s without: \d+%", demo.output)
     check_standby_events(tmp_path / "output" / "events.jsonl")
 
 
@@ -228,7 +228,7 @@ def check_standby_events(path: Path) -> None:
     assert first["time"] < waiting["time"] < second["time"] < after[0]["time"]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
@@ -241,7 +241,7 @@ def test_recover_leaves_no_standby_behind(tmp_path: Path, marker: str, signum: i
         assert wait_until_none(marker, 5.0 if signum == signal.SIGKILL else 0.0) == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(200)
 def test_recover_tells_when_the_standby_fails(tmp_path: Path, marker: str) -> None:
     with small_demo(tmp_path, marker, "--standby", *ENDLESS) as demo:
         demo.wait_for(r"standby .* waits for a replica to die", 2 * STARTUP_TIMEOUT)

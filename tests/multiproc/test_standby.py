@@ -134,7 +134,23 @@ def test_a_signal_ends_all(tmp_path: Path, marker: str, signum: int, status: int
         wait_for_a_ready_standby(supervised, active)
         supervised.process.send_signal(signum)
         assert supervised.wait(15.0) == status, supervised.output
+        assert len(re.findall("in training", supervised.output)) == 1, "the standby began to train"
         assert wait_until_none(marker, 5.0 if signum == signal.SIGKILL else 0.0) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_standby_that_is_not_ready_yet_ends_with_training(tmp_path: Path, marker: str) -> None:
+    path = tmp_path / "train.py"
+    path.write_text(
+        "import os, time\n"
+        "if os.path.exists('first'):\n"
+        "    open('second', 'w').close()\n"
+        "    time.sleep(1000)\n"
+        "open('first', 'w').close()\n" + READY_AND_TRAIN + "while not os.path.exists('second'): time.sleep(0.01)\n"
+    )
+    with started(STANDBY, str(path), cwd=tmp_path, **{MARKER: marker, "STANDBY_DELAY": "0.1"}) as supervised:
+        assert supervised.wait(30.0) == 0, supervised.output
+        assert marked_processes(marker) == []
 
 
 @pytest.mark.timeout(60)
