@@ -5,7 +5,6 @@ What is compared with is torch's own ``state_dict()``, called where nothing else
 
 from __future__ import annotations
 
-import copy
 import logging
 import threading
 import time
@@ -239,15 +238,20 @@ def changed_afterwards() -> list[bool]:
     model = sharded("fsdp2")
     bound = bind(model=model)
     bound.state_dict()
-    found = []
-    for change in (
-        lambda: model.to(torch.float64),
-        lambda: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
-    ):
-        change()
-        got, expected = bound.state_dict()["model"], model.state_dict()
-        found += [same_state(got, expected), all(same_memory(got[key], value) for key, value in expected.items())]
-    return found
+    model.to(torch.float64)
+    found = [is_torchs(bound.state_dict()["model"], model.state_dict())]
+    model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()}, assign=True)
+    # torch has assigned the tied parameter of FSDP2 twice, and FSDP2 has kept the first: until the next forward, the
+    # module holds one under the second name that nobody trains.
+    got, expected = bound.state_dict()["model"], model.state_dict()
+    del expected["tail.weight"]
+    found += [is_torchs(got, expected), same_memory(got["tail.weight"], got["head.weight"])]
+    model(inputs(0).double()).sum().backward()
+    return [*found, is_torchs(bound.state_dict()["model"], model.state_dict())]
+
+
+def is_torchs(got: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return all(same_state(got[k], value) and same_memory(got[k], value) for k, value in expected.items())
 
 
 def test_the_state_follows_parameters_that_are_replaced() -> None:

@@ -175,6 +175,20 @@ def test_a_state_of_float32_beside_parameters_of_bfloat16_is_not_cast() -> None:
     assert difference(torchs.state_dict(), given) != ""  # torch's own casts
 
 
+def test_a_state_of_an_older_torch_is_brought_up_to_date_as_torch_does_it() -> None:
+    """Step counts were numbers once; an optimizer's class sees to what it finds."""
+    given = copy.deepcopy(stepped(adamw(1)).state_dict())
+    for state in given["state"].values():
+        state["step"] = 1
+    for group in given["param_groups"]:
+        del group["maximize"]
+    ours, torchs = adamw(), adamw()
+    load(ours, copy.deepcopy(given))
+    torchs.load_state_dict(copy.deepcopy(given))
+    assert difference(ours.state_dict(), torchs.state_dict()) == ""
+    assert isinstance(ours.state_dict()["state"][0]["step"], torch.Tensor)
+
+
 def test_entries_that_the_source_lacks_are_dropped() -> None:
     here = stepped(adamw())
     given = copy.deepcopy(here.state_dict())
