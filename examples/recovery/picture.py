@@ -64,7 +64,7 @@ def _title(story: Story) -> str:
     if not healed:
         return f"{len(story.rows)} replicas train"
     times = ", ".join(
-        f"{recovery.durations()['total']:.1f} s" + (" from a standby" if recovery.standby else "")
+        f"{recovery.durations()['total']:.1f} s" + (" (standby)" if recovery.standby else "")
         for recovery in healed
     )
     killed = "a replica is killed and heals" if len(healed) == 1 else f"{len(healed)} kills, {len(healed)} heals"

@@ -35,7 +35,7 @@ STATE_STYLES = {
 }
 BARS = "▁▂▃▄▅▆▇█"
 BAR_WIDTH = 8
-OTHER_COLUMNS_WIDTH = 90  # what a row needs beside the sparkline
+OTHER_COLUMNS_WIDTH = 92  # what a row needs beside the sparkline
 MIN_SPARK_WIDTH, MAX_SPARK_WIDTH = 10, 48
 NUM_LINES = 9  # of the story, below the live table
 PLAIN_STEP_INTERVAL = 10  # steps between two plain lines about the loss
