@@ -13,7 +13,7 @@ MINUTES ?= 10
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
-	@echo "make test    lint, types, and all tests (ten minutes on two slow cores)"
+	@echo "make test    lint, types, and all tests (under ten minutes on two slow cores)"
 	@echo "make lint    ruff and mypy --strict alone"
 	@echo "make bench   side by side with torchft's and torch's transports; ARGS='...' is passed on"
 	@echo "make compare BASE=commit  heal with that commit and with this checkout, turn by turn; ARGS='--states small' for some"
@@ -34,8 +34,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python examples/recover.py $(ARGS)
 
+# Three at a time on two cores: tests with several processes wait for most of their time, and are begun first
+# (tests/conftest.py). By file, since what a file sets up (groups, processes) is shared by its tests.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

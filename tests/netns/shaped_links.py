@@ -154,7 +154,7 @@ def serve(number: int) -> dict[str, Any]:
 
 
 class Healed(NamedTuple):
-    """When a receive began, had bytes, and ended, on the clock that all processes share, and whether the state is right."""
+    """When a receive began, had bytes, and ended, on the clock that all processes share; whether the state is right."""
 
     began: float
     first: float

@@ -127,6 +127,21 @@ def heal_and_load(source: Job, case: Case) -> Job:
     return destination
 
 
+def test_who_has_stepped_and_loads_what_no_step_was_taken_from_begins_as_its_source_does() -> None:
+    case = Case("SGD", {"momentum": 0.9, "dampening": 0.5})
+    source, destination = materialized(case, seed=1), materialized(case, seed=2).run(0, 2)
+    received = copy.deepcopy(source.state_dict())
+    for mine, theirs in zip(destination.params, received["params"], strict=True):
+        mine.data.copy_(theirs)
+    destination.optimizer.load_state_dict(received["optimizer"])
+    destination.scheduler.load_state_dict(received["scheduler"])
+    destination.stepped.clear()
+    for number in range(STEPS):
+        source.step(number)
+        destination.step(number)
+        assert difference(destination.trained, source.trained) == ""
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_cannot_be_made_is_refused_by_name(name: str) -> None:
     param = torch.nn.Parameter(torch.ones(3))
