@@ -80,6 +80,11 @@ def main() -> None:
         average([parameter.grad for parameter in model.parameters()], manager)
         optimizer.step()  # only if this step is to be committed
         step = manager.current_step()
+        # Where one rank has healed and another has not, torchft may take both for healed: then all of them start again.
+        steps = torch.tensor([-step, step])
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps.sum():
+            raise SystemExit(f"rank {rank} is at step {step}, another one is not")
         if step % REPORT_INTERVAL == 0:
             digest, alive = transport.state_digest().whole[:12], manager.num_participants()
             print(f"rank {rank} step {step} loss {loss.item():.3f} replicas {alive} state {digest}", flush=True)
