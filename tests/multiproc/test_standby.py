@@ -64,9 +64,11 @@ def test_the_standby_heals_in_place_and_so_does_the_next(tmp_path: Path, marker:
         started(STANDBY, str(TRAIN_DDP), cwd=tmp_path, **environment) as supervised,
     ):
         survivor.wait_for(REPORT, STARTUP_TIMEOUT)
-        active = int(supervised.wait_for(TRAINS, 0.0)[1])
+        active = int(supervised.wait_for(TRAINS, STARTUP_TIMEOUT)[1])
+        trained: list[int] = []
         for _ in range(2):
-            standby = wait_for_a_ready_standby(supervised, active)
+            trained.append(active)
+            standby = wait_for_a_ready_standby(supervised, *trained)
             os.kill(active, signal.SIGKILL)
             supervised.wait_for(rf"process {active} ended with -9", 10.0)
             active = int(supervised.wait_for(TRAINS, 10.0)[1])
@@ -80,11 +82,12 @@ def test_the_standby_heals_in_place_and_so_does_the_next(tmp_path: Path, marker:
         assert marked_processes(marker) == []
 
 
-def wait_for_a_ready_standby(supervised: Example, active: int) -> int:
-    """The next process that says that it is ready and does not train."""
-    while (ready := int(supervised.wait_for(READY, STARTUP_TIMEOUT)[1])) == active:
-        pass
-    return ready
+def wait_for_a_ready_standby(supervised: Example, *others: int) -> int:
+    """The process that says, or has said, that it is ready, and is none of ``others``."""
+    while not (ready := {int(pid) for pid in re.findall(READY, supervised.output)} - set(others)):
+        supervised.wait_for(READY, STARTUP_TIMEOUT)
+    (standby,) = ready
+    return standby
 
 
 def supervise(folder: Path, marker: str, script: str, **environment: str) -> contextlib.AbstractContextManager[Example]:
@@ -116,7 +119,7 @@ def test_nothing_trains_before_its_time(tmp_path: Path, marker: str) -> None:
         standby = wait_for_a_ready_standby(supervised, active)
         assert set(marked_processes(marker)) == {supervised.process.pid, active, standby}
         os.kill(standby, signal.SIGKILL)  # one that dies while it waits is replaced, and training goes on
-        again = wait_for_a_ready_standby(supervised, active)
+        again = wait_for_a_ready_standby(supervised, active, standby)
         os.kill(active, signal.SIGKILL)
         assert int(supervised.wait_for(r"training in (\d+)", 30.0)[1]) == again
         assert len(re.findall(r"training in", supervised.output)) == 2
