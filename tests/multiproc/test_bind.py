@@ -117,7 +117,7 @@ class Reading:
                 self._function()
                 self.count += 1
                 # Else each operation of the other thread, which lets go of the interpreter, waits to get it back.
-                time.sleep(1e-4)
+                time.sleep(1e-3)
         except Exception as exc:
             self.error = f"{type(exc).__name__}: {exc}"
 
@@ -166,6 +166,7 @@ def train_alone(kind: str) -> str:
     return digest(local(model.state_dict()))
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("kind", ["fsdp2", "hsdp"])
 def test_a_thread_that_reads_all_the_time_changes_nothing(kind: str) -> None:
     alone = in_group(train_alone, 2, kind)
