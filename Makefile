@@ -37,7 +37,7 @@ demo: $(READY)
 # Three at a time on two cores: tests with several processes wait for most of their time, and are begun first
 # (tests/conftest.py). By file, since what a file sets up (groups, processes) is shared by its tests.
 test: lint
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -281,6 +281,7 @@ def test_a_copy_of_one_whose_state_may_have_to_go_wants_a_call_of_its_own() -> N
 
 
 def test_nothing_is_left_of_an_optimizer_that_is_gone() -> None:
+    gc.collect()  # those of other tests
     optimizer = torch.optim.Rprop(parameters((3, 4)), 0.1)
     for _ in range(3):
         materialize(optimizer)
