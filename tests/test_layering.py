@@ -68,7 +68,6 @@ TESTED_ELSEWHERE = {
     "_state/kinds": "state/kinds/test_base.py",
     "_lanes/destination": "multiproc/test_lanes.py",
     "_net/listener": "net/test_dial.py",
-    "_training/first_state": "training/test_materialize.py",
     "_training/fully_sharded": "multiproc/test_bind.py",
     "_training/provisional": "training/test_materialize.py",
 }
