@@ -64,8 +64,7 @@ def _title(story: Story) -> str:
     if not healed:
         return f"{len(story.rows)} replicas train"
     times = ", ".join(
-        f"{recovery.durations()['total']:.1f} s" + (" (standby)" if recovery.standby else "")
-        for recovery in healed
+        f"{recovery.durations()['total']:.1f} s" + (" (standby)" if recovery.standby else "") for recovery in healed
     )
     killed = "a replica is killed and heals" if len(healed) == 1 else f"{len(healed)} kills, {len(healed)} heals"
     return f"{len(story.rows)} replicas train; {killed}: {times} from SIGKILL to the first commit"

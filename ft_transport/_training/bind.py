@@ -116,7 +116,8 @@ class Bound:
             ValueError: A part is missing or left over, or there are other parameter groups.
             RuntimeError: torch's own, for a model of other keys or shapes.
             Exception: What a part's own function raises.
-        After an error that is named here: nothing was loaded. After another one: some parts may have been.
+        After an error that is named here: nothing was loaded, unless a module loads in a way of its own (an override, a
+            load hook); then, and after another error, some of it may have been.
         Threading: the thread that trains, outside of forward, backward and step, as the Manager does.
         """
         _check_names(self._parts, state, "state")
@@ -199,7 +200,7 @@ def _prepared(part: Any, state: Any, path: str) -> list[Callable[[], None]]:
 
 
 def _check_names(parts: Mapping[str, Any], state: Mapping[str, Any], path: str) -> None:
-    missing = ", ".join(sorted(parts.keys() - state.keys())) or "none"
-    unexpected = ", ".join(sorted(state.keys() - parts.keys())) or "none"
+    missing = ", ".join(sorted(map(str, parts.keys() - state.keys()))) or "none"
+    unexpected = ", ".join(sorted(map(str, state.keys() - parts.keys()))) or "none"
     if missing != "none" or unexpected != "none":
         raise ValueError(f"{path}: missing {missing}, unexpected {unexpected}; nothing was loaded")

@@ -160,7 +160,8 @@ class _Plan:
     def _own(self, module: nn.Module, real: str) -> None:
         """What a module has itself, without its children."""
         prefix = without_compiled(real)
-        if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
+        of_class = type(module)._save_to_state_dict is nn.Module._save_to_state_dict
+        if not of_class or "_save_to_state_dict" in module.__dict__:
             self._refuse_sharded(module, prefix, recurse=False)
             self.loads_plainly = False
             self._call(lambda state: module._save_to_state_dict(state, prefix, False))
@@ -212,7 +213,7 @@ class _Plan:
         seen: list[Any] = []
         for module in (*self._called, *self._modules):
             own = module.__dict__
-            seen += (type(module), own.get("state_dict"), own.get("load_state_dict"))
+            seen += (type(module), *map(own.get, _FUNCTIONS))
             for hooks in _hooks(module):
                 if hooks:
                     seen += hooks.values()
@@ -271,6 +272,8 @@ class _Plan:
 
 
 _NEXT = object()
+# What decides how a module saves and loads, where an instance has it.
+_FUNCTIONS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 
 
 def _can_copy(live: Any, value: Any) -> bool:
@@ -279,7 +282,8 @@ def _can_copy(live: Any, value: Any) -> bool:
         return False
     if is_dtensor(live):
         return is_dtensor(value) and same_spec(live, value)
-    return is_plain(live) and is_plain(value)
+    # What is expanded cannot be written to.
+    return is_plain(live) and is_plain(value) and (0 not in live.stride() or live.is_contiguous())
 
 
 def _plain(live: Any, value: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -310,6 +314,8 @@ def _loads_plainly(module: nn.Module) -> bool:
     """Whether loading is copying, to those that have the same keys."""
     kind = type(module)
     if kind.load_state_dict is not nn.Module.load_state_dict or "load_state_dict" in module.__dict__:
+        return False
+    if "_load_from_state_dict" in module.__dict__:
         return False
     load = kind._load_from_state_dict
     if load is not nn.Module._load_from_state_dict and load.__module__ not in _LOADED_AS_OTHERS:

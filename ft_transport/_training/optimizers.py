@@ -23,21 +23,26 @@ __all__ = ["OptimizerState"]
 
 # How this replica computes, not what: they depend on its devices.
 _LOCAL = ("capturable", "foreach", "fused")
-# Wrappers that override state_dict, but only for who asks: what they hold is the inner one's.
-_PASS_ON = ("torchft.", "torch.distributed.optim.")
+# Wrappers that override state_dict, but only for who asks: what they hold is the inner one's. Not all of torch's are
+# such: PostLocalSGDOptimizer has a count of its own.
+_ZERO = "ZeroRedundancyOptimizer"
 _ATOMIC = (int, float, complex, bool, str, bytes, type(None))
 _WRAPPED = ("optim", "optimizer")
 
 
 def innermost(optimizer: Any) -> Any:
     """The optimizer that steps, where others only pass on what it holds."""
-    while type(optimizer).__module__.startswith(_PASS_ON):
+    while type(optimizer).__module__.startswith("torchft.") or _is_zero(optimizer):
         inner = [getattr(optimizer, name, None) for name in _WRAPPED]
         found = next((each for each in inner if isinstance(each, Optimizer)), None)
         if found is None:
             break
         optimizer = found
     return optimizer
+
+
+def _is_zero(optimizer: Any) -> bool:
+    return type(optimizer).__name__ == _ZERO and type(optimizer).__module__.startswith("torch.distributed.optim.")
 
 
 class OptimizerState:
@@ -49,10 +54,14 @@ class OptimizerState:
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = innermost(optimizer)
+        # It has groups of its own, which schedulers change, and copies them to the inner one's before each step.
+        self._outer = optimizer if _is_zero(optimizer) else None
 
     def state_dict(self) -> dict[str, Any]:
         """As ``optimizer.state_dict()``."""
         optimizer = self._optimizer
+        if self._outer is not None:
+            _pass_groups_on(self._outer, optimizer)
         if _is_called(optimizer):
             return optimizer.state_dict()  # type: ignore[no-any-return]
         indices: dict[int, int] = {}
@@ -92,7 +101,13 @@ class OptimizerState:
         copies = _Copies()
         merged = _states(optimizer, state, copies)
         new_groups = [_group(group, given, copies) for group, given in zip(groups, saved, strict=True)]
-        return partial(_write, optimizer, merged, new_groups, copies)
+        return partial(_write, optimizer, merged, new_groups, copies, self._outer)
+
+
+def _pass_groups_on(optimizer: Any, other: Any) -> None:
+    """Let the groups of another optimizer have the values of this one's, but for the parameters."""
+    for group, target in zip(optimizer.param_groups, other.param_groups, strict=True):
+        target.update({name: value for name, value in group.items() if name != "params"})
 
 
 def _is_called(optimizer: Any) -> bool:
@@ -152,7 +167,7 @@ def _group(group: dict[str, Any], given: Mapping[str, Any], copies: _Copies) -> 
         name: kept[name] if name in kept else _merged(group.get(name), value, copies, copy.deepcopy)
         for name, value in given.items()
     }
-    return {**made, **names}
+    return {**made, **{name: value for name, value in kept.items() if name not in made}, **names}
 
 
 class _Copies:
@@ -198,7 +213,8 @@ def _fits(live: Any, value: Any) -> bool:
 
 def _adopted(param: torch.Tensor | None, group: dict[str, Any], value: torch.Tensor) -> torch.Tensor:
     """A tensor of a state as torch's own load takes it, but never cast."""
-    if param is None or (value.dim() == 0 and not (group.get("capturable") or group.get("fused"))):
+    is_count = value.dim() == 0 and (param is None or param.dim() != 0)
+    if param is None or (is_count and not (group.get("capturable") or group.get("fused"))):
         return value  # a count, or a product of numbers: where the optimizer reads it without waiting for a device
     return value.to(device=param.device)
 
@@ -208,17 +224,23 @@ def _write(
     merged: tuple[list[Any], list[Any]] | None,
     groups: list[dict[str, Any]],
     copies: _Copies,
+    outer: Any = None,
 ) -> None:
     with torch.no_grad():
         for live, value in copies.pairs:
             live.copy_(value)
     # Not others in their place, as torch does: wrappers and schedulers may hold these.
     if merged is not None:
-        optimizer.state.clear()
-        optimizer.state.update(zip(*merged, strict=True))
+        state = dict(zip(*merged, strict=True))
+        # Another thread that reads meanwhile finds each entry, as it was or as it shall be.
+        if list(map(id, optimizer.state)) != list(map(id, state)):
+            optimizer.state.clear()  # for the order
+        optimizer.state.update(state)
     for group, made in zip(optimizer.param_groups, groups, strict=True):
         group.clear()
         group.update(made)
+    if outer is not None:
+        _pass_groups_on(optimizer, outer)
     # What a class has to say of older states.
     optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
     for hook in optimizer._optimizer_load_state_dict_post_hooks.values():

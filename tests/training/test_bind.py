@@ -252,3 +252,10 @@ def test_another_number_of_optimizers_is_refused(given: Any, message: str) -> No
     bound = bind(optimizers=[torch.optim.SGD(params), torch.optim.SGD(params)])
     with pytest.raises(ValueError, match=message):
         bound.load_state_dict({"optim": given})
+
+
+def test_names_that_are_numbers_are_named_too() -> None:
+    bound = bind(model={0: plain(), 1: plain()}, materialize=False)
+    state = bound.state_dict()
+    with pytest.raises(ValueError, match="model: missing 1, unexpected none; nothing was loaded"):
+        bound.load_state_dict({"model": {0: state["model"][0]}})

@@ -489,3 +489,36 @@ def test_those_that_say_it_themselves_are_asked_each_time(name: str) -> None:
     state = ModuleState(module)
     state.state_dict()
     assert_is_torchs(state, randomized(module, 3))
+
+
+def packing() -> nn.Module:
+    """Saves and loads under another key, by functions of the instance alone."""
+    module: Any = nn.Linear(2, 2, bias=False)
+
+    def save(destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}packed"] = module.weight.detach() * 10
+
+    def load(state: dict[str, Any], prefix: str, *args: Any) -> None:
+        with torch.no_grad():
+            module.weight.copy_(state[f"{prefix}packed"] / 10)
+
+    module._save_to_state_dict, module._load_from_state_dict = save, load
+    return nn.Sequential(module)
+
+
+def test_functions_of_an_instance_count_as_its_classs_do() -> None:
+    source, destination = packing(), packing()
+    state = ModuleState(source).state_dict()
+    assert list(state) == ["0.packed"]
+    ModuleState(destination).prepare(state)()
+    assert difference(destination.state_dict(), source.state_dict()) == ""
+
+
+def test_what_cannot_be_written_to_is_refused_as_torch_does_and_nothing_is_loaded() -> None:
+    module = nn.Linear(2, 2)
+    module.register_buffer("scale", torch.ones(1).expand(4))
+    state = {**ModuleState(module).state_dict(), "scale": torch.arange(4.0), "weight": torch.zeros(2, 2)}
+    before = snapshot(module)
+    with pytest.raises(RuntimeError, match="scale"):
+        ModuleState(module).prepare(state)()
+    assert snapshot(module) == before

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import difference, snapshot, tensors_of
 from torch import nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.optim import Optimizer
 
 from ft_transport import materialize
@@ -380,3 +383,76 @@ def test_torchfts_wrapper_is_looked_through() -> None:
     load(torchft.Optimizer(None, here), copy.deepcopy(adam.state_dict()))
     assert all(one is other for one, other in zip(tensors_of(here.state_dict()["state"]), tensors, strict=True))
     assert difference(here.state_dict(), adam.state_dict()) == ""
+
+
+# -------------------------------------------------------------------------- those that wrap another one
+
+
+@pytest.fixture
+def wrappers() -> Iterator[Any]:
+    """torch's own, in a group of one rank."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.script, which they use
+        import torch.distributed.optim as found
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield found
+    dist.destroy_process_group()
+
+
+def test_a_zero_optimizer_goes_on_with_the_learning_rate_that_its_scheduler_has_set(wrappers: Any) -> None:
+    """Its own groups are what a scheduler changes; the inner one's follow with the next step."""
+
+    def made() -> tuple[nn.Linear, Any, Any]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 3)
+        optimizer = wrappers.ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.1)
+        return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    def step(model: nn.Linear, optimizer: Any, scheduler: Any) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(2, 3)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+    source, destination = made(), made()
+    for _ in range(4):
+        step(*source)
+    destination[0].load_state_dict(source[0].state_dict())
+    load(destination[1], copy.deepcopy(OptimizerState(source[1]).state_dict()))
+    destination[2].load_state_dict(source[2].state_dict())
+    for _ in range(3):
+        assert destination[1].param_groups[0]["lr"] == source[1].param_groups[0]["lr"]
+        step(*source)
+        step(*destination)
+        assert difference(list(destination[0].parameters()), list(source[0].parameters())) == ""
+
+
+def test_a_wrapper_with_a_count_of_its_own_is_asked_itself(wrappers: Any) -> None:
+    def made() -> Any:
+        return wrappers.PostLocalSGDOptimizer(adamw(), PeriodicModelAverager(period=4, warmup_steps=100))
+
+    source, destination = made(), made()
+    source.averager.step = 5
+    state = OptimizerState(source).state_dict()
+    assert state["step"] == 5
+    load(destination, copy.deepcopy(state))
+    assert destination.averager.step == 5
+
+
+def test_a_scalar_parameters_momentum_is_moved_to_its_device_and_a_count_is_not() -> None:
+    there = torch.optim.AdamW([nn.Parameter(torch.ones((), device="meta")), nn.Parameter(torch.ones(2, device="meta"))])
+    here = torch.optim.AdamW([nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(2))])
+    materialize(here)
+    load(there, here.state_dict())
+    scalar, vector = there.state.values()
+    assert (scalar["exp_avg"].device.type, vector["exp_avg"].device.type) == ("meta", "meta")
+    assert vector["step"].device.type == "cpu"
+
+
+def test_a_flag_that_the_state_lacks_stays_as_it_is_here() -> None:
+    source, destination = adamw(1), adamw(2, foreach=True)
+    state = source.state_dict()
+    for group in state["param_groups"]:
+        del group["foreach"]
+    load(destination, state)
+    assert [group["foreach"] for group in destination.param_groups] == [True, True]
