@@ -164,7 +164,7 @@ def _group(group: dict[str, Any], given: Mapping[str, Any], copies: _Copies) -> 
     kept = {name: group[name] for name in ("params", *_LOCAL) if name in group}
     names = {"param_names": group["param_names"]} if "param_names" in group and "param_names" not in given else {}
     made = {
-        name: kept[name] if name in kept else _merged(group.get(name), value, copies, copy.deepcopy)
+        name: kept[name] if name in kept else _merged(group.get(name), value, copies, _copied)
         for name, value in given.items()
     }
     return {**made, **{name: value for name, value in kept.items() if name not in made}, **names}
@@ -187,15 +187,17 @@ class _Copies:
         return True
 
 
-def _merged(live: Any, value: Any, copies: _Copies, adopt: Callable[[torch.Tensor], Any]) -> Any:
-    """A value to load, with the live tensors in it wherever one can take what it has."""
+def _merged(
+    live: Any, value: Any, copies: _Copies, adopt: Callable[[torch.Tensor, object], Any], name: object = None
+) -> Any:
+    """A value to load, under this name, with the live tensors in it wherever one can take what it has."""
     if live is value or type(value) in _ATOMIC:
         return value
     if isinstance(value, torch.Tensor):
-        return live if copies.take(live, value) else adopt(value)
+        return live if copies.take(live, value) else adopt(value, name)
     if isinstance(value, dict):
         known = live if isinstance(live, dict) else {}
-        return {name: _merged(known.get(name), part, copies, adopt) for name, part in value.items()}
+        return {each: _merged(known.get(each), part, copies, adopt, each) for each, part in value.items()}
     if type(value) in (list, tuple):
         parts = live if isinstance(live, (list, tuple)) and len(live) == len(value) else [None] * len(value)
         return type(value)(_merged(part, given, copies, adopt) for part, given in zip(parts, value, strict=True))
@@ -211,11 +213,18 @@ def _fits(live: Any, value: Any) -> bool:
     return is_plain(live) and is_plain(value)
 
 
-def _adopted(param: torch.Tensor | None, group: dict[str, Any], value: torch.Tensor) -> torch.Tensor:
+def _copied(value: torch.Tensor, name: object) -> torch.Tensor:
+    return copy.deepcopy(value)
+
+
+def _adopted(param: torch.Tensor | None, group: dict[str, Any], value: torch.Tensor, name: object) -> torch.Tensor:
     """A tensor of a state as torch's own load takes it, but never cast."""
-    is_count = value.dim() == 0 and (param is None or param.dim() != 0)
-    if param is None or (is_count and not (group.get("capturable") or group.get("fused"))):
-        return value  # a count, or a product of numbers: where the optimizer reads it without waiting for a device
+    if param is None:
+        return value
+    # Of a parameter that is a number itself, so is its momentum: there the name alone tells a count, as torch has it.
+    is_count = name == "step" or (value.dim() == 0 and param.dim() != 0)
+    if is_count and not (group.get("capturable") or group.get("fused")):
+        return value  # or a product of numbers: where the optimizer reads it without waiting for a device
     return value.to(device=param.device)
 
 

@@ -40,14 +40,6 @@ Make = Callable[[Params], torch.optim.Optimizer]
 Wrap = Callable[[torch.optim.Optimizer], Any]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def trained(params: Params, optimizer: torch.optim.Optimizer, step: Callable[[], object] | None = None) -> Any:
     """What twenty steps make of them."""
     for number in range(STEPS):
