@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ft_transport._device import seam
-from ft_transport._plan.lent import readers_of
+from ft_transport._plan.lent import kept, readers_of
 from ft_transport._process import memory_at
 from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import format_path
@@ -311,8 +311,6 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
             blocks.append(block)
             moves.append((ours, theirs, nbytes) if gather else (theirs, ours, nbytes))
         else:
-            if not block.here:
-                raise _taken_away()
             (rest if here or not address else far).append(_Part(block, begin, staged[done : done + nbytes]))
         done += nbytes
     # In groups, since all of one group are copied under the interpreter's lock: a bucket of 4 MiB at once would keep
@@ -321,14 +319,12 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
         group = slice(first, first + _AT_ONCE)
         if not list(starmap(_memmove, _if_there(blocks[group], moves[group]))):
             raise _taken_away()
-    if rest and address:
-        _copy_parts(rest, gather=gather)
-    elif rest:
-        # The message is on a device, and so is the work, whatever else takes part in it.
-        seam().run(seam().device_of(staged), partial(_copy_parts, rest, gather=gather))
-    for run in _runs(far):
-        device = seam().device_of(run[0].block.memory)
-        seam().run(device, partial(_gather_run if gather else _scatter_run, run))
+    if rest or far:
+        storages = (part.block.storage for part in chain(rest, far))
+        with kept(storage for storage in storages if storage is not None) as there:
+            if not there or not all(part.block.here for part in chain(rest, far)):
+                raise _taken_away()
+            _copy_by_torch(rest, far, staged, gather)
 
 
 class _Part(NamedTuple):
@@ -348,6 +344,18 @@ class _Part(NamedTuple):
     def flat(self) -> torch.Tensor:
         """The piece of a dense block, flat uint8."""
         return seam().reach(self.block.bytes(self.begin, self.begin + self.staged.numel()))
+
+
+def _copy_by_torch(rest: Sequence[_Part], far: Sequence[_Part], staged: torch.Tensor, gather: bool) -> None:
+    """Copy pieces to or from a staged message: ``far`` ones are on devices, and it is not; ``rest`` are the others."""
+    if rest and seam().on_host(staged):
+        _copy_parts(rest, gather=gather)
+    elif rest:
+        # The message is on a device, and so is the work, whatever else takes part in it.
+        seam().run(seam().device_of(staged), partial(_copy_parts, rest, gather=gather))
+    for run in _runs(far):
+        device = seam().device_of(run[0].block.memory)
+        seam().run(device, partial(_gather_run if gather else _scatter_run, run))
 
 
 def _copy_parts(parts: Sequence[_Part], *, gather: bool) -> None:

@@ -15,12 +15,13 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-__all__ = ["Readers", "readers_of"]
+__all__ = ["Readers", "kept", "readers_of"]
 
 # ``share_memory_()`` and a queue of torch.multiprocessing move a storage by one of the last two.
 _TAKE_AWAY = ("resize_", "_share_fd_cpu_", "_share_filename_cpu_")
@@ -91,6 +92,23 @@ def readers_of(storage: torch.UntypedStorage) -> Readers:
                     setattr(storage, name, functools.partial(known.take_away, act))
                 setattr(storage, _ATTRIBUTE, known)
     return known
+
+
+@contextmanager
+def kept(storages: Iterable[torch.UntypedStorage]) -> Iterator[bool]:
+    """While a block runs, nobody takes the memory of these away; gives whether all of them had theirs at its begin.
+
+    For work that torch does by steps, between which other threads run: it looks at bounds in one and uses the address
+    in another, and an address of nothing ends the process, or on an accelerator the context.
+    """
+    readers = set(map(readers_of, storages))
+    try:
+        for each in readers:
+            each.enter(None)
+        yield not any(each.turn % 2 for each in readers)
+    finally:
+        for each in readers:
+            each.leave()
 
 
 def _act(reference: weakref.ref[torch.UntypedStorage], name: str, *args: Any, **kwargs: Any) -> Any:

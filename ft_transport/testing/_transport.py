@@ -25,8 +25,20 @@ logger = logging.getLogger("ft_transport")
 T = TypeVar("T", bound="FaultyTransport")
 G = TypeVar("G", bound=Faults)
 
-# A process that stops or kills itself goes on for a moment; it shall not get further than the fault.
+# A process that kills itself may go on for a moment; it shall not get further than the fault.
 _MOMENT = 0.05
+
+
+def signal_self(number: signal.Signals) -> None:
+    """Send this process a signal; the calling thread gets no further where it ends or stops the process."""
+    if number == signal.SIGSTOP:
+        # To this thread, which stops on its way out of the call, and all others then: of a signal to the process the
+        # kernel may tell any thread, and on a busy machine 0.05 s may pass until that one runs.
+        signal.pthread_kill(threading.get_ident(), number)
+    else:
+        # A handler of Python's runs in the main thread, whose sleep only a signal to the process ends.
+        os.kill(os.getpid(), number)
+        threading.Event().wait(_MOMENT)
 
 
 @dataclass(frozen=True)
@@ -162,10 +174,7 @@ class FaultyTransport(Faults):
         """Send this process a signal in a phase; see :meth:`die_in`."""
 
         def act() -> None:
-            os.kill(os.getpid(), number)
-            # The kernel may deliver it to another thread, and this one would go on to send until that one stops the
-            # process.
-            threading.Event().wait(_MOMENT)
+            signal_self(number)
 
         return self._strike(_Strike(number.name, phase, share, phase == "move", act))
 

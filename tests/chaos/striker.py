@@ -9,6 +9,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ft_transport.testing._transport import signal_self
+
 from . import sockets
 from .schedule import Fault
 from .voice import Voice
@@ -86,9 +88,7 @@ class Striker:
             self._voice.tell("trigger", fault=fault.number, **where)
             return
         self._voice.tell("strike", fault=dataclasses.asdict(fault), role=fault.role, **where)
-        if fault.kind == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif fault.kind in ("stop", "stop and kill"):
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if fault.kind in ("kill", "stop", "stop and kill"):
+            signal_self(signal.SIGKILL if fault.kind == "kill" else signal.SIGSTOP)
         else:
             sockets.cut(self._port, fault.share if fault.kind == "cut one" else None)

@@ -29,6 +29,7 @@ from ft_transport._options import LaneOptions, Options
 from ft_transport._wire.layout import Limits
 from ft_transport.bench.groups import join
 from ft_transport.testing import FaultyTransport
+from ft_transport.testing._transport import signal_self
 
 from .harness import PATIENCE, Residue, digest, quiet, residue, tell, wait_until
 
@@ -442,10 +443,7 @@ def have_fault(case: Case) -> None:
     """Die or freeze, here and now."""
     assert case.signals is not None
     tell("fault")
-    stopping = time.monotonic()
-    os.kill(os.getpid(), case.signals)
-    # A process that stops itself goes on for a moment.
-    wait_until(lambda: time.monotonic() > stopping + 0.05)
+    signal_self(case.signals)
 
 
 def _fault_before(case: Case, rank: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from helpers import noise, raw_bytes, succeed
 from states import DTYPES
 
 from ft_transport._options import Options
-from ft_transport._plan.blocks import Block, Held, Places, copy_blocks, copy_elements, held, storage_as
+from ft_transport._plan import blocks as blocks_module
+from ft_transport._plan.blocks import Block, Held, Places, copy_blocks, copy_elements, held, indexed, storage_as
 from ft_transport._state.describe import describe
 from ft_transport.errors import LocalProtocolError
 
@@ -146,6 +149,43 @@ def test_memory_that_is_taken_away_between_two_reads_is_not_read_again(move: Cal
             part.check()
     assert len(pieces) == 1
     assert len(pieces[0]) == 199_998
+
+
+@pytest.mark.parametrize("gather", [True, False], ids=["gathered", "scattered"])
+@pytest.mark.parametrize("form", ["strided", "gaps"])
+def test_memory_is_not_taken_away_between_two_steps_of_a_copy(
+    monkeypatch: pytest.MonkeyPatch, form: str, gather: bool
+) -> None:
+    """Torch looks at its bounds in one step and copies in another; whoever takes it comes in between."""
+    whole = noise(64 * 64, 1).view(64, 64)
+    if form == "strided":
+        block = Block(whole.t(), dense=False)
+    else:
+        block = indexed(whole, 0, whole.nbytes, torch.arange(0, 64 * 64, 2), 4)
+    nbytes = (block.memory if block.places is None else block.places).numel() * 4
+    (block,) = held([block])
+    staged, taken = torch.full((nbytes,), 7, dtype=torch.uint8), threading.Event()
+    thread = threading.Thread(target=lambda: (whole.untyped_storage().resize_(0), taken.set()))
+
+    def first(name: str) -> Callable[..., None]:
+        copy = getattr(blocks_module, name)
+
+        def then(*args: Any, **kwargs: Any) -> None:
+            if not thread.ident:
+                thread.start()
+                assert not taken.wait(0.05)
+            copy(*args, **kwargs)
+
+        return then
+
+    for name in ("_copy", "_copy_indexed"):
+        monkeypatch.setattr(blocks_module, name, first(name))
+    copy_blocks([(block, 0, nbytes)], staged, gather=gather)
+    assert thread.ident
+    thread.join(10)
+    assert taken.is_set()
+    with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+        copy_blocks([(block, 0, nbytes)], staged, gather=gather)
 
 
 QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}
