@@ -5,6 +5,8 @@ Importing it builds it, which takes a C++ compiler and a minute; it is built aga
 
 from __future__ import annotations
 
+import fcntl
+import sys
 import types
 from pathlib import Path
 
@@ -39,7 +41,19 @@ class _Module(types.ModuleType):
         pass
 
 
-device = load("ft_transport_sim", [str(Path(__file__).with_name("device.cpp"))], extra_cflags=["-O1"])
+def _built() -> types.ModuleType:
+    versions = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
+    folder = Path(__file__).parents[2] / "build" / f"simulator-{versions}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "ours").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        # Torch's own lock is a file, which a build that was killed leaves behind: who comes later waits for ever.
+        (folder / "lock").unlink(missing_ok=True)
+        source = str(Path(__file__).with_name("device.cpp"))
+        return load("ft_transport_sim", [source], extra_cflags=["-O1"], build_directory=str(folder))
+
+
+device = _built()
 torch.utils.rename_privateuse1_backend("sim")
 torch._register_device_module("sim", _Module("sim"))
 torch.utils.generate_methods_for_privateuse1_backend()
