@@ -61,17 +61,24 @@ def test_the_table_says_what_was_run_what_failed_and_what_was_not_run() -> None:
     results: dict[Cell, Any] = {
         ran: {
             "versions": {"python": "3.11.7", "torch": "2.15.0+cu132"},
+            "commit": "abc1234",
             "unit": {"outcome": "ran", **COUNTS},
             "heal": {"outcome": "ran", "passed": 5, "failed": 0, "skipped": 0, "failures": []},
         },
         missing: {"versions": {}, "install": "no python3.12"},
     }
     table = render([ran, missing, left], results.get)
-    assert "| 3.11.7 | 2.15.0+cu132 | torchft 0.2.0 | 2 passed, 2 failed, 1 skipped | 5 passed |" in table
-    assert "| 3.12 | 2.15.0 | torchft 0.2.0 | no python3.12 |  |" in table
-    assert "| 3.13 | 2.15.0 | torchft 0.2.0 | not run | not run |" in table
+    assert "| 3.11.7 | 2.15.0+cu132 | torchft 0.2.0 | abc1234 | 2 passed, 2 failed, 1 skipped | 5 passed |" in table
+    assert "| 3.12 | 2.15.0 | torchft 0.2.0 |  | no python3.12 |  |" in table
+    assert "| 3.13 | 2.15.0 | torchft 0.2.0 |  | not run | not run |" in table
     assert f"Failed with {ran.name}:" in table
     assert "* `test_a.two[x]`" in table
+    # Elsewhere, where another cell is run, these lines stay.
+    del results[ran]
+    page = replaced(f"{BEGIN}{END}", table)
+    results[left] = {"versions": {}, "install": "no python3.13"}
+    later = render([ran, missing, left], results.get, page)
+    assert later == table.replace("|  | not run | not run |", "|  | no python3.13 |  |")
 
 
 def test_the_table_takes_the_place_of_the_one_before() -> None:

@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     folder = Folder(options.folder, 60 * options.minutes)
     if options.table:
-        PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), render(list(cells([])), folder.result_of)), "utf-8")
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(replaced(page, render(list(cells([])), folder.result_of, page)), "utf-8")
         return 0
     chosen = list(cells(options.words))
     if options.again:

@@ -76,6 +76,7 @@ class Folder:
     def __init__(self, path: Path, seconds: int) -> None:
         self._path = path.resolve()
         self._seconds = seconds
+        self._commit = ""
         self._path.mkdir(parents=True, exist_ok=True)
 
     def result_of(self, cell: Cell) -> dict[str, Any] | None:
@@ -88,6 +89,7 @@ class Folder:
 
     def build(self) -> None:
         """Make the wheel, and a copy of all that is beside the package: no test can then import the checkout's."""
+        self._commit = _run(["git", "describe", "--always", "--dirty"], cwd=ROOT)
         for name in ("wheel", "source", "sdist"):
             shutil.rmtree(self._path / name, ignore_errors=True)
         listed = _run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT)
@@ -117,7 +119,7 @@ class Folder:
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Run those parts of a cell that have no result, keep what came of each, and give it all."""
-        result: dict[str, Any] = self.result_of(cell) or {"versions": {}}
+        result: dict[str, Any] = self.result_of(cell) or {"versions": {}, "commit": self._commit}
         try:
             python = self._install(cell)
             result["versions"] = json.loads(_run([python, "-c", _VERSIONS]))

@@ -24,33 +24,44 @@ def describe(part: dict[str, Any] | None) -> str:
     return ", ".join([passed, *([failed] if part["failed"] else []), *([skipped] if part["skipped"] else [])])
 
 
-def render(cells: Sequence[Cell], result_of: Callable[[Cell], dict[str, Any] | None]) -> str:
-    """The table: a line for each cell, whether it was run or not."""
-    lines = ["| Python | torch | torchft | unit | heals under Managers |", "|---|---|---|---|---|"]
+def render(cells: Sequence[Cell], result_of: Callable[[Cell], dict[str, Any] | None], page: str = "") -> str:
+    """The table: a line for each cell, whether it was run or not.
+
+    Args:
+        cells: All that there are.
+        result_of: What came of one; None where it was not run here.
+        page: Has a table already, whose lines stay where nothing was run here.
+    """
+    lines = ["| Python | torch | torchft | commit | unit | heals under Managers |", "|---|---|---|---|---|---|"]
+    failures: list[str] = []
     for cell in cells:
         result = result_of(cell)
-        versions = {} if result is None else result["versions"]
-        torch, torchft = versions.get("torch", cell.torch), cell.torchft.replace("==", " ")
-        parts = ["not run"] * 2 if result is None else _parts(result)
-        lines.append(f"| {' | '.join([versions.get('python', cell.python), torch, torchft, *parts])} |")
-    return "\n".join([*lines, *_failures(cells, result_of)])
+        if result is None:
+            line, failed = _earlier(cell, page)
+        else:
+            versions, torchft = result["versions"], cell.torchft.replace("==", " ")
+            found = [versions.get("python", cell.python), versions.get("torch", cell.torch), torchft]
+            line = f"| {' | '.join([*found, result.get('commit', ''), *_parts(result)])} |"
+            failed = [name for part in PARTS for name in (result.get(part) or {}).get("failures", [])]
+        lines.append(line)
+        if failed:
+            failures += ["", f"Failed with {cell.name}:", "", *(f"* `{name}`" for name in failed)]
+    return "\n".join([*lines, *failures])
+
+
+def _earlier(cell: Cell, page: str) -> tuple[str, list[str]]:
+    """The line of a cell in a page, and what failed."""
+    python, torch, torchft = map(re.escape, (cell.python, cell.torch, cell.torchft.replace("==", " ")))
+    line = re.search(rf"^\| {python}(\.\d+)? \| {torch}(\+\w+)? \| {torchft} \|.*$", page, re.MULTILINE)
+    failed = re.search(rf"^Failed with {re.escape(cell.name)}:\n\n((\* .*\n)+)", page, re.MULTILINE)
+    nothing = f"| {cell.python} | {cell.torch} | {cell.torchft.replace('==', ' ')} |  | not run | not run |"
+    return line[0] if line else nothing, re.findall(r"^\* `(.*)`$", failed[1], re.MULTILINE) if failed else []
 
 
 def _parts(result: dict[str, Any]) -> list[str]:
     if "install" in result:  # why there is nothing to run
         return [result["install"], ""]
     return [describe(result.get(part)) for part in PARTS]
-
-
-def _failures(cells: Sequence[Cell], result_of: Callable[[Cell], dict[str, Any] | None]) -> list[str]:
-    """Every test that failed, under the table, by cell."""
-    lines = []
-    for cell in cells:
-        result = result_of(cell) or {}
-        failed = [name for part in PARTS for name in (result.get(part) or {}).get("failures", [])]
-        if failed:
-            lines += ["", f"Failed with {cell.name}:", "", *(f"* `{name}`" for name in failed)]
-    return lines
 
 
 def replaced(page: str, table: str) -> str:
