@@ -9,11 +9,12 @@ DOCS_READY := $(VENV)/.ready-docs
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test lint bench compare chaos fuzz mutants simulated upstream matrix docs clean help
+.PHONY: demo test thorough lint bench compare chaos fuzz mutants simulated upstream matrix docs clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
 	@echo "make test    lint, types, and all tests (under ten minutes on two slow cores)"
+	@echo "make thorough  make test, and tests that differ little from others (a quarter of an hour)"
 	@echo "make lint    ruff and mypy --strict alone"
 	@echo "make bench   side by side with torchft's and torch's transports; ARGS='...' is passed on"
 	@echo "make compare BASE=commit  heal with that commit and with this checkout, turn by turn; ARGS='--states small' for some"
@@ -34,10 +35,13 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python examples/recover.py $(ARGS)
 
-# Three at a time on two cores: tests with several processes wait for most of their time, and are begun first
-# (tests/conftest.py). By file, since what a file sets up (groups, processes) is shared by its tests.
+# By file, since what a file sets up (groups, processes) is shared by its tests. Those with several processes are begun
+# first (tests/conftest.py), for they wait for most of their time.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+thorough: export FT_TRANSPORT_THOROUGH = 1
+thorough: test
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,12 +25,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A third of the time that it takes to collect twelve thousand tests would go into looking for garbage among them.
 gc.disable()
 
+# Whether tests run that differ little from others, see ``make thorough``.
+THOROUGH = bool(os.environ.get("FT_TRANSPORT_THOROUGH"))
 # These take longest, and wait for most of it: begun first, they wait while others compute, and none of them is last.
 LONGEST = ("tests/multiproc/", "tests/chaos/", "tests/netns/")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """By file, and otherwise as they were: ``make test`` hands out one file after the other in this order."""
+    if not THOROUGH:
+        left = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 

@@ -143,8 +143,8 @@ def small_demo(folder: Path, marker: str, *arguments: str) -> contextlib.Abstrac
     [
         ("ft_transport", "--no-in-place", None),
         ("lanes", "--in-place", True),
-        ("torchft-pg", "--in-place", True),
-        ("torchft-http", "--in-place", None),
+        pytest.param("torchft-pg", "--in-place", True, marks=pytest.mark.thorough),
+        pytest.param("torchft-http", "--in-place", None, marks=pytest.mark.thorough),
     ],
 )
 def test_recover_ends_with_equal_replicas(
@@ -230,7 +230,12 @@ def check_standby_events(path: Path) -> None:
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("signum", "status"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.thorough),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
 )
 def test_recover_leaves_no_standby_behind(tmp_path: Path, marker: str, signum: int, status: int) -> None:
     with small_demo(tmp_path, marker, "--standby", *ENDLESS) as demo:
@@ -258,7 +263,12 @@ def newest(pids: list[int]) -> int:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("signum", "status"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.thorough),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.thorough),
+    ],
 )
 def test_recover_leaves_no_process_behind(tmp_path: Path, marker: str, signum: int, status: int) -> None:
     with small_demo(tmp_path, marker, "--transport", "torchft-pg", *ENDLESS) as demo:

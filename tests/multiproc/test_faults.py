@@ -6,7 +6,6 @@ source overwrites its state with 255 once its call is over: every byte tells whe
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -111,19 +110,21 @@ def topologies(cell: Cell) -> list[str]:
 
 def often(cell: Cell, topology: str) -> bool:
     """Whether a cell runs every time: the others differ from their neighbours in one thing that hardly matters."""
-    if os.environ.get("FT_TRANSPORT_ALL_FAULTS"):
-        return True
     if cell.fault == "terminated":
         return cell.phase == MOVE
     return not (topology == "chain" and (cell.fault, cell.row.who) == ("stopped", SOURCE))
 
 
 CELLS = [
-    pytest.param(cell, topology, id=f"{cell}{topology and '-'}{topology}")
+    pytest.param(
+        cell,
+        topology,
+        id=f"{cell}{topology and '-'}{topology}",
+        marks=[] if often(cell, topology) else [pytest.mark.thorough],
+    )
     for cell in cells()
     if ranks_.real(cell.row.wire, cell.row.who, cell.fault, cell.phase)
     for topology in topologies(cell)
-    if often(cell, topology)
 ]
 
 

@@ -1338,9 +1338,9 @@ def test_tls_without_the_certificate(lanes: Lanes, contexts: Any) -> None:
 # --------------------------------------------------------------------------------------------- again
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_thousand_heals_leave_nothing(lanes: Lanes) -> None:
+@pytest.mark.parametrize("heals", [200, pytest.param(1000, marks=pytest.mark.thorough)])
+def test_many_heals_leave_nothing(lanes: Lanes, heals: int) -> None:
     state, template = ({"a": torch.rand(100_000), "b": {str(i): torch.rand(10) for i in range(20)}} for _ in range(2))
     source = lanes.transport()
     destination = lanes.destination(template, lanes=2)
@@ -1355,8 +1355,8 @@ def test_a_thousand_heals_leave_nothing(lanes: Lanes) -> None:
     for step in range(100):
         heal_once(step)
     before, memory = residue(), resident()
-    for step in range(900):
-        heal_once(1000 + step)
+    for step in range(100, heals):
+        heal_once(step)
     after = residue()
     assert after.threads == before.threads
     assert after.native_threads <= before.native_threads

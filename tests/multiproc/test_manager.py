@@ -293,16 +293,36 @@ def cluster(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("async_quorum", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("group_size", [1, 2], ids=["1 rank", "2 ranks"])
-@pytest.mark.parametrize("replicas", [2, 4], ids=["2 replicas", "4 replicas"])
+@pytest.mark.parametrize(
+    ("replicas", "group_size", "async_quorum"),
+    [
+        pytest.param(
+            replicas,
+            group_size,
+            async_quorum,
+            id=f"{replicas} replicas of {group_size}-{'async' if async_quorum else 'sync'}",
+            # Each two of the three choices meet in a test that is always run.
+            marks=[pytest.mark.thorough] * ((replicas == 4) ^ (group_size == 2) ^ (not async_quorum)),
+        )
+        for replicas in (2, 4)
+        for group_size in (1, 2)
+        for async_quorum in (False, True)
+    ],
+)
 def test_killed_replica_heals(replicas: int, group_size: int, async_quorum: bool) -> None:
     killed_replica_heals(replicas, group_size, async_quorum, lanes=False)
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("async_quorum", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize(("replicas", "group_size"), [(2, 1), (4, 2)], ids=["2 replicas", "4 replicas of 2 ranks"])
+@pytest.mark.parametrize(
+    ("replicas", "group_size", "async_quorum"),
+    [
+        pytest.param(2, 1, False, id="2 replicas of 1-sync"),
+        pytest.param(2, 1, True, id="2 replicas of 1-async", marks=pytest.mark.thorough),
+        pytest.param(4, 2, False, id="4 replicas of 2-sync", marks=pytest.mark.thorough),
+        pytest.param(4, 2, True, id="4 replicas of 2-async"),
+    ],
+)
 def test_killed_replica_heals_over_lanes(replicas: int, group_size: int, async_quorum: bool) -> None:
     killed_replica_heals(replicas, group_size, async_quorum, lanes=True)
 
@@ -317,7 +337,7 @@ def test_killed_replica_heals_over_a_native_group(replicas: int, async_quorum: b
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("lanes", [True, False] if os.environ.get("FT_TRANSPORT_ALL_FAULTS") else [True])
+@pytest.mark.parametrize("lanes", [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_a_lighthouse_that_restarts_in_the_middle_of_a_heal(lanes: bool) -> None:
     """The heal does not need it, and the next quorum is had from the new one."""
     killed_replica_heals(2, 1, False, lanes, restart=True)

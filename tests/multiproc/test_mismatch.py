@@ -139,8 +139,15 @@ def end_of(replica: Replica, failed: int) -> dict[str, Any]:
 # The second one to come heals, however its template differs. The first one refuses: it is told to end, in that step,
 # because each further attempt would fail a step of the healthy replica too.
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("async_quorum", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("lanes", [False, True], ids=["group", "lanes"])
+@pytest.mark.parametrize(
+    ("lanes", "async_quorum"),
+    [
+        pytest.param(False, False, id="group-sync", marks=pytest.mark.thorough),
+        pytest.param(False, True, id="group-async"),
+        pytest.param(True, False, id="lanes-sync"),
+        pytest.param(True, True, id="lanes-async", marks=pytest.mark.thorough),
+    ],
+)
 def test_a_leaf_that_disagrees_heals_and_a_refusal_costs_the_others_a_step(lanes: bool, async_quorum: bool) -> None:
     lighthouse = new_lighthouse()
     stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(4)]

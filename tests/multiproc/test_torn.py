@@ -312,12 +312,20 @@ def replicas(steps: list[int], enter: Callable[..., None], *job: Any) -> Iterato
 
 
 BOTH = pytest.mark.parametrize("async_quorum", [False, True], ids=["sync", "async"])
-OURS = pytest.mark.parametrize("transport", ["group", "lanes"])
 
 
 @pytest.mark.timeout(120)
-@BOTH
-@pytest.mark.parametrize("transport", ["group", "lanes", "torchft"])
+@pytest.mark.parametrize(
+    ("transport", "async_quorum"),
+    [
+        pytest.param("group", False, id="group-sync"),
+        pytest.param("group", True, id="group-async", marks=pytest.mark.thorough),
+        pytest.param("lanes", False, id="lanes-sync", marks=pytest.mark.thorough),
+        pytest.param("lanes", True, id="lanes-async"),
+        pytest.param("torchft", False, id="torchft-sync"),
+        pytest.param("torchft", True, id="torchft-async", marks=pytest.mark.thorough),
+    ],
+)
 def test_the_last_source_dies(transport: str, async_quorum: bool) -> None:
     with lighthouse() as (address, signals):
         job = Job(address, signals.port, async_quorum, transport)
@@ -353,8 +361,15 @@ def test_the_last_source_dies(transport: str, async_quorum: bool) -> None:
 
 
 @pytest.mark.timeout(120)
-@BOTH
-@OURS
+@pytest.mark.parametrize(
+    ("transport", "async_quorum"),
+    [
+        pytest.param("group", False, id="group-sync"),
+        pytest.param("group", True, id="group-async", marks=pytest.mark.thorough),
+        pytest.param("lanes", False, id="lanes-sync", marks=pytest.mark.thorough),
+        pytest.param("lanes", True, id="lanes-async"),
+    ],
+)
 def test_another_source_heals(transport: str, async_quorum: bool) -> None:
     last = AHEAD + 4
     with lighthouse() as (address, signals):
@@ -398,7 +413,9 @@ def _first_to_die(workers: Sequence[Worker]) -> int:
 
 
 @pytest.mark.timeout(120)
-@BOTH
+@pytest.mark.parametrize(
+    "async_quorum", [pytest.param(False, id="sync", marks=pytest.mark.thorough), pytest.param(True, id="async")]
+)
 def test_a_quorum_that_may_not_heal(async_quorum: bool) -> None:
     """The source is there, but the next quorum is not allowed to heal: that is no reason to step."""
     with lighthouse() as (address, signals):

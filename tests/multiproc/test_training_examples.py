@@ -136,7 +136,7 @@ def test_train_fsdp2_heals_again_and_again(tmp_path: Path, lighthouse: str, mark
 
     ``FT_TRANSPORT_HEALS=20`` for twenty heals in a row, which take some minutes.
     """
-    kills = int(os.environ.get("FT_TRANSPORT_HEALS", "2"))
+    kills = int(os.environ.get("FT_TRANSPORT_HEALS", "1"))
     with two_replicas(
         TRAIN_FSDP2, tmp_path, 2, (kills // 2, (kills + 1) // 2), **environment(lighthouse, marker)
     ) as replicas:
@@ -146,9 +146,16 @@ def test_train_fsdp2_heals_again_and_again(tmp_path: Path, lighthouse: str, mark
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_train_hsdp_heals_a_replica_that_was_killed(tmp_path: Path, lighthouse: str, marker: str) -> None:  # noqa: F811
-    """Two ranks hold a model, and four are a replica: DTensors on a mesh of two dimensions."""
-    with two_replicas(TRAIN_HSDP, tmp_path, 4, (0, 1), **environment(lighthouse, marker), SHARD="2") as replicas:
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
+def test_train_hsdp_heals_a_replica_that_was_killed(
+    tmp_path: Path,
+    lighthouse: str,  # noqa: F811
+    marker: str,  # noqa: F811
+    num_ranks: int,
+) -> None:
+    """Two ranks hold a model; two or four are a replica: DTensors on a mesh of two dimensions."""
+    settings = environment(lighthouse, marker)
+    with two_replicas(TRAIN_HSDP, tmp_path, num_ranks, (0, 1), **settings, SHARD="2") as replicas:
         heal_one_after_the_other(replicas, 1, 2)
     assert marked_processes(marker) == []
 

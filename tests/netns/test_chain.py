@@ -31,7 +31,9 @@ def test_time_hardly_depends_on_the_number() -> None:
         assert max(result.firsts) < min(result.ends), "the last one had bytes before the first one had all"
 
 
-@pytest.mark.parametrize("slow", [1, 2], ids=["the first", "the second"])
+@pytest.mark.parametrize(
+    "slow", [pytest.param(1, id="the first", marks=pytest.mark.thorough), pytest.param(2, id="the second")]
+)
 def test_a_slow_link_does_not_hold_those_behind_it(slow: int) -> None:
     if reason := rights():
         pytest.skip(reason)
