@@ -23,8 +23,9 @@ __all__ = ["PROMPT", "TRANSPORTS", "Outcome", "Wire", "wires"]
 
 # Only a transfer that hangs takes as long.
 TIMEOUT = timedelta(seconds=15)
-# Seconds in which a side must have learned that the other one does not go on.
-PROMPT = 1.0
+# Seconds in which a side must have learned that the other one does not go on: before its deadline, and no matter how
+# busy the machine is.
+PROMPT = 7.0
 CPU = torch.device("cpu")
 STEP = 7
 
