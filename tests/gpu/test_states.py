@@ -41,15 +41,21 @@ class _Mover:
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def move(self, state: object) -> Any:
-        buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer)
-        pickler.persistent_id = self._note  # type: ignore[method-assign]
-        pickler.dump(state)
+        buffer, note = io.BytesIO(), self._note
+
+        # By classes: Python 3.13.0 lets nobody give an instance these functions.
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, value: object) -> int | None:
+                return note(value)
+
+        class Unpickler(pickle.Unpickler):
+            def persistent_load(self, index: Any) -> torch.Tensor:
+                return made[index]
+
+        Pickler(buffer).dump(state)
         buffer.seek(0)
-        unpickler = pickle.Unpickler(buffer)
         made = [self._elsewhere(tensor) for tensor in self._tensors]
-        unpickler.persistent_load = made.__getitem__  # type: ignore[method-assign]
-        return unpickler.load()
+        return Unpickler(buffer).load()
 
     def _note(self, value: object) -> int | None:
         if not isinstance(value, torch.Tensor):

@@ -119,9 +119,12 @@ def test_what_is_damaged_is_refused(data: bytes) -> None:
 def test_persistent_ids_of_a_peer(number: Any) -> None:
     """True is no number: it would be the second leaf."""
     buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, 2)
     marked = object()
-    pickler.persistent_id = lambda found: number if found is marked else None  # type: ignore[method-assign]
-    pickler.dump([marked])
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, found: object) -> Any:
+            return number if found is marked else None
+
+    Pickler(buffer, 2).dump([marked])
     with pytest.raises((TypeError, IndexError, UnpicklingError)):
         assert unpickle_object(buffer.getvalue(), ["value"], ["leaf", "other"], unpickle_allowed) == [marked]

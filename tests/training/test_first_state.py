@@ -192,6 +192,7 @@ def test_torchfts_wrapper_is_looked_through() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, and an error of theirs where they are errors
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # on Python 3.13.0
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Rprop], ids=["AdamW", "Rprop"])
 def test_a_step_that_is_compiled(make: Make) -> None:
     """Eagerly, as this needs no compiler: the graphs are what differs."""
