@@ -10,7 +10,7 @@ import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -23,7 +23,8 @@ __all__ = ["CPU", "NUM_BUCKETS", "Fabric", "LaneOptions", "Options"]
 
 CPU = torch.device("cpu")
 
-Fabric = Literal["auto", "tcp", "cma"]
+# Any other name is of a one-sided transport of torch's.
+Fabric: TypeAlias = Literal["auto", "tcp", "cma"] | str
 
 # Buckets on each side for each peer of a group. While one moves, the other is filled or emptied.
 NUM_BUCKETS = 2
@@ -102,7 +103,8 @@ class LaneOptions(Options):
         lanes: Connections that a destination opens for the state's bytes; "auto": as ``_lanes.growth`` finds.
         chain: As a source, let destinations pass the state on to each other.
         skip_unchanged: As a destination, compare what the template holds before it is moved.
-        fabric: By what messages move within a machine: "cma" is memory that is read, "auto" the same where it works.
+        fabric: By what messages move: "cma" is memory that is read within a machine, "auto" the same where it works;
+            any other name but "tcp" is of a one-sided transport of torch's.
     """
 
     fresh_device: torch.device | None = CPU
@@ -113,9 +115,9 @@ class LaneOptions(Options):
     fabric: Fabric = "auto"
 
     @property
-    def direct(self) -> bool:
-        """Whether memory of another process on this machine may be read, and this one's by it."""
-        return self.fabric != "tcp"
+    def reads_by(self) -> str:
+        """By which fabric (``_lanes.fabric``) others' memory may be read, and this one's by them; empty for none."""
+        return {"tcp": "", "auto": "cma"}.get(self.fabric, self.fabric)
 
     def limits(self, nbytes: int) -> Limits:
         """As ``Options.limits``.

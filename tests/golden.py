@@ -52,10 +52,10 @@ LANE_BODIES: dict[lanes.LaneFrame, Any] = {
     lanes.LaneFrame.WANT: None,
     lanes.LaneFrame.CHECK: [(1 << 64) - 1],
     lanes.LaneFrame.SAME: None,
-    lanes.LaneFrame.LOCATE: [b"t" * 16],
-    lanes.LaneFrame.LOCATION: [4711, 0x7F00_0000_1000],
+    lanes.LaneFrame.LOCATE: ["cma", b"t" * 16],
+    lanes.LaneFrame.LOCATION: [b"l" * 16],
     lanes.LaneFrame.DIRECT: None,
-    lanes.LaneFrame.PLACE: [0x7F00_0000_2000, 4 << 20],
+    lanes.LaneFrame.PLACE: [b"p" * 8, 4 << 20],
 }
 
 

@@ -20,6 +20,7 @@ BENCH = sorted((PACKAGE / "bench").glob("*.py"))
 TESTING = sorted((PACKAGE / "testing").glob("*.py"))
 # Registers the kinds, all in one place: their order matters.
 KINDS = PACKAGE / "_state" / "kinds"
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FILES = sorted(set(PACKAGE.rglob("*.py")) - set(BENCH) - set(TESTING))
 
 _NOTHING: set[str] = set()
@@ -54,6 +55,7 @@ ROOMS: dict[str, set[str]] = {
 ALLOWED_TESTING: dict[str, set[str]] = {
     "__init__": set(),
     "_memory": {"_deadline", "_group/channel", "errors"},
+    "_fabric": {"_net/cma", "_net/one_sided", "_process"},
     "_faults": set(),
     "_device": {"_device"},
     "_stream": {"_lanes/protocol", "errors"},
@@ -237,6 +239,16 @@ def test_only_one_room_uses_sockets(file: Path) -> None:
         assert used <= ({"ssl"} if name == "_torchft/lanes" else set())
 
 
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_each_fabric_is_known_to_one_file(file: Path) -> None:
+    """What it is made of has the same names nowhere else: the rest asks for places."""
+    mine = {"process_vm_readv": "_net/cma", "torch.distributed._transport": "_net/one_sided"}
+    code = [node for node in ast.walk(tree(file)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    docs = {ast.get_docstring(n, clean=False) for n in ast.walk(tree(file)) if isinstance(n, DOCUMENTED)}
+    said = [str(node.value) for node in code if node.value not in docs] + list(imported(file))
+    assert {home for name, home in mine.items() if any(name in text for text in said)} <= {name_of(file)}
+
+
 # Names by which a channel goes, and a session over lanes; everything else with send, recv or wait would be a group or a
 # Work.
 CHANNELS = {"channel", "_channel"}
@@ -253,6 +265,7 @@ def test_only_the_channel_talks_to_groups_and_works(file: Path) -> None:
                 name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
                 is_flights = node.func.attr == "send" and isinstance(owner, ast.Call)
                 is_session = room_of(name_of(file)) == "_lanes" and name in SESSIONS and node.func.attr != "wait"
+                is_session = is_session or (name_of(file), name) == ("_lanes/session", "self")
                 assert name in CHANNELS or is_flights or is_session, (
                     f"{file.name}:{node.lineno}: {ast.unparse(node.func)}"
                 )

@@ -149,7 +149,7 @@ class _Planner:
         )
 
 
-def _relay(dispatcher: Dispatcher, plan: _Plan, sink: Sink, timer: StallTimer, *, direct: bool) -> Relay:
+def _relay(dispatcher: Dispatcher, plan: _Plan, sink: Sink, timer: StallTimer, *, fabric: str) -> Relay:
     """What passes on what lands in a sink."""
     return Relay(
         dispatcher,
@@ -158,7 +158,7 @@ def _relay(dispatcher: Dispatcher, plan: _Plan, sink: Sink, timer: StallTimer, *
         sink.pending,
         timer,
         verified=sink.verified,
-        direct=direct,
+        fabric=fabric,
         streams=sink.streams,
         rewrite=plan.rewrite,
     )
@@ -326,7 +326,7 @@ class DestinationTransfer:
         metadata, ident = "", b""
         if header.number > 1:  # there may be somebody behind
             self._relay = sink.relay = _relay(
-                self._local.dispatcher, plan, sink, control.timer(), direct=self._options.direct
+                self._local.dispatcher, plan, sink, control.timer(), fabric=self._options.reads_by
             )
             metadata, ident = self._local.metadata, self._relay.ident
         control.send_ready(metadata, ident)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from ft_transport._lanes.chain import Route
+from ft_transport._lanes.fabric import CMA, new_reader
 from ft_transport._lanes.opening import Opening
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader
 from ft_transport._lanes.session import Session, Unreadable
 from ft_transport._lanes.sink import Incurable, Sink
-from ft_transport._net.cma import PeerMemory, new_token
 from ft_transport._net.connection import Wakeup
 from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
@@ -44,7 +45,7 @@ class Fetcher:
         attempt: As in every header.
         step: As in every header.
         num_messages: How many to fetch, over one lane; None for all that are left.
-        direct: Whether to read the memory of a supplier on this machine, if the options say so.
+        direct: Whether to read the memory of a supplier, if the options say so.
 
     Attributes:
         error: Why a lane could not be opened or has ended, the newest; None while all is well.
@@ -69,7 +70,7 @@ class Fetcher:
         self._options = options
         self._ids = (attempt, step)
         self._num_messages = num_messages
-        self._direct = direct and options.direct
+        self._fabric = options.reads_by if direct else ""
         self._lanes: list[_Lane] = []
         self._crew = ThreadGroup()
         self._closing = False
@@ -217,8 +218,8 @@ class Fetcher:
         eager = self._options.on_progress is not None
         try:
             with self._sink.streams.use(for_good=True):
-                if self._direct and lane.session.connection.is_local:
-                    lane.try_memory()
+                if self._fabric:
+                    lane.try_fabric(self._fabric)
                 while lane.ask(lambda: self._closing, lambda: opening.count.number):
                     lane.take_answer()
                     if eager or self._sink.pending.complete:
@@ -258,23 +259,45 @@ class _Lane:
         self._buckets = by_turns(sink.streams)
         self._lock = threading.Lock()
 
-    def try_memory(self) -> None:
+    def try_fabric(self, fabric: str) -> None:
         """Find out whether the supplier's memory can be read; if so, it tells from now on where messages are."""
-        session, token = self.session, new_token()
-        session.send(LaneFrame.LOCATE, self._timer, body=[token])
-        _, (pid, address) = session.recv(self._timer)
-        try:
-            session.memory = PeerMemory(pid, address, token)
-        except OSError as exc:
-            # As on most machines with containers, and on none of two: messages come over the connection then.
-            logger.debug("the memory of %s cannot be read: %s", session.connection.address, exc)
+        session, timer = self.session, self._timer
+        if fabric == CMA and not session.connection.is_local:
             return
-        session.send(LaneFrame.DIRECT, self._timer)
+        try:
+            session.reader = reader = new_reader(fabric, max(self._sink.sizes, default=0))
+            # The supplier has nothing to say yet, and is not silent.
+            hello = reader.hello(partial(session.hear, timer=StallTimer(timer.deadline)))
+            timer.progressed()
+            session.send(LaneFrame.LOCATE, timer, body=[fabric, hello])
+            reader.reach(self._location(), partial(session.hear, timer=timer))
+        except OSError as exc:
+            # As within a machine on most with containers, and on none of two: messages come over the connection then.
+            # Whoever has asked for one by name wants to know.
+            level = logging.DEBUG if fabric == CMA else logging.WARNING
+            logger.log(level, "the memory of %s cannot be read by %s: %s", session.connection.address, fabric, exc)
+            self._leave_fabric()
+            return
+        session.send(LaneFrame.DIRECT, timer)
+
+    def _location(self) -> bytes:
+        while (heard := self.session.recv(self._timer))[0].frame is LaneFrame.WAIT:
+            self._timer.check()
+        (location,) = heard[1]
+        if not location:
+            raise OSError("it does not have that, or will not be read")
+        return bytes(location)
+
+    def _leave_fabric(self) -> None:
+        reader, self.session.reader = self.session.reader, None
+        if reader is not None:
+            reader.close()
 
     def ask(self, stopped: Callable[[], bool], num_lanes: Callable[[], int]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
         pending, asked = self._sink.pending, self.session.protocol.asked
-        while len(asked) < _WINDOW and self._num_left != 0:
+        window = 1 if self.session.reader is not None and self.session.reader.waits else _WINDOW
+        while len(asked) < window and self._num_left != 0:
             # A second one once there is one for each of the others, also for those that are being opened.
             message = pending.take(stopped, block=not asked, leave=num_lanes() - 1 if asked else 0)
             if message is None:
@@ -328,6 +351,7 @@ class _Lane:
 
     def close(self) -> None:
         """Give back what was asked for and has not come, then the descriptor."""
+        self._leave_fabric()
         # Before it counts as closed: whoever sees that no lane is open looks at what is left.
         self._sink.pending.give_back(self.session.protocol.asked)
         with self._lock:

@@ -26,7 +26,7 @@ class StateMessages:
 
     Args:
         plan: The described state.
-        direct: Whether destinations on this machine may read it from here themselves.
+        fabric: By what destinations may read it from here themselves; empty for none.
 
     Attributes:
         frame: The manifest, as it travels.
@@ -40,12 +40,12 @@ class StateMessages:
     # Whoever writes to large tensors voids the transfer anyway, so they may leave by their pages, without a copy.
     steady = is_whole_transfer = True
 
-    def __init__(self, plan: SourcePlan, *, direct: bool = True) -> None:
+    def __init__(self, plan: SourcePlan, *, fabric: str = "") -> None:
         self.sizes = plan.layout.sizes
         self.verified = bool(plan.header.digest)
         self.frame = plan.frame
         self.streams = plan.streams
-        self.direct = direct
+        self.fabric = fabric
         self.error: LocalProtocolError | None = None
         self._gone: LocalProtocolError | None = None
         self._placement = plan.placement

@@ -48,7 +48,7 @@ __all__ = [
 MAGIC = b"FTLN"
 # Peers of two versions refuse each other by name, and nothing is negotiated: the replicas of one job run one version,
 # but for the minutes in which it is replaced.
-VERSION = 3
+VERSION = 4
 # Magic, version, frame, attempt, step, number, bytes of the body, digest of the body, digest of all before it.
 # The header has a digest of its own, since its length is believed before a byte of the body is here. Attempt and step
 # in each frame: what an earlier receive has asked for cannot be taken for an answer to this one, whatever is between
@@ -166,8 +166,12 @@ TABLE: dict[State, dict[tuple[Role, LaneFrame], State]] = {
         (_D, LaneFrame.LOCATE): State.LOCATING,
         (_D, LaneFrame.DIRECT): State.DIRECT,
     },
-    State.LOCATING: {(_S, LaneFrame.LOCATION): State.LANE},
-    # Entered on the destination's word alone: whether it can read the supplier's memory, it has found out.
+    State.LOCATING: {
+        (_S, LaneFrame.LOCATION): State.LANE,
+        (_S, LaneFrame.WAIT): State.LOCATING,
+    },
+    # Entered on the destination's word alone: whether it can read the supplier's memory, it has found out. WAIT also
+    # where nothing is owed: reads go past the lane, on which the supplier says that it lives.
     State.DIRECT: {
         (_D, LaneFrame.WANT): State.DIRECT,
         (_D, LaneFrame.CHECK): State.DIRECT,
@@ -199,10 +203,10 @@ BODIES: dict[LaneFrame, tuple[tuple[type, ...], ...] | type[str] | None] = {
     LaneFrame.WANT: None,
     LaneFrame.CHECK: ((int,),),
     LaneFrame.SAME: None,
-    LaneFrame.LOCATE: ((bytes,),),
-    LaneFrame.LOCATION: ((int,), (int,)),
+    LaneFrame.LOCATE: ((str,), (bytes,)),
+    LaneFrame.LOCATION: ((bytes,),),
     LaneFrame.DIRECT: None,
-    LaneFrame.PLACE: ((int,), (int,)),
+    LaneFrame.PLACE: ((bytes,), (int,)),
 }
 
 _LONG = (LaneFrame.REFUSE, LaneFrame.FAILED)

@@ -48,7 +48,7 @@ class Relay:
         landing: Where they land.
         pending: Which of them are here.
         verified: Whether messages have digests.
-        direct: Whether those behind on this machine may read it from here themselves.
+        fabric: By what those behind may read it from here themselves; empty for none.
         streams: To copy in.
         timer: Until when it waits for the others in :meth:`drain`.
         rewrite: Has messages as they came, too; None if nobody trains meanwhile.
@@ -68,14 +68,14 @@ class Relay:
         timer: StallTimer,
         *,
         verified: bool,
-        direct: bool = True,
+        fabric: str = "",
         streams: Streams = NO_STREAMS,
         rewrite: Rewrite | None = None,
     ) -> None:
         # Keeps lanes that an earlier receive was asked for from being taken for this one's.
         self.ident = secrets.token_bytes(16)
         self.verified = verified
-        self.direct = direct
+        self.fabric = fabric
         self._dispatcher = dispatcher
         self._landing = landing
         self._pending = pending

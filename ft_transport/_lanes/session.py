@@ -4,21 +4,25 @@ Strategy: a message is read and written piece by piece, and each piece is finger
 cache: to read a state once more for its digests alone would cost a fifth of the speed where cores are few. Memory of a
 user's may be given back while it is read; what tells so (``Held``) is asked where it is read, and after an error.
 
-Within a machine a message may be told by its place in the supplier's memory, and is read there (``_net.cma``). All else
-is as for one that comes over the connection: who asks for it, its digest behind it, what is done about damage.
+A message may be told by its place in the supplier's memory, and is read there (``_lanes.fabric``). All else is as for
+one that comes over the connection: who asks for it, its digest behind it, what is done about damage. Where such a read
+is under way for as long as the peer lets it, the connection says whether there is a peer.
 
 Not here: what frames mean (``_lanes.protocol``), and how long a peer is waited for (``_net.stall``).
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import xxhash
 
+from ft_transport._lanes.fabric import Reader, Shown
 from ft_transport._lanes.protocol import (
     HEADER_BYTES,
     TRAILER,
@@ -31,20 +35,23 @@ from ft_transport._lanes.protocol import (
     encode,
     encode_header,
 )
-from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
-from ft_transport._net.stall import StallTimer
+from ft_transport._net.one_sided import Job
+from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
-from ft_transport._process import address_of
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 
 __all__ = ["Session", "Unreadable", "fingerprint"]
+
+logger = logging.getLogger("ft_transport")
 
 # A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache. Wherever
 # one begins, its pages fit into a pipe of 1 MiB.
 _PIECE_BYTES = (1 << 20) - mmap.PAGESIZE
 # Fewer bytes are as quickly here as the word where they are.
 _DIRECT_FROM = 64 << 10
+# How often whoever waits for a read looks whether the peer has spoken, or somebody has ended the connection.
+_LOOK = timedelta(milliseconds=50)
 
 
 class Unreadable(PeerFailure):
@@ -59,15 +66,18 @@ class Session:
         protocol: New, or as far as it has come.
 
     Attributes:
-        memory: The peer's, once it is known that it can be read here.
+        reader: As a destination, by what the supplier's memory is read; None if all comes over the connection.
+        shown: As a supplier, by what this side's may be read.
         nbytes_direct: How many bytes were read from there.
     """
 
     def __init__(self, connection: Connection, protocol: LaneProtocol) -> None:
         self.connection = connection
         self.protocol = protocol
-        self.memory: PeerMemory | None = None
+        self.reader: Reader | None = None
+        self.shown: Shown | None = None
         self.nbytes_direct = 0
+        self._early: int | None = None  # the digest of the message that is being read
 
     def send(self, frame: LaneFrame, timer: StallTimer, number: int = 0, body: Any = None) -> None:
         """Send a frame; raises as ``Connection.write``."""
@@ -122,7 +132,9 @@ class Session:
         """
         protocol, connection = self.protocol, self.connection
         if steady and protocol.state is State.DIRECT and len(view) >= _DIRECT_FROM:
-            return self._send_place(number, view, digest, timer, held)
+            place = self._place(view, timer, held)
+            if place is not None:
+                return self._send_place(number, place, view, digest, timer, held)
         protocol.sent(LaneFrame.MESSAGE, number)
         header = LaneHeader(LaneFrame.MESSAGE, protocol.attempt, protocol.step, number, len(view))
         # The header waits in the kernel for the first bytes of the message, else it would be a packet of its own.
@@ -146,14 +158,22 @@ class Session:
         connection.write([TRAILER.pack(digest)], timer)
         return digest
 
-    def _send_place(
-        self, number: int, view: memoryview, digest: int | None, timer: StallTimer, held: Held | None
-    ) -> int:
+    def _place(self, view: memoryview, timer: StallTimer, held: Held | None) -> bytes | None:
+        """Where the peer can read a message, None if it is to be sent; raises as :meth:`send_message`."""
         _check(held)
-        protocol, address = self.protocol, address_of(view)
-        protocol.sent(LaneFrame.PLACE, number)
-        place = encode(LaneFrame.PLACE, protocol.attempt, protocol.step, number, [address, len(view)])
-        self.connection.write([place], timer)
+        if self.shown is None:
+            return None
+        try:
+            return self.shown.place(view, held, partial(self.speak, timer=timer))
+        except OSError as exc:
+            logger.warning("%s is sent what it could have read: %s", self.connection.address, exc)
+            self.hide()
+            return None
+
+    def _send_place(
+        self, number: int, place: bytes, view: memoryview, digest: int | None, timer: StallTimer, held: Held | None
+    ) -> int:
+        self.send(LaneFrame.PLACE, timer, number, [place, len(view)])
         # While the peer reads. Should its memory be given back meanwhile, neither side's read ends a process, and what
         # the peer has is not what the digest is of.
         digest = fingerprint(view, held) if digest is None else digest
@@ -178,9 +198,7 @@ class Session:
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
         After an error: ``view`` holds some, all or none of it.
         """
-        nbytes, read = self._reader(header, timer)
-        if nbytes != len(view):
-            raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {nbytes}")
+        read = self._reader(header, len(view), timer, held)
         hashed = xxhash.xxh3_64()
         update = _reads(hashed, held)
         for piece in _pieces(view, whole=not verify):
@@ -192,31 +210,89 @@ class Session:
             if verify:
                 update(piece)
         _check(held)
-        # Behind the message, so that the one who reads it first can take its digest while it leaves.
-        (expected,) = TRAILER.unpack(self.connection.read(TRAILER.size, timer))
+        expected = self._recv_digest(timer)
         return expected if not verify or hashed.intdigest() == expected else None
 
-    def _reader(self, header: LaneHeader, timer: StallTimer) -> tuple[int, Callable[[memoryview], None]]:
-        """How many bytes a message has, and what reads the next ones of them."""
+    def _recv_digest(self, timer: StallTimer) -> int:
+        # Behind the message, so that the one who reads it first can take its digest while it leaves.
+        early, self._early = self._early, None
+        return TRAILER.unpack(self.connection.read(TRAILER.size, timer))[0] if early is None else early
+
+    def _reader(
+        self, header: LaneHeader, expected: int, timer: StallTimer, held: Held | None
+    ) -> Callable[[memoryview], None]:
+        """What reads the next bytes of a message, which has ``expected`` of them."""
+        place, nbytes = (b"", header.nbytes) if header.frame is LaneFrame.MESSAGE else self.recv_body(header, timer)
+        if nbytes != expected:
+            raise RemoteProtocolError(f"message {header.number}: expected {expected} bytes, got {nbytes}")
         if header.frame is LaneFrame.MESSAGE:
-            return header.nbytes, partial(self.connection.read_into, timer=timer)
-        address, nbytes = self.recv_body(header, timer)
-        memory = self.memory
-        assert memory is not None, "this side has said DIRECT"
+            return partial(self.connection.read_into, timer=timer)
+        return self._reader_from(place, nbytes, timer, held)
+
+    def _reader_from(
+        self, place: bytes, nbytes: int, timer: StallTimer, held: Held | None
+    ) -> Callable[[memoryview], None]:
+        assert self.reader is not None, "this side has said DIRECT"
+        try:
+            read_piece = self.reader.read_from(place, nbytes, held, partial(self._hear_of_message, timer=timer))
+        except OSError as exc:
+            raise _unreadable(exc) from None
 
         def read(piece: memoryview) -> None:
-            nonlocal address
             try:
-                memory.read_into(address, piece)
+                read_piece(piece)
             except OSError as exc:
-                raise Unreadable(f"the supplier's memory cannot be read: {exc}") from None
-            address += len(piece)
+                raise _unreadable(exc) from None
             self.connection.nbytes_wire += len(piece)
             self.nbytes_direct += len(piece)
             timer.progressed()
             timer.check()  # whatever else it is, a copy is not waited for: the deadline holds between two
 
-        return nbytes, read
+        return read
+
+    def hide(self) -> None:
+        """As a supplier, let nothing of this side be read any more."""
+        shown, self.shown = self.shown, None
+        if shown is not None:
+            shown.close()
+
+    # ------------------------------------------------------- while something goes on past the connection
+
+    def _hear_of_message(self, job: Job[Any], timer: StallTimer) -> None:
+        # What comes next is its digest, and then nothing but WAIT: on such a lane one message is asked for at a time.
+        self._early = self._recv_digest(timer)
+        self.hear(job, timer)
+
+    def hear(self, job: Job[Any], timer: StallTimer) -> None:
+        """Wait until a job is done, as long as the supplier says that it lives: that the job goes on says nothing.
+
+        Raises:
+            RemoteProtocolError: It says something else.
+            PeerFailure, TransferTimeout: As ``Connection.read_into``.
+        """
+        while not job.await_done(_LOOK):
+            while not self.connection.idle:
+                header, _ = self.recv(timer)
+                if header.frame is not LaneFrame.WAIT:
+                    raise RemoteProtocolError(f"{header.frame.name} in the place of WAIT")
+            timer.check()
+        timer.progressed()
+
+    def speak(self, job: Job[Any], timer: StallTimer) -> None:
+        """Wait until a job is done, and say meanwhile that this side lives; raises as ``Connection.write``."""
+        while not job.await_done(HEARTBEAT):
+            self.send(LaneFrame.WAIT, timer)
+            timer.check()
+
+    def await_question(self, timer: StallTimer) -> None:
+        """Wait until the peer says something, and say meanwhile that this side lives, if it listens to that."""
+        while self.shown is not None and self.shown.waits and not self.connection.await_peer(HEARTBEAT):
+            self.send(LaneFrame.WAIT, timer)
+            timer.check()
+
+
+def _unreadable(exc: OSError) -> Unreadable:
+    return Unreadable(f"the supplier's memory cannot be read: {exc}")
 
 
 def _pieces(view: memoryview, *, whole: bool) -> Iterator[memoryview]:

@@ -82,7 +82,7 @@ class SourceTransfer:
                     lambda reading: self.end_reading(),
                     deadline=self._deadline,
                 )
-                self._store = StateMessages(outbound, direct=self._options.direct)
+                self._store = StateMessages(outbound, fabric=self._options.reads_by)
         except BaseException as exc:
             # Destinations are told: they would wait for their whole time-out, and with them the collectives of
             # everybody.

@@ -12,13 +12,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, NoReturn, Protocol
 
 from ft_transport._deadline import Deadline
 from ft_transport._device import NO_STREAMS, NOTHING, Copies, Streams
+from ft_transport._lanes.fabric import new_shown
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session, fingerprint
-from ft_transport._net.cma import ShownToken
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
@@ -45,12 +46,12 @@ class MessageStore(Protocol):
         sizes: Bytes of each message.
         verified: Whether messages have digests.
         steady: Whether their memory stays as it is until its reader has it, or learns that the transfer has failed.
-        direct: Whether readers on this machine may take it from this process's memory themselves.
+        fabric: By what readers may take it from this process's memory themselves (``_lanes.fabric``); empty for none.
         is_whole_transfer: Whether a message that cannot be read ends the transfer, as the reader learns elsewhere.
     """
 
     verified: bool
-    direct: bool
+    fabric: str
     is_whole_transfer: bool
 
     @property
@@ -153,9 +154,13 @@ class Supplier:
         # Without a stall time-out: a destination asks when it has room. That it lives is seen on its control
         # connection.
         timer = StallTimer(self._timer.deadline)
-        lane = _Lane(Session(connection, protocol), self._store, self._streams, timer, self._timer.progressed)
-        with self._streams.use(for_good=True):
-            lane.run()
+        session = Session(connection, protocol)
+        lane = _Lane(session, self._store, self._streams, timer, self._timer.progressed)
+        try:
+            with self._streams.use(for_good=True):
+                lane.run()
+        finally:
+            session.hide()
 
     def _await_close(self) -> None:
         """Keep a lane that has nothing more to say: without it, the destination would ask for the same again."""
@@ -259,7 +264,6 @@ class _Lane:
         self._buckets = by_turns(streams)
         self._questions: deque[_Question] = deque()
         self._answers: deque[_Answer] = deque()
-        self._shown: ShownToken | None = None
 
     def run(self) -> NoReturn:
         """Answer; raises in the end, as ``Session.recv`` does when the other side closes the lane."""
@@ -305,16 +309,29 @@ class _Lane:
     def _read(self) -> None:
         """Read a frame, a question unless it is about how to answer."""
         session, timer = self._session, self._timer
+        session.await_question(timer)
         asked, body = session.recv(timer)
         self._progressed()
         if asked.frame is LaneFrame.LOCATE:
-            # Kept until the lane ends: the one who asks looks for it there.
-            shown = self._shown = ShownToken(body[0]) if self._store.direct else None
-            session.send(LaneFrame.LOCATION, timer, body=[shown.pid, shown.address] if shown else [0, 0])
+            session.send(LaneFrame.LOCATION, timer, body=[self._show(*body)])
         elif asked.frame is not LaneFrame.DIRECT:  # which the protocol has noted
             if asked.number >= len(self._store.sizes):
                 raise RemoteProtocolError(f"message {asked.number} of {len(self._store.sizes)}")
             self._questions.append(_Question(asked.number, body[0] if asked.frame is LaneFrame.CHECK else None))
+
+    def _show(self, fabric: str, hello: bytes) -> bytes:
+        """Let the other side read this one's memory, if both have the fabric; gives what that takes, or nothing."""
+        session = self._session
+        session.hide()  # what was shown before, to one who asks twice
+        if fabric != self._store.fabric:
+            return b""
+        try:
+            session.shown = new_shown(fabric)
+            return session.shown.answer(hello, partial(session.speak, timer=self._timer))
+        except OSError as exc:
+            logger.warning("%s cannot read by %s: %s", session.connection.address, fabric, exc)
+            session.hide()
+            return b""
 
     def _send(self, answer: _Answer) -> None:
         (message, expected), digest, view, held, staged, copied = answer

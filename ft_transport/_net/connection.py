@@ -190,6 +190,10 @@ class Connection:
         """Whether the peer has neither said anything nor closed its side."""
         return _is_idle(self._socket)
 
+    def await_peer(self, limit: timedelta) -> bool:
+        """Wait until the peer says something, or closes its side, for so long at the most; gives whether it has."""
+        return self.pending() or bool(self._readable.poll(limit.total_seconds() * 1000))
+
     @property
     def nbytes_arrived(self) -> int:
         """As ``nbytes_wire``, without what the peer's system has not taken yet; nearly, with TLS. Any thread."""

@@ -89,8 +89,8 @@ class PeerReport:
         address: The peer's address that was used, empty where the transport has none.
         name: What the peer calls itself, empty if it does not.
         began: When each phase began, on the clock of ``time.perf_counter``.
-        nbytes_direct: As a destination over lanes: of ``nbytes_wire``, bytes that were read from the memory of a
-            process on the same machine, and did not go over TCP (see ``fabric`` of ``LaneTransport``).
+        nbytes_direct: As a destination over lanes: of ``nbytes_wire``, bytes that were read from the supplier's
+            memory, and did not go over TCP (see ``fabric`` of ``LaneTransport``).
         num_lanes: As a destination over lanes: connections that the state came by, at the most.
     """
 

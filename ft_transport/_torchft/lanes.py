@@ -14,7 +14,7 @@ import weakref
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar
 
 import torch
 
@@ -27,6 +27,7 @@ from ft_transport._lanes.source import SourceTransfer
 from ft_transport._net.cma import let_others_read
 from ft_transport._net.endpoint import SECRET_BYTES, Endpoint, interfaces, rank_addresses, resolve
 from ft_transport._net.listener import Listener
+from ft_transport._net.one_sided import available, await_closed
 from ft_transport._options import CPU, Fabric, LaneOptions
 from ft_transport._plan.rewrite import Received
 from ft_transport._plan.torn import Attempt
@@ -42,6 +43,10 @@ from ft_transport.errors import LocalProtocolError
 __all__ = ["LaneTransport"]
 
 T = TypeVar("T")
+
+# How long a shutdown waits for endpoints of a fabric that failed receives have left: a peer that is stopped keeps them
+# open for as long as it is.
+_CLOSING = timedelta(seconds=2)
 
 
 class LaneTransport(ManagedTransport[T]):
@@ -70,6 +75,9 @@ class LaneTransport(ManagedTransport[T]):
         fabric: How bytes move within a machine. ``"auto"``: the destination reads the source's memory
             (``process_vm_readv``) where the system lets it, else TCP. ``"cma"``: also lets processes of this user read
             this one where Yama forbids it, as a debugger does (``PR_SET_PTRACER``). ``"tcp"``: neither side's is read.
+            Experimental, between any machines: the name of a one-sided transport of torch's (2.15 and later), such as
+            ``"nixl"``, or ``"torch"`` for the one that there is; on trusted networks, see ``docs/security.md``. Both
+            sides must have it, else TCP serves.
         verify: As a source, give each message a digest of its bytes. A message that comes damaged is moved again.
         strict: Refuse a state that the template does not cover; as for ``PGTransport``.
         on_progress: Called while bytes move, a source's from a thread of its own. One that is slow misses some.
@@ -108,6 +116,7 @@ class LaneTransport(ManagedTransport[T]):
         on_event: EventCallback | None = None,
         on_mismatch: OnMismatch = "fresh",
     ) -> None:
+        fabric = _fabric(fabric, ssl_context is not None)
         options = LaneOptions(
             CPU,
             verify=verify,
@@ -184,6 +193,7 @@ class LaneTransport(ManagedTransport[T]):
         self._finalizer()
         if wait:
             self._listener.join()
+            await_closed(_CLOSING)
             self._teller.drain(Deadline(self._timeout))
 
     def _publish(self, report: TransferReport) -> None:
@@ -267,13 +277,26 @@ def _end_all(serving: Serving, receive_is_over: AbstractContextManager[object]) 
 def _check(options: LaneOptions, topology: str) -> None:
     if topology not in ("chain", "star"):
         raise ValueError(f"topology: expected 'chain' or 'star', got {topology!r}")
-    if options.fabric not in get_args(Fabric):
-        raise ValueError(f"fabric: expected one of {get_args(Fabric)}, got {options.fabric!r}")
     check_duration("stall_timeout", options.stall)
     if options.lanes != "auto" and not (type(options.lanes) is int and 1 <= options.lanes <= MOST_LANES):
         raise ValueError(f"lanes: expected 'auto' or 1 to {MOST_LANES}, got {options.lanes!r}")
     if options.shadow and options.skip_unchanged:
         raise ValueError("skip_unchanged: expected False with shadow, which never looks at the template")
+
+
+def _fabric(chosen: object, is_encrypted: bool) -> str:
+    """The fabric by its name; raises ValueError if there is none of that."""
+    if chosen in ("auto", "tcp", "cma"):
+        return str(chosen)
+    backends = available()
+    # torch's own first; both sides must come to the same.
+    name = next(iter(sorted(backends, key=lambda each: each != "nixl")), "") if chosen == "torch" else chosen
+    if not isinstance(name, str) or name not in backends:
+        names = ", ".join(("auto", "tcp", "cma", "torch", *backends)) if backends else "auto, tcp, cma"
+        raise ValueError(f"fabric: expected one of {names} with torch {torch.__version__}, got {chosen!r}")
+    if is_encrypted:
+        raise ValueError(f"fabric: expected auto, tcp or cma with ssl_context, got {chosen!r}, which encrypts nothing")
+    return name
 
 
 def _are_two_contexts(found: object) -> bool:

@@ -1,4 +1,4 @@
-"""Faults to try out: an in-memory channel, and channels, connections and transports on which things go wrong.
+"""Faults to try out: an in-memory channel, and channels, connections, fabrics and transports on which things go wrong.
 
 ``docs/testing.md`` shows how.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ft_transport.testing._channel import FaultyChannel
 from ft_transport.testing._device import StandInAccelerator
+from ft_transport.testing._fabric import FaultyFabric
 from ft_transport.testing._faults import Faults
 from ft_transport.testing._memory import MemoryChannel, memory_channels
 from ft_transport.testing._proxy import FaultProxy, Tamper
@@ -16,6 +17,7 @@ __all__ = [
     "FaultProxy",
     "Faults",
     "FaultyChannel",
+    "FaultyFabric",
     "FaultyTransport",
     "MemoryChannel",
     "StandInAccelerator",

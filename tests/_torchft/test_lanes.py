@@ -13,6 +13,8 @@ import pytest
 from helpers import CPU
 
 from ft_transport import LaneTransport, LocalProtocolError, RemoteProtocolError
+from ft_transport._torchft import lanes as _lanes
+from ft_transport.testing import FaultyFabric
 
 SECOND = timedelta(seconds=1)
 CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -33,6 +35,7 @@ CONTEXT = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         {"ssl_context": (CONTEXT, None)},
         {"topology": "ring"},
         {"fabric": "rdma"},
+        {"fabric": 3},
         {"skip_unchanged": True, "shadow": True},
     ],
     ids=lambda wrong: f"{', '.join(wrong)} {wrong.get('port', '')}",
@@ -41,6 +44,30 @@ def test_arguments_that_cannot_be(wrong: dict[str, Any]) -> None:
     name = next(iter(wrong))
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         LaneTransport(SECOND, CPU, **wrong)
+
+
+def test_a_fabric_that_encrypts_nothing_is_none_with_tls() -> None:
+    with (
+        FaultyFabric("faulty"),
+        pytest.raises(ValueError, match=r"^fabric: expected auto, tcp or cma with ssl_context"),
+    ):
+        LaneTransport(SECOND, CPU, fabric="faulty", ssl_context=(CONTEXT, CONTEXT))
+
+
+def test_the_one_fabric_of_torchs_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is what "torch" means, or NIXL where there are several: both sides must come to the same."""
+    monkeypatch.setattr(_lanes, "available", lambda: ("alpha", "nixl"))
+    assert [_lanes._fabric(name, False) for name in ("torch", "alpha", "auto", "tcp")] == [
+        "nixl",
+        "alpha",
+        "auto",
+        "tcp",
+    ]
+    monkeypatch.setattr(_lanes, "available", lambda: ("beta", "gamma"))
+    assert _lanes._fabric("torch", False) == "beta"
+    monkeypatch.setattr(_lanes, "available", lambda: ())
+    with pytest.raises(ValueError, match=r"^fabric: expected one of auto, tcp, cma with torch"):
+        _lanes._fabric("torch", False)
 
 
 def test_a_port_that_somebody_else_has() -> None:

@@ -15,13 +15,13 @@ from helpers import CPU, noise, raw_bytes, until
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import fetch, opening
 from ft_transport._lanes.chain import Route
+from ft_transport._lanes.fabric import new_shown
 from ft_transport._lanes.fetch import Fetcher
 from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session
 from ft_transport._lanes.sink import Sink
 from ft_transport._net import connection as _connection
-from ft_transport._net.cma import ShownToken
 from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.stall import PeerStalled, StallTimer
@@ -69,8 +69,10 @@ class Supplier:
             while answers:
                 header, body = session.recv(timer())
                 if header.frame is LaneFrame.LOCATE:
-                    shown = ShownToken(body[0] if self.honest else bytes(16))
-                    session.send(LaneFrame.LOCATION, timer(), body=[shown.pid, shown.address])
+                    fabric, token = body
+                    session.shown = new_shown(fabric)
+                    location = session.shown.answer(token if self.honest else bytes(16), lambda job: None)
+                    session.send(LaneFrame.LOCATION, timer(), body=[location])
                     continue
                 if header.frame is LaneFrame.DIRECT:
                     self.num_direct += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import struct
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,10 +14,12 @@ import torch
 from helpers import noise
 
 from ft_transport._deadline import Deadline
+from ft_transport._lanes.fabric import CMA, new_reader, new_shown
 from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneProtocol, Role, encode
 from ft_transport._lanes.session import _DIRECT_FROM, _PIECE_BYTES, Session, Unreadable, fingerprint
-from ft_transport._net.cma import PeerMemory, ShownToken, new_token
+from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
+from ft_transport._net.one_sided import Job
 from ft_transport._net.stall import StallTimer
 from ft_transport._plan.blocks import Block, Held, held
 from ft_transport._wire.digest import digest_bytes
@@ -25,6 +28,10 @@ from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolE
 
 def timer() -> StallTimer:
     return StallTimer(Deadline(timedelta(seconds=10)))
+
+
+def at_once(job: Job[Any]) -> None:
+    raise AssertionError("a process reads another one's memory at once")
 
 
 class Lane:
@@ -149,9 +156,8 @@ def test_an_end_in_mid_message_is_a_failure_of_the_peer(lane: Lane) -> None:
 @pytest.fixture
 def direct(lane: Lane) -> Lane:
     """A lane whose destination has found that it can read the supplier's memory: here, this very process's."""
-    token = new_token()
-    shown = ShownToken(token)
-    lane.destination.memory = PeerMemory(shown.pid, shown.address, token)
+    lane.destination.reader, lane.supplier.shown = reader, shown = new_reader(CMA, 0), new_shown(CMA)
+    reader.reach(shown.answer(reader.hello(at_once), at_once), at_once)
     lane.destination.send(LaneFrame.DIRECT, timer())
     lane.supplier.recv(timer())
     lane.ask(3)
@@ -203,7 +209,9 @@ def test_memory_that_is_not_there_any_more_is_no_protocol_of_its_own(direct: Lan
     """A failure of the peer's, after which it is asked elsewhere, or over the connection."""
     protocol = direct.supplier.protocol
     protocol.sent(LaneFrame.PLACE, 3)
-    direct.supplier.connection.write([encode(LaneFrame.PLACE, 1, 7, 3, [4096, _DIRECT_FROM])], timer())
+    direct.supplier.connection.write(
+        [encode(LaneFrame.PLACE, 1, 7, 3, [struct.pack("<Q", 4096), _DIRECT_FROM])], timer()
+    )
     with pytest.raises(Unreadable, match="the supplier's memory cannot be read") as info:
         arrives(direct, _DIRECT_FROM)
     assert isinstance(info.value, PeerFailure)
@@ -221,22 +229,18 @@ def test_memory_that_was_taken_away_is_told_to_nobody(direct: Lane) -> None:
     assert direct.supplier.connection.nbytes_wire == before
 
 
-def test_the_deadline_holds_between_two_reads(direct: Lane) -> None:
+def test_the_deadline_holds_between_two_reads(direct: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytearray(3 * _PIECE_BYTES)
     direct.supplier.send_message(3, memoryview(data), None, timer(), steady=True)
     header = direct.destination.recv_header(timer())
     late = timer()
 
-    class Late(PeerMemory):
-        def __init__(self, inner: PeerMemory) -> None:
-            self.__dict__.update(vars(inner))
+    def read_into(self: PeerMemory, address: int, view: memoryview) -> None:
+        read(self, address, view)
+        late.deadline.expire()
 
-        def read_into(self, address: int, view: memoryview) -> None:
-            super().read_into(address, view)
-            late.deadline.expire()
-
-    assert direct.destination.memory is not None
-    direct.destination.memory = Late(direct.destination.memory)
+    read = PeerMemory.read_into
+    monkeypatch.setattr(PeerMemory, "read_into", read_into)
     with pytest.raises(TransferTimeout):
         direct.destination.recv_message(header, memoryview(bytearray(len(data))), verify=True, timer=late)
     assert direct.destination.nbytes_direct == _PIECE_BYTES

@@ -31,7 +31,8 @@ class Empty:
 
     def __init__(self) -> None:
         self.sizes: list[int] = []
-        self.verified = self.steady = self.direct = self.is_whole_transfer = False
+        self.verified = self.steady = self.is_whole_transfer = False
+        self.fabric = ""
 
     def has(self, message: int) -> bool:
         raise NotImplementedError

@@ -22,7 +22,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.destination import receive
 from ft_transport._group.source import serve
-from ft_transport._lanes import fetch
+from ft_transport._lanes import fabric
 from ft_transport._lanes.session import fingerprint
 from ft_transport._net.cma import TOKEN_BYTES, PeerMemory
 from ft_transport._options import Options
@@ -132,7 +132,7 @@ def direct(move: Move, side: str, shadow: bool) -> dict[str, Any]:
     state, template = make(1), make(5)
     victims = [*(state if side == "source" else template).values()][-2:]
     ActingMemory.acts[:] = [lambda: in_another_thread(move, victims)]
-    fetch.PeerMemory = ActingMemory  # type: ignore[misc]
+    fabric.PeerMemory = ActingMemory  # type: ignore[misc]
     source: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, host="127.0.0.1")
     one: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, lambda: template, host="127.0.0.1", lanes=1, shadow=shadow)
     return _moved(source, one, source.metadata(), state)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ft_transport import PeerFailure, TransferError
-from ft_transport._lanes import fetch
+from ft_transport._lanes import fabric
 from ft_transport._net.cma import TOKEN_BYTES, PeerMemory
 from ft_transport._torchft import lanes as _lanes
 from ft_transport.errors import TransferTimeout
@@ -63,13 +63,13 @@ def test_both_sides_have_a_say(lanes: Lanes, monkeypatch: pytest.MonkeyPatch, th
     source.disallow_checkpoint()
 
 
-@pytest.mark.parametrize(("fabric", "lifted"), [("auto", 0), ("tcp", 0), ("cma", 1)])
+@pytest.mark.parametrize(("name", "lifted"), [("auto", 0), ("tcp", 0), ("cma", 1)])
 def test_a_restriction_is_lifted_for_whom_asks_for_it(
-    lanes: Lanes, monkeypatch: pytest.MonkeyPatch, fabric: str, lifted: int
+    lanes: Lanes, monkeypatch: pytest.MonkeyPatch, name: str, lifted: int
 ) -> None:
     calls: list[None] = []
     monkeypatch.setattr(_lanes, "let_others_read", lambda: calls.append(None))
-    lanes.transport(fabric=fabric)
+    lanes.transport(fabric=name)
     assert len(calls) == lifted
 
 
@@ -77,7 +77,7 @@ def test_where_the_system_does_not_let_anybody_read_tcp_serves(lanes: Lanes, mon
     def refused(pid: int, address: int, token: bytes) -> PeerMemory:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(fetch, "PeerMemory", refused)
+    monkeypatch.setattr(fabric, "PeerMemory", refused)
     source, state = lanes.transport(fabric="auto"), make_state()
     destination = lanes.destination(make_state(2), fabric="auto").start(source.metadata())
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
@@ -113,7 +113,7 @@ class Failing(PeerMemory):
 
 
 def test_memory_that_cannot_be_read_any_more_is_fetched_over_tcp(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "PeerMemory", Failing)
+    monkeypatch.setattr(fabric, "PeerMemory", Failing)
     monkeypatch.setattr(Failing, "left", 3)
     source, state = lanes.transport(fabric="auto"), make_state()
     destination = lanes.destination(make_state(2), fabric="auto").start(source.metadata())
@@ -137,7 +137,7 @@ class Flipping(PeerMemory):
 
 def test_what_was_read_wrong_is_read_again(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """As is what the source has changed between its digest and the read."""
-    monkeypatch.setattr(fetch, "PeerMemory", Flipping)
+    monkeypatch.setattr(fabric, "PeerMemory", Flipping)
     monkeypatch.setattr(Flipping, "left", 1)
     source, state = lanes.transport(fabric="auto"), make_state()
     destination = lanes.destination(make_state(2), fabric="auto", lanes=1).start(source.metadata())
@@ -182,7 +182,7 @@ def test_shutdown_ends_a_read(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> 
                 go_on.wait(10)
             super().read_into(address, view)
 
-    monkeypatch.setattr(fetch, "PeerMemory", Slow)
+    monkeypatch.setattr(fabric, "PeerMemory", Slow)
     source, state = lanes.transport(fabric="auto"), make_state()
     destination = lanes.destination(make_state(2), fabric="auto").start(source.metadata())
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
@@ -252,7 +252,7 @@ def test_a_source_that_is_struck_while_it_is_read(
                 if len(struck) == 4:
                     process.send_signal(fault)
 
-    monkeypatch.setattr(fetch, "PeerMemory", Striking)
+    monkeypatch.setattr(fabric, "PeerMemory", Striking)
     assert process.stdout is not None
     destination = lanes.destination(make_state(2, nbytes=24 << 20), fabric="auto", lanes=1)
     destination.start(process.stdout.readline().strip()).join()

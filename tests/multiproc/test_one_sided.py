@@ -1,0 +1,304 @@
+"""Lanes with a one-sided transport of torch's: every promise of the lanes holds, whatever the backend does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, TransferError
+from ft_transport._lanes import session as _session
+from ft_transport.errors import TransferTimeout
+from ft_transport.testing import FaultyFabric
+
+from .harness import digest, residue, wait_until
+from .test_lanes import MIB, STALL, STEP, TIMEOUT, Destination, Lanes, envelope, lanes, make_state
+
+__all__ = ["lanes"]  # the fixture
+
+# All but small tensors, strided ones and frames.
+MOST = 0.85
+NAME = "faulty"
+
+
+@pytest.fixture
+def fabric() -> Iterator[FaultyFabric]:
+    with FaultyFabric(NAME) as made:
+        yield made
+    # Each endpoint is closed once nothing stands still.
+    wait_until(lambda: made.num_open == 0, 10)
+    wait_until(lambda: not any("ft_transport-fabric" in name for name in residue().threads), 10)
+
+
+def begun(
+    made: Lanes, theirs: str = NAME, ours: str = NAME, *, timeout: timedelta = TIMEOUT, **options: Any
+) -> tuple[Destination, LaneTransport[Any]]:
+    """A receive in place under way, from a source in this process."""
+    source = made.transport(fabric=theirs)
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    destination = made.destination(make_state(2), fabric=ours, **options)
+    return destination.start(source.metadata(), timeout=timeout), source
+
+
+@pytest.mark.parametrize("num_lanes", [1, 4])
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "fresh"])
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "not verified"])
+def test_a_state_is_read(lanes: Lanes, fabric: FaultyFabric, verify: bool, in_place: bool, num_lanes: int) -> None:
+    source, state = lanes.transport(verify=verify, fabric=NAME), make_state()
+    assert fabric.num_made == 0, "nothing spins before there is a transfer"
+    destination = lanes.destination(make_state(2) if in_place else None, lanes=num_lanes, fabric=NAME)
+    destination.start(source.metadata())
+    source.send_checkpoint([3], STEP, envelope(state), TIMEOUT)
+    assert destination.join().sound(state)
+    source.disallow_checkpoint()
+    report = destination.report
+    assert report.peers[0].nbytes_direct > (MOST if num_lanes == 1 else 0) * report.nbytes_total
+    assert 1.0 <= report.nbytes_wire / report.nbytes_total < 1.01
+    # Two ends for each lane, and each message is registered once at the source; the destination has one for each end.
+    assert fabric.num_made <= 2 * num_lanes
+    assert fabric.num_registered <= fabric.num_reads + num_lanes
+    wait_until(lambda: fabric.num_open == 0)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [("tcp", NAME), (NAME, "tcp"), (NAME, "auto"), ("cma", NAME)])
+def test_both_sides_have_a_say(lanes: Lanes, fabric: FaultyFabric, theirs: str, ours: str) -> None:
+    destination, _ = begun(lanes, theirs, ours)
+    assert destination.join().sound(make_state())
+    assert destination.report.peers[0].nbytes_direct == 0
+    assert fabric.num_reads == 0
+
+
+def test_where_no_endpoint_can_be_made_tcp_serves(
+    lanes: Lanes, fabric: FaultyFabric, caplog: pytest.LogCaptureFixture
+) -> None:
+    fabric.fail_to_make()
+    destination, _ = begun(lanes)
+    assert destination.join().sound(make_state())
+    assert destination.report.peers[0].nbytes_direct == 0
+    assert f"cannot be read by {NAME}: RuntimeError: failed to create transport" in caplog.text
+
+
+def test_a_read_that_dies_is_fetched_over_tcp(lanes: Lanes, fabric: FaultyFabric) -> None:
+    fabric.die_at(2)
+    destination, _ = begun(lanes, lanes=1)
+    assert destination.join().sound(make_state())
+    assert fabric.num_reads == 3, "the lanes that follow are without it"
+    assert 0 < destination.report.peers[0].nbytes_direct <= 2 * 4 * MIB
+
+
+def test_a_read_that_is_late_is_waited_for(lanes: Lanes, fabric: FaultyFabric) -> None:
+    """Longer than a peer may be silent: it is not, for it says on the lane that it lives."""
+    fabric.delay_at(1)
+    destination, _ = begun(lanes, lanes=1)
+    wait_until(lambda: fabric.num_late == 1)
+    assert destination.thread is not None
+    destination.thread.join(2 * STALL.total_seconds())
+    assert destination.thread.is_alive()
+    fabric.land()
+    assert destination.join().sound(make_state())
+    assert destination.report.peers[0].nbytes_direct > MOST * destination.report.nbytes_total
+
+
+@pytest.mark.parametrize("fault", ["stall_at", "delay_at", "forget_at"])
+def test_the_deadline_holds_and_nothing_is_written_after_it(lanes: Lanes, fabric: FaultyFabric, fault: str) -> None:
+    """The backend still writes, before its endpoint could be closed or after: not to the template."""
+    getattr(fabric, fault)(1)
+    destination, _ = begun(lanes, lanes=1, timeout=3 * STALL)
+    destination.join()
+    assert isinstance(destination.error, TransferTimeout)
+    assert destination.seconds < 5 * STALL.total_seconds()
+    assert destination.template is not None
+    after = digest(destination.template)
+    assert fabric.land() == 1
+    assert digest(destination.template) == after
+
+
+def test_what_was_read_wrong_is_read_again(lanes: Lanes, fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As is what the source has changed between its digest and the read."""
+    left, digests = [1], _session.xxhash.xxh3_64
+
+    class Wrong:
+        def __init__(self) -> None:
+            self._inner = digests()
+            self.update = self._inner.update
+
+        def intdigest(self) -> int:
+            wrong, left[:] = bool(left) and threading.current_thread().name == "ft_transport-lane", []
+            return int(self._inner.intdigest()) ^ wrong
+
+    monkeypatch.setattr(_session.xxhash, "xxh3_64", Wrong)
+    destination, _ = begun(lanes, lanes=1)
+    assert destination.join().error is None
+    monkeypatch.undo()
+    assert destination.sound(make_state())
+
+
+def test_a_chain_reads_from_the_one_before(lanes: Lanes, fabric: FaultyFabric) -> None:
+    source, state = lanes.transport(fabric=NAME), make_state()
+    source.send_checkpoint([1, 2], STEP, envelope(state), TIMEOUT)
+    found = [lanes.destination(make_state(2), fabric=NAME).start(source.metadata()) for _ in range(2)]
+    assert all(destination.join().sound(state) for destination in found)
+    for destination in found:
+        assert destination.report.peers[0].nbytes_direct > 0
+        destination.transport.disallow_checkpoint()
+    source.disallow_checkpoint()
+
+
+def test_disallowed_in_mid_read_it_is_read_to_its_end(lanes: Lanes, fabric: FaultyFabric) -> None:
+    fabric.delay_at(1)
+    destination, source = begun(lanes, lanes=1)
+    wait_until(lambda: fabric.num_late == 1)
+    disallowing = threading.Thread(target=source.disallow_checkpoint)
+    disallowing.start()
+    fabric.land()
+    disallowing.join(10)
+    assert not disallowing.is_alive()
+    assert destination.join().sound(make_state())
+    wait_until(lambda: fabric.num_open == 0)
+
+
+def test_a_source_that_ends_shuts_its_readers_out(lanes: Lanes, fabric: FaultyFabric) -> None:
+    """Its endpoint is closed when the call returns, though a read stands still at the other end."""
+    fabric.stall_at(1)
+    destination, source = begun(lanes, lanes=1)
+    wait_until(lambda: fabric.num_late == 1)
+    source.shutdown()
+    assert fabric.num_open <= 1
+    assert isinstance(destination.join().error, PeerFailure)
+    assert destination.template is not None
+    after = digest(destination.template)
+    fabric.land()
+    assert digest(destination.template) == after
+
+
+def test_shutdown_ends_a_read_that_stands_still(lanes: Lanes, fabric: FaultyFabric) -> None:
+    fabric.stall_at(1)
+    destination, _ = begun(lanes, lanes=1)
+    wait_until(lambda: fabric.num_late == 1)
+    destination.transport.shutdown()
+    assert isinstance(destination.join().error, LocalProtocolError)
+    assert destination.template is not None
+    after = digest(destination.template)
+    fabric.land()
+    assert digest(destination.template) == after
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "silent"])
+def test_a_lane_that_ends_ends_the_read(lanes: Lanes, fabric: FaultyFabric, cut: bool) -> None:
+    fabric.stall_at(1)
+    source = lanes.transport(fabric=NAME)
+    source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
+    proxy = lanes.proxy(source.metadata())
+    destination = lanes.destination(make_state(2), fabric=NAME, lanes=1).start(proxy.metadata)
+    wait_until(lambda: fabric.num_late == 1)
+    proxy.cut() if cut else proxy.freeze()
+    assert isinstance(destination.join().error, PeerFailure)
+    assert destination.seconds < 10 * STALL.total_seconds()
+    assert destination.template is not None
+    after = digest(destination.template)
+    fabric.land()
+    assert digest(destination.template) == after
+
+
+def test_a_source_whose_memory_is_exchanged_voids_what_was_read(lanes: Lanes, fabric: FaultyFabric) -> None:
+    fabric.delay_at(0)
+    source, state = lanes.transport(fabric=NAME), make_state()
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    destination = lanes.destination(make_state(2), fabric=NAME, lanes=1).start(source.metadata())
+    wait_until(lambda: fabric.num_late == 1)
+    state["large"][2].data = state["large"][2].clone()
+    fabric.land()
+    destination.join()
+    assert isinstance(destination.error, TransferError)
+    assert "large" in str(destination.error)
+
+
+def test_a_destination_that_gives_memory_back_ends_no_process(lanes: Lanes, fabric: FaultyFabric) -> None:
+    fabric.delay_at(0)
+    destination, _ = begun(lanes, lanes=1)
+    wait_until(lambda: fabric.num_late == 1)
+    assert destination.template is not None
+    for tensor in destination.template["large"]:
+        tensor.untyped_storage().resize_(0)
+    fabric.land()
+    assert isinstance(destination.join().error, LocalProtocolError)
+
+
+# --------------------------------------------------------------------- a process that is struck
+
+
+_SOURCE = """
+import sys
+from datetime import timedelta
+import torch
+from ft_transport import LaneTransport
+from ft_transport.testing import FaultyFabric
+from tests.multiproc.test_lanes import STALL, STEP, envelope, make_state
+with FaultyFabric("faulty"):
+    transport = LaneTransport(
+        timedelta(seconds=20), torch.device("cpu"), host="127.0.0.1", stall_timeout=STALL, fabric="faulty"
+    )
+    transport.send_checkpoint([1], STEP, envelope(make_state(1)), timedelta(seconds=20))
+    print(transport.metadata(), flush=True)
+    sys.stdin.readline()
+    transport.shutdown()
+"""
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[str]]:
+    """A source in a process of its own; prints its metadata."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", _SOURCE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield started
+    started.kill()
+    started.communicate()
+
+
+@pytest.mark.parametrize("fault", [None, signal.SIGKILL, signal.SIGSTOP], ids=["none", "SIGKILL", "SIGSTOP"])
+def test_a_source_that_is_struck_while_it_is_read(
+    lanes: Lanes, fabric: FaultyFabric, process: subprocess.Popen[str], fault: signal.Signals | None
+) -> None:
+    """Its silence on the lane is what tells, and nothing lands once the call has failed: not when it is woken up."""
+    if fault is not None:
+        fabric.delay_at(1)
+    assert process.stdout is not None
+    destination = lanes.destination(make_state(2), fabric=NAME, lanes=1)
+    destination.start(process.stdout.readline().strip())
+    if fault is None:
+        assert destination.join().sound(make_state(1))
+        if destination.report.peers[0].nbytes_direct == 0:
+            pytest.skip("this system lets nobody read another process's memory")
+        return
+    wait_until(lambda: fabric.num_late == 1, 10)
+    process.send_signal(fault)
+    destination.join()
+    assert isinstance(destination.error, PeerFailure)
+    assert destination.seconds < 10 * STALL.total_seconds()
+    assert destination.template is not None
+    after = digest(destination.template)
+    if fault is signal.SIGSTOP:
+        process.send_signal(signal.SIGCONT)
+        threading.Event().wait(0.3)
+    fabric.land()
+    assert digest(destination.template) == after
+
+
+def test_fifty_heals_leave_nothing(lanes: Lanes, fabric: FaultyFabric) -> None:
+    """The fixtures look at threads, descriptors and endpoints when this is over."""
+    source, state = lanes.transport(fabric=NAME), make_state(large=1)
+    destination = lanes.destination(make_state(2, large=1), fabric=NAME, lanes=1)
+    for _ in range(50):
+        source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+        assert destination.start(source.metadata()).join().sound(state)
+        source.disallow_checkpoint()
+        destination.transport.metadata()
+        destination.transport.disallow_checkpoint()
+    assert fabric.num_made == 100
