@@ -162,7 +162,9 @@ class Bucket:
         # It never shrinks: flights of one transfer are of about one size, and the bucket ends with the transfer.
         if nbytes and (self._flat is None or self._flat.numel() < nbytes):
             self._flat = None  # before the new one is allocated
-            self._flat = allocate(nbytes, self._device, pinned=self._pinned)
+            # In huge pages where nobody else has a say: faults of 64 MiB, page by page, cost more than the copies.
+            mine = self._device.type == "cpu" and not self._pinned
+            self._flat = Arena().allocate(nbytes) if mine else allocate(nbytes, self._device, pinned=self._pinned)
 
     @property
     def untouched(self) -> bool:
