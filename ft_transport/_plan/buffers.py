@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
@@ -109,6 +110,20 @@ class ReadOnlyMemory:
         assert self._begins is not None
         index = bisect_right(self._begins, address) - 1
         return index >= 0 and address < self._ends[index]
+
+    def among(self, addresses: Sequence[int]) -> list[int]:
+        """Which of the addresses, by index, lie in read-only memory."""
+        if self._begins is None:
+            self._look()
+        assert self._begins is not None
+        # Mappings are some hundred, and addresses may be 100,000: so the few are looked for among the many.
+        order = sorted(range(len(addresses)), key=addresses.__getitem__)
+        known = list(map(addresses.__getitem__, order))
+        found: list[int] = []
+        for begin, end in zip(self._begins, self._ends, strict=True):
+            first = bisect_left(known, begin)
+            found += order[first : bisect_left(known, end, first)]
+        return found
 
     def _look(self) -> None:
         self._begins, self._ends = [], []
