@@ -117,13 +117,11 @@ class ReadOnlyMemory:
             self._look()
         assert self._begins is not None
         # Mappings are some hundred, and addresses may be 100,000: so the few are looked for among the many.
-        order = sorted(range(len(addresses)), key=addresses.__getitem__)
-        known = list(map(addresses.__getitem__, order))
-        found: list[int] = []
-        for begin, end in zip(self._begins, self._ends, strict=True):
-            first = bisect_left(known, begin)
-            found += order[first : bisect_left(known, end, first)]
-        return found
+        known = sorted(addresses)
+        mappings = zip(self._begins, self._ends, strict=True)
+        if all(bisect_left(known, begin) == bisect_left(known, end) for begin, end in mappings):
+            return []
+        return [index for index, address in enumerate(addresses) if self.holds(address)]
 
     def _look(self) -> None:
         self._begins, self._ends = [], []

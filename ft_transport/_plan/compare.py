@@ -120,7 +120,7 @@ class _Comparison:
         self._read_only = ReadOnlyMemory()
 
     def plain_tensors(self, matched: dict[int, object]) -> set[int]:
-        """Note the plain tensors that agree in all, strides too, as most do; gives their leaves.
+        """Note the plain tensors that agree, as most do; gives their leaves.
 
         The rest is for :meth:`leaf`: a call for each costs more than all that is compared.
         """
@@ -136,11 +136,11 @@ class _Comparison:
         wanted = list(map(itemgetter(1), map(_first_view, map(leaves.__getitem__, indices))))
         # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.
         pairs = list(zip(wanted, mine.geometries, strict=True))
-        fitting = {pair for pair in {*pairs} if _lands_as_it_is(*pair)}
+        fitting = {pair for pair in {*pairs} if _can_land(*pair)}
         fits = list(map(fitting.__contains__, pairs))
         for at in self._read_only.among(mine.addresses):
             fits[at] = False
-        ends = list(map(add, mine.addresses, map(attrgetter("span"), wanted)))
+        ends = list(map(add, mine.addresses, map(attrgetter("span"), mine.geometries)))
         slots: list[Slot] = list(zip(indices, repeat(0), strict=False))
         rows = zip(
             tensors,
@@ -240,9 +240,9 @@ def _first_view(leaf: Leaf) -> View:
     return leaf[1][0]
 
 
-def _lands_as_it_is(wanted: Geometry, mine: Geometry) -> bool:
-    """Whether a template's tensor agrees in all, strides too, and bytes may be written there."""
-    if (wanted.dtype, wanted.shape, wanted.stride) != (mine.dtype, mine.shape, mine.stride):
+def _can_land(wanted: Geometry, mine: Geometry) -> bool:
+    """Whether a template's tensor agrees, and bytes may be written there."""
+    if (wanted.dtype, wanted.shape) != (mine.dtype, mine.shape):
         return False
     # A tensor that overlaps itself (``expand``, ``as_strided``) is read as often as one likes, but written in an order
     # that nobody promises. An empty one has nothing to land.

@@ -200,7 +200,7 @@ def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
     """Tell autograd that these tensors changed: a graph that saved them must not use the mix of old and new."""
     try:
         torch.autograd.graph.increment_version(tensors)
-    except RuntimeError:  # one of inference mode has no count; to count another twice does no harm
+    except RuntimeError:  # of a tensor of inference mode, which has no count; to count others twice does no harm
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 

@@ -159,6 +159,8 @@ def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps], list[int]
     if any(begins):
         begins = [offset * shape.itemsize for offset, shape in zip(begins, shapes, strict=True)]
     ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
+    if not found and storages == sorted(storages):
+        return made(Piece, zip(storages, begins, ends, strict=True)), {}, alone
     rows: list[tuple[int, int, int, int, Gaps | None]]
     rows = list(zip(storages, begins, ends, alone, repeat(None), strict=False))
     rows += [row for storage, members in found.items() for row in _ranges_of(storage, members)]
