@@ -7,14 +7,16 @@ writes to them by hand, which is noticed (``_plan.unchanged``) and makes the who
 
 from __future__ import annotations
 
+import threading
 from contextlib import AbstractContextManager
 
+from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._options import CPU
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.source import SourcePlan
 from ft_transport._wire.layout import SMALL_BYTES
-from ft_transport.errors import LocalProtocolError
+from ft_transport.errors import LocalProtocolError, TransferError
 
 __all__ = ["StateMessages"]
 
@@ -22,7 +24,8 @@ __all__ = ["StateMessages"]
 class StateMessages:
     """The messages of a described state; see ``_lanes.supplier.MessageStore``.
 
-    The small ones are copied here and now: forward goes on meanwhile, and changes small buffers (BatchNorm).
+    The small ones are to be copied before training goes on, see :meth:`copy_small`: forward changes small buffers
+    (BatchNorm).
 
     Args:
         plan: The described state.
@@ -32,9 +35,6 @@ class StateMessages:
         frame: The manifest, as it travels.
         streams: To copy in.
         error: Why the state is not what it was any more, once somebody has looked.
-
-    Raises:
-        TransferTimeout: The small ones were not copied from an accelerator by the deadline.
     """
 
     # Whoever writes to large tensors voids the transfer anyway, so they may leave by their pages, without a copy.
@@ -48,26 +48,60 @@ class StateMessages:
         self.fabric = fabric
         self.error: LocalProtocolError | None = None
         self._gone: LocalProtocolError | None = None
+        self._is_small = plan.layout.is_small
         self._placement = plan.placement
         self._versions = plan.versions
         self._digests: dict[int, int] = {}
         self._copies: dict[int, memoryview] = {}
+        self._bucket = Bucket(CPU, pinned=self.streams.cross)  # kept as long as the copies, which are views of it
+        self._changed = threading.Condition()
+        self._is_copied = False
+        self._failure = ""
+
+    def copy_small(self) -> None:
+        """Copy the small messages. Destinations may read the manifest meanwhile.
+
+        Raises:
+            LocalProtocolError: Memory of the state was taken away.
+            TransferTimeout: They were not copied from an accelerator by the deadline.
+        """
         small, room = [], SMALL_BYTES
         # In the layout's order, as far as there is room: 64 MiB hold the buffers of any model, and copying more would
         # make the source wait for what forward never writes to.
-        for message in range(len(plan.layout.messages)):
+        for message in range(len(self.sizes)):
             nbytes = aligned(self.sizes[message])
-            if plan.layout.is_small(message) and nbytes <= room:
+            if self._is_small(message) and nbytes <= room:
                 room -= nbytes
                 small.append(message)
-        # Kept as long as the copies: they are views of it, which hold nothing themselves.
-        self._bucket = Bucket(CPU, pinned=self.streams.cross)
         self._bucket.reset(SMALL_BYTES - room)
         with self.streams.use():
             for message in small:
                 self._copies[message] = self._placement.view(message, self._bucket)
         self.streams.begun().finish()
         self._versions.note_copied(self._copies)
+
+    def let_read(self, failure: str = "") -> None:
+        """The small messages are copied, or will not be, and why."""
+        with self._changed:
+            self._failure, self._is_copied = failure, True
+            self._changed.notify_all()
+
+    def await_copies(self, timer: StallTimer) -> None:
+        """Wait until the messages may be read.
+
+        Raises:
+            TransferError: They will not, or the timer says that it takes too long.
+        """
+        with self._changed:
+            while not self._changed.wait_for(lambda: self._is_copied, HEARTBEAT.total_seconds()):
+                timer.check()
+        if self._failure:
+            raise TransferError(self._failure)
+
+    def await_offer(self) -> None:
+        """Wait until :meth:`let_read` was called."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_copied)
 
     def check_unchanged(self) -> None:
         """Raises LocalProtocolError if the state has changed or moved since; see ``_plan.unchanged``."""

@@ -71,7 +71,7 @@ class SourceTransfer:
             LocalProtocolError: A leaf cannot travel. Destinations are let in, and told so.
             TransferTimeout: A device that the state is on has not come to an end by the deadline. As above.
         """
-        report = self.report
+        report, store = self.report, None
         try:
             with report.phase("describe", self._options.on_phase):
                 outbound = SourcePlan(
@@ -82,14 +82,22 @@ class SourceTransfer:
                     lambda reading: self.end_reading(),
                     deadline=self._deadline,
                 )
-                self._store = StateMessages(outbound, fabric=self._options.reads_by)
+                store = self._store = StateMessages(outbound, fabric=self._options.reads_by)
+                # Destinations compare the state with their templates while the small ones are copied. Not where a
+                # copy may take its time, as from an accelerator that is in the middle of a step.
+                if not store.streams.cross:
+                    self._dispatcher.open(self)
+                store.copy_small()
         except BaseException as exc:
             # Destinations are told: they would wait for their whole time-out, and with them the collectives of
             # everybody.
             self._failure = reason_of(exc)
             raise
         finally:
-            self._dispatcher.open(self)
+            if store is not None:
+                store.let_read(self._failure)
+            if store is None or store.streams.cross:
+                self._dispatcher.open(self)
 
     def refuse(self, reason: str) -> None:
         """In the place of :meth:`open`: let destinations in, and tell them why there is no state for them."""
@@ -143,6 +151,8 @@ class SourceTransfer:
             with store.here() if store is not None else nullcontext():
                 outcome = serving.run(store, self._failure)
         finally:
+            if store is not None:
+                store.await_offer()  # who has refused at once is told of when the state is described, and not before
             with self._changed:
                 serving.state.peer.outcome = outcome
                 self._settle()

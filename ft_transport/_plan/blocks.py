@@ -21,6 +21,7 @@ import torch
 from ft_transport._device import seam
 from ft_transport._plan.lent import kept, readers_of
 from ft_transport._process import memory_at
+from ft_transport._state.geometry import Geometry
 from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import format_path
 from ft_transport.errors import LocalProtocolError
@@ -56,6 +57,7 @@ class Block(NamedTuple):
         base: Address of the storage.
         nbytes: Of the storage.
         address: Of the first byte of ``memory``.
+        shape: Of ``memory``, where it was asked for.
     """
 
     memory: torch.Tensor
@@ -65,6 +67,7 @@ class Block(NamedTuple):
     base: int = 0
     nbytes: int = 0
     address: int = 0
+    shape: Geometry | None = None
 
     @property
     def here(self) -> bool:
@@ -97,7 +100,8 @@ def held(blocks: Sequence[Block]) -> list[Block]:
     memory = list(map(itemgetter(0), blocks))
     storages = list(map(torch.Tensor.untyped_storage, memory))
     places = map(_base_of, storages), map(_nbytes_of, storages), map(torch.Tensor.data_ptr, memory)
-    rows = zip(memory, map(itemgetter(1), blocks), map(itemgetter(2), blocks), storages, *places, strict=True)
+    dense, indices, shapes = (map(itemgetter(column), blocks) for column in (1, 2, 7))
+    rows = zip(memory, dense, indices, storages, *places, shapes, strict=True)
     return list(map(tuple.__new__, repeat(Block), rows))
 
 

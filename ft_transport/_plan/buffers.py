@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
@@ -110,6 +111,18 @@ class ReadOnlyMemory:
         index = bisect_right(self._begins, address) - 1
         return index >= 0 and address < self._ends[index]
 
+    def among(self, addresses: Sequence[int]) -> list[int]:
+        """Which of the addresses, by index, lie in read-only memory."""
+        if self._begins is None:
+            self._look()
+        assert self._begins is not None
+        # Mappings are some hundred, and addresses may be 100,000: so the few are looked for among the many.
+        known = sorted(addresses)
+        mappings = zip(self._begins, self._ends, strict=True)
+        if all(bisect_left(known, begin) == bisect_left(known, end) for begin, end in mappings):
+            return []
+        return [index for index, address in enumerate(addresses) if self.holds(address)]
+
     def _look(self) -> None:
         self._begins, self._ends = [], []
         try:
@@ -162,7 +175,9 @@ class Bucket:
         # It never shrinks: flights of one transfer are of about one size, and the bucket ends with the transfer.
         if nbytes and (self._flat is None or self._flat.numel() < nbytes):
             self._flat = None  # before the new one is allocated
-            self._flat = allocate(nbytes, self._device, pinned=self._pinned)
+            # In huge pages where nobody else has a say: faults of 64 MiB, page by page, cost more than the copies.
+            mine = self._device.type == "cpu" and not self._pinned
+            self._flat = Arena().allocate(nbytes) if mine else allocate(nbytes, self._device, pinned=self._pinned)
 
     @property
     def untouched(self) -> bool:

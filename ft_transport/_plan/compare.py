@@ -12,16 +12,19 @@ Not here: where the callback's tree lies in what the source sends, and what beco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
+from itertools import compress, islice, repeat
+from operator import add, attrgetter, itemgetter, le
 from typing import Any, NamedTuple
 
 import torch
 
 from ft_transport._device import on_host, seam
+from ft_transport._plan.blocks import Block, held
 from ft_transport._plan.buffers import ReadOnlyMemory
+from ft_transport._state.describe import Tensors
 from ft_transport._state.geometry import Geometry, geometry, geometry_of
 from ft_transport._state.kinds.base import KINDS, VALUE, Part, all_plain, flatten_leaf, is_plain
-from ft_transport._state.manifest import Leaf, Manifest, View, disjoint
+from ft_transport._state.manifest import Leaf, Manifest, View, disjoint, made
 from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
 
@@ -29,8 +32,8 @@ __all__ = ["Compared", "Slot", "Targets", "compare", "compare_all", "same_stride
 
 # Index of a leaf, and position of one of its views.
 Slot = tuple[int, int]
-# The template's tensor for each view that can land in it.
-Targets = dict[Slot, torch.Tensor]
+# The template's tensor for each view that can land in it: a dense block, see ``_plan.blocks.held``.
+Targets = dict[Slot, Block]
 
 
 class Compared(NamedTuple):
@@ -64,9 +67,8 @@ def compare_all(manifest: Manifest, matched: dict[int, object], report: Transfer
     # take is no worse for it, since the second looks at everything anew.
     comparison = _Comparison(manifest, targets, report)
     agreed = comparison.plain_tensors(matched)
-    for index, leaf in enumerate(manifest.leaves):
-        if index in agreed:
-            continue
+    for index in sorted({*range(len(manifest.leaves))}.difference(agreed)):
+        leaf = manifest.leaves[index]
         if index in matched:
             reason = comparison.leaf(index, leaf, matched[index])
             if reason:
@@ -118,33 +120,42 @@ class _Comparison:
         self._read_only = ReadOnlyMemory()
 
     def plain_tensors(self, matched: dict[int, object]) -> set[int]:
-        """Note the plain tensors that agree in all, strides too, as most do; gives their leaves.
+        """Note the plain tensors that agree, as most do; gives their leaves.
 
         The rest is for :meth:`leaf`: a call for each costs more than all that is compared.
         """
         leaves = self._manifest.leaves
-        indices = [i for i, mine in matched.items() if type(mine) is torch.Tensor and leaves[i].kind == "tensor"]
-        tensors: list[torch.Tensor] = [matched[index] for index in indices]  # type: ignore[misc]
+        indices = [i for i, mine in matched.items() if type(mine) is torch.Tensor and leaves[i][0] == "tensor"]
+        tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
         dtypes = list(map(attrgetter("dtype"), tensors))
         # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not
         # looked for; those leaves take the other way.
         if not tensors or not on_host(tensors) or not all_plain(tensors, dtypes, on_cpu=True):
             return set()
-        shapes, strides = map(attrgetter("shape"), tensors), map(torch.Tensor.stride, tensors)
-        rows = zip(indices, tensors, dtypes, shapes, strides, map(torch.Tensor.data_ptr, tensors), strict=True)
-        agreed = set()
-        for index, tensor, dtype, shape, stride, address in rows:
-            storage, wanted, _ = leaves[index][1][0]
-            if storage < 0 or dtype != wanted.dtype or shape != wanted.shape or stride != wanted.stride:
-                continue
-            # A tensor that overlaps itself (``expand``, ``as_strided``) is read as often as one likes, but written in
-            # an order that nobody promises.
-            if wanted.order is None or wanted.expanded or self._read_only.holds(address):
-                continue
-            self._targets[index, 0] = tensor
-            self.extents.append((address, address + wanted.span, (index, 0)))
-            agreed.add(index)
-        return agreed
+        mine = Tensors(tensors, dtypes, on_cpu=True)
+        wanted = list(map(itemgetter(1), map(_first_view, map(leaves.__getitem__, indices))))
+        # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.
+        pairs = list(zip(wanted, mine.geometries, strict=True))
+        fitting = {pair for pair in {*pairs} if _can_land(*pair)}
+        fits = list(map(fitting.__contains__, pairs))
+        for at in self._read_only.among(mine.addresses):
+            fits[at] = False
+        ends = list(map(add, mine.addresses, map(attrgetter("span"), mine.geometries)))
+        slots: list[Slot] = list(zip(indices, repeat(0), strict=False))
+        rows = zip(
+            tensors,
+            repeat(True),
+            repeat(None),
+            mine.alive,
+            mine.bases,
+            mine.capacities,
+            mine.addresses,
+            mine.geometries,
+            strict=False,
+        )
+        self._targets.update(compress(zip(slots, made(Block, rows), strict=True), fits))
+        self.extents += compress(zip(mine.addresses, ends, slots, strict=True), fits)
+        return {*compress(indices, fits)}
 
     def leaf(self, index: int, leaf: Leaf, mine: Any) -> str:
         """Why a leaf disagrees with the template's, empty if it does not."""
@@ -217,12 +228,25 @@ class _Comparison:
             if seam().on_host(mine) and self._read_only.holds(address):
                 self._keep_away(slot[0], "the template's tensor lies in read-only memory")
             else:
-                self._targets[slot] = mine
+                (self._targets[slot],) = held([Block(mine, shape=shape)])
                 self.extents.append((address, address + shape.span, slot))
         return ""
 
     def _keep_away(self, index: int, reason: str) -> None:
         self._report.not_in_place[format_path(self._manifest.paths[index])] = reason
+
+
+def _first_view(leaf: Leaf) -> View:
+    return leaf[1][0]
+
+
+def _can_land(wanted: Geometry, mine: Geometry) -> bool:
+    """Whether a template's tensor agrees, and bytes may be written there."""
+    if (wanted.dtype, wanted.shape) != (mine.dtype, mine.shape):
+        return False
+    # A tensor that overlaps itself (``expand``, ``as_strided``) is read as often as one likes, but written in an order
+    # that nobody promises. An empty one has nothing to land.
+    return mine.numel > 0 and mine.order is not None and not mine.expanded
 
 
 def _compared_parts(part: Part, first: int) -> list[tuple[Part, int]]:
@@ -288,6 +312,8 @@ def _drop_conflicts(
     # A sweep over begins, as in any interval problem. Extents that merely touch do not overlap: parameters of one flat
     # buffer lie side by side, and stay in place.
     extents.sort()
+    if all(map(le, map(itemgetter(1), extents), map(itemgetter(0), islice(extents, 1, None)))):
+        return  # as in nearly every template
     cluster: list[tuple[int, Slot]] = []
     reached = 0
     for begin, end, slot in [*extents, (_BEHIND, _BEHIND, (0, 0))]:
@@ -323,11 +349,11 @@ def _shared_alike(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[
     # Which storage at the source, and how far the place there is from the one here.
     if len({(view.storage, begin - view.begin) for (begin, _), view in zip(cluster, views, strict=True)}) > 1:
         return False
-    tensors = [targets[slot] for _, slot in cluster]
+    tensors = [targets[slot].memory for _, slot in cluster]
     if all(same_strides(view, tensor) for view, tensor in zip(views, tensors, strict=True)):
         return True
     # One and the same tensor several times, on both sides.
-    return len(set(views)) == 1 and len({(begin, geometry_of(targets[slot])) for begin, slot in cluster}) == 1
+    return len(set(views)) == 1 and len({(begin, geometry_of(targets[slot].memory)) for begin, slot in cluster}) == 1
 
 
 def _harmless(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> bool:
@@ -337,7 +363,7 @@ def _harmless(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int,
     # Columns of one matrix: what is not the same tensor has no element in common.
     same: dict[View, list[tuple[int, Slot]]] = {}
     for begin, slot in cluster:
-        shape = geometry_of(targets[slot])
+        shape = geometry_of(targets[slot].memory)
         # Elements of two views that begin at different parts of an element overlap by halves; ``disjoint`` counts in
         # whole ones.
         if begin % shape.itemsize != cluster[0][0] % shape.itemsize:

@@ -12,7 +12,8 @@ Not here: which tensors of the template may be written to at all (``_plan.compar
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence, Set
-from itertools import chain
+from itertools import chain, repeat
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ from ft_transport._plan.template import fit
 from ft_transport._process import Room, room
 from ft_transport._state.geometry import covered
 from ft_transport._state.kinds.base import Surroundings
-from ft_transport._state.manifest import Manifest, View, made
+from ft_transport._state.manifest import Manifest, View
 from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Gaps, Layout, Piece
@@ -132,14 +133,14 @@ class DestinationPlan:
         self._layout = layout
         self._targets = targets
         if shared:
-            share(targets.values())
-        # Before anything is allocated, so that memory which moves while this goes on is seen to have moved.
-        homes = held([Block(tensor) for tensor in targets.values()])
-        self._places = Places.of(homes, manifest, lambda: [leaf for leaf, _ in targets])
+            share(block.memory for block in targets.values())
+            targets.update(zip(targets, held(list(targets.values())), strict=True))
+        # Noted when they were compared, and before anything is allocated: memory that moves from then on is seen to.
+        self._places = Places.of(list(targets.values()), manifest, lambda: [leaf for leaf, _ in targets])
         aside: Container[int] = range(len(manifest.leaves)) if shadow else _indices(manifest, beside)
         where = fresh_device or device
         fresh = _Fresh(manifest, where)
-        plan = _Plan(manifest, layout, dict(zip(targets, homes, strict=True)), fresh, aside)
+        plan = _Plan(manifest, layout, targets, fresh, aside)
         blocks = plan.blocks()
         self.in_place = plan.nbytes_in_place > 0
         self.large = plan.large
@@ -190,7 +191,7 @@ class DestinationPlan:
             TransferTimeout: Their deadline passed; the template holds a mix.
         """
         landed = self._landed
-        self._counts = [_count(self._targets[target]) for target, _ in landed.copies]
+        self._counts = [_count(self._targets[target].memory) for target, _ in landed.copies]
         if landed.copies:
             # Not in the caller's: there each would wait for the step that training is in, without a limit.
             with streams.use():
@@ -203,14 +204,14 @@ class DestinationPlan:
     def _copy_to(self, target: Slot, slot: Slot, *, begin: bool = False) -> None:
         # As bits: ``copy_`` of a dtype that has no arithmetic (float8, quantized) is not implemented everywhere, and
         # NaNs must keep their payload.
-        mine, new = quiet(self._targets[target]), quiet(self._landed.values[slot])
+        mine, new = quiet(self._targets[target].memory), quiet(self._landed.values[slot])
         carrier = CARRIERS[mine.dtype.itemsize]
         copy(mine.view(carrier), new.view(carrier), begin=begin)
 
     def copy_again(self) -> None:
         """Repeat the copies of :meth:`rebuild`: of small tensors all, of large ones those that have changed since."""
         for (target, slot), before in zip(self._landed.copies, self._counts, strict=True):
-            mine = self._targets[target]
+            mine = self._targets[target].memory
             # BatchNorm's fused kernels write statistics without counting, so small ones are copied whether they count
             # as changed or not.
             if mine.nbytes < self._layout.stage_below or _count(mine) != before:
@@ -230,7 +231,7 @@ class DestinationPlan:
         # ``load_state_dict(assign=True)``, FSDP's resharding, an optimizer that casts its state: the tensor object may
         # be the same with other memory, and then what is written again goes there.
         for slot in [slots[index] for index in moved]:
-            view, mine = self._manifest.leaves[slot[0]].views[slot[1]], self._targets[slot]
+            view, mine = self._manifest.leaves[slot[0]].views[slot[1]], self._targets[slot].memory
             if (mine.dtype, mine.shape) != (view.geometry.dtype, view.geometry.shape) or not same_strides(view, mine):
                 lost.add(self._layout.range_of(view.storage, view.begin))
         self.placement.blocks = held([Block(*block[:3]) for block in self.placement.blocks])
@@ -238,7 +239,7 @@ class DestinationPlan:
 
     def written(self) -> list[torch.Tensor]:
         """The template's tensors that hold a new value."""
-        return [self._targets[slot] for slot in self._landed.settled]
+        return list(map(itemgetter(0), map(self._targets.__getitem__, self._landed.settled)))
 
     @property
     def copies(self) -> bool:
@@ -260,7 +261,7 @@ class DestinationPlan:
 
     def memory(self) -> list[torch.Tensor]:
         """All that is written to, while messages move and in the end."""
-        return self.placement.memory() + [self._targets[slot] for slot, _ in self._landed.copies]
+        return self.placement.memory() + [self._targets[slot].memory for slot, _ in self._landed.copies]
 
     def paths_in_place(self) -> set[str]:
         """The leaves whose bytes land in the template, or are copied to it."""
@@ -275,6 +276,14 @@ class DestinationPlan:
 def _indices(manifest: Manifest, paths: Set[str]) -> set[int]:
     """The leaves of these paths."""
     return {index for index, path in enumerate(manifest.paths) if format_path(path) in paths} if paths else set()
+
+
+def _slots(manifest: Manifest) -> list[Slot]:
+    """The slot of each view, in the order of their numbers."""
+    counts = list(map(len, map(itemgetter(1), manifest.leaves)))
+    if {*counts} == {1}:
+        return list(zip(range(len(counts)), repeat(0), strict=False))
+    return [(index, at) for index, count in enumerate(counts) for at in range(count)]
 
 
 def _count(tensor: torch.Tensor) -> int:
@@ -315,7 +324,7 @@ class _Plan:
         self,
         manifest: Manifest,
         layout: Layout,
-        homes: dict[Slot, Block],
+        homes: Targets,
         fresh: _Fresh,
         aside: Container[int],
     ) -> None:
@@ -334,41 +343,50 @@ class _Plan:
 
     def blocks(self) -> list[Block]:
         """The memory that each of the layout's ranges lands in."""
-        blocks: list[Block] = []
-        # Most ranges are one dense view, and land in the template's tensor as it is: those with little ado.
+        # Most ranges are one dense view, and land in the template's tensor as it is: those in columns.
         # With a shadow, or leaves that forward has written to, the quick way is closed to all: it does not look at
         # leaves one by one.
-        homes = {} if self._aside else self._homes
-        direct: dict[Slot, torch.Tensor] = {}
-        ranges, stage_below = self._layout.ranges, self._layout.stage_below
-        for which, (piece, group) in enumerate(zip(ranges, self._members(), strict=True)):
-            slot, (_, shape, _) = group[0]
-            if len(group) == 1 and shape.dense and (home := homes.get(slot)) is not None:
-                tensor = home[0]
-                if tensor.stride() == shape.stride:
-                    direct[slot] = tensor
-                    blocks.append(home)
-                    if piece[2] - piece[1] >= stage_below:
-                        self.large[which] = [tensor]
-                    continue
-            blocks.append(self._block(which, piece, group))
-        self.landed.values.update(direct)
-        self.landed.settled.update(direct)
-        fresh = [ranges[which] for which in self.fresh_ranges]
-        self.nbytes_in_place = self._layout.nbytes - sum([end - begin for _, begin, end in fresh])
+        layout, found = self._layout, [None] * len(self._layout.ranges) if self._aside else self._direct()
+        slow = [which for which, home in enumerate(found) if home is None]
+        members = self._members(slow) if slow else {}
+        blocks = [
+            self._block(which, layout.ranges[which], members[which]) if home is None else home
+            for which, home in enumerate(found)
+        ]
+        nbytes_fresh = sum([end - begin for _, begin, end in map(layout.ranges.__getitem__, self.fresh_ranges)])
+        self.nbytes_in_place = layout.nbytes - nbytes_fresh
         return blocks
 
-    def _members(self) -> list[list[_Member]]:
-        """The views of each range."""
+    def _direct(self) -> list[Block | None]:
+        """For each range that is one dense view the template's tensor, if that is the same in all; else None."""
         layout, manifest = self._layout, self._manifest
-        simple = len(layout.ranges) == len(manifest.storages)  # nearly every storage is one range
-        rows = [((index, at), view) for index, leaf in enumerate(manifest.leaves) for at, view in enumerate(leaf[1])]
-        members: list[list[_Member]] = [[] for _ in layout.ranges]
-        for member in made(_Member, rows):
-            view = member[1]
-            storage = view[0]
-            if storage >= 0:
-                members[storage if simple else layout.range_of(storage, view.begin)].append(member)
+        views, lone = manifest.views(), layout.lone
+        slots = _slots(manifest)
+        of_range = list(map(slots.__getitem__, lone))  # for -1 the last slot, which is let go below
+        homes = list(map(self._homes.get, of_range))
+        shapes = [home and home[7] for home in homes]
+        pairs = list(zip(map(itemgetter(1), map(views.__getitem__, lone)), shapes, strict=True)) if views else []
+        fitting = {(wanted, mine) for wanted, mine in {*pairs} if mine is not None and wanted.stride == mine.stride}
+        found = [
+            home if number >= 0 and pair in fitting else None
+            for home, number, pair in zip(homes, lone, pairs, strict=True)
+        ]
+        direct = {slot: home[0] for slot, home in zip(of_range, found, strict=True) if home is not None}
+        self.landed.values.update(direct)
+        self.landed.settled.update(direct)
+        self.large.update((which, [home[0]]) for which in layout.large if (home := found[which]) is not None)
+        return found
+
+    def _members(self, ranges: Sequence[int]) -> dict[int, list[_Member]]:
+        """The views of some ranges."""
+        layout, views, slots = self._layout, self._manifest.views(), _slots(self._manifest)
+        members: dict[int, list[_Member]] = {}
+        for which in ranges:
+            number = layout.lone[which]
+            members[which] = [_Member(slots[number], views[number])] if number >= 0 else []
+        for number in sorted({*range(len(views))}.difference(layout.lone)):
+            if (view := views[number]).storage >= 0:
+                members[layout.range_of(view.storage, view.begin)].append(_Member(slots[number], view))
         return members
 
     def _block(self, which: int, piece: Piece, group: Sequence[_Member]) -> Block:

@@ -135,7 +135,7 @@ class Rebuild:
         for index, position in self._settled:
             leaf = self._manifest.leaves[index]
             if leaf.kind == "tensor":
-                objects.know(leaf.views[position], leaf.context, self._targets[index, position])
+                objects.know(leaf.views[position], leaf.context, self._targets[index, position].memory)
         return objects
 
     def _adopts(self, index: int, leaf: Leaf) -> bool:
@@ -198,9 +198,10 @@ class _Objects:
 
 def mark_changed(tensors: Sequence[torch.Tensor]) -> None:
     """Tell autograd that these tensors changed: a graph that saved them must not use the mix of old and new."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    try:
+        torch.autograd.graph.increment_version(tensors)
+    except RuntimeError:  # of a tensor of inference mode, which has no count; to count others twice does no harm
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def quiet(tensor: torch.Tensor) -> torch.Tensor:

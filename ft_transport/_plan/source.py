@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, repeat
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -124,25 +123,25 @@ def _owners(manifest: Manifest) -> list[int]:
     return [leaf for leaf in leaves for _ in manifest.leaves[leaf].views]
 
 
+def _numbers(manifest: Manifest) -> list[int]:
+    """The number of the view of each tensor behind a manifest."""
+    numbers, first = list[int](), 0
+    for index, leaf in enumerate(manifest.leaves):
+        if index not in manifest.same:
+            numbers += range(first, first + len(leaf.views))
+        first += len(leaf.views)
+    return numbers
+
+
 def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> list[Block]:
     """The memory of each of the layout's ranges."""
+    views, shapes = manifest.views(), tensors.geometries
     # A leaf that is the same object as an earlier one has that one's views and no tensors of its own.
-    same = manifest.same
-    leaves = [leaf for i, leaf in enumerate(manifest.leaves) if i not in same] if same else manifest.leaves
-    views: list[View] = list(chain.from_iterable(map(itemgetter(1), leaves)))
-    ranges = layout.ranges
-    of_range: list[list[int]] = [[] for _ in ranges]
-    simple = len(ranges) == len(manifest.storages)  # nearly every storage is one range
-    # An empty tensor is a view of no storage (EMPTY): it has a shape to tell, and no bytes.
-    for index, view in enumerate(views):
-        if view[0] >= 0:
-            of_range[view[0] if simple else layout.range_of(view[0], view.begin)].append(index)
+    own = _numbers(manifest) if manifest.same else range(len(views))
+    behind = own if isinstance(own, range) else {number: index for index, number in enumerate(own)}
     # Most ranges are one tensor as it is: for many small ones, a call for each costs more than all that is done in it.
-    shapes = tensors.geometries
     alone = [
-        which
-        for which, members in enumerate(of_range)
-        if len(members) == 1 and views[members[0]][1] is shapes[members[0]] and shapes[members[0]].dense
+        which for which, number in enumerate(layout.lone) if number >= 0 and views[number][1] is shapes[behind[number]]
     ]
     columns: list[Sequence[Any]] = [
         tensors.tensors,
@@ -151,15 +150,22 @@ def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> list[Block]
         tensors.capacities,
         tensors.addresses,
     ]
-    order = [of_range[which][0] for which in alone]
-    if order != list(range(len(views))):
+    order = [behind[layout.lone[which]] for which in alone]
+    if order != list(range(len(shapes))):
         columns = [[column[index] for index in order] for column in columns]
     memory, *homes = columns
     blocks = made(Block, zip(memory, repeat(True), repeat(None), *homes, strict=False))
+    ranges = layout.ranges
     if len(alone) == len(ranges):
         return blocks
     others = sorted({*range(len(ranges))}.difference(alone))
-    found = held([_block(ranges[w], layout.gaps.get(w), of_range[w], views, tensors) for w in others])
+    of_range = {which: [behind[number]] for which, number in enumerate(layout.lone) if number >= 0}
+    for number in sorted({*own}.difference(layout.lone)):
+        # An empty tensor is a view of no storage (EMPTY): it has a shape to tell, and no bytes.
+        if (view := views[number]).storage >= 0:
+            of_range.setdefault(layout.range_of(view.storage, view.begin), []).append(behind[number])
+    mine = [views[number] for number in own]
+    found = held([_block(ranges[which], layout.gaps.get(which), of_range[which], mine, tensors) for which in others])
     at = dict(zip(chain(alone, others), chain(blocks, found), strict=True))
     return [at[which] for which in range(len(ranges))]
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from ft_transport._plan.blocks import held
 from ft_transport._plan.compare import Compared, Targets, compare_all
 from ft_transport._state.kinds.base import Surroundings
 from ft_transport._state.kinds.distributed import meshes_of
@@ -179,6 +180,8 @@ def _drop_copies(
     # Asked once in a transport's life. A callback that gathers FULL_STATE_DICT takes seconds, and a collective.
     if copies.paths is None:
         copies.paths = _find_copies(manifest, template, state_dict, targets)
+        # The second call may have moved what the first one gave (FSDP2 reshards): that is no exchange of memory.
+        targets.update(zip(targets, held(list(targets.values())), strict=True))
         if copies.paths:
             logger.warning(
                 "the state_dict callback gives copies of %d leaves, the first is %s: they are received beside, and "
@@ -210,8 +213,8 @@ def _find_copies(
         return frozenset()
     return frozenset(
         format_path(manifest.paths[slot[0]])
-        for slot, tensor in targets.items()
-        if slot in second and second[slot].data_ptr() != tensor.data_ptr()
+        for slot, block in targets.items()
+        if slot in second and second[slot].address != block.memory.data_ptr()
     )
 
 

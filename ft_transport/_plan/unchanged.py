@@ -150,8 +150,7 @@ class ChangeDetector(Reading):
         await_end: Callable[[Reading], object] | None = None,
     ) -> None:
         self._manifest = manifest
-        limit = layout.stage_below
-        large = [(which, memory[which]) for which, (_, begin, end) in enumerate(layout.ranges) if end - begin >= limit]
+        large = [(which, memory[which]) for which in layout.large]
         try:
             self._noted = [(which, tensor, tensor._version) for which, tensor in large]
         # Looked for only when torch raises: nearly no state has one, and asking each tensor is a call for each.

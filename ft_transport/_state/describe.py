@@ -7,6 +7,7 @@ functions of C, and only leaves that are something else are looked at one by one
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, count, islice, repeat
@@ -56,18 +57,25 @@ class Tensors:
         self.tensors = tensors
         self.on_cpu = on_host(tensors) if on_cpu is None else on_cpu
         dtypes = map(attrgetter("dtype"), tensors) if dtypes is None else dtypes
-        shapes, offset_of = map(attrgetter("shape"), tensors), torch.Tensor.storage_offset
+        shapes = map(attrgetter("shape"), tensors)
         # ``geometry`` is a cache: a state has a few dozen shapes, and what follows from each is worked out once for the
         # process.
         self.geometries = list(map(geometry, dtypes, shapes, map(torch.Tensor.stride, tensors)))
-        self.offsets: list[int] = list(map(offset_of, tensors))  # type: ignore[arg-type]
         storages = list(map(torch.Tensor.untyped_storage, tensors))
-        # The address of C++'s own object: two Python wrappers of one storage need not be one object.
-        self.storages = list(map(attrgetter("_cdata"), storages))
         self.capacities = list(map(torch.UntypedStorage.nbytes, storages))
         self.alive = storages  # an identity is one as long as its owner lives
         self.bases = _bases(storages)
         self.addresses = list(map(torch.Tensor.data_ptr, tensors))
+
+    # These two are asked of a state that is described, and not of a template.
+    @functools.cached_property
+    def offsets(self) -> list[int]:
+        return list(map(torch.Tensor.storage_offset, self.tensors))  # type: ignore[arg-type]
+
+    @functools.cached_property
+    def storages(self) -> list[int]:
+        # The address of C++'s own object: two Python wrappers of one storage need not be one object.
+        return list(map(attrgetter("_cdata"), self.alive))
 
     def view(self, index: int) -> View:
         """The view of a tensor in its own storage."""

@@ -11,7 +11,8 @@ it is written (``_wire.encode``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import repeat
+from itertools import chain, repeat
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -138,6 +139,10 @@ class Manifest:
         if self._paths is None:
             self._paths = paths_of(self.nodes)
         return self._paths
+
+    def views(self) -> list[View]:
+        """The views of all leaves, in their order: a view's *number* is its place here."""
+        return list(chain.from_iterable(map(itemgetter(1), self.leaves)))
 
     def build(self, leaves: Sequence[object]) -> object:
         """The state dict with these leaves in place of the described ones."""

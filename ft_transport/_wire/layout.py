@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, repeat
+from operator import itemgetter, sub
 from typing import NamedTuple
 
 import torch
@@ -77,6 +79,9 @@ class Layout:
         stage_below: Messages smaller than this are staged on both sides, packed or not.
         gaps: For each range whose views leave gaps that do not travel, by its index: where they are. Such a range
             counts only the bytes that travel, from its begin on.
+        lone: For each range that is one dense view, and the only one of its storage, as most are: the number of that
+            view among the manifest's. For any other -1.
+        large: Indices of the ranges of ``stage_below`` and more.
     """
 
     ranges: list[Piece]
@@ -87,6 +92,8 @@ class Layout:
     nbytes: int
     stage_below: int
     gaps: dict[int, Gaps]
+    lone: list[int] = field(default_factory=list)
+    large: list[int] = field(default_factory=list)
 
     def is_small(self, message: int) -> bool:
         """Whether a message is staged on both sides, because forward may change small tensors meanwhile."""
@@ -101,57 +108,82 @@ def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     """Derive from a manifest what travels in which message."""
     # Whatever follows must come out the same on both sides, from the manifest alone: no address, no device, no option
     # of one side may decide anything here.
-    ranges, gaps = _ranges(manifest)
-    nbytes = [end - begin for _, begin, end in ranges]
+    ranges, gaps, lone = _ranges(manifest)
+    nbytes = list(map(sub, map(itemgetter(2), ranges), map(itemgetter(1), ranges)))
     small = [which for which, each in enumerate(nbytes) if each < limits.pack_below]
+    large = [which for which, each in enumerate(nbytes) if each >= limits.pack_below]
     pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
     # An element that is cut in two could not be scattered by torch where strides differ.
     step = limits.message_bytes - limits.message_bytes % 64
     messages: list[tuple[Piece, ...]] = []
     owners: list[tuple[int, ...]] = []
-    for which, (storage, begin, last) in enumerate(ranges):
-        if nbytes[which] >= pack_below:
-            while begin < last:
-                # The first part makes up for a range that begins in the middle of 64 bytes, so that all others begin at
-                # a multiple.
-                end = min(begin - begin % 64 + step, last)
-                messages.append((Piece(storage, begin, end),))
-                owners.append((which,))
-                begin = end
+    for which in large if pack_below else range(len(ranges)):
+        storage, begin, last = ranges[which]
+        while begin < last:
+            # The first part makes up for a range that begins in the middle of 64 bytes, so that all others begin at a
+            # multiple.
+            end = min(begin - begin % 64 + step, last)
+            messages.append((Piece(storage, begin, end),))
+            owners.append((which,))
+            begin = end
+    sizes = [end - begin for ((_, begin, end),) in messages]
     buckets = _buckets(nbytes, small if pack_below else [], limits.message_bytes)
+    sizes += [sum(map(nbytes.__getitem__, bucket)) for bucket in buckets]
     messages.extend(tuple(map(ranges.__getitem__, bucket)) for bucket in buckets)
     owners.extend(map(tuple, buckets))
-    sizes = [sum([end - begin for _, begin, end in message]) for message in messages]
     flights = _flights(sizes, limits.flight_bytes)
-    return Layout(ranges, messages, owners, sizes, flights, sum(sizes), limits.pack_below, gaps)
+    return Layout(ranges, messages, owners, sizes, flights, sum(sizes), limits.pack_below, gaps, lone, large)
 
 
-def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps]]:
-    views: list[list[View]] = [[] for _ in manifest.storages]
-    for leaf in manifest.leaves:
-        for view in leaf[1]:
-            if view[0] >= 0:
-                views[view[0]].append(view)
-    ranges: list[tuple[int, int, int]] = []
-    gaps: dict[int, Gaps] = {}
-    for storage, found in enumerate(views):
-        if len(found) == 1 and found[0][1].dense:
-            ((_, shape, offset),) = found
-            begin = offset * shape.itemsize
-            ranges.append((storage, begin, begin + shape.span))
-            # Nearly every storage: one dense view.
-            continue
-        found.sort(key=lambda view: view.begin)
-        for begin, end in merge((view.begin, view.end) for view in found):
-            inside = found[bisect_left(found, begin, key=_begin) : bisect_left(found, end, key=_begin)]
-            index = range_index([view.placed for view in inside], begin, end)
-            # From here on the range counts what travels. Its real end is in ``gaps``.
-            if index is not None:
-                gaps[len(ranges)] = Gaps(end, *index)
-                end = begin + index[0].numel() * index[1]
-            ranges.append((storage, begin, end))
-    return made(Piece, ranges), gaps
+def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps], list[int]]:
+    """The ranges, their gaps, and the numbers of the views that are one; see :class:`Layout`."""
+    views = manifest.views()
+    # Nearly every storage has one view, a dense one, which is its range: these in columns.
+    storages, shapes = list(map(itemgetter(0), views)), list(map(itemgetter(1), views))
+    num_of = Counter(storages)
+    dense = {shape for shape in {*shapes} if shape.dense and shape.numel}
+    alone = [
+        number
+        for number, (storage, shape) in enumerate(zip(storages, shapes, strict=True))
+        if shape in dense and num_of[storage] == 1
+    ]
+    found: dict[int, list[View]] = {}
+    if len(alone) < len(views):
+        for number in sorted({*range(len(views))}.difference(alone)):
+            if storages[number] >= 0:
+                found.setdefault(storages[number], []).append(views[number])
+        views = [views[number] for number in alone]
+        storages, shapes = list(map(itemgetter(0), views)), list(map(itemgetter(1), views))
+    begins: list[int] = list(map(itemgetter(2), views))
+    if any(begins):
+        begins = [offset * shape.itemsize for offset, shape in zip(begins, shapes, strict=True)]
+    ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
+    if not found and storages == sorted(storages):
+        return made(Piece, zip(storages, begins, ends, strict=True)), {}, alone
+    rows: list[tuple[int, int, int, int, Gaps | None]]
+    rows = list(zip(storages, begins, ends, alone, repeat(None), strict=False))
+    rows += [row for storage, members in found.items() for row in _ranges_of(storage, members)]
+    rows.sort(key=_WHERE)
+    gaps = {which: gap for which, (*_, gap) in enumerate(rows) if gap is not None} if found else {}
+    return made(Piece, map(_PIECE, rows)), gaps, list(map(itemgetter(3), rows))
+
+
+_WHERE, _PIECE = itemgetter(0, 1), itemgetter(0, 1, 2)
+
+
+def _ranges_of(storage: int, found: list[View]) -> Iterator[tuple[int, int, int, int, Gaps | None]]:
+    """The ranges of a storage that several views share, or one with gaps, as rows of :func:`_ranges`."""
+    found.sort(key=_begin)
+    for begin, end in merge((view.begin, view.end) for view in found):
+        inside = found[bisect_left(found, begin, key=_begin) : bisect_left(found, end, key=_begin)]
+        index = range_index([view.placed for view in inside], begin, end)
+        gaps = None
+        # From here on the range counts what travels. Its real end is in ``gaps``.
+        if index is not None:
+            gaps = Gaps(end, *index)
+            end = begin + index[0].numel() * index[1]
+        yield storage, begin, end, -1, gaps
 
 
 def _begin(view: View) -> int:

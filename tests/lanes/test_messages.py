@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 from helpers import CPU, noise, raw_bytes
 
+from ft_transport._deadline import Deadline
 from ft_transport._lanes import messages
 from ft_transport._lanes.messages import StateMessages
+from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.report import TransferReport
-from ft_transport.errors import LocalProtocolError
+from ft_transport.errors import LocalProtocolError, TransferError, TransferTimeout
 
 LARGE = 100_000  # elements of four bytes, more than a small range
 
 
 def offered(state: object, **options: Any) -> StateMessages:
-    return StateMessages(SourcePlan(state, 7, LaneOptions(CPU, **options), TransferReport("source", "test", 7)))
+    store = StateMessages(SourcePlan(state, 7, LaneOptions(CPU, **options), TransferReport("source", "test", 7)))
+    store.copy_small()
+    store.let_read()
+    return store
 
 
 def read(store: StateMessages, nbytes: int) -> bytes:
@@ -47,6 +53,22 @@ def test_forward_goes_on_with_what_is_small() -> None:
     state["weight"].view(torch.uint8).numpy()[0] ^= 1  # behind torch's back: nothing but the memory itself tells
     assert read(store, 4 * LARGE) == raw_bytes(state["weight"])
     assert read(store, 4 * LARGE) != before["weight"]
+
+
+def test_nobody_reads_before_the_small_ones_are_copied() -> None:
+    plan = SourcePlan({"mean": noise(10, 2)}, 7, LaneOptions(CPU), TransferReport("source", "test", 7))
+    store = StateMessages(plan)
+    timer = StallTimer(Deadline(timedelta(seconds=60)))
+    with pytest.raises(TransferTimeout):
+        store.await_copies(StallTimer(Deadline(timedelta(0))))
+    store.copy_small()
+    with pytest.raises(TransferTimeout):
+        store.await_copies(StallTimer(Deadline(timedelta(0))))
+    store.let_read()
+    store.await_copies(timer)
+    store.let_read("memory was taken away")
+    with pytest.raises(TransferError, match="memory was taken away"):
+        store.await_copies(timer)
 
 
 def test_only_what_is_of_a_users_memory_is_held() -> None:

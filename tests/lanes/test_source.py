@@ -13,11 +13,13 @@ from helpers import CPU, noise, pace, until
 
 from ft_transport import LaneTransport, PeerFailure
 from ft_transport._deadline import Deadline
+from ft_transport._lanes.messages import StateMessages
 from ft_transport._lanes.protocol import LaneFrame, LaneProtocol, Role, encode
 from ft_transport._lanes.session import Session
 from ft_transport._net.dial import dial
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.stall import StallTimer
+from ft_transport.errors import LocalProtocolError, TransferError
 
 TIMEOUT = timedelta(seconds=20)
 STEP = 7
@@ -128,3 +130,55 @@ def test_the_sources_deadline_is_told(source: LaneTransport[Any], come: Callable
     assert "timed out after 0.4 s" in "; ".join(destination.recv(LaneFrame.FAILED))
     destination.connection.close()
     until(lambda: outcomes(source) == ["timed out"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_destination_gets_the_manifest_while_small_messages_are_copied(
+    source: LaneTransport[Any], come: Callable[..., Destination], monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """It is told whom to fetch from once they are, or why there is nothing to fetch."""
+    destination, copy_small = come(), StateMessages.copy_small
+
+    def copy_late(store: StateMessages) -> None:
+        destination.recv(LaneFrame.MANIFEST)
+        destination.session.send(LaneFrame.READY, timer(), body=["", b""])
+        if fails:
+            raise LocalProtocolError("memory was taken away")
+        copy_small(store)
+
+    monkeypatch.setattr(StateMessages, "copy_small", copy_late)
+    if not fails:
+        source.send_checkpoint([1], STEP, STATE, TIMEOUT)
+        assert destination.recv(LaneFrame.ROUTE)[0] is None
+        return
+    with pytest.raises(LocalProtocolError, match="memory was taken away"):
+        source.send_checkpoint([1], STEP, STATE, TIMEOUT)
+    assert destination.recv(LaneFrame.FAILED) == ("memory was taken away",)
+    source.disallow_checkpoint()
+    report = source.last_report
+    assert report is not None
+    assert report.peers[0].outcome == "failed"
+
+
+def test_who_refuses_at_once_is_told_of_when_the_state_is_described(
+    source: LaneTransport[Any], come: Callable[..., Destination], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is told of a transfer has the time that describing took."""
+    destination, copy_small = come(), StateMessages.copy_small
+    seen: list[bool] = []
+
+    def copy_late(store: StateMessages) -> None:
+        destination.recv(LaneFrame.MANIFEST)
+        destination.session.send(LaneFrame.REFUSE, timer(), body=["not mine"])
+        with contextlib.suppress(TransferError):  # the source ends the conversation
+            destination.recv(LaneFrame.BYE)
+        assert source._serving.transfer is not None
+        seen.append(source._serving.transfer.is_over)
+        copy_small(store)
+
+    monkeypatch.setattr(StateMessages, "copy_small", copy_late)
+    source.send_checkpoint([1], STEP, STATE, TIMEOUT)
+    assert seen == [False]
+    source.disallow_checkpoint()
+    assert source.last_report is not None
+    assert source.last_report.peers[0].outcome == "refused"

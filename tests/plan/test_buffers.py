@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import mmap
+import tempfile
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU
 
-from ft_transport._plan.buffers import Arena, Bucket, aligned, allocate
+from ft_transport._plan.buffers import Arena, Bucket, ReadOnlyMemory, aligned, allocate
 from ft_transport._process import physical_bytes
 
 
@@ -95,3 +98,16 @@ def test_memory_goes_from_one_bucket_to_another() -> None:
     adopting.reset(1000)
     assert adopting.untouched
     assert adopting.take(1000).data_ptr() == taken.data_ptr()
+
+
+def test_read_only_memory_is_found_among_many_addresses() -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(mmap.PAGESIZE)
+        with mmap.mmap(file.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ) as mapping:
+            array = np.frombuffer(mapping, dtype=np.uint8)
+            begin = array.ctypes.data
+            mine = [tensor.data_ptr() for tensor in (torch.zeros(4), torch.zeros(5))]
+            found = ReadOnlyMemory()
+            assert found.among([mine[0], begin, mine[1], begin + mmap.PAGESIZE - 1]) == [1, 3]
+            assert found.among(mine) == []
+            del array

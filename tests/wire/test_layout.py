@@ -122,3 +122,17 @@ def test_range_of() -> None:
 def test_messages_of_lanes_grow_with_the_state(nbytes: int, in_a_chain: int, else_: int) -> None:
     assert LaneOptions(torch.device("cpu"), chain=True).limits(nbytes).message_bytes == in_a_chain
     assert LaneOptions(torch.device("cpu"), chain=False).limits(nbytes).message_bytes == else_
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_what_a_layout_says_of_ranges_is_so(name: str) -> None:
+    """Both ends go by it in place of looking at each range."""
+    manifest, _ = describe(STATES[name](1))
+    layout, views = lay_out(manifest, Limits(pack_below=100)), manifest.views()
+    assert layout.large == [which for which, (_, begin, end) in enumerate(layout.ranges) if end - begin >= 100]
+    for piece, number in zip(layout.ranges, layout.lone, strict=True):
+        mine = [view for view in views if view.storage == piece.storage]
+        assert (number >= 0) == (len(mine) == 1 and mine[0].geometry.dense)
+        if number >= 0:
+            assert piece == (mine[0].storage, mine[0].begin, mine[0].end)
+            assert views[number] is mine[0]
