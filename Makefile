@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FUZZ_READY := $(VENV)/.ready-fuzz
 UPSTREAM_READY := $(VENV)/.ready-upstream
+FABRIC := $(VENV)-fabric
 DOCS_READY := $(VENV)/.ready-docs
 SECONDS ?= 600
 MINUTES ?= 10
 
-.PHONY: demo test thorough lint bench compare chaos fuzz mutants simulated upstream matrix docs clean help
+.PHONY: demo test thorough lint bench compare chaos fuzz mutants simulated fabric upstream matrix docs clean help
 
 help:
 	@echo "make demo    kill a training replica and watch it heal (under a minute)"
@@ -22,6 +23,7 @@ help:
 	@echo "make fuzz    attack what reads the wire, guided by coverage, for ten minutes; SECONDS=60 for one"
 	@echo "make mutants break one promise of the code after the other and see that a test notices; ARGS='lanes' for some"
 	@echo "make simulated what needs an accelerator, on one that a C++ extension plays (needs a compiler; three minutes)"
+	@echo "make fabric  lanes over NIXL, on torch 2.15, in an environment of its own (gigabytes; five minutes)"
 	@echo "make upstream torchft's own integration tests over its transport and over ours (a few minutes)"
 	@echo "make docs    the documentation as a site, into site/; a link that leads nowhere fails it"
 	@echo "make matrix  the tests with other versions of Python, torch and torchft (hours, gigabytes); ARGS='py3.11 torch2.15' for some"
@@ -65,6 +67,17 @@ simulated: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" FT_TRANSPORT_DEVICE=sim $(BIN)/python -m pytest tests/gpu tests/multiproc/test_lanes.py \
 		tests/multiproc/test_lane_peers.py tests/multiproc/test_torn_lanes.py tests/multiproc/test_rewrite_lanes.py $(ARGS)
 
+# The release of torch that has one-sided transports, and NIXL for the CUDA that its wheel is of; it needs no GPU.
+$(FABRIC)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(FABRIC)
+	$(FABRIC)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,torchft]' torch==2.15.0
+	$(FABRIC)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nixl==1.5.1 nixl-cu13==1.5.1
+	@touch $@
+
+fabric: $(FABRIC)/.ready
+	$(FABRIC)/bin/python -m pytest -s tests/fabric $(ARGS)
+	FT_TRANSPORT_FABRIC=nixl $(FABRIC)/bin/python -m pytest tests/multiproc/test_manager.py -k 'over_lanes and 2' $(ARGS)
+
 fuzz: $(FUZZ_READY)
 	FT_TRANSPORT_ALL_MUTATIONS=1 $(BIN)/python -m pytest -q --timeout 600 tests/test_hostile.py
 	$(BIN)/python tests/fuzz/fuzz_wire.py --seconds $(SECONDS) $(ARGS)
@@ -93,4 +106,4 @@ matrix:
 	$(PYTHON) -m tests.matrix $(ARGS)
 
 clean:
-	rm -rf $(VENV) *.egg-info build dist recovery bench-output chaos-output fuzz-output matrix-output site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FABRIC) *.egg-info build dist recovery bench-output chaos-output fuzz-output matrix-output site .pytest_cache .mypy_cache .ruff_cache .hypothesis

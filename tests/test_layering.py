@@ -74,7 +74,7 @@ TESTED_ELSEWHERE = {
     "_training/provisional": "training/test_materialize.py",
 }
 # Folders of tests that may wait for time to pass: of several processes, which share no clock but that one.
-IN_REAL_TIME = {"chaos", "gpu", "multiproc", "netns"}
+IN_REAL_TIME = {"chaos", "gpu", "multiproc", "netns", "fabric"}
 # The benchmark is a user: public names only.
 PUBLIC = {"state_digest", "errors", "distributed", "testing", "bench"}
 

@@ -71,6 +71,7 @@ class Fetcher:
         self._ids = (attempt, step)
         self._num_messages = num_messages
         self._fabric = options.reads_by if direct else ""
+        self._is_alone = False  # one lane, since it may have a fabric
         self._lanes: list[_Lane] = []
         self._crew = ThreadGroup()
         self._closing = False
@@ -94,7 +95,11 @@ class Fetcher:
         except OSError as exc:
             self.error = LocalProtocolError(f"a lane cannot be opened: {exc}")
             return
-        opening.decide(self._options.lanes if self._num_messages is None else 1, session, self._sink.lane_bytes)
+        lanes = self._options.lanes if self._num_messages is None else 1
+        # Each lane has an endpoint, and a thread of a backend's that keeps a core busy, on either side: so one, unless
+        # somebody asks for more. Who turns out to have no such fabric gets the others, see :meth:`look`.
+        self._is_alone = lanes == "auto" and self._fabric not in ("", CMA)
+        opening.decide(1 if self._is_alone else lanes, session, self._sink.lane_bytes)
         lane = self._add(opening, session, own)
         if self._start(self._run, opening, lane):
             self._open_rest(opening)
@@ -103,8 +108,15 @@ class Fetcher:
 
     def look(self) -> None:
         """Open more lanes, if that pays. Call it often."""
-        if self._opening is not None and self._opening.count.look(self.nbytes_wire):
-            self._open_rest(self._opening)
+        opening = self._opening
+        if opening is None:
+            return
+        if self._is_alone and any(lane.lacks_fabric for lane in self._lanes):
+            self._is_alone, self._fabric = False, ""
+            opening.decide(self._options.lanes, self._lanes[0].session, self._sink.lane_bytes)
+            self._open_rest(opening)
+        elif opening.count.look(self.nbytes_wire):
+            self._open_rest(opening)
 
     def _open_rest(self, opening: Opening) -> None:
         while opening.num_begun < opening.count.number:
@@ -220,6 +232,7 @@ class Fetcher:
             with self._sink.streams.use(for_good=True):
                 if self._fabric:
                     lane.try_fabric(self._fabric)
+                    self._wakeup.wake()
                 while lane.ask(lambda: self._closing, lambda: opening.count.number):
                     lane.take_answer()
                     if eager or self._sink.pending.complete:
@@ -245,6 +258,7 @@ class _Lane:
         nbytes: Bytes of the messages that have landed by it.
         fatal: This side's own trouble on it.
         is_open: False once its connection is closed.
+        lacks_fabric: Whether the supplier's memory was found not to be readable.
     """
 
     def __init__(self, session: Session, sink: Sink, timer: StallTimer, num_messages: int | None) -> None:
@@ -252,6 +266,7 @@ class _Lane:
         self.nbytes = 0
         self.fatal: Exception | None = None
         self.is_open = True
+        self.lacks_fabric = False
         self._sink = sink
         self._timer = timer
         self._num_left = num_messages
@@ -277,6 +292,7 @@ class _Lane:
             level = logging.DEBUG if fabric == CMA else logging.WARNING
             logger.log(level, "the memory of %s cannot be read by %s: %s", session.connection.address, fabric, exc)
             self._leave_fabric()
+            self.lacks_fabric = True
             return
         session.send(LaneFrame.DIRECT, timer)
 

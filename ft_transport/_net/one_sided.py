@@ -254,6 +254,8 @@ class Endpoint:
                     return
             if self._transport is not None:
                 self.closed.wait(pause)
+                if pause < _LONGEST_PAUSE_S <= 2 * pause:
+                    logger.warning("a one-sided transport (%s) is not closed yet, and keeps its threads", self._backend)
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
         self._landing = self._landed = None
         self._shown.clear()

@@ -33,6 +33,9 @@ GATE = 6  # up to which the others go on alone
 AFTERWARDS = 4  # steps from the first commit of the healed replica to the end
 TIMEOUT = timedelta(seconds=20)
 TRANSFER_TIMEOUT = timedelta(seconds=10)  # below the Manager's
+# By what lanes move bytes; ``make fabric`` names one of torch's, which takes no small tensor.
+FABRIC = os.environ.get("FT_TRANSPORT_FABRIC", "auto")
+WIDTH = 64 if FABRIC == "auto" else 2048
 
 
 # ---------------------------------------------------------------------------------- inside a worker
@@ -78,7 +81,9 @@ class Part:
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
-        self.model = torch.nn.Sequential(torch.nn.Linear(48, 64), torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 8))
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(48, WIDTH), torch.nn.BatchNorm1d(WIDTH), torch.nn.Linear(WIDTH, 8)
+        )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, amsgrad=True)
         # A fresh optimizer has no state to land in.
         for parameter in self.model.parameters():
@@ -111,7 +116,7 @@ class Rank:
             template = self.parts["default"].state_dict  # the very function that the Manager gets
         cpu = torch.device("cpu")
         self.transport: LaneTransport[Any] | PGTransport[Any] = (
-            LaneTransport(TRANSFER_TIMEOUT, cpu, state_dict=template)
+            LaneTransport(TRANSFER_TIMEOUT, cpu, state_dict=template, fabric=FABRIC)
             if job.lanes
             else PGTransport(group, TRANSFER_TIMEOUT, cpu, state_dict=template)
         )
@@ -377,4 +382,6 @@ def killed_replica_heals(
         assert heal["in_place_share"] == 1.0
         assert heal["nbytes_fresh"] == 0
         assert (heal["not_in_place"], heal["unexpected_keys"]) == ({}, [])
+        if lanes and FABRIC != "auto":
+            assert heal["peers"][0]["nbytes_direct"] > 0
     assert len({replica[rank]["digest"] for replica in results for rank in range(group_size)}) == group_size

@@ -74,6 +74,17 @@ def test_both_sides_have_a_say(lanes: Lanes, fabric: FaultyFabric, theirs: str, 
     assert fabric.num_reads == 0
 
 
+@pytest.mark.parametrize(("theirs", "num_lanes"), [("tcp", 2), (NAME, 1)])
+def test_one_lane_will_do_but_for_who_has_no_other_way(
+    lanes: Lanes, fabric: FaultyFabric, theirs: str, num_lanes: int
+) -> None:
+    source, state = lanes.transport(fabric=theirs), make_state(nbytes=24 * MIB)
+    destination = lanes.destination(make_state(2, nbytes=24 * MIB), fabric=NAME).start(source.metadata())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    assert destination.join().sound(state)
+    assert destination.report.peers[0].num_lanes == num_lanes
+
+
 def test_where_no_endpoint_can_be_made_tcp_serves(
     lanes: Lanes, fabric: FaultyFabric, caplog: pytest.LogCaptureFixture
 ) -> None:

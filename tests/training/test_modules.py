@@ -17,7 +17,7 @@ from ft_transport._training.modules import ModuleState, without_compiled
 from training.modules import MODULES, OWN, PLAIN, WithExtra, plain, randomized
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.nn.utils.*_norm` is deprecated:FutureWarning", "ignore:.*torch.jit.script.*:DeprecationWarning"
+    "ignore:`torch.nn.utils.*_norm` is deprecated:FutureWarning", "ignore:.*torch.jit.script"
 )
 
 
