@@ -9,14 +9,15 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from multiproc.harness import digest, residue, wait_until
 
 from ft_transport import LaneTransport, PeerFailure
 from ft_transport._net.one_sided import available, await_closed
-from tests.multiproc.harness import digest, residue, wait_until
 
 pytest.importorskip("nixl")
 if "nixl" not in available():
@@ -31,7 +32,7 @@ NUMEL, NUM_TENSORS = 4 << 20, 12  # 201 MB
 # A source that offers its state as often as it is asked for; prints its metadata each time.
 _SOURCE = """
 import sys
-from tests.fabric.test_nixl import CPU, STALL, TIMEOUT, make_state
+from fabric.test_nixl import CPU, STALL, TIMEOUT, make_state
 from ft_transport import LaneTransport
 fabric = sys.argv[1]
 transport = LaneTransport(TIMEOUT, CPU, host="127.0.0.1", stall_timeout=STALL, fabric=fabric)
@@ -54,7 +55,8 @@ class Source:
 
     def __init__(self, fabric: str) -> None:
         command = [sys.executable, "-c", _SOURCE, fabric]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        tests = Path(__file__).parent.parent
+        self.process = subprocess.Popen(command, cwd=tests, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def offer(self) -> str:
         assert self.process.stdin is not None

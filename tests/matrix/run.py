@@ -19,7 +19,7 @@ __all__ = ["Folder", "counted", "interpreter"]
 ROOT = Path(__file__).resolve().parents[2]
 
 # Beside the unit part, which this is without: real processes and networks. The mutants are of the checkout.
-_NOT_UNIT = ("chaos", "gpu", "multiproc", "netns", "upstream", "test_mutants.py")
+_NOT_UNIT = ("chaos", "fabric", "gpu", "multiproc", "netns", "upstream", "test_mutants.py")
 _UNIT = ["-n", "2", "--dist", "loadfile", *(f"--ignore=tests/{name}" for name in _NOT_UNIT)]
 _HEAL = [f"tests/multiproc/test_{name}.py" for name in ("manager", "shared")]
 _ARGUMENTS = dict(zip(PARTS, (_UNIT, _HEAL), strict=True))
