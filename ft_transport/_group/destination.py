@@ -17,15 +17,15 @@ from ft_transport._group.fan_out import close_failed
 from ft_transport._options import NUM_BUCKETS, Options
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import DestinationPlan, plan_destination
+from ft_transport._plan.expected import Template, read
 from ft_transport._plan.rewrite import Received, Rewrite
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import Progress, TransferReport
-from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.digest import ALGORITHMS, digest_bytes, digest_message
 from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame
-from ft_transport._wire.layout import Layout, lay_out
+from ft_transport._wire.layout import Layout
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended
 
 __all__ = ["receive"]
@@ -135,13 +135,23 @@ def _agree(
     report: TransferReport,
     beside: set[str] | None,
 ) -> _Plan:
+    template, failed = None, None
+    try:
+        # While the source describes its state.
+        if state_dict is not None:
+            with no_collection():
+                template = Template(state_dict, options.copies)
+                template.expect(options.limits)
+    except Exception as exc:
+        failed = exc  # there is nothing to refuse yet
     data = control.recv_bytes()
     try:
+        if failed is not None:
+            raise failed
         with no_collection():
-            manifest, header = decode_manifest(control.check(Frame.MANIFEST, data))
+            manifest, header, layout = read(control.check(Frame.MANIFEST, data), template)
             _check_header(header, step)
-            layout = lay_out(manifest, header.limits)
-            landing = plan_destination(manifest, layout, state_dict, options, report, beside or frozenset())
+            landing = plan_destination(manifest, layout, template, options, report, beside or frozenset())
             # Before a byte lands: what the template's devices still do may read it.
             streams = settle(landing.memory(), control.deadline, options.device)
     # Nobody to refuse anything to.

@@ -10,6 +10,7 @@ Not here: the conversation with the source (``_lanes.control``), and whom to fet
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from ft_transport._deadline import Deadline
@@ -29,15 +30,15 @@ from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import LaneOptions
 from ft_transport._plan.destination import DestinationPlan, plan_destination
+from ft_transport._plan.expected import Template, read
 from ft_transport._plan.resume import PartialReceive, manifest_fingerprint
 from ft_transport._plan.rewrite import Received, Rewrite
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._telemetry.report import TransferReport, outcome_of
-from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.frames import Frame as CodecFrame
 from ft_transport._wire.frames import ManifestHeader, decode_frame
-from ft_transport._wire.layout import Layout, lay_out
+from ft_transport._wire.layout import Layout
 from ft_transport.errors import (
     LocalProtocolError,
     RemoteProtocolError,
@@ -97,12 +98,21 @@ class _Planner:
         self._torn = torn
         self._trains = trains
 
-    def plan(self, data: bytes, state_dict: Callable[[], object] | None) -> _Plan:
+    def template(self, state_dict: Callable[[], object] | None) -> Template | None:
+        """What the callback gives, and what a source of the same state would send."""
+        if state_dict is None:
+            return None
+        template = Template(state_dict, self._options.copies)
+        # As a source cuts it for one destination. For several it says other limits, which costs a look at each leaf.
+        template.expect(replace(self._options, chain=False).limits)
+        return template
+
+    def plan(self, data: bytes, template: Template | None) -> _Plan:
         """Check the state against the template, and decide where each byte lands."""
         kind, body = decode_frame(data)
         if kind is not CodecFrame.MANIFEST:
             raise RemoteProtocolError(f"expected a manifest, got {kind.name}")
-        manifest, header = decode_manifest(body)
+        manifest, header, layout = read(body, template)
         # The source has let us in for this step; that its manifest is of the same is for us to see.
         if header.step != self._step:
             raise RemoteProtocolError(f"expected step {self._step}, source has step {header.step}")
@@ -110,8 +120,7 @@ class _Planner:
         # its digest alone.
         if header.digest not in ("", "xxh3") or header.sample >= 0:
             raise RemoteProtocolError(f"expected xxh3 digests of every byte, or none, source has {header.digest!r}")
-        layout = lay_out(manifest, header.limits)
-        landing = plan_destination(manifest, layout, state_dict, self._options, self._report)
+        landing = plan_destination(manifest, layout, template, self._options, self._report)
         # Before the first byte: from now on the guard can name what is torn.
         if self._torn is not None:
             self._torn.landing = landing
@@ -306,12 +315,23 @@ class DestinationTransfer:
     def _agree(
         self, control: ControlConnection, state_dict: Callable[[], object] | None, earlier: PartialReceive | None
     ) -> tuple[_Plan, Sink]:
+        template, failed = None, None
+        try:
+            # While the source describes its state: a state_dict() that gathers shards takes as long, or longer than
+            # the source waits for a word.
+            with control.heartbeats(), no_collection():
+                template = self._planner.template(state_dict)
+        except Exception as exc:
+            failed = exc  # there is nothing to refuse yet
+        except BaseException as exc:  # Ctrl-C, or the callback ends the process: the source is told as well
+            self._refuse(control, reason_of(exc), wait=False)
+            raise
         header, data = control.await_manifest()
         try:
-            # To compare a large template, or a state_dict() that gathers shards, may take longer than the source waits
-            # for a word.
+            if failed is not None:
+                raise failed
             with control.heartbeats(), no_collection():
-                plan = self._planner.plan(data, state_dict)
+                plan = self._planner.plan(data, template)
                 # Before a byte lands: what the template's devices still do may read it.
                 streams = settle(plan.landing.memory(), self._deadline)
                 sink = self._planner.sink(plan, earlier, streams)
@@ -320,7 +340,7 @@ class DestinationTransfer:
             error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
             self._refuse(control, error.message, wait=True)
             raise error from None
-        except BaseException as exc:  # Ctrl-C, or the callback ends the process: the source is told as well
+        except BaseException as exc:  # as above
             self._refuse(control, reason_of(exc), wait=False)
             raise
         metadata, ident = "", b""

@@ -28,7 +28,7 @@ from ft_transport._state.manifest import Leaf, Manifest, View, disjoint, made
 from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
 
-__all__ = ["Compared", "Slot", "Targets", "compare", "compare_all", "same_strides"]
+__all__ = ["Compared", "Plain", "Slot", "Targets", "compare", "compare_all", "compare_plain", "same_strides"]
 
 # Index of a leaf, and position of one of its views.
 Slot = tuple[int, int]
@@ -60,13 +60,23 @@ def compare(manifest: Manifest, matched: dict[int, object], report: TransferRepo
     return targets, [f"{format_path(manifest.paths[index])}: {reason}" for index, reason in disagreements.items()]
 
 
-def compare_all(manifest: Manifest, matched: dict[int, object], report: TransferReport) -> Compared:
-    targets: Targets = {}
-    disagreements: dict[int, str] = {}
+def compare_all(
+    manifest: Manifest, matched: dict[int, object], report: TransferReport, plain: Plain | None = None
+) -> Compared:
+    """As :func:`compare`.
+
+    Args:
+        manifest: What the source sends.
+        matched: The template's leaf for each manifest leaf that has one.
+        report: Filled with what does not land in place, and why.
+        plain: What :func:`compare_plain` gives, if it is known.
+    """
+    read_only = ReadOnlyMemory()
     # In two passes. The first takes nearly all leaves of nearly all states, in a handful of calls; what it does not
     # take is no worse for it, since the second looks at everything anew.
-    comparison = _Comparison(manifest, targets, report)
-    agreed = comparison.plain_tensors(matched)
+    targets, extents, agreed = compare_plain(manifest, matched, read_only) if plain is None else plain
+    disagreements: dict[int, str] = {}
+    comparison = _Comparison(manifest, targets, extents, report, read_only)
     for index in sorted({*range(len(manifest.leaves))}.difference(agreed)):
         leaf = manifest.leaves[index]
         if index in matched:
@@ -75,7 +85,6 @@ def compare_all(manifest: Manifest, matched: dict[int, object], report: Transfer
                 disagreements[index] = reason
         elif leaf.views and matched:
             report.unexpected_keys.append(format_path(manifest.paths[index]))
-    extents = comparison.extents
     if disagreements:
         # A leaf lands as a whole or not at all: half of a DTensor from the source and half from here would be a leaf
         # that nobody ever had.
@@ -104,58 +113,26 @@ _NOBODYS: Slot = (-1, -1)
 
 
 class _Comparison:
-    """Compares leaf by leaf; notes the tensors that can take their bytes.
+    """Compares leaf by leaf; notes the tensors that can take their bytes, and their extents.
 
     Attributes:
-        extents: First address and the one behind the last, of each such tensor.
         casts: Leaves that disagree in the dtype of a tensor, and not in its shape.
     """
 
-    def __init__(self, manifest: Manifest, targets: Targets, report: TransferReport) -> None:
-        self.extents: list[tuple[int, int, Slot]] = []
+    def __init__(
+        self,
+        manifest: Manifest,
+        targets: Targets,
+        extents: list[tuple[int, int, Slot]],
+        report: TransferReport,
+        read_only: ReadOnlyMemory,
+    ) -> None:
         self.casts: set[int] = set()
         self._manifest = manifest
         self._targets = targets
+        self._extents = extents
         self._report = report
-        self._read_only = ReadOnlyMemory()
-
-    def plain_tensors(self, matched: dict[int, object]) -> set[int]:
-        """Note the plain tensors that agree, as most do; gives their leaves.
-
-        The rest is for :meth:`leaf`: a call for each costs more than all that is compared.
-        """
-        leaves = self._manifest.leaves
-        indices = [i for i, mine in matched.items() if type(mine) is torch.Tensor and leaves[i][0] == "tensor"]
-        tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
-        dtypes = list(map(attrgetter("dtype"), tensors))
-        # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not
-        # looked for; those leaves take the other way.
-        if not tensors or not on_host(tensors) or not all_plain(tensors, dtypes, on_cpu=True):
-            return set()
-        mine = Tensors(tensors, dtypes, on_cpu=True)
-        wanted = list(map(itemgetter(1), map(_first_view, map(leaves.__getitem__, indices))))
-        # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.
-        pairs = list(zip(wanted, mine.geometries, strict=True))
-        fitting = {pair for pair in {*pairs} if _can_land(*pair)}
-        fits = list(map(fitting.__contains__, pairs))
-        for at in self._read_only.among(mine.addresses):
-            fits[at] = False
-        ends = list(map(add, mine.addresses, map(attrgetter("span"), mine.geometries)))
-        slots: list[Slot] = list(zip(indices, repeat(0), strict=False))
-        rows = zip(
-            tensors,
-            repeat(True),
-            repeat(None),
-            mine.alive,
-            mine.bases,
-            mine.capacities,
-            mine.addresses,
-            mine.geometries,
-            strict=False,
-        )
-        self._targets.update(compress(zip(slots, made(Block, rows), strict=True), fits))
-        self.extents += compress(zip(mine.addresses, ends, slots, strict=True), fits)
-        return {*compress(indices, fits)}
+        self._read_only = read_only
 
     def leaf(self, index: int, leaf: Leaf, mine: Any) -> str:
         """Why a leaf disagrees with the template's, empty if it does not."""
@@ -229,11 +206,78 @@ class _Comparison:
                 self._keep_away(slot[0], "the template's tensor lies in read-only memory")
             else:
                 (self._targets[slot],) = held([Block(mine, shape=shape)])
-                self.extents.append((address, address + shape.span, slot))
+                self._extents.append((address, address + shape.span, slot))
         return ""
 
     def _keep_away(self, index: int, reason: str) -> None:
         self._report.not_in_place[format_path(self._manifest.paths[index])] = reason
+
+
+class Plain(NamedTuple):
+    """The plain tensors of a template that can take their bytes, as most do.
+
+    Attributes:
+        targets: Each, in the order of the leaves.
+        extents: First address and the one behind the last, of each.
+        leaves: Of each, by index.
+    """
+
+    targets: Targets
+    extents: list[tuple[int, int, Slot]]
+    leaves: set[int]
+
+
+def compare_plain(
+    manifest: Manifest, matched: dict[int, object], read_only: ReadOnlyMemory, known: Tensors | None = None
+) -> Plain:
+    """Compare the plain tensors, all at once; what is not among the result needs a closer look.
+
+    A call for each costs more than all that is compared.
+
+    Args:
+        manifest: What the source sends.
+        matched: The template's leaf for each manifest leaf that has one.
+        read_only: Which memory is.
+        known: What torch knows of these tensors, if it was asked before, and they are all that the template has.
+    """
+    leaves = manifest.leaves
+    indices = [i for i, mine in matched.items() if type(mine) is torch.Tensor and leaves[i][0] == "tensor"]
+    mine = known
+    if mine is None or len(mine.tensors) != len(indices):
+        tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
+        dtypes = list(map(attrgetter("dtype"), tensors))
+        if not tensors or not on_host(tensors) or not all_plain(tensors, dtypes, on_cpu=True):
+            return Plain({}, [], set())
+        mine = Tensors(tensors, dtypes, on_cpu=True)
+    # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not looked
+    # for; those leaves take the other way.
+    elif not mine.on_cpu:
+        return Plain({}, [], set())
+    wanted = list(map(itemgetter(1), map(_first_view, map(leaves.__getitem__, indices))))
+    # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.
+    pairs = list(zip(wanted, mine.geometries, strict=True))
+    fitting = {pair for pair in {*pairs} if _can_land(*pair)}
+    fits = list(map(fitting.__contains__, pairs))
+    for at in read_only.among(mine.addresses):
+        fits[at] = False
+    ends = list(map(add, mine.addresses, map(attrgetter("span"), mine.geometries)))
+    slots: list[Slot] = list(zip(indices, repeat(0), strict=False))
+    rows = zip(
+        mine.tensors,
+        repeat(True),
+        repeat(None),
+        mine.alive,
+        mine.bases,
+        mine.capacities,
+        mine.addresses,
+        mine.geometries,
+        strict=False,
+    )
+    return Plain(
+        dict(compress(zip(slots, made(Block, rows), strict=True), fits)),
+        list(compress(zip(mine.addresses, ends, slots, strict=True), fits)),
+        {*compress(indices, fits)},
+    )
 
 
 def _first_view(leaf: Leaf) -> View:

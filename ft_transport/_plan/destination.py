@@ -11,7 +11,7 @@ Not here: which tensors of the template may be written to at all (``_plan.compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence, Set
+from collections.abc import Container, Sequence, Set
 from itertools import chain, repeat
 from operator import itemgetter
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from ft_transport._options import CPU, Options
 from ft_transport._plan.blocks import CARRIERS, Block, Places, held, indexed, share, storage_as
 from ft_transport._plan.buffers import FROM_ARENA, Arena, allocate
 from ft_transport._plan.compare import Slot, Targets, same_strides
+from ft_transport._plan.expected import Template
 from ft_transport._plan.placement import Placement, note_state
 from ft_transport._plan.rebuild import Landed, Rebuild, allocated, quiet, view_of
 from ft_transport._plan.template import fit
@@ -44,7 +45,7 @@ _APART = (
 def plan_destination(
     manifest: Manifest,
     layout: Layout,
-    state_dict: Callable[[], object] | None,
+    template: Template | None,
     options: Options,
     report: TransferReport,
     beside: Set[str] = frozenset(),
@@ -54,7 +55,7 @@ def plan_destination(
     Args:
         manifest: What the source described.
         layout: Its messages.
-        state_dict: Gives the template; None for a fresh state.
+        template: What the caller has; None for a fresh state.
         options: The caller's choices.
         report: Filled with what the state is, and what lands where.
         beside: Paths of leaves that must not land in the template, but be copied to it in the end.
@@ -65,7 +66,7 @@ def plan_destination(
     """
     matched, targets, here = fit(
         manifest,
-        state_dict,
+        template,
         report,
         strict=options.strict,
         on_mismatch=options.on_mismatch,

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from ft_transport._plan.blocks import held
 from ft_transport._plan.compare import Compared, Targets, compare_all
+from ft_transport._plan.expected import Template
 from ft_transport._state.kinds.base import Surroundings
 from ft_transport._state.kinds.distributed import meshes_of
 from ft_transport._state.manifest import Manifest
@@ -52,7 +52,7 @@ class Fit(NamedTuple):
 
 def fit(
     manifest: Manifest,
-    state_dict: Callable[[], object] | None,
+    template: Template | None,
     report: TransferReport,
     *,
     strict: bool = False,
@@ -63,23 +63,23 @@ def fit(
 
     Args:
         manifest: What the source sends.
-        state_dict: Gives the template.
+        template: What the callback gives.
         report: Filled with what does not land in place, and why.
         strict: Refuse what disagrees, is missing or is left over.
         on_mismatch: What becomes of a leaf that disagrees.
-        copies: What is known of the callback; it is called a second time if nothing is. None: it gives no copies.
+        copies: What is known of the callback. None: it gives no copies.
 
     Raises:
         RemoteProtocolError: The template cannot take it; every path is listed.
         TypeError: ``on_mismatch`` has returned neither of its words.
     """
     # No template: all is fresh, and there is nothing to disagree with.
-    if state_dict is None:
+    if template is None:
         report.without_template = True
         return Fit({}, {}, Surroundings())
     try:
         # ``strict`` is the older word, and means more: what is missing or left over is refused as well.
-        return _fit(manifest, state_dict, report, "refuse" if strict else on_mismatch, strict, copies)
+        return _fit(manifest, template, report, "refuse" if strict else on_mismatch, strict, copies)
     except RemoteProtocolError:
         report.unfit = True
         raise
@@ -87,17 +87,15 @@ def fit(
 
 def _fit(
     manifest: Manifest,
-    state_dict: Callable[[], object],
+    template: Template,
     report: TransferReport,
     on_mismatch: OnMismatch,
     strict: bool,
     copies: Copies | None,
 ) -> Fit:
-    # Called in each receive, and not kept: parameters may have been replaced since, and an optimizer that had no state
-    # at step 0 has one now.
-    template = state_dict()
-    matched = match_template(manifest, template, report)
-    compared = compare_all(manifest, matched, report)
+    known = template.plain(manifest)
+    matched, plain = (match_template(manifest, template.tree, report), None) if known is None else known
+    compared = compare_all(manifest, matched, report, plain)
     # Refused here is refused before a byte moves, so that the template is what it was, and the replica not torn.
     refused = _refused(manifest, matched, compared, on_mismatch, report)
     if strict:
@@ -113,7 +111,7 @@ def _fit(
     _warn(manifest, compared, report)
     targets, new = compared.targets, set(compared.disagreements)
     if copies is not None and targets:
-        new |= _drop_copies(manifest, template, state_dict, targets, copies, report)
+        new |= _drop_copies(manifest, template, targets, copies, report)
     here = Surroundings(meshes=meshes_of([matched.pop(index) for index in new]))
     return Fit(matched, targets, here)
 
@@ -166,8 +164,7 @@ _A_COPY = "the state_dict callback gives a copy, another one each time: what lan
 
 def _drop_copies(
     manifest: Manifest,
-    template: object,
-    state_dict: Callable[[], object],
+    template: Template,
     targets: Targets,
     copies: Copies,
     report: TransferReport,
@@ -179,9 +176,7 @@ def _drop_copies(
     """
     # Asked once in a transport's life. A callback that gathers FULL_STATE_DICT takes seconds, and a collective.
     if copies.paths is None:
-        copies.paths = _find_copies(manifest, template, state_dict, targets)
-        # The second call may have moved what the first one gave (FSDP2 reshards): that is no exchange of memory.
-        targets.update(zip(targets, held(list(targets.values())), strict=True))
+        copies.paths = _find_copies(manifest, template, targets)
         if copies.paths:
             logger.warning(
                 "the state_dict callback gives copies of %d leaves, the first is %s: they are received beside, and "
@@ -199,16 +194,10 @@ def _drop_copies(
     return dropped
 
 
-def _find_copies(
-    manifest: Manifest, template: object, state_dict: Callable[[], object], targets: Targets
-) -> frozenset[str]:
+def _find_copies(manifest: Manifest, template: Template, targets: Targets) -> frozenset[str]:
+    unused = TransferReport("destination", "", None)
     try:
-        again = state_dict()
-        # The callback hands out one object each time. Whatever its tensors are, they are kept.
-        if again is template:
-            return frozenset()
-        unused = TransferReport("destination", "", None)
-        second = compare_all(manifest, match_template(manifest, again, unused), unused).targets
+        second = compare_all(manifest, match_template(manifest, template.again, unused), unused).targets
     except Exception:  # it has given a template once, and that one will do
         return frozenset()
     return frozenset(

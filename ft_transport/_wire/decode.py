@@ -50,7 +50,7 @@ from ft_transport._wire.frames import ManifestHeader
 from ft_transport._wire.layout import Limits
 from ft_transport.errors import RemoteProtocolError
 
-__all__ = ["check_tree", "decode_manifest"]
+__all__ = ["check_storages", "check_tree", "decode_manifest", "decode_nodes"]
 
 # Bounds a message and with it a bucket; above 1 GiB a message gains nothing.
 MAX_MESSAGE_BYTES = 1 << 30
@@ -94,7 +94,7 @@ def decode_manifest(body: Any) -> tuple[Manifest, ManifestHeader]:
         manifest.shared = _decode_shared(shared, tree)
         # Now views are known to lie in their storages. Whether storages are as large as what is seen of them decides
         # how much memory a peer can make us take.
-        _check_storages(manifest, header.limits)
+        check_storages(manifest, header.limits)
         if not _ALWAYS_BUILT.issuperset(map(itemgetter(0), tree)):
             # What cannot be built must be found before a byte lands, not after the last one has.
             manifest.build([leaf.context if leaf.kind == VALUE else None for leaf in manifest.leaves])
@@ -151,6 +151,19 @@ def _all_not_allowed(found: list[tuple[str, _Refused]]) -> str:
 
 # Paths that an error about classes names.
 _MAX_PATHS = 8
+
+
+def decode_nodes(data: Any) -> list[Node]:
+    """The nodes of a manifest's tree, each by itself; whether they are a tree is for :func:`check_tree`.
+
+    Raises:
+        ValueError: A node is none, or its class is not registered.
+        NotAllowed: Its class is not allowed.
+    """
+    nodes, refused = _decode_nodes(data)
+    for _, exc in refused:
+        raise exc
+    return nodes
 
 
 def _decode_nodes(data: Any) -> tuple[list[Node], list[tuple[int, _Refused]]]:
@@ -375,8 +388,12 @@ def _decode_storages(data: Any) -> list[Storage]:
     return made(Storage, data)
 
 
-def _check_storages(manifest: Manifest, limits: Limits) -> None:
-    """Every storage is no larger than what its views refer to, and the messages are not too many."""
+def check_storages(manifest: Manifest, limits: Limits) -> None:
+    """Check that every storage is no larger than what its views refer to, and that the messages are not too many.
+
+    Raises:
+        ValueError: They are not.
+    """
     views: list[View] = list(chain.from_iterable(map(itemgetter(1), manifest.leaves)))
     if len(views) > MAX_NODES:
         raise ValueError(f"{len(views)} tensors, at most {MAX_NODES} are accepted")

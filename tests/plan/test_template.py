@@ -6,6 +6,7 @@ import pytest
 from helpers import noise
 
 from ft_transport import PeerReport, RemoteProtocolError, TransferReport
+from ft_transport._plan.expected import Template
 from ft_transport._plan.template import fit, match_template
 from ft_transport._state.describe import describe
 from plan.landing import land
@@ -41,7 +42,7 @@ def test_what_is_no_envelope_has_one_place_only() -> None:
 def test_a_receive_without_a_template_says_so() -> None:
     manifest, _ = describe({"w": noise(2, 1)})
     report = TransferReport("destination", "test", 1, [PeerReport(0, "complete")], nbytes_total=8)
-    assert fit(manifest, lambda: {"w": noise(2, 2)}, report).targets
+    assert fit(manifest, Template(lambda: {"w": noise(2, 2)}), report).targets
     assert "no state_dict" not in report.summary()
     assert not fit(manifest, None, report).targets
     assert "(the transport was given no state_dict to receive into)" in report.summary()

@@ -1,0 +1,228 @@
+"""The template, and what a source that holds the same state would send.
+
+Strategy: a receiver waits for its source, which describes its state, as long as it would take to describe its own. So
+it does, and what comes is then, in most heals, what it has itself, but for plain values: to see that takes one
+comparison of C's for all leaves, in place of reading, checking and comparing each. Whatever is otherwise is read as if
+nothing had been expected; nothing is taken from here that the source has not sent in the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import is_, itemgetter
+from typing import Any, NamedTuple
+
+import msgpack
+import torch
+
+from ft_transport._plan.buffers import ReadOnlyMemory
+from ft_transport._plan.compare import Plain, compare_plain
+from ft_transport._state.classes import ATOMIC
+from ft_transport._state.describe import describe
+from ft_transport._state.kinds.base import VALUE
+from ft_transport._state.manifest import Leaf, Manifest
+from ft_transport._state.tree import LEAF, Flat, Node, flatten
+from ft_transport._state.values import decode_value
+from ft_transport._telemetry.report import Copies
+from ft_transport._wire.decode import check_storages, decode_manifest, decode_nodes
+from ft_transport._wire.encode import encode_manifest
+from ft_transport._wire.frames import ManifestHeader, decode_frame
+from ft_transport._wire.layout import Layout, Limits, lay_out
+
+__all__ = ["Template", "read"]
+
+
+class Template:
+    """What the ``state_dict`` callback gives, asked for once in a receive.
+
+    Args:
+        state_dict: The callback.
+        copies: What is known of it. It is called a second time if nothing is; None: it gives no copies.
+
+    Attributes:
+        tree: What it has given.
+        flat: The same, flattened.
+        again: What the second call has given, None without one.
+    """
+
+    def __init__(self, state_dict: Callable[[], object], copies: Copies | None = None) -> None:
+        # Called in each receive, and not kept: parameters may have been replaced since, and an optimizer that had no
+        # state at step 0 has one now.
+        self.tree = state_dict()
+        self.flat: Flat = flatten(self.tree)
+        self.again: object = None
+        if copies is not None and copies.paths is None:
+            # The second call may move what the first one gave (FSDP2 reshards): it comes before any address is noted.
+            try:
+                self.again = state_dict()
+                known = self.again is self.tree or _same_memory(self.flat, flatten(self.again))
+            except Exception:  # it has given a template once, and that one will do
+                known = True
+            if known:
+                copies.paths = frozenset()
+        self._expected: _Expected | None = None
+        self._read: Manifest | None = None
+
+    def expect(self, limits: Callable[[int], Limits]) -> None:
+        """Work out what a source that holds the same state would send.
+
+        Args:
+            limits: How it would cut a state of so many bytes; as ``Options.limits``.
+        """
+        kinds = {*map(type, self.flat.leaves)}
+        # Plain tensors are what there may be 100,000 of. What else a leaf can be is described by code of its own, and
+        # perhaps the user's, which is not run for a guess.
+        if torch.Tensor in kinds and kinds <= ATOMIC | {torch.Tensor}:
+            try:
+                self._expected = _Expected(self.tree, self.flat, limits)
+            except Exception:  # it cannot travel; what comes may fit all the same, and if not, says so
+                self._expected = None
+
+    def read(self, body: Any) -> tuple[Manifest, ManifestHeader, Layout] | None:
+        """What :func:`read` gives, if the body of a MANIFEST says what was expected; else None."""
+        expected = self._expected
+        found = expected.read(body) if expected is not None else None
+        if found is not None:
+            self._read = found[0]
+        return found
+
+    def plain(self, manifest: Manifest) -> tuple[dict[int, object], Plain] | None:
+        """For what :meth:`read` has given: the template's leaf for each of the manifest's, and those that fit."""
+        if self._expected is None or manifest is not self._read:
+            return None
+        return dict(enumerate(self.flat.leaves)), self._expected.plain
+
+
+def read(body: Any, template: Template | None) -> tuple[Manifest, ManifestHeader, Layout]:
+    """Read the body of a MANIFEST.
+
+    Raises:
+        RemoteProtocolError: As ``_wire.decode.decode_manifest``.
+    """
+    found = template.read(body) if template is not None else None
+    if found is None:
+        manifest, header = decode_manifest(body)
+        found = manifest, header, lay_out(manifest, header.limits)
+    return found
+
+
+def _same_memory(one: Flat, other: Flat) -> bool:
+    """Whether two calls have given the same tensors, or others of the same memory."""
+    if all(map(is_, one.leaves, other.leaves)):
+        return len(one.leaves) == len(other.leaves) and one.nodes == other.nodes
+    tensors = [(mine, theirs) for mine, theirs in zip(one.leaves, other.leaves, strict=False) if mine is not theirs]
+    if {*map(type, [leaf for pair in tensors for leaf in pair])} != {torch.Tensor} or one.nodes != other.nodes:
+        return False
+    try:
+        first, second = (list(map(torch.Tensor.data_ptr, column)) for column in zip(*tensors, strict=True))
+    except RuntimeError:  # without memory: sparse, fake
+        return False
+    return first == second
+
+
+# ------------------------------------------------------------------------------------------ expected
+
+
+class _Body(NamedTuple):
+    """The body of a MANIFEST, but for its header."""
+
+    nodes: tuple[Any, ...]
+    shapes: tuple[Any, ...]
+    leaves: tuple[Any, ...]
+    storages: tuple[Any, ...]
+    shared: tuple[Any, ...]
+
+
+class _Expected:
+    """What a source that holds the template's own state would send.
+
+    Attributes:
+        plain: The template's tensors, as they compare with that.
+    """
+
+    def __init__(self, tree: object, flat: Flat, limits: Callable[[int], Limits]) -> None:
+        manifest, tensors = describe(tree)
+        self._limits = limits(sum(nbytes for nbytes, _ in manifest.storages))
+        self._layout = lay_out(manifest, self._limits)
+        header = ManifestHeader(None, self._limits, "")
+        _, (_, *body) = decode_frame(encode_manifest(manifest, header))
+        self._body = _Body(*body)
+        self._packed_nodes = msgpack.packb(self._body.nodes, unicode_errors="surrogatepass")
+        # As they are read: a key of a subclass of str comes as a str.
+        self._nodes = decode_nodes(self._body.nodes)
+        self._manifest = manifest
+        self._values = [index for index, leaf in enumerate(manifest.leaves) if leaf[0] == VALUE]
+        # A leaf that is the same as an earlier one has no tensors of its own there, and one of another kind may have
+        # several.
+        known = tensors if not manifest.same and {*map(itemgetter(0), manifest.leaves)} <= {VALUE, "tensor"} else None
+        self.plain = compare_plain(manifest, dict(enumerate(flat.leaves)), ReadOnlyMemory(), known)
+
+    def read(self, body: Any) -> tuple[Manifest, ManifestHeader, Layout] | None:
+        try:
+            return self._read(body)
+        except Exception:  # damaged, or a class that is not allowed: to be said by who reads all of it
+            return None
+
+    def _read(self, body: Any) -> tuple[Manifest, ManifestHeader, Layout] | None:
+        header, nodes, shapes, leaves, storages, shared = body
+        mine, manifest = self._body, self._manifest
+        num_nodes, num_leaves = len(mine.nodes), len(mine.leaves)
+        starts = [start for start in _STARTS if nodes[start : start + num_nodes] == mine.nodes]
+        if len(starts) != 1 or (shapes, storages) != (mine.shapes, mine.storages):
+            return None
+        (start,) = starts
+        # In bytes, where 1, 1.0 and True differ, as keys may.
+        if msgpack.packb(nodes[start : start + num_nodes], unicode_errors="surrogatepass") != self._packed_nodes:
+            return None
+        if shared != tuple([(later + start, first + start) for later, first in mine.shared]):
+            return None
+        theirs = list(leaves[:num_leaves])
+        values = [theirs[index] for index in self._values]
+        for index in self._values:
+            theirs[index] = mine.leaves[index]
+        if tuple(theirs) != mine.leaves:
+            return None
+        # What is around the template's tree, torchft's envelope, is read as everything is; in the place of the tree is
+        # a leaf. It must hold plain values alone.
+        beyond = leaves[num_leaves:]
+        if not all(map(_is_value, values)) or not all(map(_is_value, beyond)):
+            return None
+        around, read_header = decode_manifest(
+            [header, (*nodes[:start], None, *nodes[start + num_nodes :]), (), ((None,), *beyond), (), ()]
+        )
+        if not _is_envelope(around.nodes, start):
+            return None
+        own = list(manifest.leaves)
+        for index, value in zip(self._values, values, strict=True):
+            own[index] = Leaf(VALUE, (), decode_value(value[0]))
+        found = Manifest(
+            [*around.nodes[:start], *self._nodes, *around.nodes[start + 1 :]],
+            own + around.leaves[1:],
+            manifest.storages,
+            same=manifest.same,
+            shared={later + start: first + start for later, first in manifest.shared.items()},
+        )
+        layout = self._layout
+        if read_header.limits != self._limits:
+            check_storages(found, read_header.limits)
+            layout = lay_out(found, read_header.limits)
+        return found, read_header, layout
+
+
+# Where the template's tree begins among the source's nodes: it is all of the state, all of "user", or what is below the
+# only key there.
+_STARTS = (0, 1, 2)
+
+
+def _is_envelope(nodes: list[Node], start: int) -> bool:
+    """Whether what is around a tree at this node is nothing, or what torchft's Manager wraps it in."""
+    if start == 0:
+        return nodes == [LEAF]
+    # {"user": {key: tree}, "torchft": {...}}, in this order.
+    if nodes[0].kind != "dict" or nodes[0].keys[:1] != ("user",) or "torchft" not in nodes[0].keys:
+        return False
+    return start == 1 or nodes[1].num_children == 1
+
+
+def _is_value(leaf: Any) -> bool:
+    return type(leaf) is tuple and len(leaf) == 1
