@@ -23,7 +23,7 @@ from ft_transport._plan.blocks import Block, held
 from ft_transport._plan.buffers import ReadOnlyMemory
 from ft_transport._state.describe import Tensors
 from ft_transport._state.geometry import Geometry, geometry, geometry_of
-from ft_transport._state.kinds.base import KINDS, VALUE, Part, all_plain, flatten_leaf, is_plain
+from ft_transport._state.kinds.base import KINDS, VALUE, Part, flatten_leaf, is_plain
 from ft_transport._state.manifest import Leaf, Manifest, View, disjoint, made
 from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
@@ -245,13 +245,10 @@ def compare_plain(
     mine = known
     if mine is None or len(mine.tensors) != len(indices):
         tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
-        dtypes = list(map(attrgetter("dtype"), tensors))
-        if not tensors or not on_host(tensors) or not all_plain(tensors, dtypes, on_cpu=True):
-            return Plain({}, [], set())
-        mine = Tensors(tensors, dtypes, on_cpu=True)
+        mine = Tensors.of_plain(tensors) if on_host(tensors) else None
     # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not looked
     # for; those leaves take the other way.
-    elif not mine.on_cpu:
+    if mine is None or not mine.on_cpu:
         return Plain({}, [], set())
     wanted = list(map(itemgetter(1), map(_first_view, map(leaves.__getitem__, indices))))
     # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.

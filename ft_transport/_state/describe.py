@@ -43,35 +43,54 @@ class Tensors:
         tensors: One for each view of the manifest, but for those of leaves that are the same object as an earlier one.
         geometries: Of each.
         offsets: Of its first element in its storage, in elements.
-        storages: Identity of its storage.
         capacities: Bytes of its storage.
         alive: Its storage.
+        storages: Identity of it.
         bases: Address of its storage.
         addresses: Of its first element.
         on_cpu: Whether all are on the CPU.
     """
 
-    def __init__(
-        self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype] | None = None, on_cpu: bool | None = None
-    ) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self.tensors = tensors
-        self.on_cpu = on_host(tensors) if on_cpu is None else on_cpu
-        dtypes = map(attrgetter("dtype"), tensors) if dtypes is None else dtypes
+        self.on_cpu = True
+        self.geometries: list[Geometry] = []
+        self.offsets: list[int] = []
+        self.alive: list[torch.UntypedStorage] = []  # an identity is one as long as its owner lives
+        self.capacities: list[int] = []
+        self.bases: list[int] = []
+        self.addresses: list[int] = []
+        for first in range(0, len(tensors), _AT_ONCE):
+            some = tensors[first : first + _AT_ONCE]
+            self._note(some, map(attrgetter("dtype"), some))
+
+    @classmethod
+    def of_plain(cls, tensors: Sequence[torch.Tensor]) -> Tensors | None:
+        """Of such that are all plain, each a ``torch.Tensor``; None if one is something else."""
+        columns = cls(())
+        columns.tensors = tensors
+        for first in range(0, len(tensors), _AT_ONCE):
+            some = tensors[first : first + _AT_ONCE]
+            dtypes = list(map(attrgetter("dtype"), some))
+            if not all_plain(some, dtypes, on_cpu=on_host(some)):
+                return None
+            columns._note(some, dtypes)
+        return columns
+
+    def _note(self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype]) -> None:
+        self.on_cpu = self.on_cpu and on_host(tensors)
         shapes = map(attrgetter("shape"), tensors)
         # ``geometry`` is a cache: a state has a few dozen shapes, and what follows from each is worked out once for the
         # process.
-        self.geometries = list(map(geometry, dtypes, shapes, map(torch.Tensor.stride, tensors)))
+        self.geometries += map(geometry, dtypes, shapes, map(torch.Tensor.stride, tensors))
+        self.offsets += map(torch.Tensor.storage_offset, tensors)  # type: ignore[arg-type]
+        self.addresses += map(torch.Tensor.data_ptr, tensors)
         storages = list(map(torch.Tensor.untyped_storage, tensors))
-        self.capacities = list(map(torch.UntypedStorage.nbytes, storages))
-        self.alive = storages  # an identity is one as long as its owner lives
-        self.bases = _bases(storages)
-        self.addresses = list(map(torch.Tensor.data_ptr, tensors))
+        self.alive += storages
+        self.capacities += map(torch.UntypedStorage.nbytes, storages)
+        self.bases += _bases(storages)
 
-    # These two are asked of a state that is described, and not of a template.
-    @functools.cached_property
-    def offsets(self) -> list[int]:
-        return list(map(torch.Tensor.storage_offset, self.tensors))  # type: ignore[arg-type]
-
+    # Asked of a state that is described, and not of a template.
     @functools.cached_property
     def storages(self) -> list[int]:
         # The address of C++'s own object: two Python wrappers of one storage need not be one object.
@@ -96,6 +115,11 @@ class Tensors:
             if shape.numel and (reached > self.capacities[index] or not self.addresses[index]):
                 return index
         return None
+
+
+# What torch knows of so many tensors stays in a core's cache while one thing after the other is asked of them. That of
+# twenty thousand does not, and asking takes nearly twice as long.
+_AT_ONCE = 1_000
 
 
 def _bases(storages: Sequence[torch.UntypedStorage]) -> list[int]:
@@ -157,10 +181,10 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
     seen: dict[int, int] = {}
     # Exactly this class: a Parameter has something to tell (``requires_grad``), and a subclass may be anything.
     plain = [value for value in values if type(value) is torch.Tensor]
-    dtypes, on_cpu = list(map(attrgetter("dtype"), plain)), on_host(plain)
     # Of most states they need no closer look: all are plain, and no two are the same object.
     none_twice = len({*map(id, plain)}) == len(plain)
-    simple = torch.Tensor if none_twice and all_plain(plain, dtypes, on_cpu=on_cpu) else None
+    columns = Tensors.of_plain(plain) if none_twice else None
+    simple = torch.Tensor if columns is not None else None
     rest, done = iter(plain), 0
     for index in [index for index, value in enumerate(values) if type(value) is not simple]:
         parts += repeat(PLAIN, index - done)
@@ -189,13 +213,13 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
         # All of them at once: whoever has to change a state wants the whole list, not one path after each restart.
         text = "; ".join(f"{format_path(paths[index])}: {reason}" for index, reason in refused.items())
         raise LocalProtocolError(text, phase="describe")
-    if simple is not None:
+    if columns is not None:
         num_last = len(values) - done
         parts += repeat(PLAIN, num_last)
         tensors += rest
         counts += repeat(1, num_last)
         if len(tensors) == len(plain):
-            return parts, counts, Tensors(tensors, dtypes, on_cpu)
+            return parts, counts, columns
     return parts, counts, Tensors(tensors)
 
 
