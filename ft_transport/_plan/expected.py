@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgpack
 import torch
@@ -25,8 +25,8 @@ from ft_transport._state.tree import LEAF, Flat, Node, flatten
 from ft_transport._state.values import decode_value
 from ft_transport._telemetry.report import Copies
 from ft_transport._wire.decode import check_storages, decode_manifest, decode_nodes
-from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import ManifestHeader, decode_frame
+from ft_transport._wire.encode import manifest_body
+from ft_transport._wire.frames import ManifestHeader
 from ft_transport._wire.layout import Layout, Limits, lay_out
 
 __all__ = ["Template", "read"]
@@ -123,16 +123,6 @@ def _same_memory(one: Flat, other: Flat) -> bool:
 # ------------------------------------------------------------------------------------------ expected
 
 
-class _Body(NamedTuple):
-    """The body of a MANIFEST, but for its header."""
-
-    nodes: tuple[Any, ...]
-    shapes: tuple[Any, ...]
-    leaves: tuple[Any, ...]
-    storages: tuple[Any, ...]
-    shared: tuple[Any, ...]
-
-
 class _Expected:
     """What a source that holds the template's own state would send.
 
@@ -144,12 +134,13 @@ class _Expected:
         manifest, tensors = describe(tree)
         self._limits = limits(sum(nbytes for nbytes, _ in manifest.storages))
         self._layout = lay_out(manifest, self._limits)
-        header = ManifestHeader(None, self._limits, "")
-        _, (_, *body) = decode_frame(encode_manifest(manifest, header))
-        self._body = _Body(*body)
-        self._packed_nodes = msgpack.packb(self._body.nodes, unicode_errors="surrogatepass")
-        # As they are read: a key of a subclass of str comes as a str.
-        self._nodes = decode_nodes(self._body.nodes)
+        _, nodes, shapes, self._leaves, *_ = manifest_body(manifest, ManifestHeader(None, self._limits, ""))
+        # As they are read: lists come as tuples, and a key of a subclass of str as a str. Of leaves there are many, and
+        # plain ones are tuples here as well.
+        self._packed_nodes = _pack(nodes)
+        self._nodes = _unpack(self._packed_nodes)
+        self._tree = decode_nodes(self._nodes)
+        self._shapes = _unpack(_pack(shapes))
         self._manifest = manifest
         self._values = [index for index, leaf in enumerate(manifest.leaves) if leaf[0] == VALUE]
         # A leaf that is the same as an earlier one has no tensors of its own there, and one of another kind may have
@@ -165,22 +156,23 @@ class _Expected:
 
     def _read(self, body: Any) -> tuple[Manifest, ManifestHeader, Layout] | None:
         header, nodes, shapes, leaves, storages, shared = body
-        mine, manifest = self._body, self._manifest
-        num_nodes, num_leaves = len(mine.nodes), len(mine.leaves)
-        starts = [start for start in _STARTS if nodes[start : start + num_nodes] == mine.nodes]
-        if len(starts) != 1 or (shapes, storages) != (mine.shapes, mine.storages):
+        manifest = self._manifest
+        num_nodes, num_leaves = len(self._nodes), len(self._leaves)
+        starts = [start for start in _STARTS if nodes[start : start + num_nodes] == self._nodes]
+        if len(starts) != 1 or shapes != self._shapes or list(storages) != manifest.storages:
             return None
         (start,) = starts
         # In bytes, where 1, 1.0 and True differ, as keys may.
-        if msgpack.packb(nodes[start : start + num_nodes], unicode_errors="surrogatepass") != self._packed_nodes:
+        if _pack(nodes[start : start + num_nodes]) != self._packed_nodes:
             return None
-        if shared != tuple([(later + start, first + start) for later, first in mine.shared]):
+        ties = {later + start: first + start for later, first in manifest.shared.items()}
+        if shared != tuple(ties.items()):
             return None
         theirs = list(leaves[:num_leaves])
         values = [theirs[index] for index in self._values]
         for index in self._values:
-            theirs[index] = mine.leaves[index]
-        if tuple(theirs) != mine.leaves:
+            theirs[index] = self._leaves[index]
+        if theirs != self._leaves:
             return None
         # What is around the template's tree, torchft's envelope, is read as everything is; in the place of the tree is
         # a leaf. It must hold plain values alone.
@@ -196,11 +188,11 @@ class _Expected:
         for index, value in zip(self._values, values, strict=True):
             own[index] = Leaf(VALUE, (), decode_value(value[0]))
         found = Manifest(
-            [*around.nodes[:start], *self._nodes, *around.nodes[start + 1 :]],
+            [*around.nodes[:start], *self._tree, *around.nodes[start + 1 :]],
             own + around.leaves[1:],
             manifest.storages,
             same=manifest.same,
-            shared={later + start: first + start for later, first in manifest.shared.items()},
+            shared=ties,
         )
         layout = self._layout
         if read_header.limits != self._limits:
@@ -222,6 +214,15 @@ def _is_envelope(nodes: list[Node], start: int) -> bool:
     if nodes[0].kind != "dict" or nodes[0].keys[:1] != ("user",) or "torchft" not in nodes[0].keys:
         return False
     return start == 1 or nodes[1].num_children == 1
+
+
+def _pack(value: object) -> bytes:
+    packed: bytes = msgpack.packb(value, unicode_errors="surrogatepass")
+    return packed
+
+
+def _unpack(packed: bytes) -> Any:
+    return msgpack.unpackb(packed, use_list=False, unicode_errors="surrogatepass")
 
 
 def _is_value(leaf: Any) -> bool:

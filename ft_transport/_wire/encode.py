@@ -20,7 +20,7 @@ from ft_transport._state.values import encode_value
 from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["encode_manifest"]
+__all__ = ["encode_manifest", "manifest_body"]
 
 
 def encode_manifest(manifest: Manifest, header: ManifestHeader) -> bytes:
@@ -29,6 +29,15 @@ def encode_manifest(manifest: Manifest, header: ManifestHeader) -> bytes:
     Raises:
         LocalProtocolError: A plain value or a key cannot be encoded; each is named.
     """
+    try:
+        # msgpack's own limit, of 4 GiB for a text or an array, is far beyond the frame's.
+        return encode_frame(Frame.MANIFEST, manifest_body(manifest, header))
+    except ValueError as exc:
+        raise LocalProtocolError(f"the description of the state cannot be encoded: {exc}", phase="describe") from exc
+
+
+def manifest_body(manifest: Manifest, header: ManifestHeader) -> list[Any]:
+    """What becomes the body of the MANIFEST frame; raises as :func:`encode_manifest`."""
     refused: list[str] = []
     all_views = list(chain.from_iterable(map(itemgetter(1), manifest.leaves)))
     # By the order in which they come first, so that equal states have equal bytes: the fingerprint that resuming goes
@@ -61,7 +70,7 @@ def encode_manifest(manifest: Manifest, header: ManifestHeader) -> bytes:
             refused.append(f"{path}: a {_what(node)} cannot be encoded: {exc}")
     if refused:
         raise LocalProtocolError("; ".join(refused), phase="describe")
-    body = [
+    return [
         [header.step, header.limits, header.digest, header.sample],
         nodes,
         [[dtype_name(shape.dtype), shape.shape, shape.stride] for shape in shapes],
@@ -69,11 +78,6 @@ def encode_manifest(manifest: Manifest, header: ManifestHeader) -> bytes:
         manifest.storages,
         list(manifest.shared.items()),
     ]
-    try:
-        # msgpack's own limit, of 4 GiB for a text or an array, is far beyond the frame's.
-        return encode_frame(Frame.MANIFEST, body)
-    except ValueError as exc:
-        raise LocalProtocolError(f"the description of the state cannot be encoded: {exc}", phase="describe") from exc
 
 
 def _what(node: Node) -> str:
