@@ -243,7 +243,7 @@ def compare_plain(
     leaves = manifest.leaves
     indices = [i for i, mine in matched.items() if type(mine) is torch.Tensor and leaves[i][0] == "tensor"]
     mine = known
-    if mine is None or len(mine.tensors) != len(indices):
+    if mine is None:
         tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
         mine = Tensors.of_plain(tensors) if on_host(tensors) else None
     # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not looked

@@ -9,7 +9,7 @@ nothing had been expected; nothing is taken from here that the source has not se
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_, itemgetter
+from operator import is_
 from typing import Any
 
 import msgpack
@@ -143,9 +143,8 @@ class _Expected:
         self._shapes = _unpack(_pack(shapes))
         self._manifest = manifest
         self._values = [index for index, leaf in enumerate(manifest.leaves) if leaf[0] == VALUE]
-        # A leaf that is the same as an earlier one has no tensors of its own there, and one of another kind may have
-        # several.
-        known = tensors if not manifest.same and {*map(itemgetter(0), manifest.leaves)} <= {VALUE, "tensor"} else None
+        # A leaf that is the same as an earlier one has no tensor of its own there.
+        known = None if manifest.same else tensors
         self.plain = compare_plain(manifest, dict(enumerate(flat.leaves)), ReadOnlyMemory(), known)
 
     def read(self, body: Any) -> tuple[Manifest, ManifestHeader, Layout] | None:
@@ -158,10 +157,10 @@ class _Expected:
         header, nodes, shapes, leaves, storages, shared = body
         manifest = self._manifest
         num_nodes, num_leaves = len(self._nodes), len(self._leaves)
-        starts = [start for start in _STARTS if nodes[start : start + num_nodes] == self._nodes]
-        if len(starts) != 1 or shapes != self._shapes or list(storages) != manifest.storages:
+        # In one place, or it is to be found by names.
+        (start,) = [start for start in _STARTS if nodes[start : start + num_nodes] == self._nodes]
+        if shapes != self._shapes or list(storages) != manifest.storages:
             return None
-        (start,) = starts
         # In bytes, where 1, 1.0 and True differ, as keys may.
         if _pack(nodes[start : start + num_nodes]) != self._packed_nodes:
             return None
@@ -211,7 +210,7 @@ def _is_envelope(nodes: list[Node], start: int) -> bool:
     if start == 0:
         return nodes == [LEAF]
     # {"user": {key: tree}, "torchft": {...}}, in this order.
-    if nodes[0].kind != "dict" or nodes[0].keys[:1] != ("user",) or "torchft" not in nodes[0].keys:
+    if nodes[0].keys[:1] != ("user",) or "torchft" not in nodes[0].keys:
         return False
     return start == 1 or nodes[1].num_children == 1
 

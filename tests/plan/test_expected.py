@@ -50,6 +50,7 @@ def model(seed: int, lr: float = 0.1) -> dict[str, Any]:
     return {
         "weight": weight,
         "tied": weight,
+        "alone": noise((2, 3), seed + 3),
         "rows": [rows[0], rows[1:3]],
         "empty": torch.empty(0),
         "optimizer": {
@@ -144,9 +145,9 @@ def under_key(state: dict[str, Any], key: object) -> None:
 
 
 OTHERS: dict[str, Callable[[], object]] = {
-    "dtype": put("weight", noise((3, 4), 1, torch.float64)),
-    "shape": put("weight", noise((4, 3), 1)),
-    "strides": put("weight", noise((4, 3), 1).t()),
+    "dtype": put("alone", noise((2, 3), 1, torch.int32)),
+    "shape": put("alone", noise((3, 2), 1)),
+    "strides": put("alone", noise((3, 2), 1).t()),
     "not tied": put("tied", noise((3, 4), 1)),
     "equal and not the same": changed(lambda state: state.update(tied=state["weight"].view(3, 4))),
     "rows of two storages": put("rows", [noise(2, 1), noise((2, 2), 2)]),
@@ -164,6 +165,10 @@ OTHERS: dict[str, Callable[[], object]] = {
         lambda state: state["optimizer"].update(state={False: state["optimizer"]["state"][0]})
     ),
     "a parameter": put("weight", torch.nn.Parameter(noise((3, 4), 1))),
+    "an object for a value": changed(lambda state: state["optimizer"]["groups"][0].update(lr=Config())),
+    "a container twice": changed(lambda state: state["optimizer"].update(groups=[state["optimizer"]["groups"][0]] * 2)),
+    "a second key of values": lambda: in_envelope(default=model(1), other={"lr": 1}),
+    "another envelope": lambda: {"model": model(1), "torchft": {"step": 7}},
     "two keys": lambda: in_envelope(default=model(1), other=model(3)),
     "no envelope of torchft's": lambda: {"user": {"default": model(1)}},
     "a tensor beside": lambda: {"user": {"default": model(1)}, "torchft": {"step": noise((), 1)}},
@@ -177,17 +182,53 @@ def test_what_is_otherwise_is_read_as_a_whole(name: str) -> None:
     state = OTHERS[name]()
     body, template = body_of(state), expecting(model(2))
     assert template.read(body) is None
-    manifest, _, _ = read(body, template)
-    assert same(manifest, decode_manifest(body)[0])
+    with torch.serialization.safe_globals([Config]):
+        manifest, _, _ = read(body, template)
+        assert same(manifest, decode_manifest(body)[0])
     assert template.plain(manifest) is None
+
+
+def test_two_containers_are_not_one() -> None:
+    one: list[int] = [1, 2]
+    state = {"w": noise(2, 1), "a": one, "b": one}
+    assert expecting({"w": noise(2, 2), "a": [1, 2], "b": [1, 2]}).read(body_of(state)) is None
+
+
+def test_what_lies_on_a_device_is_not_what_lies_on_the_host() -> None:
+    body = body_of({"w": noise(2, 1)})
+    assert expecting({"w": noise(2, 2)}).read(body) is not None
+    body = [*body[:4], tuple((nbytes, "cuda") for nbytes, _ in body[4]), body[5]]
+    assert expecting({"w": noise(2, 2)}).read(body) is None
+
+
+def test_an_object_is_no_value() -> None:
+    state, template = {"w": noise(2, 1), "x": Sly()}, expecting({"w": noise(2, 2), "x": 5})
+    with torch.serialization.safe_globals([Sly]):
+        assert template.read(body_of(state)) is None
+
+
+class Sly:
+    """An object that knows when it is pickled."""
+
+    def __init__(self) -> None:
+        self.num = 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        self.num += 1
+        return Sly, ()
+
+
+def test_no_code_of_the_users_is_run_for_a_guess() -> None:
+    sly = Sly()
+    expecting({"w": noise(2, 2), "sly": sly})
+    assert sly.num == 0
 
 
 def test_a_place_that_is_not_the_only_one_is_looked_for_by_name() -> None:
     inner = {"w": noise(2, 1)}
     body = body_of({"user": {"user": inner}, "torchft": {}})
     assert expecting({"user": {"w": noise(2, 2)}}).read(body) is not None
-    twice = body_of({"user": {"user": {"user": {}}}, "torchft": {}})
-    assert expecting({"user": {}}).read(twice) is None
+    assert expecting(noise(2, 2)).read(body_of({"user": noise(2, 1), "torchft": 5})) is None
 
 
 def test_a_class_that_is_not_allowed_is_refused_by_name() -> None:
@@ -270,6 +311,14 @@ def test_what_may_be_a_copy_is_left_to_who_compares_it(give: Callable[[], object
     template = Template(give, copies)
     assert copies.paths is None
     assert template.again is not None
+
+
+@pytest.mark.parametrize("second", [lambda w: {"v": w}, lambda w: [w], lambda w: {"w": w, "v": w}, lambda w: {}])
+def test_a_callback_that_gives_another_tree_the_second_time(second: Callable[[torch.Tensor], object]) -> None:
+    weight, copies = noise(4, 1), Copies()
+    given = [second(weight.detach()), {"w": weight}]
+    Template(given.pop, copies)
+    assert copies.paths is None
 
 
 def test_a_callback_that_raises_the_second_time_has_given_a_template() -> None:
