@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.chain import Route
-from ft_transport._lanes.protocol import LaneFrame, LaneHeader
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader, State
 from ft_transport._lanes.session import Session
 from ft_transport._net.connection import Wakeup
 from ft_transport._net.endpoint import Endpoint
@@ -91,6 +91,7 @@ class ControlConnection:
         self._stall = stall
         self._tally = tally
         self._beat = Deadline(timedelta(0))
+        self._offer: tuple[LaneHeader, bytes] | TransferError | None = None  # heard by a heartbeat
         self._route: Route | None = None  # named, and not yet taken
         self._source_ident = b""  # by which the source itself is asked
         self._silence = self.timer()
@@ -103,7 +104,28 @@ class ControlConnection:
 
     def await_manifest(self) -> tuple[LaneHeader, bytes]:
         """What the source offers; raises as :func:`_await_manifest`."""
-        return _await_manifest(self.session, self.wakeup, self._deadline, self._stall)
+        if isinstance(self._offer, TransferError):
+            raise self._offer
+        return self._offer or _await_manifest(self.session, self.wakeup, self._deadline, self._stall)
+
+    @property
+    def is_offered(self) -> bool:
+        """Whether the source has sent its manifest, and waits for an answer."""
+        self._listen()
+        return self.session.protocol.state is State.PLANNING
+
+    def _listen(self) -> None:
+        """Take what the source has said already, up to its manifest."""
+        session, timer = self.session, self.timer()
+        try:
+            while session.protocol.state is State.WAITING and session.connection.await_peer(timedelta(0)):
+                header, body = session.recv(timer)
+                if header.frame is LaneFrame.MANIFEST:
+                    self._offer = header, bytes(body)
+                elif header.frame is LaneFrame.FAILED:
+                    raise _gave_up(body)
+        except TransferError as exc:
+            self._offer = exc
 
     def refuse(self, reason: str, *, wait: bool) -> None:
         """Tell the source why its state is not wanted; without ``wait``, this process is about to end."""
@@ -189,9 +211,17 @@ class ControlConnection:
         return Route(here, self._source_ident, from_source=True)
 
     def heartbeats(self) -> AbstractContextManager[None]:
-        """Say every now and then that this side is alive, while it is busy with something else."""
+        """Say every now and then that this side is alive, while it is busy with something else.
+
+        From its manifest on, which may come meanwhile: a source that has not begun takes any word for a breach.
+        """
 
         def beat() -> bool:
+            self._listen()
+            if isinstance(self._offer, TransferError):
+                return True
+            if self.session.protocol.state is State.WAITING:
+                return False
             try:
                 self.session.send(LaneFrame.PROGRESS, self.timer(), self._tally.nbytes)
             except TransferError:

@@ -123,9 +123,6 @@ _S, _D = Role.SOURCE, Role.DESTINATION
 TABLE: dict[State, dict[tuple[Role, LaneFrame], State]] = {
     State.OPEN: {(_D, LaneFrame.HELLO): State.WAITING, (_D, LaneFrame.ATTACH): State.LANE},
     State.WAITING: {
-        # A destination looks at its template meanwhile, and lives. A source reads this behind its MANIFEST.
-        (_D, LaneFrame.PROGRESS): State.WAITING,
-        (_D, LaneFrame.REFUSE): State.CLOSED,
         (_S, LaneFrame.WAIT): State.WAITING,
         (_S, LaneFrame.MANIFEST): State.PLANNING,
         (_S, LaneFrame.FAILED): State.CLOSED,

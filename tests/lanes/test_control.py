@@ -277,6 +277,46 @@ def test_who_is_busy_says_so_as_long_as_it_is(make: Make) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_nobody_speaks_before_the_source_has_begun(make: Make) -> None:
+    it = make("waiting", WAIT)
+    with it.control.heartbeats():
+        until(lambda: it.control.session.connection.idle)  # a heartbeat has heard WAIT
+        until(beating)
+    assert it.heard() == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_manifest_that_comes_while_this_side_is_busy(make: Make) -> None:
+    it = make("waiting", WAIT)
+    it.socket.settimeout(10)
+    beat = encode(F.PROGRESS, 1, 7, NBYTES)
+    with it.control.heartbeats(), it.socket.makefile("rb") as said:
+        it.socket.sendall(encode(F.MANIFEST, 1, 7, 0, b"manifest"))
+        assert said.read(2 * len(beat)) == 2 * beat
+    assert it.control.is_offered
+    header, body = it.control.await_manifest()
+    assert (header.frame, body) == (F.MANIFEST, b"manifest")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("script", "gone", "error"),
+    [([WAIT, FAILED], False, GaveUp), ([WAIT], True, PeerFailure)],
+    ids=["gives up", "gone"],
+)
+def test_a_source_that_ends_while_this_side_is_busy(
+    make: Make, script: list[Say], gone: bool, error: type[TransferError]
+) -> None:
+    it = make("waiting", *script, gone=gone)
+    with it.control.heartbeats():
+        until(lambda: not beating())
+    assert not it.control.is_offered
+    with pytest.raises(error) as info:
+        it.control.await_manifest()
+    assert type(info.value) is error
+
+
+@pytest.mark.usefixtures("quick")
 def test_who_finds_the_source_gone_leaves_that_to_the_next_one_to_talk(make: Make) -> None:
     it = make("planning")
     it.control.session.connection.abort()

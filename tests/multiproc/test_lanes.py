@@ -235,6 +235,33 @@ def test_the_destination_may_come_first_or_last(lanes: Lanes) -> None:
         source.disallow_checkpoint()
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_a_callback_may_take_longer_than_a_peer_may_be_silent(lanes: Lanes, early: bool) -> None:
+    source, state, template = lanes.transport(), make_state(), make_state(2)
+    asked, offered = threading.Event(), threading.Event()
+
+    def slowly() -> object:
+        asked.set()
+        if not offered.is_set():
+            offered.wait(10)
+            time.sleep(1.5 * STALL.total_seconds())
+        return template
+
+    destination = Destination(lanes.transport(slowly), template)
+    if early:
+        destination.start(source.metadata())
+        assert asked.wait(10)
+        time.sleep(1.5 * STALL.total_seconds())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    if not early:
+        destination.start(source.metadata())
+        assert asked.wait(10)
+    offered.set()
+    assert destination.join().sound(state), destination.error
+    assert destination.seconds > STALL.total_seconds()
+    source.disallow_checkpoint()
+
+
 def test_the_source_does_not_wait_and_small_tensors_may_change(lanes: Lanes) -> None:
     source, state = lanes.transport(), make_state()
     expected = digest(state)
