@@ -135,15 +135,17 @@ def _agree(
     report: TransferReport,
     beside: set[str] | None,
 ) -> _Plan:
-    template, failed = None, None
+    template: Template | None = None
+    failed: BaseException | None = None
     try:
         # While the source describes its state.
         if state_dict is not None:
             with no_collection():
                 template = Template(state_dict, options.copies)
                 template.expect(options.limits)
-    except Exception as exc:
-        failed = exc  # there is nothing to refuse yet
+    except BaseException as exc:
+        # Ctrl-C, too: there is nothing to refuse yet, and a source hears the reason only behind its manifest.
+        failed = exc
     data = control.recv_bytes()
     try:
         if failed is not None:
