@@ -151,7 +151,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--kills", type=int, default=1, help="kills, evenly spread over the rest (%(default)s)")
     add("--standby", action="store_true", help="a process that is ready but for its Manager takes a dead one's place")
     add("--compare", action="store_true", help="the first kill without a standby, the others, at least one, with")
-    add("--heartbeat-timeout-ms", type=int, default=1000, help="after which a silent replica is dead (%(default)s)")
+    # Short: the replicas are on this machine, and a Manager's heartbeats, each 100 ms, are not Python's. See
+    # docs/first-heal.md for a network.
+    add("--heartbeat-timeout-ms", type=int, default=500, help="after which a silent replica is dead (%(default)s)")
     add("--width", type=int, default=320, help="model width, a multiple of 64 (%(default)s)")
     add("--transport", choices=TRANSPORTS, default=TRANSPORTS[0], help="what moves the state (%(default)s)")
     add(
