@@ -109,7 +109,11 @@ class Shown(Protocol):
         ...
 
     def close(self) -> None:
-        """Let nobody read any more."""
+        """Begin to let nobody read any more. Returns at once."""
+        ...
+
+    def await_closed(self) -> None:
+        """Wait until nobody can, but not for long."""
         ...
 
 
@@ -167,6 +171,9 @@ class _ShownMemory:
         return _ADDRESS.pack(address_of(view))
 
     def close(self) -> None:
+        pass
+
+    def await_closed(self) -> None:
         pass
 
 
@@ -249,6 +256,8 @@ class _OneSidedShown:
 
     def close(self) -> None:
         self._endpoint.close()
+
+    def await_closed(self) -> None:
         if not self._endpoint.await_closed(_CLOSING):
             logger.warning("%s is still closing: a destination that has given up may yet read the state", self._backend)
 

@@ -78,6 +78,7 @@ class Session:
         self.shown: Shown | None = None
         self.nbytes_direct = 0
         self._early: int | None = None  # the digest of the message that is being read
+        self._hidden: list[Shown] = []
 
     def send(self, frame: LaneFrame, timer: StallTimer, number: int = 0, body: Any = None) -> None:
         """Send a frame; raises as ``Connection.write``."""
@@ -251,10 +252,18 @@ class Session:
         return read
 
     def hide(self) -> None:
-        """As a supplier, let nothing of this side be read any more."""
+        """As a supplier, begin to let nothing of this side be read any more. Returns at once."""
         shown, self.shown = self.shown, None
         if shown is not None:
+            self._hidden.append(shown)
             shown.close()
+
+    def end(self) -> None:
+        """As a supplier, at the lane's end: hide what is shown, and wait until nobody can read it."""
+        # Only now: while it is waited for, nobody says that this side lives.
+        self.hide()
+        for shown in self._hidden:
+            shown.await_closed()
 
     # ------------------------------------------------------- while something goes on past the connection
 
@@ -275,6 +284,7 @@ class Session:
                 header, _ = self.recv(timer)
                 if header.frame is not LaneFrame.WAIT:
                     raise RemoteProtocolError(f"{header.frame.name} in the place of WAIT")
+                timer.check()  # there may be something to read each time
             timer.check()
         timer.progressed()
 
@@ -286,7 +296,9 @@ class Session:
 
     def await_question(self, timer: StallTimer) -> None:
         """Wait until the peer says something, and say meanwhile that this side lives, if it listens to that."""
-        while self.shown is not None and self.shown.waits and not self.connection.await_peer(HEARTBEAT):
+        # Also once something has been hidden: that its messages are sent is no news to the peer.
+        shown = self.shown or next(reversed(self._hidden), None)
+        while shown is not None and shown.waits and not self.connection.await_peer(HEARTBEAT):
             self.send(LaneFrame.WAIT, timer)
             timer.check()
 

@@ -160,7 +160,7 @@ class Supplier:
             with self._streams.use(for_good=True):
                 lane.run()
         finally:
-            session.hide()
+            session.end()
 
     def _await_close(self) -> None:
         """Keep a lane that has nothing more to say: without it, the destination would ask for the same again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from types import TracebackType
 from typing import TypeVar
 
@@ -140,15 +141,18 @@ class _Remote:
 class _View:
     def __init__(self, memory: _Memory, offset: int, length: int) -> None:
         memory.check()
-        if not 0 <= offset <= offset + length <= memory.tensor.nbytes:
+        if not 0 <= offset <= offset + length <= memory.nbytes:
             raise ValueError("view exceeds the registered memory")
         # As a network card: what it was told once it writes to, whatever has become of it.
-        self.memory, self.address, self.length = memory, memory.tensor.data_ptr() + offset, length
+        self.address, self.length = memory.address + offset, length
+        self._kept = memory.tensor()
 
 
 class _Memory:
     def __init__(self, transport: _Transport, tensor: torch.Tensor) -> None:
-        self.transport, self.tensor = transport, tensor
+        # Whoever registers memory keeps it; what is under way does.
+        self.transport, self.tensor = transport, weakref.ref(tensor)
+        self.address, self.nbytes = tensor.data_ptr(), tensor.nbytes
 
     def check(self) -> None:
         if self.transport.is_closed:
@@ -159,7 +163,7 @@ class _Memory:
 
     def to_remote_buffer(self) -> _Remote:
         self.check()
-        return _Remote(self.tensor.data_ptr(), self.tensor.nbytes)
+        return _Remote(self.address, self.nbytes)
 
 
 class _Work:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -70,10 +72,27 @@ def test_what_one_side_shows_the_other_reads_piece_by_piece(both: tuple[Reader, 
     assert torch.equal(ours, theirs)
 
 
-def test_a_place_that_is_none_cannot_be_read(both: tuple[Reader, Shown]) -> None:
-    reader, _ = both
-    with pytest.raises(OSError, match=r"not a place|JSONDecodeError"):
-        reader.read_from(b"nowhere", NBYTES, None, wait)
+# Where nothing is, and where the end of memory is passed. A process has no memory in its first page.
+LIES = {
+    CMA: [b"", b"nowhere", *(struct.pack("<Q", address) for address in (0, 4096, (1 << 64) - 1, (1 << 64) - NBYTES))],
+    "faulty": [
+        b"",
+        b"nowhere",
+        *(
+            json.dumps(lie).encode()
+            for lie in ([], {}, ["a", "b"], [4096, 1], [0, NBYTES], [-4096, NBYTES], [4096, NBYTES], [1 << 64, NBYTES])
+        ),
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "lie"), [(name, lie) for name, lies in LIES.items() for lie in lies])
+def test_a_supplier_that_lies_about_a_place_harms_nobody(faulty: FaultyFabric, name: str, lie: bytes) -> None:
+    ours, into = memory(2)
+    for reader, _ in pair(name):
+        with pytest.raises(OSError, match=r"not a place|Bad address|Error"):
+            reader.read_from(lie, NBYTES, into, wait)(into.view)
+    assert torch.equal(ours, memory(2)[0])
 
 
 def test_an_answer_that_is_none_reaches_nobody(faulty: FaultyFabric) -> None:
@@ -176,6 +195,7 @@ def test_an_end_that_does_not_close_is_not_waited_for_without_end(
     shown._endpoint._do(lambda: (begun.set(), go_on.wait()))  # type: ignore[attr-defined]
     assert begun.wait(10)
     shown.close()
+    shown.await_closed()
     assert "faulty is still closing" in caplog.text
     go_on.set()
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, TransferError
+from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, PeerReport, TransferError
 from ft_transport._lanes import session as _session
+from ft_transport._net.one_sided import register
 from ft_transport.errors import TransferTimeout
 from ft_transport.testing import FaultyFabric
 
@@ -100,6 +101,54 @@ def test_where_no_endpoint_can_be_made_tcp_serves(
     assert destination.join().sound(make_state())
     assert destination.report.peers[0].nbytes_direct == 0
     assert f"cannot be read by {NAME}: RuntimeError: failed to create transport" in caplog.text
+
+
+def test_each_destination_has_the_fabric_that_it_shares_with_who_supplies_it(
+    lanes: Lanes, fabric: FaultyFabric
+) -> None:
+    """The first two are one after the other in the chain, and so have each other's."""
+    source, state = lanes.transport(fabric=NAME), make_state()
+    source.send_checkpoint([1, 2, 3, 4], STEP, envelope(state), TIMEOUT)
+    found = []
+    for name in (NAME, NAME, "auto", "tcp"):
+        found.append(lanes.destination(make_state(2), fabric=name, lanes=1).start(source.metadata()))
+        wait_until(lambda: len([peer for peer in sent(source) if peer.nbytes]) == len(found))
+    assert all(destination.join().sound(state) for destination in found)
+    assert [destination.report.peers[0].nbytes_direct > 0 for destination in found] == [True, True, False, False]
+    for destination in found:
+        destination.transport.disallow_checkpoint()
+    source.disallow_checkpoint()
+
+
+def sent(source: LaneTransport[Any]) -> list[PeerReport]:
+    report = source.last_report
+    assert report is not None
+    return report.peers
+
+
+@pytest.mark.parametrize("hangs", [0, 1], ids=["the destination's", "the source's"])
+def test_the_deadline_holds_where_a_backend_cannot_even_begin(lanes: Lanes, fabric: FaultyFabric, hangs: int) -> None:
+    """The destination makes its end first. Nothing has been written by then."""
+    go_on, made = threading.Event(), fabric._new
+    register(NAME, lambda: made() if fabric.num_made != hangs else (go_on.wait(20), made())[1])
+    try:
+        destination, source = begun(lanes, timeout=2 * STALL)
+        destination.join()
+        assert isinstance(destination.error, TransferTimeout)
+        assert not destination.transport.torn
+        assert digest(destination.template) == digest(make_state(2))
+        source.shutdown()
+    finally:
+        go_on.set()
+
+
+def test_a_backend_that_is_taken_down_goes_on_for_who_has_it(lanes: Lanes, fabric: FaultyFabric) -> None:
+    fabric.delay_at(1)
+    destination, _ = begun(lanes, lanes=1)
+    wait_until(lambda: fabric.num_late == 1)
+    fabric.close()
+    assert destination.join().sound(make_state())
+    assert destination.report.peers[0].nbytes_direct > MOST * destination.report.nbytes_total
 
 
 def test_a_read_that_dies_is_fetched_over_tcp(lanes: Lanes, fabric: FaultyFabric) -> None:

@@ -138,6 +138,25 @@ def test_what_was_asked_for_before_it_was_closed_is_not_done(
     fabric.land()
 
 
+def test_what_is_asked_for_while_it_is_closed_is_not_waited_for(
+    fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look whether it is closed and its place among the jobs, at which nobody looks any more."""
+    endpoint = Endpoint("faulty")
+    jobs = endpoint._jobs
+
+    class Late:
+        def put(self, job: Any) -> None:
+            monkeypatch.setattr(endpoint, "_jobs", jobs)
+            endpoint.close()
+            assert endpoint.closed.wait(10)
+            jobs.put(job)
+
+    monkeypatch.setattr(endpoint, "_jobs", Late())
+    with pytest.raises(OSError, match="it is closed"):
+        done(endpoint.bind())
+
+
 class Broken:
     """A backend that fails to close a number of times."""
 
@@ -156,7 +175,10 @@ class Broken:
 def test_a_backend_that_fails_to_close(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failures: int, closed: bool
 ) -> None:
-    """One says once what its reads came to; one that cannot be closed at all is kept, with all that it may write to."""
+    """One says once what its reads came to; one that cannot be closed at all is kept, with all that it may write to.
+
+    Whoever waits for its end, to give back what was shown by it, does not wait without end.
+    """
     monkeypatch.setattr(Broken, "left", failures)
     monkeypatch.setattr(one_sided, "_left", left := [])
     register("broken", Broken)
@@ -165,8 +187,11 @@ def test_a_backend_that_fails_to_close(
         done(endpoint.bind())
     finally:
         unregister("broken")
+    over = threading.Event()
+    endpoint.when_closed(over.set)
     endpoint.close()
-    assert endpoint.closed.wait(10 if closed else 1) == closed
+    assert over.wait(10)
+    assert endpoint.closed.wait(10 if closed else 0) == closed
     assert left == ([] if closed else [endpoint])
     assert ("cannot be closed" in caplog.text) != closed
     one_sided._endpoints.discard(endpoint)
