@@ -98,9 +98,8 @@ def test_two_buckets_are_enough(fabric: str) -> None:
     with workers(2) as ranks:
         metadata = _prepared(ranks, fabric)
         (source, _), (destination, read) = ranks.each(transfer, metadata)
-    print(
-        f"{GIGABYTES:g} GB by {fabric}: {source / 1e6:.1f} MB at the source, {destination / 1e6:.1f} MB at the destination"
-    )
+    megabytes = [f"{extra / 1e6:.1f} MB" for extra in (source, destination)]
+    print(f"{GIGABYTES:g} GB by {fabric}: {megabytes[0]} at the source, {megabytes[1]} at the destination")
     assert max(source, destination) <= 2 * BUCKET
     if fabric != "tcp" and not read:
         pytest.skip("this system lets nobody read another process's memory: TCP has served")

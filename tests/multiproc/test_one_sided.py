@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, PeerReport, TransferError
+from ft_transport._lanes import fabric as _fabric
 from ft_transport._lanes import session as _session
 from ft_transport._net.one_sided import register
+from ft_transport._torchft import lanes as _lanes
 from ft_transport.errors import TransferTimeout
 from ft_transport.testing import FaultyFabric
+from ft_transport.testing._fabric import _Transport
 
 from .harness import digest, residue, wait_until
 from .test_lanes import MIB, STALL, STEP, TIMEOUT, Destination, Lanes, envelope, lanes, make_state
@@ -27,7 +30,9 @@ NAME = "faulty"
 
 
 @pytest.fixture
-def fabric() -> Iterator[FaultyFabric]:
+def fabric(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyFabric]:
+    # What stands still does so beyond the end of a test's transports.
+    monkeypatch.setattr(_lanes, "_CLOSING", timedelta(milliseconds=10))
     with FaultyFabric(NAME) as made:
         yield made
     # Each endpoint is closed once nothing stands still.
@@ -43,6 +48,10 @@ def begun(
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
     destination = made.destination(make_state(2), fabric=ours, **options)
     return destination.start(source.metadata(), timeout=timeout), source
+
+
+def pause(seconds: float) -> None:
+    threading.Event().wait(seconds)
 
 
 def land_late(fabric: FaultyFabric, destination: Destination) -> int:
@@ -127,8 +136,11 @@ def sent(source: LaneTransport[Any]) -> list[PeerReport]:
 
 
 @pytest.mark.parametrize("hangs", [0, 1], ids=["the destination's", "the source's"])
-def test_the_deadline_holds_where_a_backend_cannot_even_begin(lanes: Lanes, fabric: FaultyFabric, hangs: int) -> None:
+def test_the_deadline_holds_where_a_backend_cannot_even_begin(
+    lanes: Lanes, fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch, hangs: int
+) -> None:
     """The destination makes its end first. Nothing has been written by then."""
+    monkeypatch.setattr(_fabric, "_CLOSING", timedelta(milliseconds=10))
     go_on, made = threading.Event(), fabric._new
     register(NAME, lambda: made() if fabric.num_made != hangs else (go_on.wait(20), made())[1])
     try:
@@ -214,11 +226,15 @@ def test_a_chain_reads_from_the_one_before(lanes: Lanes, fabric: FaultyFabric) -
     source.disallow_checkpoint()
 
 
-def test_a_source_that_ends_shuts_its_readers_out(lanes: Lanes, fabric: FaultyFabric) -> None:
+def test_a_source_that_ends_shuts_its_readers_out(
+    lanes: Lanes, fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its endpoint is closed when the call returns, though a read stands still at the other end."""
     fabric.stall_at(1)
     destination, source = begun(lanes, lanes=1)
     wait_until(lambda: fabric.num_late == 1)
+    close = _Transport.close
+    monkeypatch.setattr(_Transport, "close", lambda self, *, timeout: (pause(0.3), close(self, timeout=timeout)))
     source.shutdown()
     assert fabric.num_open <= 1
     assert isinstance(destination.join().error, PeerFailure)
