@@ -426,8 +426,8 @@ MUTANTS = [
     Mutant(
         "a lane that ends takes its endpoint with it",
         "_lanes/fetch.py",
-        '        """Give back what was asked for and has not come, then the descriptor."""\n        self._leave_fabric()\n',
-        "",
+        "        self._leave_fabric()\n        # Before it counts",
+        "        # Before it counts",
         CELL + "[lanes-network-cut-move-star-one_sided]",
     ),
     Mutant(
