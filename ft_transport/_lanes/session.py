@@ -84,6 +84,8 @@ class Session:
         """Send a frame; raises as ``Connection.write``."""
         protocol = self.protocol
         protocol.sent(frame, number)
+        if frame is LaneFrame.WAIT:
+            self.connection.nbytes_alive += HEADER_BYTES
         self.connection.write([encode(frame, protocol.attempt, protocol.step, number, body)], timer)
 
     def recv(self, timer: StallTimer) -> tuple[LaneHeader, Any]:
@@ -259,8 +261,8 @@ class Session:
             shown.close()
 
     def end(self) -> None:
-        """As a supplier, at the lane's end: hide what is shown, and wait until nobody can read it."""
-        # Only now: while it is waited for, nobody says that this side lives.
+        """As a supplier, at the lane's end: hide what is shown, and wait until nobody can read it, nor what was."""
+        # Not in hide: while it is waited for, nobody says that this side lives.
         self.hide()
         for shown in self._hidden:
             shown.await_closed()

@@ -184,7 +184,7 @@ class Supplier:
         with self._changed:
             while self._lanes and not deadline.expired():
                 now = self.nbytes_wire + sum(lane.nbytes_arrived for lane in self._lanes)
-                if now != arrived:
+                if now > arrived:
                     still, arrived = Deadline(_STILL), now
                 elif still.expired():
                     break
@@ -322,7 +322,8 @@ class _Lane:
     def _show(self, fabric: str, hello: bytes) -> bytes:
         """Let the other side read this one's memory, if both have the fabric; gives what that takes, or nothing."""
         session = self._session
-        session.hide()  # what was shown before, to one who asks twice
+        # What was shown before, to one who asks twice; to its end, or somebody could have us make any number.
+        session.end()
         if fabric != self._store.fabric:
             return b""
         try:

@@ -17,6 +17,7 @@ from ft_transport._lanes import fabric as _fabric
 from ft_transport._lanes.fabric import CMA, Reader, Shown, new_reader, new_shown
 from ft_transport._net.one_sided import Job, await_closed
 from ft_transport._plan.blocks import Block, Held, held
+from ft_transport._plan.lent import Readers
 from ft_transport._process import memory_at
 from ft_transport.errors import LocalProtocolError
 from ft_transport.testing import FaultyFabric
@@ -130,6 +131,27 @@ def test_memory_that_is_given_back_is_not_shown_and_its_owner_not_held_up(one_si
     with pytest.raises(LocalProtocolError, match="exchanged or given back"):
         shown.place(from_.view, from_, wait)
     storage.resize_(NBYTES)  # returns
+
+
+def test_memory_that_is_given_back_while_it_is_looked_at_is_not_shown(
+    one_sided: tuple[Reader, Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the look whether it is there, and before who gives it back would wait for us."""
+    _, shown = one_sided
+    tensor, from_ = memory()
+    storage, readers_of = tensor.untyped_storage(), _fabric.readers_of
+
+    def late(of: torch.UntypedStorage) -> Readers:
+        storage.resize_(0)
+        return readers_of(of)
+
+    monkeypatch.setattr(_fabric, "readers_of", late)
+    with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+        shown.place(from_.view, from_, wait)
+    giving = threading.Thread(target=storage.resize_, args=(NBYTES,), daemon=True)
+    giving.start()
+    giving.join(10)
+    assert not giving.is_alive(), "it is held up for good by who has not shown it"
 
 
 def test_who_gives_back_what_is_shown_waits_until_nobody_can_read_it(one_sided: tuple[Reader, Shown]) -> None:
