@@ -19,7 +19,7 @@ from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Ro
 from ft_transport._lanes.session import Session
 from ft_transport._lanes.supplier import Supplier
 from ft_transport._net.connection import Connection
-from ft_transport._net.one_sided import Endpoint, await_closed
+from ft_transport._net.one_sided import Endpoint
 from ft_transport._net.stall import StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket
@@ -183,14 +183,6 @@ class Reading:
         self.connection.close()
         self.endpoint.close()
         self.supply.close()
-
-
-@pytest.fixture
-def fabric() -> Iterator[FaultyFabric]:
-    with FaultyFabric() as made:
-        yield made
-    assert await_closed(timedelta(seconds=10))
-    assert made.num_open == 0
 
 
 @pytest.fixture

@@ -22,14 +22,6 @@ from ft_transport.testing import FaultyFabric
 NBYTES = 1 << 20
 
 
-@pytest.fixture
-def fabric() -> Iterator[FaultyFabric]:
-    with FaultyFabric() as made:
-        yield made
-    assert await_closed(timedelta(seconds=10))
-    assert made.num_open == 0
-
-
 def done(job: Job[Any]) -> Any:
     assert job.done.wait(10)
     return job.result()
@@ -73,6 +65,7 @@ def test_what_is_shown_is_kept_until_it_is_closed(ends: tuple[Endpoint, Endpoint
     place, kept = done(shows.show(shown)), weakref.ref(shown)
     del shown
     gc.collect()
+    assert kept() is not None
     assert done(reads.read(place, NBYTES)) == memoryview(tensor().numpy())
     shows.close()
     assert shows.closed.wait(10)
