@@ -414,7 +414,7 @@ MUTANTS = [
         "_lanes/session.py",
         "        while not job.await_done(_LOOK):\n",
         "        while not job.await_done(_LOOK):\n            timer.progressed()\n",
-        CELL + "[lanes-network-frozen-move-star-one_sided]",
+        "tests/lanes/test_session.py::test_a_read_that_goes_on_is_no_sign_of_life",
     ),
     Mutant(
         "who only says that it lives does not outlast an endpoint's deadline",

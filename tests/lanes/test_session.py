@@ -21,7 +21,7 @@ from ft_transport._lanes.session import _DIRECT_FROM, _PIECE_BYTES, Session, Unr
 from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
 from ft_transport._net.one_sided import Job
-from ft_transport._net.stall import StallTimer
+from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._plan.blocks import Block, Held, held
 from ft_transport._wire.digest import digest_bytes
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout
@@ -252,6 +252,13 @@ def test_what_cannot_be_shown_any_more_is_sent_and_its_end_not_waited_for_in_sil
     assert not unwilling.awaited
     direct.supplier.end()
     assert unwilling.awaited
+
+
+def test_a_read_that_goes_on_is_no_sign_of_life(direct: Lane) -> None:
+    """A network card goes on with the memory of a process that is stopped."""
+    job = Job(lambda: None)
+    with pytest.raises(PeerStalled):
+        direct.destination.hear(job, StallTimer(Deadline(timedelta(seconds=10)), timedelta(seconds=0.2)))
 
 
 def test_who_says_nothing_but_that_it_lives_does_not_outlast_the_deadline(direct: Lane) -> None:

@@ -173,11 +173,12 @@ class Reading:
         assert bound.done.wait(10)
         self.hello = bound.result()
 
-    def locate(self) -> None:
-        self.session.send(LaneFrame.LOCATE, self.timer, body=["faulty", self.hello])
+    def locate(self, fabric: str = "faulty", hello: bytes = b"") -> bytes:
+        """Ask to read, and give the answer."""
+        self.session.send(LaneFrame.LOCATE, self.timer, body=[fabric, hello or self.hello])
         while (heard := self.session.recv(self.timer))[0].frame is LaneFrame.WAIT:
             pass
-        assert heard[1][0]
+        return bytes(heard[1][0])
 
     def close(self) -> None:
         self.connection.close()
@@ -196,11 +197,24 @@ def test_that_this_side_lives_is_no_progress_of_who_has_stopped(
     reading: Reading, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its system takes what is said to it, as long as there is room."""
-    reading.locate()
+    assert reading.locate()
     reading.session.send(LaneFrame.DIRECT, reading.timer)
     with caplog.at_level(logging.WARNING, "ft_transport"):
         reading.supply.drain()
     assert "stands still" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "hello"), [("other", b""), ("cma", b"t" * 16), ("faulty", b"[1]"), ("faulty", b"x")])
+def test_nonsense_in_the_place_of_an_end_to_connect_to_shows_nothing(
+    reading: Reading, fabric: FaultyFabric, name: str, hello: bytes
+) -> None:
+    """The lane goes on: what is asked for is sent."""
+    assert reading.locate(name, hello) == b""
+    assert Deadline(timedelta(seconds=10)).poll(lambda: fabric.num_open == 1)
+    reading.session.send(LaneFrame.WANT, reading.timer, 0)
+    while (header := reading.session.recv_header(reading.timer)).frame is LaneFrame.WAIT:
+        pass
+    assert header.frame is LaneFrame.MESSAGE
 
 
 def test_who_asks_for_a_fabric_again_and_again_has_one_endpoint(
@@ -210,7 +224,7 @@ def test_who_asks_for_a_fabric_again_and_again_has_one_endpoint(
     close = _Transport.close
     monkeypatch.setattr(_Transport, "close", lambda self, *, timeout: (pace(0.1), close(self, timeout=timeout)))
     for number in range(1, 4):
-        reading.locate()
+        assert reading.locate()
         assert (fabric.num_made, fabric.num_open) == (1 + number, 2)
 
 

@@ -6,11 +6,12 @@ import threading
 
 import pytest
 
-from ft_transport import TransferError
-from ft_transport._lanes import fabric
+from ft_transport import RemoteProtocolError, TransferError
+from ft_transport._lanes import fabric as _fabric
 from ft_transport._net.cma import TOKEN_BYTES, PeerMemory
 from ft_transport._torchft import lanes as _lanes
 from ft_transport.testing import FaultyFabric
+from ft_transport.testing import _fabric as _faulty
 
 from .harness import digest, residue, wait_until
 from .test_lanes import CPU, MIB, STEP, TIMEOUT, Lanes, envelope, lanes, make_state, resident, tensors
@@ -72,7 +73,7 @@ def test_where_the_system_does_not_let_anybody_read_tcp_serves(lanes: Lanes, mon
     def refused(pid: int, address: int, token: bytes) -> PeerMemory:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(fabric, "PeerMemory", refused)
+    monkeypatch.setattr(_fabric, "PeerMemory", refused)
     source, state = lanes.transport(fabric="auto"), make_state()
     destination = lanes.destination(make_state(2), fabric="auto").start(source.metadata())
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
@@ -108,7 +109,7 @@ class Failing(PeerMemory):
 
 
 def test_memory_that_cannot_be_read_any_more_is_fetched_over_tcp(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fabric, "PeerMemory", Failing)
+    monkeypatch.setattr(_fabric, "PeerMemory", Failing)
     monkeypatch.setattr(Failing, "left", 3)
     source, state = lanes.transport(fabric="auto"), make_state()
     destination = lanes.destination(make_state(2), fabric="auto").start(source.metadata())
@@ -132,7 +133,7 @@ class Flipping(PeerMemory):
 
 def test_what_was_read_wrong_is_read_again(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> None:
     """As is what the source has changed between its digest and the read."""
-    monkeypatch.setattr(fabric, "PeerMemory", Flipping)
+    monkeypatch.setattr(_fabric, "PeerMemory", Flipping)
     monkeypatch.setattr(Flipping, "left", 1)
     source, state = lanes.transport(fabric="auto"), make_state()
     destination = lanes.destination(make_state(2), fabric="auto", lanes=1).start(source.metadata())
@@ -140,6 +141,26 @@ def test_what_was_read_wrong_is_read_again(lanes: Lanes, monkeypatch: pytest.Mon
     assert destination.join().sound(state)
     assert destination.report.num_repaired == 1
     source.disallow_checkpoint()
+
+
+@pytest.mark.parametrize("name", ["auto", "faulty"])
+def test_what_is_always_read_wrong_is_no_state(
+    lanes: Lanes, monkeypatch: pytest.MonkeyPatch, fabric: FaultyFabric, name: str
+) -> None:
+    """As from a supplier whose digests, or places, are not its messages'."""
+    monkeypatch.setattr(_fabric, "PeerMemory", Flipping)
+    monkeypatch.setattr(_faulty, "PeerMemory", Flipping)
+    monkeypatch.setattr(Flipping, "left", 1 << 30)
+    source, state = lanes.transport(fabric=name), make_state()
+    destination = lanes.destination(make_state(2), fabric=name, lanes=1).start(source.metadata())
+    source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
+    assert isinstance(destination.join().error, RemoteProtocolError)
+    assert "3 times" in str(destination.error)
+    assert destination.transport.torn
+    source.disallow_checkpoint()
+    report = source.last_report
+    assert report is not None
+    assert report.peers[0].outcome == "failed"
 
 
 def test_a_chain_reads_from_the_one_before(lanes: Lanes) -> None:
@@ -177,7 +198,7 @@ def test_shutdown_ends_a_read(lanes: Lanes, monkeypatch: pytest.MonkeyPatch) -> 
                 go_on.wait(10)
             super().read_into(address, view)
 
-    monkeypatch.setattr(fabric, "PeerMemory", Slow)
+    monkeypatch.setattr(_fabric, "PeerMemory", Slow)
     source, state = lanes.transport(fabric="auto"), make_state()
     destination = lanes.destination(make_state(2), fabric="auto").start(source.metadata())
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
