@@ -227,6 +227,7 @@ class Rank:
         self.kept_error: BaseException | None = None
         self.transport: PGTransport[Any] | LaneTransport[Any] | None = None
         self.fabric: FaultyFabric | None = None
+        self.stands_still = False
         self.proxy: FaultProxy | None = None
         self.meeting: TCPStore | None = None
 
@@ -306,7 +307,7 @@ def arrived(case: Case, what: str) -> int:
 def transfer(rank: int, case: Case) -> Outcome:
     """Send from rank 0, receive elsewhere, have the fault where it is due; the victim of a kill never returns."""
     this = this_rank()
-    this.progress, this.kept_error = [], None
+    this.progress, this.kept_error, this.stands_still = [], None, False
     for tensor in tensors(this.template):
         tensor.fill_(OLD)
     with ExitStack() as stack:
@@ -483,6 +484,9 @@ def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
 
     def progress(now: Progress) -> None:
         this.progress.append(now)
+        # In a chain those behind wait for who stands still before them.
+        if case.stands_still(rank) and now.nbytes_done and case.topology == "star":
+            _await_still(case)
         if this.proxy is not None and now.nbytes_done:
             this.proxy.cut() if case.fault == "cut" else this.proxy.freeze()
         struck = case.strikes and case.fault != "disallowed" and case.phase in ("move", "verify")
@@ -496,6 +500,8 @@ def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
         if case.topology and report is not None:
             # The callback has a thread of its own, so it holds nobody: they are slow enough.
             _await_some(report, now.nbytes_total if case.phase == "verify" else 1)
+            if case.fabric == ONE_SIDED and case.slow and case.topology == "star":
+                wait_until(lambda: arrived(case, "still") == len(DESTINATIONS))
         else:
             wait_until(lambda: len(seen) == len(DESTINATIONS))
         if case.fault == "changing":
@@ -503,6 +509,18 @@ def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
             this.changed.wait(PATIENCE)
 
     return progress
+
+
+def _await_still(case: Case) -> None:
+    """Wait until a read of this rank's stands still, and say so once."""
+    this = this_rank()
+    fabric = this.fabric
+    # Where nobody may read another process's memory, none ever does.
+    with suppress(TimeoutError):
+        wait_until(lambda: fabric is None or fabric.num_late > 0, STALL)
+    if not this.stands_still:
+        this.stands_still = True
+        arrive(case, "still")
 
 
 def _await_some(report: TransferReport, nbytes: int = 1) -> None:
