@@ -64,6 +64,7 @@ def test_what_is_shown_is_kept_until_it_is_closed(ends: tuple[Endpoint, Endpoint
     shown = tensor()
     place, kept = done(shows.show(shown)), weakref.ref(shown)
     del shown
+    done(shows.show(tensor(2)))  # its thread has the last job in its hands
     gc.collect()
     assert kept() is not None
     assert done(reads.read(place, NBYTES)) == memoryview(tensor().numpy())
