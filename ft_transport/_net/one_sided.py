@@ -30,6 +30,7 @@ import torch
 
 from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport._process import memory_at
+from ft_transport.errors import printable
 
 __all__ = ["Endpoint", "Job", "available", "await_closed", "register", "unregister"]
 
@@ -96,11 +97,10 @@ class Job(Generic[T]):
         """Do it. Never raises."""
         try:
             self._result = self._act()
-        except OSError as exc:
-            self._error = exc
         except Exception as exc:
-            # Backends raise what they like: RuntimeError, ValueError, errors of their libraries.
-            self._error = OSError(f"{type(exc).__name__}: {exc}")
+            # Backends raise what they like: RuntimeError, ValueError, errors of their libraries. They may quote what
+            # the peer has told them.
+            self._error = OSError(printable(str(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {exc}"))
         finally:
             self.done.set()
 

@@ -18,6 +18,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._net import one_sided
 from ft_transport._net.one_sided import Endpoint, Job, available, await_closed, register, unregister
 from ft_transport.testing import FaultyFabric
+from ft_transport.testing._fabric import _Transport
 
 NBYTES = 1 << 20
 
@@ -81,6 +82,24 @@ def test_what_fails_is_an_oserror(ends: tuple[Endpoint, Endpoint], fabric: Fault
     fabric.die_at(0)
     with pytest.raises(OSError, match=r"JSONDecodeError|1048577 bytes to read|the link is down"):
         done(reads.read(place, NBYTES + (what == "too much")))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_what_a_backend_quotes_of_the_peer_is_one_line_of_text(
+    fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """It goes into logs."""
+
+    def connect(self: _Transport, peer: bytes) -> int:
+        raise error(f"no peer: {peer.decode()}")
+
+    monkeypatch.setattr(_Transport, "connect", connect)
+    endpoint = Endpoint("faulty")
+    done(endpoint.bind())
+    with pytest.raises(OSError, match=r"no peer: a\\nb\\x1b\[31m$"):
+        done(endpoint.connect(b"a\nb\x1b[31m"))
+    endpoint.close()
+    assert endpoint.closed.wait(10)
 
 
 def test_an_endpoint_that_cannot_be_made_is_closed_all_the_same(fabric: FaultyFabric) -> None:
