@@ -405,8 +405,8 @@ MUTANTS = [
     Mutant(
         "who supplies an endpoint says that it lives",
         "_lanes/session.py",
-        "            self.send(LaneFrame.WAIT, timer)\n            timer.check()\n\n\ndef _unreadable",
-        "            timer.check()\n\n\ndef _unreadable",
+        "            self.send(LaneFrame.WAIT, timer)\n            timer.check()\n\n\ndef _check_patience",
+        "            timer.check()\n\n\ndef _check_patience",
         ONE_SIDED + "test_a_read_that_is_late_is_waited_for",
     ),
     Mutant(
@@ -450,6 +450,27 @@ MUTANTS = [
         'lanes == "auto" and self._fabric not in ("", CMA)',
         "False",
         ONE_SIDED + "test_one_lane_will_do_but_for_who_has_no_other_way",
+    ),
+    Mutant(
+        "an endpoint that does not begin is given up at the destination",
+        "_lanes/fetch.py",
+        "timer=StallTimer(timer.deadline), limit=_fabric.OPENING)",
+        "timer=StallTimer(timer.deadline))",
+        ONE_SIDED + "test_a_backend_that_does_not_even_begin",
+    ),
+    Mutant(
+        "an endpoint that does not begin is given up at the source",
+        "_lanes/supplier.py",
+        "partial(session.speak, timer=self._timer, limit=_fabric.OPENING)",
+        "partial(session.speak, timer=self._timer)",
+        ONE_SIDED + "test_a_backend_that_does_not_even_begin",
+    ),
+    Mutant(
+        "who has waited for its own endpoint does not take the supplier for silent",
+        "_lanes/fetch.py",
+        "        except OSError as exc:\n            timer.progressed()\n",
+        "        except OSError as exc:\n",
+        ONE_SIDED + "test_a_backend_that_does_not_even_begin",
     ),
     Mutant(
         "nobody is shown by an endpoint who has another fabric",

@@ -22,6 +22,7 @@ from typing import Any
 
 import xxhash
 
+from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport._lanes.fabric import Reader, Shown
 from ft_transport._lanes.protocol import (
     HEADER_BYTES,
@@ -274,14 +275,17 @@ class Session:
         self._early = self._recv_digest(timer)
         self.hear(job, timer)
 
-    def hear(self, job: Job[Any], timer: StallTimer) -> None:
+    def hear(self, job: Job[Any], timer: StallTimer, limit: timedelta = MAX_WAIT) -> None:
         """Wait until a job is done, as long as the supplier says that it lives: that the job goes on says nothing.
 
         Raises:
-            RemoteProtocolError: It says something else.
+            OSError: It takes longer than the limit.
+            RemoteProtocolError: The supplier says something else.
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
         """
+        patience = Deadline(limit)
         while not job.await_done(_LOOK):
+            _check_patience(patience)
             while not self.connection.idle:
                 header, _ = self.recv(timer)
                 if header.frame is not LaneFrame.WAIT:
@@ -290,9 +294,16 @@ class Session:
             timer.check()
         timer.progressed()
 
-    def speak(self, job: Job[Any], timer: StallTimer) -> None:
-        """Wait until a job is done, and say meanwhile that this side lives; raises as ``Connection.write``."""
+    def speak(self, job: Job[Any], timer: StallTimer, limit: timedelta = MAX_WAIT) -> None:
+        """Wait until a job is done, and say meanwhile that this side lives.
+
+        Raises:
+            OSError: It takes longer than the limit.
+            PeerFailure, TransferTimeout: As ``Connection.write``.
+        """
+        patience = Deadline(limit)
         while not job.await_done(HEARTBEAT):
+            _check_patience(patience)
             self.send(LaneFrame.WAIT, timer)
             timer.check()
 
@@ -303,6 +314,11 @@ class Session:
         while shown is not None and shown.waits and not self.connection.await_peer(HEARTBEAT):
             self.send(LaneFrame.WAIT, timer)
             timer.check()
+
+
+def _check_patience(patience: Deadline) -> None:
+    if patience.expired():
+        raise OSError(f"no answer within {patience.timeout.total_seconds():g} s")
 
 
 def _unreadable(exc: OSError) -> Unreadable:

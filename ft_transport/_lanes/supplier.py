@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn, Protocol
 
 from ft_transport._deadline import Deadline
 from ft_transport._device import NO_STREAMS, NOTHING, Copies, Streams
+from ft_transport._lanes import fabric as _fabric
 from ft_transport._lanes.fabric import new_shown
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session, fingerprint
@@ -328,7 +329,7 @@ class _Lane:
             return b""
         try:
             session.shown = new_shown(fabric)
-            return session.shown.answer(hello, partial(session.speak, timer=self._timer))
+            return session.shown.answer(hello, partial(session.speak, timer=self._timer, limit=_fabric.OPENING))
         except OSError as exc:
             logger.warning("%s cannot read by %s: %s", session.connection.address, fabric, exc)
             session.hide()

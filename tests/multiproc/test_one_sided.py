@@ -135,20 +135,27 @@ def sent(source: LaneTransport[Any]) -> list[PeerReport]:
     return report.peers
 
 
+@pytest.mark.parametrize("soon", [True, False], ids=["given up", "waited for"])
 @pytest.mark.parametrize("hangs", [0, 1], ids=["the destination's", "the source's"])
-def test_the_deadline_holds_where_a_backend_cannot_even_begin(
-    lanes: Lanes, fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch, hangs: int
+def test_a_backend_that_does_not_even_begin(
+    lanes: Lanes, fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch, hangs: int, soon: bool
 ) -> None:
-    """The destination makes its end first. Nothing has been written by then."""
+    """The destination makes its end first. TCP serves then, unless the deadline passes before: nothing is written."""
     monkeypatch.setattr(_fabric, "_CLOSING", timedelta(milliseconds=10))
+    # Longer than anybody may be silent: nobody has asked for anything yet, or the source says that it lives.
+    monkeypatch.setattr(_fabric, "OPENING", (1.3 if soon else 20) * STALL)
     go_on, made = threading.Event(), fabric._new
     register(NAME, lambda: made() if fabric.num_made != hangs else (go_on.wait(20), made())[1])
     try:
-        destination, source = begun(lanes, timeout=2 * STALL)
+        destination, source = begun(lanes, timeout=TIMEOUT if soon else 2 * STALL)
         destination.join()
-        assert isinstance(destination.error, TransferTimeout)
-        assert not destination.transport.torn
-        assert digest(destination.template) == digest(make_state(2))
+        if soon:
+            assert destination.sound(make_state())
+            assert destination.report.peers[0].nbytes_direct == 0
+        else:
+            assert isinstance(destination.error, TransferTimeout)
+            assert not destination.transport.torn
+            assert digest(destination.template) == digest(make_state(2))
         source.shutdown()
     finally:
         go_on.set()
