@@ -7,9 +7,15 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from ft_transport.testing import FaultyFabric
 
 # Tests run on every core already, one process each. A second thread for an operation only waits for the first one, and
 # spins meanwhile: that took ten times as long as the work. For all processes that tests start, too, and so before torch
@@ -40,6 +46,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
+
+@pytest.fixture
+def fabric() -> Iterator[FaultyFabric]:
+    """A one-sided transport called ``"faulty"``, of which no endpoint is left."""
+    # Not above: torch is not to be imported before it is known how many threads it may have.
+    from ft_transport._net.one_sided import await_closed
+    from ft_transport.testing import FaultyFabric
+
+    with FaultyFabric() as made:
+        yield made
+    assert await_closed(timedelta(seconds=10))
+    assert made.num_open == 0
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -60,6 +60,10 @@ class Mutant(NamedTuple):
 LANES = "tests/multiproc/test_lanes.py::"
 SOURCE = "tests/lanes/test_source.py::"
 DEVICE = "tests/test_device.py::"
+ENDPOINT = "tests/net/test_one_sided.py::"
+FABRIC = "tests/lanes/test_fabric.py::"
+ONE_SIDED = "tests/multiproc/test_one_sided.py::"
+CELL = "tests/multiproc/test_faults.py::test_cell"
 
 MUTANTS = [
     Mutant(
@@ -223,6 +227,258 @@ MUTANTS = [
         "self._own = [_seam.current_stream(device) for device in self.devices]",
         DEVICE + "test_copies_do_not_wait_for_the_step_that_training_is_in",
     ),
+    Mutant(
+        "an endpoint keeps what late bytes land in until it is closed",
+        "_net/one_sided.py",
+        "        pause, failures = _FIRST_PAUSE_S, 0\n",
+        "        self._landing, pause, failures = None, _FIRST_PAUSE_S, 0\n",
+        ENDPOINT + "test_closing_waits_for_nobody_and_is_done_once_it_can_be",
+    ),
+    Mutant(
+        "an endpoint that is closed leaves a read that stands still",
+        "_net/one_sided.py",
+        "lambda: self._closing or work.is_completed()",
+        "lambda: work.is_completed()",
+        ENDPOINT + "test_closing_waits_for_nobody_and_is_done_once_it_can_be",
+    ),
+    Mutant(
+        "an endpoint tries to close as often as it takes",
+        "_net/one_sided.py",
+        "            except TimeoutError:\n                pass\n",
+        "            except TimeoutError:\n                break\n",
+        ENDPOINT + "test_closing_waits_for_nobody_and_is_done_once_it_can_be",
+    ),
+    Mutant(
+        "an endpoint that cannot be closed is kept",
+        "_net/one_sided.py",
+        "                    _left.append(self)\n",
+        "",
+        ENDPOINT + "test_a_backend_that_fails_to_close",
+    ),
+    Mutant(
+        "who waits for an endpoint that cannot be closed is let go",
+        "_net/one_sided.py",
+        "                    self._let_go()  #",
+        "                    #",
+        ENDPOINT + "test_a_backend_that_fails_to_close",
+    ),
+    Mutant(
+        "what an endpoint is asked while it is closed is not waited for",
+        "_net/one_sided.py",
+        '        if self._closing:\n            job.fail(OSError("it is closed"))\n        return job',
+        "        return job",
+        ENDPOINT + "test_what_is_asked_for_while_it_is_closed_is_not_waited_for",
+    ),
+    Mutant(
+        "an endpoint does nothing any more once it is closed",
+        "_net/one_sided.py",
+        "            if self._closing:\n                job.fail(",
+        "            if False:\n                job.fail(",
+        ENDPOINT + "test_what_was_asked_for_before_it_was_closed_is_not_done",
+    ),
+    Mutant(
+        "an endpoint registers the same memory once",
+        "_net/one_sided.py",
+        "if key not in self._shown:",
+        "if True:",
+        ENDPOINT + "test_the_same_memory_is_registered_once",
+    ),
+    Mutant(
+        "an endpoint takes memory of another size for other memory",
+        "_net/one_sided.py",
+        "key = (tensor.data_ptr(), tensor.nbytes, tensor.device)",
+        "key = (tensor.data_ptr(), 0, tensor.device)",
+        ENDPOINT + "test_the_same_memory_is_registered_once",
+    ),
+    Mutant(
+        "an endpoint keeps what it shows, whatever the backend does",
+        "_net/one_sided.py",
+        "self._shown[key] = tensor, memory,",
+        "self._shown[key] = None, memory,",
+        ENDPOINT + "test_what_is_shown_is_kept_until_it_is_closed",
+    ),
+    Mutant(
+        "an endpoint keeps nothing once it is closed",
+        "_net/one_sided.py",
+        "        self._shown.clear()\n",
+        "",
+        ENDPOINT + "test_what_is_shown_is_kept_until_it_is_closed",
+    ),
+    Mutant(
+        "an endpoint reads no more than there is room for",
+        "_net/one_sided.py",
+        "if nbytes > self._room:",
+        "if False:",
+        ENDPOINT + "test_what_fails_is_an_oserror",
+    ),
+    Mutant(
+        "a read of an endpoint that has failed is not taken for one that has ended",
+        "_net/one_sided.py",
+        "            work.wait()\n",
+        "",
+        ENDPOINT + "test_what_fails_is_an_oserror",
+    ),
+    Mutant(
+        "a fork leaves its parent's endpoints alone",
+        "_net/one_sided.py",
+        "\nos.register_at_fork(after_in_child=_leave_alone)\n",
+        "\n",
+        ENDPOINT + "test_a_fork_leaves_its_parents_endpoints_alone",
+    ),
+    Mutant(
+        "memory that was exchanged is not shown by an endpoint",
+        "_lanes/fabric.py",
+        "        held.check()\n",
+        "",
+        FABRIC + "test_memory_that_was_exchanged_is_not_shown",
+    ),
+    Mutant(
+        "memory that is gone is not shown by an endpoint",
+        "_lanes/fabric.py",
+        "            held.reads(lambda piece: None)  #",
+        "            pass  #",
+        FABRIC + "test_memory_that_is_given_back_while_it_is_looked_at_is_not_shown",
+    ),
+    Mutant(
+        "who finds memory gone does not hold up its owner, by an endpoint",
+        "_lanes/fabric.py",
+        "            readers.leave()\n            raise\n",
+        "            raise\n",
+        FABRIC + "test_memory_that_is_given_back_while_it_is_looked_at_is_not_shown",
+    ),
+    Mutant(
+        "who gives back what an endpoint shows waits until nobody can read it",
+        "_lanes/fabric.py",
+        "self._endpoint.when_closed(readers.leave)",
+        "readers.leave()",
+        FABRIC + "test_who_gives_back_what_is_shown_waits_until_nobody_can_read_it",
+    ),
+    Mutant(
+        "the place that an endpoint gives fits a frame",
+        "_lanes/fabric.py",
+        "return place if len(place) <= _MAX_PLACE_BYTES else None",
+        "return place",
+        FABRIC + "test_a_place_that_fits_no_frame_is_sent",
+    ),
+    Mutant(
+        "memory that is gone is not written to from an endpoint",
+        "_lanes/fabric.py",
+        "return copy if held is None else held.reads(copy)",
+        "return copy",
+        FABRIC + "test_a_destination_that_gives_memory_back_meanwhile_is_told",
+    ),
+    Mutant(
+        "an endpoint that takes its time to end is not waited for without end",
+        "_lanes/fabric.py",
+        "if not self._endpoint.await_closed(_CLOSING):",
+        "if not self._endpoint.await_closed(timedelta(days=1)):",
+        FABRIC + "test_an_end_that_does_not_close_is_not_waited_for_without_end",
+    ),
+    Mutant(
+        "a lane is not over before its endpoint shows nothing any more",
+        "_lanes/session.py",
+        "            shown.await_closed()\n",
+        "            pass\n",
+        ONE_SIDED + "test_a_source_that_ends_shuts_its_readers_out",
+    ),
+    Mutant(
+        "that this side lives is no progress of who has stopped, with an endpoint",
+        "_lanes/session.py",
+        "            self.connection.nbytes_alive += HEADER_BYTES\n",
+        "            pass\n",
+        "tests/lanes/test_supplier.py::test_that_this_side_lives_is_no_progress_of_who_has_stopped",
+    ),
+    Mutant(
+        "who asks again and again for an endpoint has one",
+        "_lanes/supplier.py",
+        "        session.end()\n        if fabric",
+        "        session.hide()\n        if fabric",
+        "tests/lanes/test_supplier.py::test_who_asks_for_a_fabric_again_and_again_has_one_endpoint",
+    ),
+    Mutant(
+        "who supplies an endpoint does not fall silent when it shows no more",
+        "_lanes/session.py",
+        "shown = self.shown or next(reversed(self._hidden), None)",
+        "shown = self.shown",
+        "tests/lanes/test_session.py::test_what_cannot_be_shown_any_more_is_sent_and_its_end_not_waited_for_in_silence",
+    ),
+    Mutant(
+        "who supplies an endpoint says that it lives",
+        "_lanes/session.py",
+        "            self.send(LaneFrame.WAIT, timer)\n            timer.check()\n\n\ndef _check_patience",
+        "            timer.check()\n\n\ndef _check_patience",
+        ONE_SIDED + "test_a_read_that_is_late_is_waited_for",
+    ),
+    Mutant(
+        "that an endpoint's read is under way says nothing of the peer",
+        "_lanes/session.py",
+        "        while not job.await_done(_LOOK):\n",
+        "        while not job.await_done(_LOOK):\n            timer.progressed()\n",
+        "tests/lanes/test_session.py::test_a_read_that_goes_on_is_no_sign_of_life",
+    ),
+    Mutant(
+        "who only says that it lives does not outlast an endpoint's deadline",
+        "_lanes/session.py",
+        "                timer.check()  # there may be something to read each time\n",
+        "",
+        "tests/lanes/test_session.py::test_who_says_nothing_but_that_it_lives_does_not_outlast_the_deadline",
+    ),
+    Mutant(
+        "by an endpoint one message is asked for at a time",
+        "_lanes/fetch.py",
+        "window = 1 if self.session.reader is not None and self.session.reader.waits else _WINDOW",
+        "window = _WINDOW",
+        ONE_SIDED + "test_a_read_that_is_late_is_waited_for",
+    ),
+    Mutant(
+        "what an endpoint could not read is not tried by the next one",
+        "_lanes/fetch.py",
+        "self.unreadable |= isinstance(exc, Unreadable)",
+        "pass",
+        ONE_SIDED + "test_a_read_that_dies_is_fetched_over_tcp",
+    ),
+    Mutant(
+        "a lane that ends takes its endpoint with it",
+        "_lanes/fetch.py",
+        "        self._leave_fabric()\n        # Before it counts",
+        "        # Before it counts",
+        CELL + "[lanes-network-cut-move-star-one_sided]",
+    ),
+    Mutant(
+        "one lane with an endpoint is enough",
+        "_lanes/fetch.py",
+        'lanes == "auto" and self._fabric not in ("", CMA)',
+        "False",
+        ONE_SIDED + "test_one_lane_will_do_but_for_who_has_no_other_way",
+    ),
+    Mutant(
+        "an endpoint that does not begin is given up at the destination",
+        "_lanes/fetch.py",
+        "timer=StallTimer(timer.deadline), limit=_fabric.OPENING)",
+        "timer=StallTimer(timer.deadline))",
+        ONE_SIDED + "test_a_backend_that_does_not_even_begin",
+    ),
+    Mutant(
+        "an endpoint that does not begin is given up at the source",
+        "_lanes/supplier.py",
+        "partial(session.speak, timer=self._timer, limit=_fabric.OPENING)",
+        "partial(session.speak, timer=self._timer)",
+        ONE_SIDED + "test_a_backend_that_does_not_even_begin",
+    ),
+    Mutant(
+        "who has waited for its own endpoint does not take the supplier for silent",
+        "_lanes/fetch.py",
+        "        except OSError as exc:\n            timer.progressed()\n",
+        "        except OSError as exc:\n",
+        ONE_SIDED + "test_a_backend_that_does_not_even_begin",
+    ),
+    Mutant(
+        "nobody is shown by an endpoint who has another fabric",
+        "_lanes/supplier.py",
+        "if fabric != self._store.fabric:",
+        "if False:",
+        ONE_SIDED + "test_both_sides_have_a_say",
+    ),
 ]
 
 
@@ -252,6 +508,8 @@ def passes(root: Path, tests: list[str]) -> tuple[bool, str]:
         )
     except subprocess.TimeoutExpired:
         return False, f"no end after {LIMIT:g} s"
+    if done.returncode < 0:  # of a signal: it reads memory that is gone, say
+        return False, done.stdout[-2000:]
     if done.returncode not in (0, 1):
         raise RuntimeError(f"{' '.join(tests)} cannot be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
     return done.returncode == 0, done.stdout[-2000:]

@@ -11,7 +11,8 @@ from mutants import MUTANTS, ROOT, Mutant
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.promise)
 def test_what_is_to_be_broken_is_there(mutant: Mutant) -> None:
     compile(mutant.apply(), mutant.file, "exec")
-    file, _, name = mutant.test.partition("::")
+    file, _, test = mutant.test.partition("::")
+    name = test.partition("[")[0]  # one case of it
     assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE)
 
 

@@ -29,12 +29,14 @@ from ft_transport._plan.lent import Readers, readers_of
 from ft_transport._process import address_of
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["CMA", "Reader", "Shown", "Wait", "new_reader", "new_shown"]
+__all__ = ["CMA", "OPENING", "Reader", "Shown", "Wait", "new_reader", "new_shown"]
 
 logger = logging.getLogger("ft_transport")
 
 # How memory that is read within a machine goes by on the wire. Every other name is of a one-sided transport.
 CMA = "cma"
+# How long a fabric may take to begin on either side: to look for networks takes seconds. One that takes longer is none.
+OPENING = timedelta(seconds=10)
 # How long the end of a lane waits until nobody can read any more. Longer than it was seen to take, since what follows
 # is the optimizer's step; a backend that takes longer may be read by a peer that has given up, and nobody is misled.
 _CLOSING = timedelta(seconds=2)
@@ -109,7 +111,11 @@ class Shown(Protocol):
         ...
 
     def close(self) -> None:
-        """Let nobody read any more."""
+        """Begin to let nobody read any more. Returns at once."""
+        ...
+
+    def await_closed(self) -> None:
+        """Wait until nobody can, but not for long."""
         ...
 
 
@@ -167,6 +173,9 @@ class _ShownMemory:
         return _ADDRESS.pack(address_of(view))
 
     def close(self) -> None:
+        pass
+
+    def await_closed(self) -> None:
         pass
 
 
@@ -249,6 +258,8 @@ class _OneSidedShown:
 
     def close(self) -> None:
         self._endpoint.close()
+
+    def await_closed(self) -> None:
         if not self._endpoint.await_closed(_CLOSING):
             logger.warning("%s is still closing: a destination that has given up may yet read the state", self._backend)
 

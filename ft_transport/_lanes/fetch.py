@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from ft_transport._lanes import fabric as _fabric
 from ft_transport._lanes.chain import Route
 from ft_transport._lanes.fabric import CMA, new_reader
 from ft_transport._lanes.opening import Opening
@@ -282,11 +283,12 @@ class _Lane:
         try:
             session.reader = reader = new_reader(fabric, max(self._sink.sizes, default=0))
             # The supplier has nothing to say yet, and is not silent.
-            hello = reader.hello(partial(session.hear, timer=StallTimer(timer.deadline)))
+            hello = reader.hello(partial(session.hear, timer=StallTimer(timer.deadline), limit=_fabric.OPENING))
             timer.progressed()
             session.send(LaneFrame.LOCATE, timer, body=[fabric, hello])
-            reader.reach(self._location(), partial(session.hear, timer=timer))
+            reader.reach(self._location(), partial(session.hear, timer=timer, limit=_fabric.OPENING))
         except OSError as exc:
+            timer.progressed()
             # As within a machine on most with containers, and on none of two: messages come over the connection then.
             # Whoever has asked for one by name wants to know.
             level = logging.DEBUG if fabric == CMA else logging.WARNING

@@ -22,6 +22,7 @@ from typing import Any
 
 import xxhash
 
+from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport._lanes.fabric import Reader, Shown
 from ft_transport._lanes.protocol import (
     HEADER_BYTES,
@@ -78,11 +79,14 @@ class Session:
         self.shown: Shown | None = None
         self.nbytes_direct = 0
         self._early: int | None = None  # the digest of the message that is being read
+        self._hidden: list[Shown] = []
 
     def send(self, frame: LaneFrame, timer: StallTimer, number: int = 0, body: Any = None) -> None:
         """Send a frame; raises as ``Connection.write``."""
         protocol = self.protocol
         protocol.sent(frame, number)
+        if frame is LaneFrame.WAIT:
+            self.connection.nbytes_alive += HEADER_BYTES
         self.connection.write([encode(frame, protocol.attempt, protocol.step, number, body)], timer)
 
     def recv(self, timer: StallTimer) -> tuple[LaneHeader, Any]:
@@ -251,10 +255,18 @@ class Session:
         return read
 
     def hide(self) -> None:
-        """As a supplier, let nothing of this side be read any more."""
+        """As a supplier, begin to let nothing of this side be read any more. Returns at once."""
         shown, self.shown = self.shown, None
         if shown is not None:
+            self._hidden.append(shown)
             shown.close()
+
+    def end(self) -> None:
+        """As a supplier, at the lane's end: hide what is shown, and wait until nobody can read it, nor what was."""
+        # Not in hide: while it is waited for, nobody says that this side lives.
+        self.hide()
+        for shown in self._hidden:
+            shown.await_closed()
 
     # ------------------------------------------------------- while something goes on past the connection
 
@@ -263,32 +275,50 @@ class Session:
         self._early = self._recv_digest(timer)
         self.hear(job, timer)
 
-    def hear(self, job: Job[Any], timer: StallTimer) -> None:
+    def hear(self, job: Job[Any], timer: StallTimer, limit: timedelta = MAX_WAIT) -> None:
         """Wait until a job is done, as long as the supplier says that it lives: that the job goes on says nothing.
 
         Raises:
-            RemoteProtocolError: It says something else.
+            OSError: It takes longer than the limit.
+            RemoteProtocolError: The supplier says something else.
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
         """
+        patience = Deadline(limit)
         while not job.await_done(_LOOK):
+            _check_patience(patience)
             while not self.connection.idle:
                 header, _ = self.recv(timer)
                 if header.frame is not LaneFrame.WAIT:
                     raise RemoteProtocolError(f"{header.frame.name} in the place of WAIT")
+                timer.check()  # there may be something to read each time
             timer.check()
         timer.progressed()
 
-    def speak(self, job: Job[Any], timer: StallTimer) -> None:
-        """Wait until a job is done, and say meanwhile that this side lives; raises as ``Connection.write``."""
+    def speak(self, job: Job[Any], timer: StallTimer, limit: timedelta = MAX_WAIT) -> None:
+        """Wait until a job is done, and say meanwhile that this side lives.
+
+        Raises:
+            OSError: It takes longer than the limit.
+            PeerFailure, TransferTimeout: As ``Connection.write``.
+        """
+        patience = Deadline(limit)
         while not job.await_done(HEARTBEAT):
+            _check_patience(patience)
             self.send(LaneFrame.WAIT, timer)
             timer.check()
 
     def await_question(self, timer: StallTimer) -> None:
         """Wait until the peer says something, and say meanwhile that this side lives, if it listens to that."""
-        while self.shown is not None and self.shown.waits and not self.connection.await_peer(HEARTBEAT):
+        # Also once something has been hidden: that its messages are sent is no news to the peer.
+        shown = self.shown or next(reversed(self._hidden), None)
+        while shown is not None and shown.waits and not self.connection.await_peer(HEARTBEAT):
             self.send(LaneFrame.WAIT, timer)
             timer.check()
+
+
+def _check_patience(patience: Deadline) -> None:
+    if patience.expired():
+        raise OSError(f"no answer within {patience.timeout.total_seconds():g} s")
 
 
 def _unreadable(exc: OSError) -> Unreadable:

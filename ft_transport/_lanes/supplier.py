@@ -17,6 +17,7 @@ from typing import NamedTuple, NoReturn, Protocol
 
 from ft_transport._deadline import Deadline
 from ft_transport._device import NO_STREAMS, NOTHING, Copies, Streams
+from ft_transport._lanes import fabric as _fabric
 from ft_transport._lanes.fabric import new_shown
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session, fingerprint
@@ -160,7 +161,7 @@ class Supplier:
             with self._streams.use(for_good=True):
                 lane.run()
         finally:
-            session.hide()
+            session.end()
 
     def _await_close(self) -> None:
         """Keep a lane that has nothing more to say: without it, the destination would ask for the same again."""
@@ -184,7 +185,7 @@ class Supplier:
         with self._changed:
             while self._lanes and not deadline.expired():
                 now = self.nbytes_wire + sum(lane.nbytes_arrived for lane in self._lanes)
-                if now != arrived:
+                if now > arrived:
                     still, arrived = Deadline(_STILL), now
                 elif still.expired():
                     break
@@ -322,12 +323,13 @@ class _Lane:
     def _show(self, fabric: str, hello: bytes) -> bytes:
         """Let the other side read this one's memory, if both have the fabric; gives what that takes, or nothing."""
         session = self._session
-        session.hide()  # what was shown before, to one who asks twice
+        # What was shown before, to one who asks twice; to its end, or somebody could have us make any number.
+        session.end()
         if fabric != self._store.fabric:
             return b""
         try:
             session.shown = new_shown(fabric)
-            return session.shown.answer(hello, partial(session.speak, timer=self._timer))
+            return session.shown.answer(hello, partial(session.speak, timer=self._timer, limit=_fabric.OPENING))
         except OSError as exc:
             logger.warning("%s cannot read by %s: %s", session.connection.address, fabric, exc)
             session.hide()

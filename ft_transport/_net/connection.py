@@ -53,10 +53,11 @@ class Connection:
         is_local: Whether it is on this machine, for all that addresses tell.
         round_trip: Seconds that a packet to it and its answer have taken at the least; 0.0 if the system does not tell.
         nbytes_wire: Bytes in both directions so far.
+        nbytes_alive: How many of them only say that this side lives; its user's to count.
     """
 
     def __init__(self, sock: socket.socket, address: str) -> None:
-        self.address, self.nbytes_wire = address, 0
+        self.address, self.nbytes_wire, self.nbytes_alive = address, 0, 0
         self.is_local, self.round_trip = is_local(sock), _round_trip(sock)
         self._socket = sock
         keep_out_of_forks(sock)
@@ -196,11 +197,14 @@ class Connection:
 
     @property
     def nbytes_arrived(self) -> int:
-        """As ``nbytes_wire``, without what the peer's system has not taken yet; nearly, with TLS. Any thread."""
+        """As ``nbytes_wire``, without ``nbytes_alive`` and what the peer's system has not taken yet; nearly, with TLS.
+
+        Any thread. It may fall, while what says that this side lives is not taken.
+        """
         try:
-            return self.nbytes_wire - _unsent_bytes(self._socket)
+            return self.nbytes_wire - self.nbytes_alive - _unsent_bytes(self._socket)
         except (OSError, ValueError):
-            return self.nbytes_wire  # it was closed just now
+            return self.nbytes_wire - self.nbytes_alive  # it was closed just now
 
     @property
     def takes_more(self) -> bool:

@@ -30,6 +30,7 @@ import torch
 
 from ft_transport._deadline import MAX_WAIT, Deadline
 from ft_transport._process import memory_at
+from ft_transport.errors import printable
 
 __all__ = ["Endpoint", "Job", "available", "await_closed", "register", "unregister"]
 
@@ -96,11 +97,10 @@ class Job(Generic[T]):
         """Do it. Never raises."""
         try:
             self._result = self._act()
-        except OSError as exc:
-            self._error = exc
         except Exception as exc:
-            # Backends raise what they like: RuntimeError, ValueError, errors of their libraries.
-            self._error = OSError(f"{type(exc).__name__}: {exc}")
+            # Backends raise what they like: RuntimeError, ValueError, errors of their libraries. They may quote what
+            # the peer has told them.
+            self._error = OSError(printable(str(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {exc}"))
         finally:
             self.done.set()
 
@@ -145,7 +145,7 @@ class Endpoint:
         self._transport: Any = None
         self._landing: torch.Tensor | None = None
         self._landed: Any = None  # as the backend knows it
-        self._shown: dict[tuple[int, int, torch.device], tuple[Any, bytes]] = {}
+        self._shown: dict[tuple[int, int, torch.device], tuple[torch.Tensor, Any, bytes]] = {}
         self._finally: list[Callable[[], object]] = []
         _endpoints.add(self)
         try:
@@ -177,8 +177,9 @@ class Endpoint:
             key = (tensor.data_ptr(), tensor.nbytes, tensor.device)
             if key not in self._shown:
                 memory = self._transport.register_memory(tensor)
-                self._shown[key] = memory, bytes(memory.to_remote_buffer().serialize())
-            return self._shown[key][1]
+                # The tensor too, whatever a backend holds: at its address there must be nobody else's meanwhile.
+                self._shown[key] = tensor, memory, bytes(memory.to_remote_buffer().serialize())
+            return self._shown[key][-1]
 
         return self._do(show)
 
@@ -205,14 +206,14 @@ class Endpoint:
 
     def _do(self, act: Callable[[], T]) -> Job[T]:
         job = Job(act)
+        self._jobs.put(job)
+        # And not the other way round: it may be closed in between, and its thread look at no more jobs.
         if self._closing:
             job.fail(OSError("it is closed"))
-        else:
-            self._jobs.put(job)
         return job
 
     def when_closed(self, act: Callable[[], object]) -> None:
-        """Have something called, in the endpoint's thread, once it is closed. Not after :meth:`close`."""
+        """Have something called, in the endpoint's thread, once it is closed, or cannot be. Not after :meth:`close`."""
         self._finally.append(act)
 
     def close(self) -> None:
@@ -251,6 +252,7 @@ class Endpoint:
                 if failures == _MAX_FAILURES:
                     logger.warning("a one-sided transport (%s) cannot be closed, and is kept: %s", self._backend, exc)
                     _left.append(self)
+                    self._let_go()  # when it is closed nobody will ever know, and is not to wait for
                     return
             if self._transport is not None:
                 self.closed.wait(pause)
@@ -259,11 +261,14 @@ class Endpoint:
                 pause = min(2 * pause, _LONGEST_PAUSE_S)
         self._landing = self._landed = None
         self._shown.clear()
+        self._let_go()
+        _endpoints.discard(self)
+        self.closed.set()
+
+    def _let_go(self) -> None:
         for act in self._finally:
             act()
         self._finally.clear()
-        _endpoints.discard(self)
-        self.closed.set()
 
 
 _endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from types import TracebackType
 from typing import TypeVar
 
 import torch
 
-from ft_transport._net.cma import PeerMemory, ShownToken, new_token
+from ft_transport._net.cma import TOKEN_BYTES, PeerMemory, ShownToken, new_token
 from ft_transport._net.one_sided import register, unregister
 from ft_transport._process import memory_at
 
@@ -110,7 +111,8 @@ class FaultyFabric:
             self.num_open += 1
         return _Transport(self)
 
-    def _begin(self, view: _View, remote: _Remote, memory: PeerMemory) -> _Work:
+    def _begin(self, view: _View, remote: _Remote, peer: tuple[int, int, bytes]) -> _Work:
+        memory = PeerMemory(*peer)
         with self._lock:
             fault = self._faults.get(self.num_reads, "")
             self.num_reads += 1
@@ -139,15 +141,18 @@ class _Remote:
 class _View:
     def __init__(self, memory: _Memory, offset: int, length: int) -> None:
         memory.check()
-        if not 0 <= offset <= offset + length <= memory.tensor.nbytes:
+        if not 0 <= offset <= offset + length <= memory.nbytes:
             raise ValueError("view exceeds the registered memory")
         # As a network card: what it was told once it writes to, whatever has become of it.
-        self.memory, self.address, self.length = memory, memory.tensor.data_ptr() + offset, length
+        self.address, self.length = memory.address + offset, length
+        self._kept = memory.tensor()
 
 
 class _Memory:
     def __init__(self, transport: _Transport, tensor: torch.Tensor) -> None:
-        self.transport, self.tensor = transport, tensor
+        # Whoever registers memory keeps it; what is under way does.
+        self.transport, self.tensor = transport, weakref.ref(tensor)
+        self.address, self.nbytes = tensor.data_ptr(), tensor.nbytes
 
     def check(self) -> None:
         if self.transport.is_closed:
@@ -158,7 +163,7 @@ class _Memory:
 
     def to_remote_buffer(self) -> _Remote:
         self.check()
-        return _Remote(self.tensor.data_ptr(), self.tensor.nbytes)
+        return _Remote(self.address, self.nbytes)
 
 
 class _Work:
@@ -197,17 +202,18 @@ class _Transport:
         self.is_closed = False
         self._fabric = fabric
         self._token = ShownToken(new_token())
-        self._peer: PeerMemory | None = None
+        self._peer: tuple[int, int, bytes] | None = None
         self._works: list[_Work] = []
         self._registered: list[_Memory] = []
 
     def bind(self) -> bytes:
-        token = memory_at(self._token.address, 16)
+        token = memory_at(self._token.address, TOKEN_BYTES)
         return json.dumps([self._token.pid, self._token.address, bytes(token).hex()]).encode()
 
     def connect(self, peer: bytes) -> int:
         pid, address, token = json.loads(peer)
-        self._peer = PeerMemory(pid, address, bytes.fromhex(token))
+        self._peer = pid, address, bytes.fromhex(token)
+        PeerMemory(*self._peer)
         return 0
 
     def register_memory(self, tensor: torch.Tensor) -> _Memory:
@@ -230,5 +236,7 @@ class _Transport:
             raise TimeoutError("transport wait timed out; operation remains pending")
         if not self.is_closed:
             self.is_closed = True
+            # Nobody begins to read any more; what is under way goes on.
+            memory_at(self._token.address, TOKEN_BYTES)[:] = bytes(TOKEN_BYTES)
             with self._fabric._lock:
                 self._fabric.num_open -= 1

@@ -19,6 +19,7 @@ class Caller:
 
     address = "127.0.0.1"
     idle = takes_more = True
+    nbytes_alive = 0
 
     def __init__(self, while_told: Callable[[], object] | None = None) -> None:
         self.closed = False

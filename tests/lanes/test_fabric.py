@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import struct
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
@@ -15,6 +17,7 @@ from ft_transport._lanes import fabric as _fabric
 from ft_transport._lanes.fabric import CMA, Reader, Shown, new_reader, new_shown
 from ft_transport._net.one_sided import Job, await_closed
 from ft_transport._plan.blocks import Block, Held, held
+from ft_transport._plan.lent import Readers
 from ft_transport._process import memory_at
 from ft_transport.errors import LocalProtocolError
 from ft_transport.testing import FaultyFabric
@@ -22,20 +25,13 @@ from ft_transport.testing import FaultyFabric
 NBYTES = 1 << 20
 
 
-@pytest.fixture
-def faulty() -> Iterator[FaultyFabric]:
-    with FaultyFabric() as made:
-        yield made
-    assert await_closed(timedelta(seconds=10))
-
-
 @pytest.fixture(params=[CMA, "faulty"])
-def both(request: pytest.FixtureRequest, faulty: FaultyFabric) -> Iterator[tuple[Reader, Shown]]:
+def both(request: pytest.FixtureRequest, fabric: FaultyFabric) -> Iterator[tuple[Reader, Shown]]:
     yield from pair(request.param)
 
 
 @pytest.fixture
-def one_sided(faulty: FaultyFabric) -> Iterator[tuple[Reader, Shown]]:
+def one_sided(fabric: FaultyFabric) -> Iterator[tuple[Reader, Shown]]:
     yield from pair("faulty")
 
 
@@ -70,13 +66,30 @@ def test_what_one_side_shows_the_other_reads_piece_by_piece(both: tuple[Reader, 
     assert torch.equal(ours, theirs)
 
 
-def test_a_place_that_is_none_cannot_be_read(both: tuple[Reader, Shown]) -> None:
-    reader, _ = both
-    with pytest.raises(OSError, match=r"not a place|JSONDecodeError"):
-        reader.read_from(b"nowhere", NBYTES, None, wait)
+# Where nothing is, and where the end of memory is passed. A process has no memory in its first page.
+LIES = {
+    CMA: [b"", b"nowhere", *(struct.pack("<Q", address) for address in (0, 4096, (1 << 64) - 1, (1 << 64) - NBYTES))],
+    "faulty": [
+        b"",
+        b"nowhere",
+        *(
+            json.dumps(lie).encode()
+            for lie in ([], {}, ["a", "b"], [4096, 1], [0, NBYTES], [-4096, NBYTES], [4096, NBYTES], [1 << 64, NBYTES])
+        ),
+    ],
+}
 
 
-def test_an_answer_that_is_none_reaches_nobody(faulty: FaultyFabric) -> None:
+@pytest.mark.parametrize(("name", "lie"), [(name, lie) for name, lies in LIES.items() for lie in lies])
+def test_a_supplier_that_lies_about_a_place_harms_nobody(fabric: FaultyFabric, name: str, lie: bytes) -> None:
+    ours, into = memory(2)
+    for reader, _ in pair(name):
+        with pytest.raises(OSError, match=r"not a place|Bad address|Error"):
+            reader.read_from(lie, NBYTES, into, wait)(into.view)
+    assert torch.equal(ours, memory(2)[0])
+
+
+def test_an_answer_that_is_none_reaches_nobody(fabric: FaultyFabric) -> None:
     for name in (CMA, "faulty"):
         reader = new_reader(name, NBYTES)
         reader.hello(wait)
@@ -85,19 +98,19 @@ def test_an_answer_that_is_none_reaches_nobody(faulty: FaultyFabric) -> None:
         reader.close()
 
 
-def test_only_what_is_a_leafs_own_is_registered(one_sided: tuple[Reader, Shown], faulty: FaultyFabric) -> None:
+def test_only_what_is_a_leafs_own_is_registered(one_sided: tuple[Reader, Shown], fabric: FaultyFabric) -> None:
     """A copy of small tensors, or a bucket, is memory of ours: another message's tomorrow."""
     _, shown = one_sided
     assert shown.place(memoryview(bytearray(NBYTES)), None, wait) is None
-    assert faulty.num_registered == 0
+    assert fabric.num_registered == 0
 
 
-def test_memory_that_was_exchanged_is_not_shown(one_sided: tuple[Reader, Shown], faulty: FaultyFabric) -> None:
+def test_memory_that_was_exchanged_is_not_shown(one_sided: tuple[Reader, Shown], fabric: FaultyFabric) -> None:
     """Nor is what was registered of it before: the same message is not the same memory."""
     _, shown = one_sided
     tensor, from_ = memory()
     assert shown.place(from_.view, from_, wait) == shown.place(from_.view, from_, wait)
-    assert faulty.num_registered == 1
+    assert fabric.num_registered == 1
     tensor.data = tensor.clone()
     with pytest.raises(LocalProtocolError, match="exchanged or given back"):
         shown.place(from_.view, from_, wait)
@@ -111,6 +124,27 @@ def test_memory_that_is_given_back_is_not_shown_and_its_owner_not_held_up(one_si
     with pytest.raises(LocalProtocolError, match="exchanged or given back"):
         shown.place(from_.view, from_, wait)
     storage.resize_(NBYTES)  # returns
+
+
+def test_memory_that_is_given_back_while_it_is_looked_at_is_not_shown(
+    one_sided: tuple[Reader, Shown], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the look whether it is there, and before who gives it back would wait for us."""
+    _, shown = one_sided
+    tensor, from_ = memory()
+    storage, readers_of = tensor.untyped_storage(), _fabric.readers_of
+
+    def late(of: torch.UntypedStorage) -> Readers:
+        storage.resize_(0)
+        return readers_of(of)
+
+    monkeypatch.setattr(_fabric, "readers_of", late)
+    with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+        shown.place(from_.view, from_, wait)
+    giving = threading.Thread(target=storage.resize_, args=(NBYTES,), daemon=True)
+    giving.start()
+    giving.join(10)
+    assert not giving.is_alive(), "it is held up for good by who has not shown it"
 
 
 def test_who_gives_back_what_is_shown_waits_until_nobody_can_read_it(one_sided: tuple[Reader, Shown]) -> None:
@@ -127,14 +161,14 @@ def test_who_gives_back_what_is_shown_waits_until_nobody_can_read_it(one_sided: 
     assert not giving.is_alive()
 
 
-def test_what_lands_late_lands_nowhere_that_anybody_sees(one_sided: tuple[Reader, Shown], faulty: FaultyFabric) -> None:
+def test_what_lands_late_lands_nowhere_that_anybody_sees(one_sided: tuple[Reader, Shown], fabric: FaultyFabric) -> None:
     reader, shown = one_sided
     _, from_ = memory(1)
     ours, into = memory(2)
-    faulty.forget_at(0)
+    fabric.forget_at(0)
 
     def give_up(job: Job[Any]) -> None:
-        assert Deadline(timedelta(seconds=10)).poll(lambda: faulty.num_late == 1)
+        assert Deadline(timedelta(seconds=10)).poll(lambda: fabric.num_late == 1)
         raise TimeoutError
 
     place = shown.place(from_.view, from_, wait)
@@ -143,7 +177,7 @@ def test_what_lands_late_lands_nowhere_that_anybody_sees(one_sided: tuple[Reader
         reader.read_from(place, NBYTES, into, give_up)
     reader.close()
     assert await_closed(timedelta(seconds=10))
-    assert faulty.land() == 1
+    assert fabric.land() == 1
     assert torch.equal(ours, memory(2)[0])
 
 
@@ -168,7 +202,7 @@ def test_a_place_that_fits_no_frame_is_sent(one_sided: tuple[Reader, Shown], mon
 
 
 def test_an_end_that_does_not_close_is_not_waited_for_without_end(
-    faulty: FaultyFabric, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(_fabric, "_CLOSING", timedelta(milliseconds=1))
     shown, go_on = new_shown("faulty"), threading.Event()
@@ -176,6 +210,7 @@ def test_an_end_that_does_not_close_is_not_waited_for_without_end(
     shown._endpoint._do(lambda: (begun.set(), go_on.wait()))  # type: ignore[attr-defined]
     assert begun.wait(10)
     shown.close()
+    shown.await_closed()
     assert "faulty is still closing" in caplog.text
     go_on.set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import threading
@@ -14,13 +15,13 @@ import torch
 from helpers import noise
 
 from ft_transport._deadline import Deadline
-from ft_transport._lanes.fabric import CMA, new_reader, new_shown
+from ft_transport._lanes.fabric import CMA, Wait, new_reader, new_shown
 from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneProtocol, Role, encode
 from ft_transport._lanes.session import _DIRECT_FROM, _PIECE_BYTES, Session, Unreadable, fingerprint
 from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
 from ft_transport._net.one_sided import Job
-from ft_transport._net.stall import StallTimer
+from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._plan.blocks import Block, Held, held
 from ft_transport._wire.digest import digest_bytes
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout
@@ -215,6 +216,71 @@ def test_memory_that_is_not_there_any_more_is_no_protocol_of_its_own(direct: Lan
     with pytest.raises(Unreadable, match="the supplier's memory cannot be read") as info:
         arrives(direct, _DIRECT_FROM)
     assert isinstance(info.value, PeerFailure)
+
+
+class Unwilling:
+    """What is shown by a backend that takes no more memory, and its time to end."""
+
+    waits = True
+    closed = awaited = False
+
+    def answer(self, hello: bytes, wait: Wait) -> bytes:
+        return b""
+
+    def place(self, view: memoryview, held: Held | None, wait: Wait) -> bytes:
+        raise OSError("no more memory can be locked")
+
+    def close(self) -> None:
+        self.closed = True
+
+    def await_closed(self) -> None:
+        assert self.closed
+        self.awaited = True
+
+
+def test_what_cannot_be_shown_any_more_is_sent_and_its_end_not_waited_for_in_silence(direct: Lane) -> None:
+    """The other side would take this one for dead meanwhile. Before the lane is over, it is waited for."""
+    direct.supplier.shown = unwilling = Unwilling()
+    direct.supplier.send_message(3, memoryview(bytearray(_DIRECT_FROM)), None, timer(), steady=True)
+    assert arrives(direct, _DIRECT_FROM)[0] is LaneFrame.MESSAGE
+    assert unwilling.closed
+    asking = threading.Thread(target=direct.supplier.await_question, args=(timer(),))
+    asking.start()
+    assert direct.destination.recv_header(timer()).frame is LaneFrame.WAIT, "as was agreed when it was shown"
+    direct.destination.send(LaneFrame.WANT, timer(), 4)
+    asking.join(10)
+    assert not unwilling.awaited
+    direct.supplier.end()
+    assert unwilling.awaited
+
+
+def test_a_read_that_goes_on_is_no_sign_of_life(direct: Lane) -> None:
+    """A network card goes on with the memory of a process that is stopped."""
+    job = Job(lambda: None)
+    with pytest.raises(PeerStalled):
+        direct.destination.hear(job, StallTimer(Deadline(timedelta(seconds=10)), timedelta(seconds=0.2)))
+
+
+def test_who_says_nothing_but_that_it_lives_does_not_outlast_the_deadline(direct: Lane) -> None:
+    """However often it says so: there is something to read each time."""
+    late, job = timer(), Job(lambda: None)
+    late.deadline.expire()
+    over = threading.Event()
+
+    def talk() -> None:
+        with contextlib.suppress(PeerFailure):
+            while not over.is_set():
+                direct.supplier.send(LaneFrame.WAIT, timer())
+
+    talking = threading.Thread(target=talk)
+    talking.start()
+    try:
+        with pytest.raises(TransferTimeout):
+            direct.destination.hear(job, late)
+    finally:
+        over.set()
+        direct.supplier.connection.abort()
+        talking.join(10)
 
 
 def test_memory_that_was_taken_away_is_told_to_nobody(direct: Lane) -> None:

@@ -15,13 +15,17 @@ from helpers import pace
 
 from ft_transport._deadline import Deadline
 from ft_transport._lanes import supplier
-from ft_transport._lanes.protocol import LaneFrame, LaneHeader, encode
+from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role, encode
+from ft_transport._lanes.session import Session
 from ft_transport._lanes.supplier import Supplier
 from ft_transport._net.connection import Connection
+from ft_transport._net.one_sided import Endpoint
 from ft_transport._net.stall import StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket
 from ft_transport.errors import LocalProtocolError
+from ft_transport.testing import FaultyFabric
+from ft_transport.testing._fabric import _Transport
 
 STALL = 0.6
 
@@ -148,6 +152,80 @@ class Large(Empty):
 
     def note_digest(self, message: int, digest: int) -> None:
         pass
+
+
+class Reading:
+    """A destination's end of a lane whose supplier has a one-sided transport, by which it asks to read."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            self.connection = Connection(socket.create_connection(server.getsockname()), "supplier")
+            theirs = Connection(server.accept()[0], "peer")
+        store = Large(1)
+        store.fabric = "faulty"
+        self.timer = StallTimer(Deadline(timedelta(seconds=20)))
+        self.supply = Supplier(store, self.timer)
+        self.supply.attach(theirs, LaneHeader(LaneFrame.ATTACH, 1, 7, 0, 0))
+        self.session = Session(self.connection, LaneProtocol(Role.DESTINATION, 1, 7))
+        self.session.protocol.sent(LaneFrame.ATTACH)
+        self.endpoint = Endpoint("faulty")
+        bound = self.endpoint.bind()
+        assert bound.done.wait(10)
+        self.hello = bound.result()
+
+    def locate(self, fabric: str = "faulty", hello: bytes = b"") -> bytes:
+        """Ask to read, and give the answer."""
+        self.session.send(LaneFrame.LOCATE, self.timer, body=[fabric, hello or self.hello])
+        while (heard := self.session.recv(self.timer))[0].frame is LaneFrame.WAIT:
+            pass
+        return bytes(heard[1][0])
+
+    def close(self) -> None:
+        self.connection.close()
+        self.endpoint.close()
+        self.supply.close()
+
+
+@pytest.fixture
+def reading(fabric: FaultyFabric) -> Iterator[Reading]:
+    made = Reading()
+    yield made
+    made.close()
+
+
+def test_that_this_side_lives_is_no_progress_of_who_has_stopped(
+    reading: Reading, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its system takes what is said to it, as long as there is room."""
+    assert reading.locate()
+    reading.session.send(LaneFrame.DIRECT, reading.timer)
+    with caplog.at_level(logging.WARNING, "ft_transport"):
+        reading.supply.drain()
+    assert "stands still" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "hello"), [("other", b""), ("cma", b"t" * 16), ("faulty", b"[1]"), ("faulty", b"x")])
+def test_nonsense_in_the_place_of_an_end_to_connect_to_shows_nothing(
+    reading: Reading, fabric: FaultyFabric, name: str, hello: bytes
+) -> None:
+    """The lane goes on: what is asked for is sent."""
+    assert reading.locate(name, hello) == b""
+    assert Deadline(timedelta(seconds=10)).poll(lambda: fabric.num_open == 1)
+    reading.session.send(LaneFrame.WANT, reading.timer, 0)
+    while (header := reading.session.recv_header(reading.timer)).frame is LaneFrame.WAIT:
+        pass
+    assert header.frame is LaneFrame.MESSAGE
+
+
+def test_who_asks_for_a_fabric_again_and_again_has_one_endpoint(
+    reading: Reading, fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each has a thread, and a backend's memory. That one takes its time to close does not make it many."""
+    close = _Transport.close
+    monkeypatch.setattr(_Transport, "close", lambda self, *, timeout: (pace(0.1), close(self, timeout=timeout)))
+    for number in range(1, 4):
+        assert reading.locate()
+        assert (fabric.num_made, fabric.num_open) == (1 + number, 2)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["slow", "frozen"])

@@ -20,15 +20,27 @@ import torch
 from torch.distributed import AllreduceOptions, TCPStore
 from torchft.process_group import ProcessGroupGloo
 
-from ft_transport import LaneTransport, LocalProtocolError, PGTransport, Progress, RemoteProtocolError
+from ft_transport import (
+    LaneTransport,
+    LocalProtocolError,
+    PGTransport,
+    Progress,
+    RemoteProtocolError,
+    TransferReport,
+)
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import FRAME_TAG
+from ft_transport._lanes import fabric as _fabric
+from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
+from ft_transport._net.one_sided import await_closed
 from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions, Options
+from ft_transport._torchft import lanes as _lanes
 from ft_transport._wire.layout import Limits
 from ft_transport.bench.groups import join
-from ft_transport.testing import FaultyTransport
+from ft_transport.testing import FaultProxy, FaultyFabric, FaultyTransport, _proxy
+from ft_transport.testing import _fabric as _faulty
 from ft_transport.testing._transport import signal_self
 
 from .harness import PATIENCE, Residue, digest, quiet, residue, tell, wait_until
@@ -50,6 +62,9 @@ OLD, LATER = 200, 255
 LIMITS = Limits(message_bytes=256 * KIB, flight_bytes=512 * KIB, pack_below=16 * KIB, window=4)
 # Slow enough for faults to strike in the middle.
 RATE = 12e6
+# By what messages are read, and which read of a destination's stands still where a fault is to strike in its middle.
+TCP, CMA, ONE_SIDED = "tcp", "cma", "one_sided"
+STILL = 3
 
 _SIGNALS = {
     "killed": signal.SIGKILL,
@@ -83,6 +98,16 @@ def real(wire: str, who: str, fault: str, phase: str) -> bool:
     return wire == "lanes" or who != "network" or fault not in _NOT_HERE
 
 
+class SlowMemory(PeerMemory):
+    """Another process's memory, no quicker to read than a link."""
+
+    rate = RATE
+
+    def read_into(self, address: int, view: memoryview) -> None:
+        time.sleep(len(view) / self.rate)
+        super().read_into(address, view)
+
+
 class SmallOptions(Options):
     def limits(self, nbytes: int) -> Limits:
         return LIMITS
@@ -95,13 +120,14 @@ class SmallLaneOptions(LaneOptions):
 
 @dataclass(frozen=True)
 class Case:
-    """One cell, the same for all ranks. ``topology`` is "" over the group."""
+    """One cell, the same for all ranks. ``topology`` and ``fabric`` are "" over the group."""
 
     number: int
     who: str = ""
     fault: str = ""
     phase: str = ""
     topology: str = ""
+    fabric: str = ""
     patience: dict[int, float] = field(default_factory=dict)
     victims: tuple[int, ...] = ()
 
@@ -119,6 +145,36 @@ class Case:
 
     def timeout(self, rank: int) -> timedelta:
         return timedelta(seconds=self.patience.get(rank, 20.0))
+
+    @property
+    def strikes(self) -> bool:
+        """Whether somebody has the fault once it is known how far all of them are."""
+        return bool(self.signals) or self.fault in ("changing", "disallowed")
+
+    @property
+    def slow(self) -> bool:
+        """Whether bytes must move for longer than it takes to have the fault."""
+        return self.phase == "move" and (self.strikes or self.fault == "deadline")
+
+    @property
+    def rate(self) -> float:
+        return RATE / 6 if self.fault == "deadline" else RATE
+
+    @property
+    def past_proxy(self) -> bool:
+        """Whether the lanes are cut, or stand still, while messages go past them."""
+        return self.fault in ("cut", "frozen") and self.fabric in (CMA, ONE_SIDED)
+
+    @property
+    def reads(self) -> bool:
+        """Whether messages are read from memory, where that can be."""
+        return self.fabric in (CMA, ONE_SIDED) and self.phase in ("move", "verify")
+
+    def stands_still(self, rank: int) -> bool:
+        """Whether a read of this rank's is to be under way when the fault strikes, and to end after all is over."""
+        hit = rank in self.victims or self.who == "source"
+        meanwhile = (self.slow and self.fault != "disallowed") or self.past_proxy
+        return self.fabric == ONE_SIDED and rank > 0 and hit and meanwhile
 
     @property
     def notes(self) -> int:
@@ -170,6 +226,9 @@ class Rank:
         # As the Manager keeps it: with its traceback, whose frames hold whatever they hold.
         self.kept_error: BaseException | None = None
         self.transport: PGTransport[Any] | LaneTransport[Any] | None = None
+        self.fabric: FaultyFabric | None = None
+        self.stands_still = False
+        self.proxy: FaultProxy | None = None
         self.meeting: TCPStore | None = None
 
 
@@ -248,7 +307,7 @@ def arrived(case: Case, what: str) -> int:
 def transfer(rank: int, case: Case) -> Outcome:
     """Send from rank 0, receive elsewhere, have the fault where it is due; the victim of a kill never returns."""
     this = this_rank()
-    this.progress, this.kept_error = [], None
+    this.progress, this.kept_error, this.stands_still = [], None, False
     for tensor in tensors(this.template):
         tensor.fill_(OLD)
     with ExitStack() as stack:
@@ -257,7 +316,25 @@ def transfer(rank: int, case: Case) -> Outcome:
             (_fault_in_lane_manifest if case.topology else _fault_in_manifest)(patch, case, rank)
         if case.fault == "clock jumps":
             stack.enter_context(_jumping_clock())
+        if case.fabric in (CMA, ONE_SIDED):
+            _read_slowly(stack.enter_context(pytest.MonkeyPatch.context()), case, rank)
         return _send(case) if rank == 0 else _receive(rank, case)
+
+
+def _read_slowly(patch: pytest.MonkeyPatch, case: Case, rank: int) -> None:
+    this = this_rank()
+    if case.slow or case.past_proxy:
+        patch.setattr(SlowMemory, "rate", case.rate)
+        for module in (_fabric, _faulty):
+            patch.setattr(module, "PeerMemory", SlowMemory)
+    # By cma a lane that seems to come from elsewhere is not left.
+    patch.setattr(_proxy, "_ADDRESS", "127.0.0.1")
+    # What stands still does so until the parent has looked at what it left.
+    patch.setattr(_lanes, "_CLOSING", timedelta(milliseconds=10))
+    if case.fabric == ONE_SIDED:
+        this.fabric = FaultyFabric(ONE_SIDED)
+        if case.stands_still(rank):
+            this.fabric.delay_at(STILL)
 
 
 def _send(case: Case) -> Outcome:
@@ -270,6 +347,9 @@ def _send(case: Case) -> Outcome:
     def call() -> None:
         if case.fault != "nothing to send":
             transport.send_checkpoint(DESTINATIONS, STEP, state, case.timeout(0))
+            if case.fault == "disallowed":
+                _await_some(transport.last_report)
+                transport.disallow_checkpoint()
         elif case.topology:
             wait_until(lambda: arrived(case, "over") == len(DESTINATIONS))
 
@@ -302,6 +382,9 @@ def _receive(rank: int, case: Case) -> Outcome:
     transport = _transport(case, rank, _template(case, rank))
     meeting().set(f"{case.number}/pid {rank}", str(os.getpid()))
     metadata = meeting().get(f"{case.number}/metadata").decode()
+    if case.past_proxy and rank in case.victims:
+        this_rank().proxy = FaultProxy(metadata)
+        metadata = this_rank().proxy.metadata
     arrive(case, "destinations")
     if rank in case.victims:
         # Not before the others wait for this rank already.
@@ -322,6 +405,9 @@ def _receive(rank: int, case: Case) -> Outcome:
         return outcome
     finally:
         transport.shutdown()
+        proxy, this_rank().proxy = this_rank().proxy, None
+        if proxy is not None:
+            proxy.close()
 
 
 def _template(case: Case, rank: int) -> Callable[[], object] | None:
@@ -359,11 +445,10 @@ def _transport(case: Case, rank: int, template: Callable[[], object] | None) -> 
             host="127.0.0.1",
             topology=cast(Any, case.topology),
             stall_timeout=timedelta(seconds=STALL),
-            blocking=True,
+            blocking=case.fault != "disallowed",
             on_progress=_progress(case, rank),
             on_mismatch="refuse",
-            # Each fault of a process in some cells over TCP, in some from memory; a network's are always TCP's.
-            fabric="auto" if case.number % 2 else "tcp",
+            fabric="auto" if case.fabric == CMA else case.fabric,
         )
         made._options = SmallLaneOptions(**vars(made._options))
     else:
@@ -375,11 +460,9 @@ def _transport(case: Case, rank: int, template: Callable[[], object] | None) -> 
 
 
 def _with_faults(case: Case, rank: int, faulty: FaultyTransport) -> FaultyTransport:
-    if case.topology and rank and (case.signals or case.fault == "changing") and case.phase == "move":
-        faulty.throttle(RATE)
-    if case.fault == "deadline":
-        faulty.throttle(4e6)
-    if rank not in case.victims:
+    if case.topology and rank and case.slow and case.fabric == TCP:
+        faulty.throttle(case.rate)
+    if rank not in case.victims or case.past_proxy:
         return faulty
     if case.signals and case.phase == "move":
         return faulty.signal_in("move", case.signals)
@@ -401,8 +484,13 @@ def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
 
     def progress(now: Progress) -> None:
         this.progress.append(now)
-        faulty = case.signals or case.fault == "changing"
-        if rank or 0 not in case.victims or not faulty or case.phase not in ("move", "verify"):
+        # In a chain those behind wait for who stands still before them.
+        if case.stands_still(rank) and now.nbytes_done and case.topology == "star":
+            _await_still(case)
+        if this.proxy is not None and now.nbytes_done:
+            this.proxy.cut() if case.fault == "cut" else this.proxy.freeze()
+        struck = case.strikes and case.fault != "disallowed" and case.phase in ("move", "verify")
+        if rank or 0 not in case.victims or not struck:
             return
         if case.phase == "verify" and now.nbytes_done < now.nbytes_total:
             return
@@ -411,8 +499,10 @@ def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
         report = this.transport.last_report if this.transport is not None else None
         if case.topology and report is not None:
             # The callback has a thread of its own, so it holds nobody: they are slow enough.
-            far = now.nbytes_total if case.phase == "verify" else 1
-            wait_until(lambda: all(peer.nbytes >= far for peer in report.peers))
+            _await_some(report, now.nbytes_total if case.phase == "verify" else 1)
+            if case.fabric == ONE_SIDED and case.slow and case.topology == "star":
+                with suppress(TimeoutError):  # one has failed, which is not for this thread to tell
+                    wait_until(lambda: arrived(case, "still") == len(DESTINATIONS), 5 * STALL)
         else:
             wait_until(lambda: len(seen) == len(DESTINATIONS))
         if case.fault == "changing":
@@ -420,6 +510,23 @@ def _progress(case: Case, rank: int) -> Callable[[Progress], None]:
             this.changed.wait(PATIENCE)
 
     return progress
+
+
+def _await_still(case: Case) -> None:
+    """Wait until a read of this rank's stands still, and say so once."""
+    this = this_rank()
+    fabric = this.fabric
+    # Where nobody may read another process's memory, none ever does.
+    with suppress(TimeoutError):
+        wait_until(lambda: fabric is None or fabric.num_late > 0, STALL)
+    if not this.stands_still:
+        this.stands_still = True
+        arrive(case, "still")
+
+
+def _await_some(report: TransferReport, nbytes: int = 1) -> None:
+    """Wait until all destinations have so much of the state."""
+    wait_until(lambda: all(peer.nbytes >= nbytes for peer in report.peers))
 
 
 def _outcome(transport: FaultyTransport, call: Callable[[], None]) -> Outcome:
@@ -593,6 +700,18 @@ def template_bytes(rank: int) -> tuple[str, float, bool]:
     written = sum(int(torch.count_nonzero(tensor != OLD)) for tensor in found)
     share = written / sum(tensor.numel() for tensor in found)
     return digest(found), share, any(bool((tensor == LATER).any()) for tensor in found)
+
+
+def land(rank: int) -> int:
+    """Let what is still being read go on to its end, whoever has given it up. Gives how many reads."""
+    fabric, this_rank().fabric = this_rank().fabric, None
+    if fabric is None:
+        return 0
+    num_late = fabric.land()
+    fabric.close()
+    assert await_closed(timedelta(seconds=PATIENCE))
+    assert fabric.num_open == 0
+    return num_late
 
 
 def wait_for(rank: int, peer: int) -> tuple[float, str]:

@@ -18,16 +18,9 @@ from ft_transport._deadline import Deadline
 from ft_transport._net import one_sided
 from ft_transport._net.one_sided import Endpoint, Job, available, await_closed, register, unregister
 from ft_transport.testing import FaultyFabric
+from ft_transport.testing._fabric import _Transport
 
 NBYTES = 1 << 20
-
-
-@pytest.fixture
-def fabric() -> Iterator[FaultyFabric]:
-    with FaultyFabric() as made:
-        yield made
-    assert await_closed(timedelta(seconds=10))
-    assert made.num_open == 0
 
 
 def done(job: Job[Any]) -> Any:
@@ -72,7 +65,9 @@ def test_what_is_shown_is_kept_until_it_is_closed(ends: tuple[Endpoint, Endpoint
     shown = tensor()
     place, kept = done(shows.show(shown)), weakref.ref(shown)
     del shown
+    done(shows.show(tensor(2)))  # its thread has the last job in its hands
     gc.collect()
+    assert kept() is not None
     assert done(reads.read(place, NBYTES)) == memoryview(tensor().numpy())
     shows.close()
     assert shows.closed.wait(10)
@@ -87,6 +82,24 @@ def test_what_fails_is_an_oserror(ends: tuple[Endpoint, Endpoint], fabric: Fault
     fabric.die_at(0)
     with pytest.raises(OSError, match=r"JSONDecodeError|1048577 bytes to read|the link is down"):
         done(reads.read(place, NBYTES + (what == "too much")))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_what_a_backend_quotes_of_the_peer_is_one_line_of_text(
+    fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """It goes into logs."""
+
+    def connect(self: _Transport, peer: bytes) -> int:
+        raise error(f"no peer: {peer.decode()}")
+
+    monkeypatch.setattr(_Transport, "connect", connect)
+    endpoint = Endpoint("faulty")
+    done(endpoint.bind())
+    with pytest.raises(OSError, match=r"no peer: a\\nb\\x1b\[31m$"):
+        done(endpoint.connect(b"a\nb\x1b[31m"))
+    endpoint.close()
+    assert endpoint.closed.wait(10)
 
 
 def test_an_endpoint_that_cannot_be_made_is_closed_all_the_same(fabric: FaultyFabric) -> None:
@@ -138,6 +151,25 @@ def test_what_was_asked_for_before_it_was_closed_is_not_done(
     fabric.land()
 
 
+def test_what_is_asked_for_while_it_is_closed_is_not_waited_for(
+    fabric: FaultyFabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look whether it is closed and its place among the jobs, at which nobody looks any more."""
+    endpoint = Endpoint("faulty")
+    jobs = endpoint._jobs
+
+    class Late:
+        def put(self, job: Any) -> None:
+            monkeypatch.setattr(endpoint, "_jobs", jobs)
+            endpoint.close()
+            assert endpoint.closed.wait(10)
+            jobs.put(job)
+
+    monkeypatch.setattr(endpoint, "_jobs", Late())
+    with pytest.raises(OSError, match="it is closed"):
+        done(endpoint.bind())
+
+
 class Broken:
     """A backend that fails to close a number of times."""
 
@@ -156,7 +188,10 @@ class Broken:
 def test_a_backend_that_fails_to_close(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failures: int, closed: bool
 ) -> None:
-    """One says once what its reads came to; one that cannot be closed at all is kept, with all that it may write to."""
+    """One says once what its reads came to; one that cannot be closed at all is kept, with all that it may write to.
+
+    Whoever waits for its end, to give back what was shown by it, does not wait without end.
+    """
     monkeypatch.setattr(Broken, "left", failures)
     monkeypatch.setattr(one_sided, "_left", left := [])
     register("broken", Broken)
@@ -165,8 +200,11 @@ def test_a_backend_that_fails_to_close(
         done(endpoint.bind())
     finally:
         unregister("broken")
+    over = threading.Event()
+    endpoint.when_closed(over.set)
     endpoint.close()
-    assert endpoint.closed.wait(10 if closed else 1) == closed
+    assert over.wait(10)
+    assert endpoint.closed.wait(10 if closed else 0) == closed
     assert left == ([] if closed else [endpoint])
     assert ("cannot be closed" in caplog.text) != closed
     one_sided._endpoints.discard(endpoint)
