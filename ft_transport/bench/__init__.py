@@ -2,8 +2,8 @@
 
 One rank serves a state, the others receive it. For each state and mode (fresh, or in place) the transports take
 turns: in every round each moves the state once, in an order balanced over the rounds, so that whatever else the
-machine does hits all of them alike. What bounds them takes turns, too. Round 0 warms up and is not counted, though it is
-checked; a cold run has no such round, and new processes for each turn.
+machine does hits all of them alike. What bounds them takes turns, too. Round 0 warms up and is not counted, though it
+is checked; a cold run has no such round, and new processes for each turn.
 
 ==============  =================================================================================
 ``plan.py``     what is to be run: options, cases, turns

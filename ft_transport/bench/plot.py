@@ -33,7 +33,8 @@ _ROOM = 1.75
 def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
     """Draw all rows into a PNG file: states from top to bottom, modes side by side.
 
-    Of the limits those that some transport is bound by. The length of a bar is the speed. Panels of one state have one scale, panels of different states do not.
+    Of the limits those that some transport is bound by. The length of a bar is the speed. Panels of one state have one
+    scale, panels of different states do not.
     """
     bounds = {row.limit for row in rows}
     rows = [row for row in rows if row.status != "limit" or row.transport in bounds]

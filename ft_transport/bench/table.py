@@ -31,13 +31,13 @@ __all__ = [
 # Headings and widths in characters: the same for each case, so that the tables stand under one another.
 COLUMNS = {
     "": 20,
-    "ms\nmedian (range)": 17,
+    "ms\nmedian (range)": 18,
     "\nGB/s": 5,
     "\nratio": 5,
     "of its\nlimit": 6,
     "of\ncopy": 4,
-    "CPU s/GB\nboth sides": 10,
-    "memory +\nboth sides": 12,
+    "CPU s/GB\nboth ends": 9,
+    "memory +\nboth ends": 12,
     "wire /\nstate": 6,
     " ": 6,
 }
@@ -94,14 +94,18 @@ def cells(row: Row) -> list[str]:
     status = _SHORT.get(row.status, row.status)
     if not row.seconds:
         return [row.transport, *["-"] * (len(COLUMNS) - 2), status]
-    times = [_three_digits(seconds * 1e3) for seconds in (row.median_seconds, min(row.seconds), max(row.seconds))]
+    # In seconds, and so called, where five digits would have no room.
+    per_second, unit = (1e3, "") if max(row.seconds) < 9.999 else (1, " s")
+    middle, least, most = (
+        _three_digits(seconds * per_second) for seconds in (row.median_seconds, min(row.seconds), max(row.seconds))
+    )
     # Above 1 what a transport adds (or sends twice), below 1 what it leaves out: the one column that no machine
     # changes.
     wire = row.nbytes_wire / row.size.nbytes if row.nbytes_wire is not None and row.size.nbytes else None
     cpu = (row.cpu_seconds_source, row.cpu_seconds_receiver)
     return [
         row.transport,
-        f"{times[0]} ({times[1]}…{times[2]})",
+        f"{middle}{unit} ({least}…{most})",
         _three_digits(row.gigabytes_per_second),
         _or_dash(row.ratio, _three_digits),
         _or_dash(row.of_limit, "{:.0%}".format),
@@ -128,7 +132,7 @@ def _render_one(growth: Growth) -> RenderableType:
     fits = growth.fits
     for index, point in enumerate(growth.points):
         shown = zip(point.costs, fits, strict=True)
-        texts = [(describe_seconds(cost), f"{fit.off[index]:+.0%}" if fit else "-") for cost, fit in shown]
+        texts = [(describe_seconds(cost), f"{round(fit.off[index] * 100):+}%" if fit else "-") for cost, fit in shown]
         table.add_row(point.state, *(text for pair in texts for text in pair))
     if not all(fits):
         return Group(title, table, Text("too few points to fit", style="red"))
