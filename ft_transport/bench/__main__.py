@@ -190,9 +190,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--modes", type=_some_of(MODES), default=list(MODES), help=f"comma-separated, of: {', '.join(MODES)}")
     add("--transports", type=_some_of(SUBJECTS), help=f"comma-separated, of: {', '.join(SUBJECTS)}")
     add("--rounds", type=_number(int, 1), default=5, help="rounds that count, after the warm-up (%(default)s)")
-    cold = "new processes for each turn, SECONDS after the last ones; nothing is warmed (5 s)"
+    cold = "new processes for each turn, SECONDS (5) after the last ones, and nothing warmed up"
     add("--cold", type=_number(float, 0), nargs="?", const=5.0, metavar="SECONDS", help=cold)
-    growth = "from 10 leaves and 1 MB up to this (100000x8GB): what is fixed, and what each leaf and byte costs"
+    growth = (
+        "in place of --states: from 10 leaves and 1 MB up to this (100000x8GB), and what was fixed, for each leaf, for "
+        f"each byte; by {', '.join(GROWING[:-1])} and {GROWING[-1]} unless --transports says others"
+    )
     add("--growth", type=_size, nargs="?", const=GROWTH, metavar="LEAVESxSIZE", help=growth)
     add("--receivers", type=_number(int, 1), default=1, help="ranks that receive at once (%(default)s)")
     add("--scale", type=_number(float, 0, 1), default=1.0, help="shrink the states, 0 to 1 (%(default)g)")
