@@ -250,7 +250,7 @@ def _run_case(site: Site, options: Options, case: Case, attempt: int, on_turn: O
     rows = {name: Row(case, name, "unsupported", note="cannot receive in place") for name in options.transports}
     able = [name for name in options.transports if case.mode != "in-place" or SUBJECTS[name].in_place]
     run = _run_warm if options.cold is None else _run_cold
-    attempt, found = run(site, options, case, [*limits, *able] if able else [], attempt, on_turn)
+    attempt, found = run(site, options, case, [*able, *limits] if able else [], attempt, on_turn)
     rows = {name: found[name] for name in limits if name in found} | rows | found
     compare(list(rows.values()), REFERENCE, OURS, {name: SUBJECTS[name].limits for name in options.transports})
     return attempt, list(rows.values())

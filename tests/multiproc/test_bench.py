@@ -163,7 +163,7 @@ def test_a_killed_worker_costs_one_row_and_not_the_run(tmp_path: Path) -> None:
         os.kill(workers_of(process.pid, 2)[1], signal.SIGKILL)
         out, err = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 3, out + err
-    killed, other = results(tmp_path)["rows"]
+    *_, killed, other = results(tmp_path)["rows"]
     assert (killed["status"], other["status"]) == ("failed", "equal")
     assert "SIGKILL" in killed["note"]
     assert other["reference"] == "torch _pg_transport"
@@ -202,9 +202,11 @@ def test_ranks_on_several_machines(tmp_path: Path) -> None:
             _, err = follower.communicate(timeout=20)
             assert follower.returncode == 0, err
     rows = results(tmp_path / "0")["rows"]
-    assert [row["status"] for row in rows] == ["equal", "equal", "equal", "unsupported"]
-    assert [len(of_turn) for of_turn in rows[0]["samples"]] == [3, 3]
-    assert rows[0]["nbytes_wire"] is None
+    of = ["memmove", "raw TCP", "raw Gloo", "group", "torchft HTTP"]
+    assert [row["transport"] for row in rows] == of * 2
+    assert [row["status"] for row in rows] == [*["limit"] * 3, "equal", "equal", *["limit"] * 3, "equal", "unsupported"]
+    assert [len(of_turn) for of_turn in rows[3]["samples"]] == [3, 3]
+    assert rows[3]["nbytes_wire"] is None
 
 
 @pytest.mark.parametrize("arguments", [["--states", "nothing"], ["--rank", "3"]])
