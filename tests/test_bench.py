@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.distributed import HashStore, Store, TCPStore
 
 from ft_transport._lanes.growth import LaneCount
-from ft_transport.bench import groups, limits, run, subjects, worker
+from ft_transport.bench import groups, limits, plot, run, subjects, worker
 from ft_transport.bench.__main__ import main
 from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
 from ft_transport.bench.groups import join, torchft_version
@@ -280,11 +280,11 @@ def test_a_share_is_of_the_first_limit_that_there_is_and_of_memmove() -> None:
         make_row("lanes", [4.0, 5.0, 40.0]),
         make_row("other", [20.0, 20.0, 20.0]),
     ]
-    compare(rows, "ref", ["lanes"], {"lanes": ("raw read", "raw TCP")})
+    compare(rows, "ref", ["lanes"], {"lanes": ("raw read", "raw TCP"), "other": ("memmove", "raw TCP")})
     lanes, other, tcp = rows[3], rows[4], rows[2]
     assert (lanes.limit, lanes.of_limit, lanes.of_memmove) == ("raw TCP", 0.75, 0.2)
-    assert (other.limit, other.of_limit, other.of_memmove) == ("", None, 0.05)
-    assert (tcp.of_limit, tcp.of_memmove) == (None, 0.25)
+    assert (other.limit, other.of_limit, other.of_memmove) == ("memmove", 0.05, 0.05)
+    assert (tcp.limit, tcp.of_limit, tcp.of_memmove) == ("", None, 0.25)
     # A limit is faster than any transport, and no transport.
     assert (lanes.reference, lanes.ratio) == ("other", 4.0)
 
@@ -453,6 +453,11 @@ def test_the_picture_is_a_png(rows: list[Row], tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_the_limits_the_picture_has_those_of_some_transport() -> None:
+    shown = [row.transport for row in plot.shown(rows_of_every_kind())]
+    assert shown == [row.transport for row in rows_of_every_kind() if row.transport != "memmove"]
+
+
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -510,7 +515,7 @@ def test_a_growth_goes_from_small_to_large_in_each_way_and_in_both() -> None:
 
 def test_what_memory_has_no_room_for_is_left_out_and_named() -> None:
     # A source and a destination, with a quarter of the state beside it each.
-    states, left_out = points((100, 10**9), 2, 10**9)
+    states, left_out = points((100, 10**9), 2, 2_400_000_000)
     assert left_out == ["10x1GB", "100x1GB"]
     assert states == ["10x1MB", "10x10MB", "10x100MB", "100x1MB"]
     assert points((100, 10**9), 2, 2_500_000_000)[1] == []

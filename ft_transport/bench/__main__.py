@@ -78,7 +78,8 @@ def _run(arguments: argparse.Namespace, options: Options, console: Console) -> i
     console.print(_conditions(options), style="dim")
     if arguments.growth:
         options, left_out = _grown(arguments, options, len(ranks))
-        console.print(f"{len(options.states)} states; no memory for: {', '.join(left_out) or 'none, all fit'}")
+        without = f"; no memory for {', '.join(left_out)}" if left_out else ""
+        console.print(f"{len(options.states)} states: {', '.join(options.states)}{without}")
     console.print()
 
     def on_case(rows: list[Row]) -> None:

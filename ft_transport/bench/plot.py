@@ -14,7 +14,7 @@ from ft_transport.bench.results import Row
 from ft_transport.bench.subjects import OURS, REFERENCE
 from ft_transport.bench.table import describe_rate, describe_ratio, describe_seconds, describe_size
 
-__all__ = ["draw"]
+__all__ = ["draw", "shown"]
 
 # Opaque, so that it reads alike on a light and a dark page.
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#59636e"
@@ -33,11 +33,9 @@ _ROOM = 1.75
 def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
     """Draw all rows into a PNG file: states from top to bottom, modes side by side.
 
-    Of the limits those that some transport is bound by. The length of a bar is the speed. Panels of one state have one
-    scale, panels of different states do not.
+    The length of a bar is the speed. Panels of one state have one scale, panels of different states do not.
     """
-    bounds = {row.limit for row in rows}
-    rows = [row for row in rows if row.status != "limit" or row.transport in bounds]
+    rows = shown(rows)
     states = list(dict.fromkeys(row.case.state for row in rows))
     modes = [mode for mode in MODES if any(row.case.mode == mode for row in rows)]
     num_bars = len({row.transport for row in rows})
@@ -61,6 +59,12 @@ def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
             axes = figure.add_axes(box)
             _panel(axes, [row for row in of_state if row.case.mode == mode], scale, names=across == 0)
     figure.savefig(path, dpi=160)
+
+
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Without limits that no transport is next to: a copy's bar would leave the others no length."""
+    nearest = {row.limit for row in rows}
+    return [row for row in rows if row.status != "limit" or row.transport in nearest]
 
 
 def _head(figure: Figure, modes: Sequence[str], width: float, height: float, subtitle: str) -> None:

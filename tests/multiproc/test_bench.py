@@ -142,7 +142,7 @@ def test_growth_is_fitted_and_shown(tmp_path: Path) -> None:
     assert [len(fit["off"]) for fit in growth["fits"]] == [4, 4, 4]
     assert "growth · in-place · lanes" in out
     assert "each leaf" in out
-    assert "no memory for: none" in out
+    assert "4 states: 10x1MB, 10x10MB, 100x1MB, 100x10MB\n" in out
 
 
 def test_a_killed_worker_costs_one_row_and_not_the_run(tmp_path: Path) -> None:
