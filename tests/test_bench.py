@@ -353,7 +353,7 @@ def rows_of_every_kind() -> list[Row]:
     ours = make_row("lanes", [0.5, 1.0, 0.25], mode="in-place")
     ours.nbytes_wire, ours.in_place_share = 2_002_000_000, 0.5
     ours.cpu_seconds_source, ours.cpu_seconds_receiver = 0.25, 1.5
-    ours.nbytes_memory_source, ours.nbytes_memory_receiver = 8_388_608, 20_971_520
+    ours.nbytes_memory_source, ours.nbytes_memory_receiver = 400_000, 20_971_520
     rows = [
         make_row("memmove", [0.1, 0.1, 0.1], "limit", mode="in-place"),
         make_row("raw TCP", [0.2, 0.2, 0.2], "limit", mode="in-place"),
@@ -378,7 +378,7 @@ def test_cells() -> None:
         "40%",
         "20%",
         "0.12+0.75",
-        "8.39+21.0 MB",
+        "0.40+21.0 MB",
         "1.00",
         "equal",
     ]
@@ -475,7 +475,8 @@ def test_of_the_limits_the_picture_has_those_of_some_transport() -> None:
         "--device warp",
         "--states 0x1MB",
         "--cold 0",
-        "--growth 10x1MB",
+        "--growth 10x10MB",
+        "--growth 100x1MB",
         "--growth large",
     ],
 )
