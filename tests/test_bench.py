@@ -7,6 +7,8 @@ import itertools
 import queue
 import threading
 from collections import Counter
+from collections.abc import Sequence
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,18 +17,21 @@ import pytest
 import torch
 import torchft.process_group
 from rich.console import Console
-from torch.distributed import HashStore
+from torch.distributed import HashStore, Store, TCPStore
 
-from ft_transport.bench import groups, run, subjects, worker
+from ft_transport._lanes.growth import LaneCount
+from ft_transport.bench import groups, limits, plot, run, subjects, worker
 from ft_transport.bench.__main__ import main
-from ft_transport.bench.bounds import measure
 from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
 from ft_transport.bench.groups import join, torchft_version
+from ft_transport.bench.growth import Growth, Point, fit, growths, points
+from ft_transport.bench.limits import LIMITS, THREADS, limits_of
+from ft_transport.bench.measure import free_nbytes
 from ft_transport.bench.plan import Case, Job, Options, Turn, turns
 from ft_transport.bench.plot import draw
 from ft_transport.bench.results import Row, Sample, Size, Status, compare, exit_status, summarise
 from ft_transport.bench.run import Watch
-from ft_transport.bench.states import STATES, State, build, fill_constant, fill_random
+from ft_transport.bench.states import STATES, State, build, fill_constant, fill_random, parse_size
 from ft_transport.bench.subjects import Connection, SubjectKind
 from ft_transport.bench.table import (
     COLUMNS,
@@ -37,7 +42,7 @@ from ft_transport.bench.table import (
     describe_ratio,
     describe_seconds,
     render,
-    render_bounds,
+    render_growth,
 )
 
 GPT2_PARAMETERS = 124_439_808
@@ -85,6 +90,9 @@ def test_the_version_of_either_torchft(installed: str, monkeypatch: pytest.Monke
         ("small", 20_000, 20_000, 20_000 * 4096),
         ("tiny", 4_000, 4_000, 4_000 * 4),
         ("views", 16, 1, 134_217_728),
+        ("100x10MB", 100, 100, 10_000_000),
+        ("1000x4kB", 1000, 1000, 4_000),
+        ("30000x1MB", 30_000, 30_000, 30_000 * 4 * 8),
     ],
 )
 def test_sizes_of_the_states(name: str, num_tensors: int, num_storages: int, nbytes: int) -> None:
@@ -93,6 +101,12 @@ def test_sizes_of_the_states(name: str, num_tensors: int, num_storages: int, nby
     assert len(storages(state)) == num_storages
     assert sum(storage.numel() for storage in storages(state)) == nbytes
     assert distinct_nbytes(state) == nbytes
+
+
+@pytest.mark.parametrize("name", ["", "tiniest", "0x1MB", "10x1", "10x1TB", "10x1MB,", "x1MB", "-1x1MB"])
+def test_what_is_no_number_and_size_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="as 1000x10MB"):
+        parse_size(name)
 
 
 def test_every_state_comes_in_the_managers_envelope() -> None:
@@ -214,8 +228,8 @@ def test_no_transports_take_no_turns() -> None:
     assert turns([], rounds=3) == []
 
 
-def make_job(transports: list[str], mode: str = "fresh", receivers: int = 1, rounds: int = 1) -> Job:
-    return Job(3, Case("tiny", mode), transports, rounds, receivers, 0.01, 0, 5.0, one_machine=True)
+def make_job(transports: list[str], mode: str = "fresh", state: str = "tiny", cold: bool = False) -> Job:
+    return Job(3, Case(state, mode), transports, 1, 1, 0.01, 0, 5.0, one_machine=True, cold=cold)
 
 
 def test_a_job_survives_json() -> None:
@@ -258,16 +272,50 @@ def test_a_wrong_state_has_no_ratio_and_is_no_reference() -> None:
     assert [row.ratio for row in rows] == [None, None]
 
 
+def test_a_share_is_of_the_first_limit_that_there_is_and_of_memmove() -> None:
+    rows = [
+        make_row("memmove", [1.0, 1.0, 1.0], "limit"),
+        make_row("raw read", [], "unsupported"),
+        make_row("raw TCP", [2.0, 4.0, 30.0], "limit"),
+        make_row("lanes", [4.0, 5.0, 40.0]),
+        make_row("other", [20.0, 20.0, 20.0]),
+    ]
+    compare(rows, "ref", ["lanes"], {"lanes": ("raw read", "raw TCP"), "other": ("memmove", "raw TCP")})
+    lanes, other, tcp = rows[3], rows[4], rows[2]
+    assert (lanes.limit, lanes.of_limit, lanes.of_memmove) == ("raw TCP", 0.75, 0.2)
+    assert (other.limit, other.of_limit, other.of_memmove) == ("memmove", 0.05, 0.05)
+    assert (tcp.limit, tcp.of_limit, tcp.of_memmove) == ("", None, 0.25)
+    # A limit is faster than any transport, and no transport.
+    assert (lanes.reference, lanes.ratio) == ("other", 4.0)
+
+
+def test_a_limit_whose_bytes_were_wrong_is_none() -> None:
+    rows = [make_row("raw TCP", [1.0], "WRONG"), make_row("lanes", [2.0])]
+    compare(rows, "ref", ["lanes"], {"lanes": ("raw TCP",)})
+    assert (rows[1].limit, rows[1].of_limit) == ("", None)
+
+
 def test_summary_takes_the_slowest_receiver_and_leaves_the_warm_up_out() -> None:
-    warm_up = [Sample(0, 0, 9.0, 1, 1), Sample(0, 1, 9.0, 1), Sample(0, 2, 9.0, 1)]
-    first = [Sample(1, 0, 1.0, 10, 700), Sample(1, 1, 2.0, 20), Sample(1, 2, 3.0, 10)]
-    second = [Sample(2, 0, 9.0, 12, 500), Sample(2, 1, 5.0, 30), Sample(2, 2, 4.0, 40)]
-    row = summarise(Case("large", "fresh"), "x", Size(8 * 10**9, 8, 8), [warm_up, first, second])
+    warm_up = [Sample(0, 0, 9.0, 9.0, 1, 1), Sample(0, 1, 9.0, 9.0, 1), Sample(0, 2, 9.0, 9.0, 1)]
+    first = [Sample(1, 0, 1.0, 3.0, 10, 700), Sample(1, 1, 2.0, 5.0, 20), Sample(1, 2, 3.0, 4.0, 10)]
+    second = [Sample(2, 0, 9.0, 4.0, 12, 500), Sample(2, 1, 5.0, 6.0, 30), Sample(2, 2, 4.0, 7.0, 40)]
+    size = Size(8 * 10**9, 8, 8)
+    row = summarise(Case("large", "in-place"), "x", size, [warm_up, first, second])
     assert row.status == "equal"
     assert row.seconds == [3.0, 5.0]
     assert (row.median_seconds, row.gigabytes_per_second) == (4.0, 2.0)
     assert row.nbytes_wire == 500
+    assert (row.cpu_seconds_source, row.cpu_seconds_receiver) == (3.5, 6.0)
     assert (row.nbytes_memory_source, row.nbytes_memory_receiver) == (11, 30)
+    cold = summarise(Case("large", "in-place"), "x", size, [warm_up, first, second], warm_up=0, is_limit=True)
+    assert (cold.status, cold.seconds) == ("limit", [9.0, 3.0, 5.0])
+
+
+@pytest.mark.parametrize(("taken", "beside"), [(170, 70), (90, 0)])
+def test_memory_is_beside_the_state_that_was_received_afresh(taken: int, beside: int) -> None:
+    samples = [[Sample(i, 0, nbytes_memory=5), Sample(i, 1, 1.0, nbytes_memory=taken)] for i in range(2)]
+    row = summarise(Case("large", "fresh"), "x", Size(100, 1, 1), samples)
+    assert (row.nbytes_memory_source, row.nbytes_memory_receiver) == (5, beside)
     assert row.in_place_share is None
 
 
@@ -294,7 +342,7 @@ def test_exit_status() -> None:
 
 
 def test_a_sample_survives_json() -> None:
-    sample = Sample(3, 1, 0.25, None, 17, (2, 3), ["['a']"], "")
+    sample = Sample(3, 1, 0.25, 0.5, None, 17, (2, 3), ["['a']"], "")
     assert Sample.from_json(sample.to_json()) == sample
 
 
@@ -302,56 +350,76 @@ def test_a_sample_survives_json() -> None:
 
 
 def rows_of_every_kind() -> list[Row]:
-    ours = make_row("ft_transport", [0.5, 1.0, 0.25], mode="in-place")
-    ours.nbytes_wire, ours.nbytes_memory_receiver, ours.in_place_share = 2_002_000_000, 4096, 1.0
+    ours = make_row("lanes", [0.5, 1.0, 0.25], mode="in-place")
+    ours.nbytes_wire, ours.in_place_share = 2_002_000_000, 0.5
+    ours.cpu_seconds_source, ours.cpu_seconds_receiver = 0.25, 1.5
+    ours.nbytes_memory_source, ours.nbytes_memory_receiver = 400_000, 20_971_520
     rows = [
+        make_row("memmove", [0.1, 0.1, 0.1], "limit", mode="in-place"),
+        make_row("raw TCP", [0.2, 0.2, 0.2], "limit", mode="in-place"),
         ours,
         make_row("torchft PGTransport", [1.0, 1.0, 1.0], mode="in-place"),
         make_row("torch _pg_transport", [1.0, 1.0, 1.0], "WRONG", "in-place", "not the source's at ['a']"),
         make_row("torchft HTTP", [], "unsupported", "in-place", "cannot receive in place"),
         make_row("torchft HTTP x8", [], "failed", "in-place", "rank 1: boom"),
     ]
-    compare(rows, "torchft PGTransport", ["ft_transport"])
+    compare(rows, "torchft PGTransport", ["lanes"], {"lanes": ("raw TCP",)})
     return rows
 
 
 def test_cells() -> None:
     cells_of = {row.transport: cells(row) for row in rows_of_every_kind()}
     assert all(len(of_row) == len(COLUMNS) for of_row in cells_of.values())
-    assert cells_of["ft_transport"] == [
-        "ft_transport",
-        "500 ms",
-        "250 ms … 1.00 s",
-        "4.00 GB/s",
-        "2.00x",
-        "2.00 GB",
-        "1.001",
-        "4.10 kB",
-        "100%",
+    assert cells_of["lanes"] == [
+        "lanes",
+        "500 (250…1000)",
+        "4.00",
+        "2.00",
+        "40%",
+        "20%",
+        "0.12+0.75",
+        "0.40+21.0 MB",
+        "1.00",
         "equal",
     ]
-    assert cells_of["torch _pg_transport"][4] == "-"
+    assert cells_of["raw TCP"][3:6] == ["5.00", "-", "50%"]
+    assert cells_of["torch _pg_transport"][3:6] == ["-", "-", "-"]
     assert cells_of["torch _pg_transport"][-1] == "WRONG"
-    assert cells_of["torchft HTTP"][1:] == ["-"] * (len(COLUMNS) - 2) + ["unsupported"]
+    assert cells_of["torchft HTTP"][1:] == ["-"] * (len(COLUMNS) - 2) + ["no"]
+
+
+def printed(renderable: object) -> str:
+    console = Console(file=io.StringIO(), width=WIDTH)
+    console.print(renderable)
+    text = console.file.getvalue()
+    assert "\x1b" not in text
+    return str(text)
 
 
 def test_the_table_fits_its_width_and_says_why() -> None:
-    console = Console(file=io.StringIO(), width=WIDTH)
-    console.print(render(rows_of_every_kind()))
-    text = console.file.getvalue()
-    assert "large · in-place   12 tensors, 2.00 GB, ratio to torchft PGTransport" in text
-    assert "\nWRONG" not in text
-    assert text.count("WRONG") == 1
+    assert WIDTH <= 100
+    text = printed(render(rows_of_every_kind()))
+    assert "large · in-place   12 tensors, 2.00 GB, ratio to torchft PGTransport\n" in text
     assert "torchft HTTP x8: rank 1: boom" in text
     assert "torchft HTTP: cannot receive in place" in text
-    assert "\x1b" not in text
-    assert [line.split()[-1] for line in text.splitlines()[2:7]] == [
-        "equal",
-        "equal",
-        "WRONG",
-        "unsupported",
-        "failed",
-    ]
+    assert "lanes: 50% of the tensors landed at the template's addresses" in text
+    rows = [line.split() for line in text.splitlines()[3:10]]
+    assert [row[-1] for row in rows] == ["limit", "limit", "equal", "equal", "WRONG", "no", "failed"]
+    # No cell is cut off, and none runs over into two lines.
+    assert rows[2][:3] == ["lanes", "500", "(250…1000)"]
+    assert "large · in-place · cold " in printed(render(rows_of_every_kind(), cold=True))
+
+
+def test_every_name_has_room_in_the_table_beside_the_widest_numbers() -> None:
+    for name in [*LIMITS, *subjects.SUBJECTS]:
+        row = make_row(name, [12.34, 98.76], mode="in-place")
+        row.cpu_seconds_source = row.cpu_seconds_receiver = 24.6
+        row.nbytes_memory_source, row.nbytes_memory_receiver, row.nbytes_wire = 10**9, 1640 * 10**6, 32 * 10**9
+        row.ratio, row.of_limit, row.of_memmove = 245.2, 1.04, 2.08
+        assert f"{name} " in printed(render([row])).splitlines()[3]
+        assert " ".join(printed(render([row])).splitlines()[3].removeprefix(name).split()) == (
+            "55.6 s (12.3…98.8) 0.04 245 104% 208% 12.3+12.3 1.00+1.64 GB 16.0 equal"
+        )
 
 
 def test_numbers_have_three_digits_and_a_unit() -> None:
@@ -385,6 +453,11 @@ def test_the_picture_is_a_png(rows: list[Row], tmp_path: Path) -> None:
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_of_the_limits_the_picture_has_those_of_some_transport() -> None:
+    shown = [row.transport for row in plot.shown(rows_of_every_kind())]
+    assert shown == [row.transport for row in rows_of_every_kind() if row.transport != "memmove"]
+
+
 # ------------------------------------------------------------------------------------- command line
 
 
@@ -400,6 +473,11 @@ def test_the_picture_is_a_png(rows: list[Row], tmp_path: Path) -> None:
         "--rank 1",
         "--timeout 0",
         "--device warp",
+        "--states 0x1MB",
+        "--cold 0",
+        "--growth 10x10MB",
+        "--growth 100x1MB",
+        "--growth large",
     ],
 )
 def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -409,21 +487,98 @@ def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixtu
     assert arguments.split()[0] in capsys.readouterr().err
 
 
-def test_what_the_machine_can_do_is_measured_and_shown() -> None:
-    bounds = measure(torch.device("cpu"), 0.01)
-    assert list(bounds) == [
-        "copy in memory",
-        "digest (xxh3), one thread",
-        "loopback, 1 connection",
-        "loopback, 4 connections",
+# ------------------------------------------------------------------------------------------- growth
+
+
+def growth_of(costs: tuple[float, float, float], states: list[str], noise: float = 1.0) -> list[Point]:
+    """What points take where fixed ms, microseconds for each leaf and seconds for each GB just add up."""
+    found = []
+    for state in states:
+        num_leaves, nbytes = parse_size(state)
+        seconds = costs[0] * 1e-3 + costs[1] * 1e-6 * num_leaves + costs[2] * 1e-9 * nbytes
+        found.append(Point(state, num_leaves, nbytes, (seconds, 2 * seconds, 3 * seconds)))
+    state, num_leaves, nbytes, (seconds, *rest) = vars(found[-1]).values()
+    found[-1] = Point(state, num_leaves, nbytes, (seconds * noise, *rest))
+    return found
+
+
+def test_a_growth_goes_from_small_to_large_in_each_way_and_in_both() -> None:
+    states, left_out = points((1000, 250 * 10**6), 2, None)
+    assert states == [
+        *["10x1MB", "10x10MB", "10x100MB", "10x250MB"],
+        *["100x1MB", "1000x1MB"],
+        *["100x100MB", "1000x250MB"],
     ]
-    assert all(rate > 1e6 for rate in bounds.values())
-    console = Console(file=io.StringIO(), width=WIDTH)
-    console.print(render_bounds({"loopback, 1 connection": 3.78e9, "to cuda, pinned memory": 52.7e9}))
-    text = console.file.getvalue()
-    assert "loopback, 1 connection" in text
-    assert "3.78 GB/s" in text
-    assert "52.7 GB/s" in text
+    assert left_out == []
+    assert points((100, 10**7), 2, None)[0] == ["10x1MB", "10x10MB", "100x1MB", "100x10MB"]
+    assert {"10x8GB", "100000x8GB", "100000x1MB"} <= set(points((100_000, 8 * 10**9), 2, None)[0])
+
+
+def test_what_memory_has_no_room_for_is_left_out_and_named() -> None:
+    # A source and a destination, with a quarter of the state beside it each.
+    states, left_out = points((100, 10**9), 2, 2_400_000_000)
+    assert left_out == ["10x1GB", "100x1GB"]
+    assert states == ["10x1MB", "10x10MB", "10x100MB", "100x1MB"]
+    assert points((100, 10**9), 2, 2_500_000_000)[1] == []
+    assert free_nbytes() > 1 << 20
+
+
+def test_costs_that_add_up_are_found() -> None:
+    of = growth_of((2.0, 8.0, 0.125), points((100_000, 8 * 10**9), 2, None)[0])
+    for number in range(3):
+        found = fit(of, number)
+        assert found is not None
+        assert found.costs == pytest.approx([cost * (number + 1) for cost in (2.0, 8.0, 0.125)])
+        assert found.off == pytest.approx([0.0] * len(of), abs=1e-9)
+
+
+def test_what_does_not_fit_is_said() -> None:
+    of = growth_of((2.0, 8.0, 0.125), points((100_000, 8 * 10**9), 2, None)[0], noise=2.0)
+    found = fit(of, 0)
+    assert found is not None
+    assert found.off[-1] < -0.3
+    assert max(abs(off) for off in found.off[:-1]) < 0.3
+
+
+def test_three_costs_are_not_fitted_to_three_points() -> None:
+    assert fit(growth_of((1.0, 1.0, 1.0), ["10x1MB", "10x10MB", "100x1MB"]), 0) is None
+
+
+def grown_rows(transport: str, mode: str, costs: tuple[float, float, float]) -> list[Row]:
+    rows = []
+    for point in growth_of(costs, points((1000, 10**9), 2, None)[0]):
+        row = Row(Case(point.state, mode), transport, "equal", Size(point.nbytes, point.num_leaves, point.num_leaves))
+        # The median of the rounds counts.
+        row.seconds = [0.0, point.costs[0], 99.0]
+        row.cpu_seconds_source, row.cpu_seconds_receiver = point.costs[1:]
+        rows.append(row)
+    return rows
+
+
+def test_a_growth_is_of_each_transport_in_each_mode() -> None:
+    rows = grown_rows("lanes", "in-place", (2.0, 8.0, 0.125)) + grown_rows("lanes", "fresh", (3.0, 9.0, 0.25))
+    rows += [*grown_rows("group", "in-place", (4.0, 9.0, 0.5)), make_row("torchft HTTP", [], "failed")]
+    found = growths(rows)
+    assert [(each.mode, each.transport) for each in found] == [
+        ("fresh", "lanes"),
+        ("in-place", "lanes"),
+        ("in-place", "group"),
+    ]
+    assert [each.fits[0].costs[1] for each in found] == pytest.approx([9.0, 8.0, 9.0])
+
+
+def test_a_growth_is_shown_with_what_it_is_off_by() -> None:
+    text = printed(render_growth(growths(grown_rows("lanes", "in-place", (2.0, 8.0, 0.126)))))
+    lines = {line[:16].strip(): line[16:].split() for line in text.splitlines()}
+    assert "growth · in-place · lanes" in text
+    assert lines["10x1GB"] == ["128", "ms", "+0%", "256", "ms", "+0%", "384", "ms", "+0%"]
+    assert lines["fixed"] == ["2.00", "ms", "4.00", "ms", "6.00", "ms"]
+    assert lines["each leaf"] == ["8.00", "µs", "16.0", "µs", "24.0", "µs"]
+    assert lines["each byte"] == ["0.13", "s/GB", "0.25", "s/GB", "0.38", "s/GB"]
+    assert lines["median, most"] == ["0%,", "0%"] * 3
+    assert "7.94 GB/s" in text
+    few = Growth("lanes", "fresh", growth_of((1.0, 1.0, 1.0), ["10x1MB"]), [None] * 3)
+    assert "too few" in printed(render_growth([few]))
 
 
 # ------------------------------------------------------------------------------------- supervision
@@ -489,6 +644,52 @@ def test_watch_gives_up_on_a_turn_without_end(watch: Watch, monkeypatch: pytest.
     assert "hung" in watch.failure
 
 
+def run_cold(monkeypatch: pytest.MonkeyPatch, fails: str = "") -> tuple[list[Row], list[Job], list[float]]:
+    """A cold run of two rounds by three transports, one of which may fail; what was asked for, and waited for."""
+    jobs: list[Job] = []
+    waits: list[float] = []
+
+    def attempt(site: object, job: Job, on_turn: object) -> object:
+        jobs.append(job)
+        sample = [[Sample(0, 0), Sample(0, 1, float(len(jobs)))]]
+        failure = "boom" if fails in job.transports else ""
+        return SimpleNamespace(failure=failure, samples=sample, size=lambda: Size(8, 1, 1))
+
+    monkeypatch.setattr(run, "_run_attempt", attempt)
+    monkeypatch.setattr(run, "time", SimpleNamespace(sleep=waits.append))
+    names = ["lanes", "group", "torchft PGTransport"]
+    options = Options(["tiny"], ["fresh"], names, 2, 1, 1.0, 0, 60.0, cold=7.0, limits=False)
+    count, rows = run._run_case(SimpleNamespace(others=[]), options, options.cases[0], 5, lambda case, turn: None)
+    assert [job.attempt for job in jobs] == list(range(5, count))
+    return rows, jobs, waits
+
+
+def test_a_cold_turn_is_of_new_processes_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, jobs, waits = run_cold(monkeypatch)
+    assert [len(job.turns) for job in jobs] == [1] * 6
+    assert all(job.cold for job in jobs)
+    # The rounds' orders are balanced, as those of a warm run.
+    order = turns(["lanes", "group", "torchft PGTransport"], 1)
+    assert [job.transports[0] for job in jobs] == [turn.transport for turn in order]
+    assert waits == [7.0] * 6
+    # Every turn counts, the first one too.
+    expected = {
+        name: [i + 1.0 for i, turn in enumerate(order) if turn.transport == name] for name in ["lanes", "group"]
+    }
+    assert {row.transport: row.seconds for row in rows if row.transport in expected} == expected
+    assert all(row.ratio is not None for row in rows)
+
+
+def test_a_transport_that_fails_cold_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, jobs, _ = run_cold(monkeypatch, fails="group")
+    assert {row.transport: (row.status, len(row.seconds)) for row in rows} == {
+        "lanes": ("equal", 2),
+        "group": ("failed", 0),
+        "torchft PGTransport": ("equal", 2),
+    }
+    assert [job.transports for job in jobs].count(["group"]) == 1
+
+
 # ------------------------------------------------------------------- a worker with a transport of ours
 
 
@@ -536,25 +737,30 @@ class Handing:
         pass
 
 
-def hand_over(monkeypatch: pytest.MonkeyPatch, change: str, mode: str = "fresh") -> list[list[Sample]]:
+def take_turns(job: Job, stores: Sequence[Store], address: str = "nowhere") -> list[list[Sample]]:
     """All turns of a source and a receiver, in two threads."""
-    hand: queue.Queue[State] = queue.Queue()
-    kind = SubjectKind(lambda connection: Handing(hand, connection, change))
-    monkeypatch.setitem(subjects.SUBJECTS, "handing", kind)
-    job, store = make_job(["handing"], mode), HashStore()
     seen: list[list[Sample]] = [[], []]
 
-    def take_turns(rank: int) -> None:
-        one = worker._Worker(job, rank, store, "nowhere")
+    def as_rank(rank: int) -> None:
+        one = worker._Worker(job, rank, stores[rank], address)
         seen[rank] = [one.take(turn) for turn in job.turns]
         one.close()
 
-    threads = [threading.Thread(target=take_turns, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=as_rank, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=20)
     return [list(of_turn) for of_turn in zip(*seen, strict=True)]
+
+
+def hand_over(
+    monkeypatch: pytest.MonkeyPatch, change: str, mode: str = "fresh", cold: bool = False
+) -> list[list[Sample]]:
+    hand: queue.Queue[State] = queue.Queue()
+    kind = SubjectKind(lambda connection: Handing(hand, connection, change))
+    monkeypatch.setitem(subjects.SUBJECTS, "handing", kind)
+    return take_turns(make_job(["handing"], mode, cold=cold), [HashStore()] * 2)
 
 
 def test_a_worker_finds_nothing_wrong_with_a_whole_state(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -563,6 +769,33 @@ def test_a_worker_finds_nothing_wrong_with_a_whole_state(monkeypatch: pytest.Mon
     assert row.status == "equal"
     assert len(row.seconds) == 1
     assert row.seconds[0] > 0
+    assert row.cpu_seconds_source > 0
+    assert row.cpu_seconds_receiver > 0
+
+
+@pytest.mark.parametrize(("cold", "mode", "touched"), [(False, "fresh", 2), (True, "fresh", 0), (False, "in-place", 0)])
+def test_only_a_warm_receiver_of_fresh_memory_has_it_ready(
+    monkeypatch: pytest.MonkeyPatch, cold: bool, mode: str, touched: int
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(worker, "touch_free_memory", sizes.append)
+    hand_over(monkeypatch, "", mode, cold)
+    assert sizes == [200] * touched  # for 40 tensors of 4 bytes, and what a transport takes beside them
+
+
+def test_cpu_is_counted_until_the_last_rank_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source that leaves the work to its threads."""
+    clock = itertools.count()
+    barriers: list[str] = []
+    monkeypatch.setattr(worker, "barrier", lambda store, name, world_size: barriers.append(name))
+    monkeypatch.setattr(worker.time, "process_time", lambda: next(clock) + 100.0 * len(barriers))
+    hand: queue.Queue[State] = queue.Queue()
+    kind = SubjectKind(lambda connection: Handing(hand, connection, ""))
+    monkeypatch.setitem(subjects.SUBJECTS, "handing", kind)
+    job = make_job(["handing"])
+    sample = worker._Worker(job, 0, HashStore(), "nowhere").take(job.turns[0])
+    assert barriers == ["begin/0", "end/0"]
+    assert sample.cpu_seconds == 101.0
 
 
 def test_a_worker_reports_one_wrong_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,6 +830,77 @@ def test_what_a_transport_raises_is_in_the_sample(monkeypatch: pytest.MonkeyPatc
     assert sample.error == "OSError: no interface"
 
 
+# -------------------------------------------------------------------------------------------- limits
+
+OF_ONE_MACHINE = ["memmove", "raw process_vm_readv", "raw TCP", "raw Gloo"]
+
+
+def take_limits(names: list[str], mode: str) -> list[Row]:
+    job = make_job(names, mode, "views")
+    patience = timedelta(seconds=15)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+    # One for each: while a store waits, nobody else can use it.
+    stores = [server, TCPStore("127.0.0.1", server.port, is_master=False, timeout=patience)]
+    samples = take_turns(job, stores, f"127.0.0.1:{server.port}/limits")
+    assert [sample.error for of_turn in samples for sample in of_turn] == [""] * 4 * len(names)
+    of = {
+        name: [seen for turn, seen in zip(job.turns, samples, strict=True) if turn.transport == name] for name in names
+    }
+    return [summarise(job.case, name, Size(1_342_208, 16, 1), of[name], is_limit=True) for name in names]
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+
+
+@pytest.mark.usefixtures("loopback")
+@pytest.mark.parametrize("mode", ["fresh", "in-place"])
+def test_limits_move_the_bytes_of_the_state(mode: str) -> None:
+    rows = take_limits(OF_ONE_MACHINE, mode)
+    assert [row.status for row in rows] == ["limit"] * 4
+    assert all(row.seconds[0] > 0 for row in rows)
+    assert [row.in_place_share for row in rows[1:]] == [None if mode == "fresh" else 1.0] * 3
+
+
+@pytest.mark.parametrize("mode", ["fresh", "in-place"])
+def test_a_limit_that_leaves_bytes_out_is_wrong(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    def nothing(self: object, target: torch.Tensor, metadata: str) -> None:
+        target[: len(target) // 2] = 0
+
+    monkeypatch.setattr(limits._PeersMemory, "_fill", nothing)
+    (row,) = take_limits(["raw process_vm_readv"], mode)
+    assert (row.status, exit_status([row])) == ("WRONG", 1)
+
+
+def test_memmove_writes_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "_BLOCK_BYTES", 7)
+    target = torch.zeros(101, dtype=torch.uint8)
+    make = LIMITS["memmove"].make
+    connection = Connection(HashStore(), "", 1, 2, timedelta(seconds=5), 101, lambda: {"bytes": target})
+    assert make(connection).receive("")["bytes"] is target
+    assert target.sum() == 101
+
+
+def test_limits_are_those_of_the_transports() -> None:
+    assert limits_of(["lanes", "torchft PGTransport"], one_machine=True, device="cpu") == OF_ONE_MACHINE
+    assert limits_of(["group"], one_machine=True, device="cpu") == ["memmove", "raw Gloo"]
+    assert limits_of(["lanes"], one_machine=False, device="cpu") == ["memmove", "raw TCP"]
+    assert limits_of(["torchft HTTP"], one_machine=True, device="cuda")[1:3] == ["pinned to device", "device to pinned"]
+
+
+def test_limits_have_as_many_threads_as_lanes_within_a_machine() -> None:
+    assert LaneCount("auto", 0.0, is_local=True, lane_bytes=1 << 20).number == THREADS
+
+
+def test_a_limit_that_cannot_be_had_here_is_no_failure() -> None:
+    row = run._failed(Case("tiny", "fresh"), "raw process_vm_readv", "not permitted")
+    assert (row.status, row.note, exit_status([row])) == ("unsupported", "not permitted", 0)
+    assert run._failed(Case("tiny", "fresh"), "lanes", "boom").status == "failed"
+
+
 def test_every_subject_has_its_name_once() -> None:
+    assert all(set(kind.limits) <= set(LIMITS) for kind in subjects.SUBJECTS.values())
+    assert not set(LIMITS) & set(subjects.SUBJECTS)
     assert set(subjects.OURS) | {subjects.REFERENCE} <= set(subjects.SUBJECTS)
     assert max(Counter(name.replace(" ", "-") for name in subjects.SUBJECTS).values()) == 1

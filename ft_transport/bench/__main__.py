@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -15,23 +16,30 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 import ft_transport
-from ft_transport.bench.bounds import measure
 from ft_transport.bench.groups import torchft_version
+from ft_transport.bench.growth import Growth, growths, points
+from ft_transport.bench.measure import free_nbytes
 from ft_transport.bench.plan import MODES, Case, Options, Turn
 from ft_transport.bench.results import Row, exit_status
 from ft_transport.bench.run import Site, follow, lead
-from ft_transport.bench.states import STATES
-from ft_transport.bench.subjects import SUBJECTS
-from ft_transport.bench.table import LEGEND, WIDTH, render, render_bounds
+from ft_transport.bench.states import STATES, parse_size
+from ft_transport.bench.subjects import REFERENCE, SUBJECTS
+from ft_transport.bench.table import LEGEND, WIDTH, render, render_growth
 
 DESCRIPTION = """\
-Moves the same states by several transports, turn by turn, and checks every byte.
+Moves the same states by several transports, turn by turn, and checks every byte. What bounds them (memmove, raw
+process_vm_readv, TCP, Gloo) takes turns with them. Warm, unless --cold: the machine has memory ready for what arrives.
 
 Without --address all ranks run on this machine. On two machines or more give all of them the same command with
 the --address of the first, where rank 0 serves, and to each its --rank; the options of rank 0 count. Groups and
 the HTTP server use the interface that the host name resolves to (for gloo, GLOO_SOCKET_IFNAME says another)."""
+
+# How far states grow, and by which transports unless others are named.
+GROWTH = (100_000, 8 * 10**9)
+GROWING = ["lanes", "group", REFERENCE]
 
 EPILOG = """\
 exit status: 0, or 1 if a state arrived wrong, or 3 if a transport failed.
@@ -67,16 +75,31 @@ def _run(arguments: argparse.Namespace, options: Options, console: Console) -> i
         console.print(f"rank {ranks[0]}: the results are shown where rank 0 runs")
         follow(site)
         return 0
-    with console.status("what this machine can do"):
-        # Before all else, while nothing else runs.
-        bounds = measure(torch.device(options.device), options.scale)
-    console.print(render_bounds(bounds), "")
+    console.print(_conditions(options), style="dim")
+    if arguments.growth:
+        options, left_out = _grown(arguments, options, len(ranks))
+        without = f"; no memory for {', '.join(left_out)}" if left_out else ""
+        console.print(f"{len(options.states)} states: {', '.join(options.states)}{without}")
+    console.print()
+
+    def on_case(rows: list[Row]) -> None:
+        # Dozens of tables of two rows or three say less than the one at the end.
+        if not arguments.growth or exit_status(rows):
+            console.print(render(rows, options.cold is not None), "")
+
     with console.status("starting") as status:
-        rows = lead(site, options, _show_turn(status, options), lambda of_case: console.print(render(of_case), ""))
-    console.print(LEGEND, style="dim")
-    _write(arguments.output, rows, options, bounds)
-    console.print(f"written: {arguments.output}/bench.json, bench.png")
+        rows = lead(site, options, _show_turn(status, options), on_case)
+    growth = growths(rows) if arguments.growth else []
+    console.print(render_growth(growth) if growth else Text(LEGEND, "dim"))
+    console.print(f"written: {', '.join(_write(arguments.output, rows, options, growth))}")
     return exit_status(rows)
+
+
+def _grown(arguments: argparse.Namespace, options: Options, num_ranks: int) -> tuple[Options, list[str]]:
+    """With the states of a growth, and those that there is no memory for."""
+    states, left_out = points(arguments.growth, num_ranks, free_nbytes())
+    transports = arguments.transports or GROWING
+    return dataclasses.replace(options, states=states, transports=transports, limits=False), left_out
 
 
 def _place(arguments: argparse.Namespace) -> tuple[str, int, list[int]]:
@@ -96,19 +119,23 @@ def _show_turn(status: Status, options: Options) -> Callable[[Case, Turn], None]
     return show
 
 
-def _write(folder: Path, rows: list[Row], options: Options, bounds: dict[str, float]) -> None:
+def _write(folder: Path, rows: list[Row], options: Options, growth: list[Growth]) -> list[str]:
+    """Write the results; gives the files' names."""
+    results = {
+        "environment": environment(),
+        "options": vars(options),
+        "rows": [row.as_dict() for row in rows],
+        "growth": [dataclasses.asdict(each) for each in growth],
+    }
+    (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
+    if growth:
+        return [f"{folder}/bench.json"]
     # Not at the top: the worker processes import this module too, and have no use for it.
     # It takes matplotlib half a second and 30 MB to be there, with which a worker's memory would then begin.
     from ft_transport.bench.plot import draw
 
-    results = {
-        "environment": environment(),
-        "options": vars(options),
-        "bounds": bounds,
-        "rows": [row.as_dict() for row in rows],
-    }
-    (folder / "bench.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(rows, folder / "bench.png", _subtitle(options))
+    draw(rows, folder / "bench.png", _conditions(options))
+    return [f"{folder}/bench.json", "bench.png"]
 
 
 def environment() -> dict[str, Any]:
@@ -125,12 +152,13 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _subtitle(options: Options) -> str:
+def _conditions(options: Options) -> str:
     about = environment()
     receivers = "one receiver" if options.receivers == 1 else f"{options.receivers} receivers"
     shrunk = "" if options.scale == 1 else f", states scaled by {options.scale:g}"
+    cold = "" if options.cold is None else f", cold (new processes, {options.cold:g} s after the last ones)"
     return (
-        f"{receivers}, {about['cores']} cores, medians of {options.rounds} rounds{shrunk}; "
+        f"{receivers}, {about['cores']} cores, medians of {options.rounds} rounds{shrunk}{cold}; "
         f"torch {about['torch']}, torchft {about['torchft']}, ft_transport {about['ft_transport']}"
     )
 
@@ -139,13 +167,14 @@ def _options(arguments: argparse.Namespace) -> Options:
     return Options(
         states=arguments.states,
         modes=arguments.modes,
-        transports=arguments.transports,
+        transports=arguments.transports or list(SUBJECTS),
         rounds=arguments.rounds,
         receivers=arguments.receivers,
         scale=arguments.scale,
         seed=arguments.seed,
         timeout_seconds=arguments.timeout,
         device=arguments.device,
+        cold=arguments.cold,
     )
 
 
@@ -157,9 +186,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    for option, names in (("states", STATES), ("modes", MODES), ("transports", SUBJECTS)):
-        add(f"--{option}", type=_some_of(names), default=list(names), help=f"comma-separated, of: {', '.join(names)}")
+    states = f"comma-separated, of: {', '.join(STATES)}; or LEAVESxSIZE, as 1000x10MB"
+    add("--states", type=_some_of(STATES, parse_size), default=list(STATES), help=states)
+    add("--modes", type=_some_of(MODES), default=list(MODES), help=f"comma-separated, of: {', '.join(MODES)}")
+    add("--transports", type=_some_of(SUBJECTS), help=f"comma-separated, of: {', '.join(SUBJECTS)}")
     add("--rounds", type=_number(int, 1), default=5, help="rounds that count, after the warm-up (%(default)s)")
+    cold = "new processes for each turn, SECONDS (5) after the last ones, and nothing warmed up"
+    add("--cold", type=_number(float, 0), nargs="?", const=5.0, metavar="SECONDS", help=cold)
+    growth = (
+        "in place of --states: from 10 leaves and 1 MB up to this (100000x8GB), and what was fixed, for each leaf, for "
+        f"each byte; by {', '.join(GROWING[:-1])} and {GROWING[-1]} unless --transports says others"
+    )
+    add("--growth", type=_size, nargs="?", const=GROWTH, metavar="LEAVESxSIZE", help=growth)
     add("--receivers", type=_number(int, 1), default=1, help="ranks that receive at once (%(default)s)")
     add("--scale", type=_number(float, 0, 1), default=1.0, help="shrink the states, 0 to 1 (%(default)g)")
     add("--seed", type=int, default=0, help="seed of the values (%(default)s)")
@@ -171,16 +209,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _some_of(names: Sequence[str] | dict[str, Any]) -> Callable[[str], list[str]]:
+def _some_of(
+    names: Sequence[str] | dict[str, Any], also: Callable[[str], object] | None = None
+) -> Callable[[str], list[str]]:
+    def known(name: str) -> bool:
+        try:
+            return name in names or (also is not None and bool(also(name)))
+        except ValueError:
+            return False
+
     def parse(text: str) -> list[str]:
         chosen = [name.strip() for name in text.split(",")]
-        unknown = [name for name in chosen if name not in names]
+        unknown = [name for name in chosen if not known(name)]
         if unknown:
             raise argparse.ArgumentTypeError(f"no {', '.join(unknown)}; there are: {', '.join(names)}")
         # A transport named twice would take two turns in a round under one name, and be its own neighbour.
         return list(dict.fromkeys(chosen))
 
     return parse
+
+
+def _size(text: str) -> tuple[int, int]:
+    try:
+        leaves, nbytes = parse_size(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+    if leaves < 100 or nbytes < 10**7:
+        raise argparse.ArgumentTypeError(f"expected 100x10MB or more, got {text}")
+    return leaves, nbytes
 
 
 def _number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Callable[[str], float]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["MemoryPeak", "free_memory", "loopback_nbytes", "touch_free_memory"]
+__all__ = ["MemoryPeak", "free_memory", "free_nbytes", "loopback_nbytes", "touch_free_memory"]
 
 
 def free_memory() -> None:
@@ -76,9 +76,14 @@ def loopback_nbytes() -> int | None:
     return int(counters[0][0]) if counters else None
 
 
-def _status_nbytes(name: str) -> int | None:
+def free_nbytes() -> int | None:
+    """Memory of this machine that is free or could be, None where the system does not tell."""
+    return _status_nbytes("MemAvailable", Path("/proc/meminfo"))
+
+
+def _status_nbytes(name: str, file: Path = Path("/proc/self/status")) -> int | None:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = file.read_text().splitlines()
     except OSError:
         return None
     values = [line.split() for line in lines if line.startswith(f"{name}:")]

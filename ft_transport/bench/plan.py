@@ -18,15 +18,17 @@ class Options:
     """What the command line asks for.
 
     Attributes:
-        states: Names from ``states.STATES``.
+        states: Names as ``states.build`` takes them.
         modes: Names from ``MODES``.
         transports: Names from ``subjects.SUBJECTS``.
-        rounds: Rounds that count; one more warms up.
+        rounds: Rounds that count; one more warms up, unless they are cold.
         receivers: Ranks that receive at once.
         scale: Shrinks the states, 0 to 1.
         seed: Seed of the states' values.
         timeout_seconds: Bound of one transfer, as each transport understands it.
         device: Type of the device that the states are on; each rank has one of those of its machine.
+        cold: New processes for each turn, which begin so many seconds after the last ones; None for the same ones.
+        limits: Whether what bounds the transports takes turns, too.
     """
 
     states: list[str]
@@ -38,6 +40,8 @@ class Options:
     seed: int
     timeout_seconds: float
     device: str = "cpu"
+    cold: float | None = None
+    limits: bool = True
 
     @property
     def cases(self) -> list[Case]:
@@ -71,8 +75,10 @@ class Job:
 
     Attributes:
         attempt: Counts the jobs of a run. A case is attempted anew, without the culprit, after a transport failed.
+        transports: Those that take turns, limits too.
         one_machine: Whether all ranks share a loopback interface, whose counters then tell the bytes on the wire.
         device: As in ``Options``.
+        cold: Whether receivers take memory as they find it.
     """
 
     attempt: int
@@ -85,6 +91,7 @@ class Job:
     timeout_seconds: float
     one_machine: bool
     device: str = "cpu"
+    cold: bool = False
 
     @property
     def world_size(self) -> int:

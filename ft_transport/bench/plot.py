@@ -14,17 +14,17 @@ from ft_transport.bench.results import Row
 from ft_transport.bench.subjects import OURS, REFERENCE
 from ft_transport.bench.table import describe_rate, describe_ratio, describe_seconds, describe_size
 
-__all__ = ["draw"]
+__all__ = ["draw", "shown"]
 
 # Opaque, so that it reads alike on a light and a dark page.
 PAPER, INK, FAINT = "#ffffff", "#1f2328", "#59636e"
-OUR_COLORS = ("#0f766e", "#2f8f86", "#0e5a8a", "#3f83ac", "#4fa99f")
-REFERENCE_COLOR, PEER_COLOR, WRONG_COLOR = "#6b7685", "#b4bcc6", "#c0262d"
+OUR_COLORS = ("#0f766e", "#2f8f86", "#4fa99f", "#0e5a8a", "#3f83ac", "#6fa3c4")
+REFERENCE_COLOR, PEER_COLOR, WRONG_COLOR, LIMIT_COLOR = "#6b7685", "#b4bcc6", "#c0262d", "#e6e2d6"
 
 _HEADINGS = {"fresh": "fresh: into newly allocated memory", "in-place": "in place: into the receiver's own tensors"}
 
 # Inches.
-_WIDTH_OF_NAMES, _WIDTH_OF_PANEL, _HEIGHT_OF_BAR, _HEIGHT_OF_TITLE, _TOP, _BOTTOM = 1.9, 4.9, 0.22, 0.46, 1.05, 0.25
+_WIDTH_OF_NAMES, _WIDTH_OF_PANEL, _HEIGHT_OF_BAR, _HEIGHT_OF_TITLE, _TOP, _BOTTOM = 2.05, 4.9, 0.22, 0.46, 1.05, 0.25
 
 # How much longer an axis is than its longest bar, which leaves room for what is written behind it.
 _ROOM = 1.75
@@ -35,6 +35,7 @@ def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
 
     The length of a bar is the speed. Panels of one state have one scale, panels of different states do not.
     """
+    rows = shown(rows)
     states = list(dict.fromkeys(row.case.state for row in rows))
     modes = [mode for mode in MODES if any(row.case.mode == mode for row in rows)]
     num_bars = len({row.transport for row in rows})
@@ -60,6 +61,12 @@ def draw(rows: Sequence[Row], path: Path, subtitle: str) -> None:
     figure.savefig(path, dpi=160)
 
 
+def shown(rows: Sequence[Row]) -> list[Row]:
+    """Without limits that no transport is next to: a copy's bar would leave the others no length."""
+    nearest = {row.limit for row in rows}
+    return [row for row in rows if row.status != "limit" or row.transport in nearest]
+
+
 def _head(figure: Figure, modes: Sequence[str], width: float, height: float, subtitle: str) -> None:
     left = 0.15 / width
     figure.text(left, 1 - 0.3 / height, "Moving a state dict: how fast", size=14, weight="bold", color=INK)
@@ -81,7 +88,7 @@ def _panel(axes: Any, rows: Sequence[Row], scale: float, names: bool) -> None:
     # From 0, or lengths would not be speeds. Upside down: matplotlib counts upwards, a list is read downwards. No
     # ticks: each bar has its number behind it.
     axes.set(xlim=(0, scale), ylim=(len(rows) - 0.5, -0.5), xticks=[], facecolor=PAPER)
-    axes.set_yticks(range(len(rows)), [row.transport for row in rows] if names else [], size=8.5, color=INK)
+    axes.set_yticks(range(len(rows)), [_name(row) for row in rows] if names else [], size=8.5, color=INK)
     axes.tick_params(length=0)
     for side in ("top", "right", "bottom"):
         axes.spines[side].set_visible(False)
@@ -118,9 +125,15 @@ def _label(row: Row) -> str:
     return "   ".join(parts)
 
 
+def _name(row: Row) -> str:
+    return f"ft_transport {row.transport}" if row.transport in OURS else row.transport
+
+
 def _color(row: Row) -> str:
     if row.status == "WRONG":
         return WRONG_COLOR
+    if row.status == "limit":
+        return LIMIT_COLOR
     if row.transport in OURS:
         return OUR_COLORS[OURS.index(row.transport)]
     return REFERENCE_COLOR if row.transport == REFERENCE else PEER_COLOR

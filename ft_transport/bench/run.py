@@ -2,7 +2,7 @@
 
 Each case is an attempt by fresh processes. When a transport fails in it, the attempt ends, the transport's row says
 why, and the others begin the case anew: what a broken transport leaves behind (threads, a spinning core, late writes)
-does not reach their results.
+does not reach their results. Where the run is to be cold, each turn is an attempt of its own.
 
 On two machines each has a supervisor with one rank; that of rank 0 leads. They speak through a store that the
 leader hosts:
@@ -24,11 +24,13 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from ft_transport.bench.plan import Case, Job, Options, Turn
+from ft_transport.bench.limits import LIMITS, limits_of
+from ft_transport.bench.plan import Case, Job, Options, Turn, turns
 from ft_transport.bench.results import Row, Sample, Size, compare, summarise
 from ft_transport.bench.store import POLL_SECONDS, SET, PrefixStore, Store, TCPStore, poll_until
 from ft_transport.bench.subjects import OURS, REFERENCE, SUBJECTS
@@ -243,40 +245,88 @@ def follow(site: Site) -> None:
 
 
 def _run_case(site: Site, options: Options, case: Case, attempt: int, on_turn: OnTurn) -> tuple[int, list[Row]]:
-    """One case, attempted until the transports that are left all took their turns."""
+    """One case, by all transports that can, and what bounds them."""
+    limits = limits_of(options.transports, not site.others, options.device) if options.limits else []
     rows = {name: Row(case, name, "unsupported", note="cannot receive in place") for name in options.transports}
     able = [name for name in options.transports if case.mode != "in-place" or SUBJECTS[name].in_place]
-    while able:
-        job = _job(site, options, case, able, attempt)
-        watch = _run_attempt(site, job, on_turn)
-        attempt += 1
-        if not watch.failure:
-            size = watch.size()
-            for name in able:
-                of_name = [seen for turn, seen in zip(job.turns, watch.samples, strict=True) if turn.transport == name]
-                rows[name] = summarise(case, name, size, of_name)
-            break
-        culprit = watch.turn.transport
-        rows[culprit] = Row(case, culprit, "failed", note=watch.failure)
-        # What the others had measured before goes too: half of their rounds beside a transport that was failing are no
-        # fair sample. A case so ends after as many attempts as there are transports at the latest.
-        able = [name for name in able if name != culprit]
-    compare(list(rows.values()), REFERENCE, OURS)
+    run = _run_warm if options.cold is None else _run_cold
+    attempt, found = run(site, options, case, [*able, *limits] if able else [], attempt, on_turn)
+    rows = {name: found[name] for name in limits if name in found} | rows | found
+    compare(list(rows.values()), REFERENCE, OURS, {name: SUBJECTS[name].limits for name in options.transports})
     return attempt, list(rows.values())
 
 
-def _job(site: Site, options: Options, case: Case, transports: list[str], attempt: int) -> Job:
+def _run_warm(
+    site: Site, options: Options, case: Case, able: list[str], attempt: int, on_turn: OnTurn
+) -> tuple[int, dict[str, Row]]:
+    """By the same processes, attempted until those that are left all took their turns."""
+    rows: dict[str, Row] = {}
+    while able:
+        job = _job(site, options, case, able, options.rounds, attempt)
+        watch = _run_attempt(site, job, on_turn)
+        attempt += 1
+        if not watch.failure:
+            for name in able:
+                of_name = [seen for turn, seen in zip(job.turns, watch.samples, strict=True) if turn.transport == name]
+                # The first transfer pays for what later ones find there: connections, threads, memory of its own.
+                rows[name] = summarise(case, name, watch.size(), of_name, 1, name in LIMITS)
+            break
+        culprit = watch.turn.transport
+        rows[culprit] = _failed(case, culprit, watch.failure)
+        # What the others had measured before goes too: half of their rounds beside a transport that was failing are no
+        # fair sample. A case so ends after as many attempts as there are transports at the latest.
+        able = [name for name in able if name != culprit]
+    return attempt, rows
+
+
+def _run_cold(
+    site: Site, options: Options, case: Case, able: list[str], attempt: int, on_turn: OnTurn
+) -> tuple[int, dict[str, Row]]:
+    """By new processes in each turn, whose first transfer counts."""
+    assert options.cold is not None
+    rows: dict[str, Row] = {}
+    samples: dict[str, list[list[Sample]]] = {name: [] for name in able}
+    size = Size()
+    # As many rounds as are asked for; the row that would warm up is one of them.
+    for turn in turns(able, options.rounds - 1):
+        name, shown = turn.transport, replace(turn, round=turn.round + 1)
+        if name in rows:
+            continue
+        on_turn(case, shown)
+        # Memory that the last processes gave back is free meanwhile, and its host may take it.
+        time.sleep(options.cold)
+        # One turn: the warm-up of no more rounds.
+        job = _job(site, options, case, [name], 0, attempt)
+        watch = _run_attempt(site, job, lambda case, _: None)
+        attempt += 1
+        if watch.failure:
+            rows[name] = _failed(case, name, watch.failure)
+        else:
+            size = watch.size()
+            samples[name] += watch.samples
+    return attempt, rows | {
+        name: summarise(case, name, size, samples[name], 0, name in LIMITS) for name in able if name not in rows
+    }
+
+
+def _failed(case: Case, name: str, why: str) -> Row:
+    # A limit that a machine does not have (memory of others may be forbidden) is no failure of a transport.
+    return Row(case, name, "unsupported" if name in LIMITS else "failed", note=why)
+
+
+def _job(site: Site, options: Options, case: Case, transports: list[str], rounds: int, attempt: int) -> Job:
     return Job(
         attempt=attempt,
         case=case,
         transports=transports,
-        rounds=options.rounds,
+        rounds=rounds,
         receivers=options.receivers,
         scale=options.scale,
         seed=options.seed,
         timeout_seconds=options.timeout_seconds,
         one_machine=not site.others,
         device=options.device,
+        cold=options.cold is not None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from ft_transport.bench.check import storages
 
-__all__ = ["STATES", "STEP", "State", "build", "fill_constant", "fill_random"]
+__all__ = ["STATES", "STEP", "State", "build", "fill_constant", "fill_random", "parse_size"]
 
 State = dict[str, Any]
 
@@ -18,14 +19,20 @@ STEP = 7
 
 CPU = torch.device("cpu")
 
+_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9}
+
 # What a template holds before each transfer: bytes that the source's random ones will not be by chance.
 TEMPLATE_BYTE = 0xA5
 
 
 def build(name: str, scale: float, step: int, device: torch.device = CPU) -> State:
-    """The state ``name`` with its sizes shrunk by ``scale``, values not set yet, in the Manager's envelope."""
+    """The state ``name`` with its sizes shrunk by ``scale``, values not set yet, in the Manager's envelope.
+
+    Args:
+        name: Of ``STATES``, or a number of tensors and their bytes together, ``"1000x10MB"``.
+    """
     with device:
-        state = STATES[name](scale)
+        state = STATES[name](scale) if name in STATES else _alike(*parse_size(name), scale)
     return {
         "user": {"default": state},
         # Two values that are no tensors: a transport that drops or mixes them up trains on from a wrong step.
@@ -51,6 +58,22 @@ def fill_constant(state: State) -> None:
     """Fill every storage with ``TEMPLATE_BYTE``, so that a transfer which moves nothing is seen."""
     for storage in storages(state):
         storage.fill_(TEMPLATE_BYTE)
+
+
+def parse_size(name: str) -> tuple[int, int]:
+    """``"1000x10MB"``: the number of tensors, and the bytes of all of them.
+
+    Raises:
+        ValueError: It is not of this form.
+    """
+    found = re.fullmatch(r"(\d+)x(\d+)([kMG])B", name)
+    if found is None or not int(found[1]):
+        raise ValueError(f"expected TENSORSxSIZE, as 1000x10MB, got {name!r}")
+    return int(found[1]), int(found[2]) * _UNITS[found[3]]
+
+
+def _alike(num_tensors: int, nbytes: int, scale: float) -> State:
+    return {f"weight{i}": torch.empty(_scaled(nbytes // num_tensors // 4, scale)) for i in range(num_tensors)}
 
 
 def _large(scale: float) -> State:

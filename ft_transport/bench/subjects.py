@@ -36,7 +36,9 @@ class Connection:
     Attributes:
         store: Store for this subject alone.
         address: The same store as torchft's groups want it: ``host:port/prefix``.
-        template: Gives the tensors to receive into, None to receive into new ones.
+        nbytes: Distinct bytes of the state.
+        template: Gives the tensors to receive into, None to receive into new ones. A limit's source has
+            its bytes there.
         device: Where new tensors shall be that were on a device. What moves is on the host.
     """
 
@@ -45,6 +47,7 @@ class Connection:
     rank: int
     world_size: int
     timeout: timedelta
+    nbytes: int
     template: Template | None
     device: torch.device = CPU
 
@@ -121,10 +124,18 @@ class DistributedSubject:
 
 @dataclass(frozen=True)
 class SubjectKind:
-    """How to make a subject, and whether it can receive into a template."""
+    """How to make a subject.
+
+    Attributes:
+        in_place: Whether it can receive into a template.
+        limits: Which limits bound it, by their names: the first that there is counts.
+        brings: Whether what it receives is the source's; some limits stay within a process.
+    """
 
     make: Callable[[Connection], Subject]
     in_place: bool = True
+    limits: tuple[str, ...] = ()
+    brings: bool = True
 
 
 def _over_torchft(transport: Callable[..., CheckpointTransport[Any]]) -> SubjectKind:
@@ -136,17 +147,17 @@ def _over_torchft(transport: Callable[..., CheckpointTransport[Any]]) -> Subject
         made = transport(group, connection.timeout, CPU, state_dict=connection.template)
         return TorchftSubject(made, connection.timeout, group)
 
-    return SubjectKind(make)
+    return SubjectKind(make, limits=("raw Gloo",))
 
 
-def _over_lanes(**options: Any) -> SubjectKind:
+def _over_lanes(*limits: str, **options: Any) -> SubjectKind:
     def make(connection: Connection) -> Subject:
         made = ft_transport.LaneTransport[Any](
             connection.timeout, connection.device, state_dict=connection.template, **options
         )
         return TorchftSubject(made, connection.timeout)
 
-    return SubjectKind(make)
+    return SubjectKind(make, limits=limits)
 
 
 def _over_distributed(transport: Callable[..., Any]) -> SubjectKind:
@@ -163,7 +174,7 @@ def _over_distributed(transport: Callable[..., Any]) -> SubjectKind:
         group = dist.new_group(backend="gloo", timeout=connection.timeout)
         return DistributedSubject(transport(group, connection.timeout, CPU, state_dict=connection.template))
 
-    return SubjectKind(make)
+    return SubjectKind(make, limits=("raw Gloo",))
 
 
 def _over_http(num_chunks: int) -> SubjectKind:
@@ -171,15 +182,19 @@ def _over_http(num_chunks: int) -> SubjectKind:
         return TorchftSubject(HTTPTransport(connection.timeout, num_chunks), connection.timeout)
 
     # It builds the state from the stream that it fetches, and has no argument for where to put it.
-    return SubjectKind(make, in_place=False)
+    return SubjectKind(make, in_place=False, limits=("raw TCP",))
 
+
+# Lanes read memory within a machine where the system lets them, and go over TCP elsewhere.
+_READ_OR_TCP = ("raw process_vm_readv", "raw TCP")
 
 SUBJECTS: dict[str, SubjectKind] = {
-    "ft_transport": _over_torchft(ft_transport.PGTransport),
-    "ft_transport verify=True": _over_torchft(partial(ft_transport.PGTransport, verify=True)),
-    "ft_transport lanes": _over_lanes(),
-    "ft_transport lanes verify=False": _over_lanes(verify=False),
-    "ft_transport.distributed": _over_distributed(ft_transport.distributed.PGTransport),
+    "lanes": _over_lanes(*_READ_OR_TCP),
+    "lanes verify=False": _over_lanes(*_READ_OR_TCP, verify=False),
+    "lanes fabric=tcp": _over_lanes("raw TCP", fabric="tcp"),
+    "group": _over_torchft(ft_transport.PGTransport),
+    "group verify=True": _over_torchft(partial(ft_transport.PGTransport, verify=True)),
+    "distributed": _over_distributed(ft_transport.distributed.PGTransport),
     "torchft PGTransport": _over_torchft(TorchftPGTransport),
     "torch _pg_transport": _over_distributed(TorchPGTransport),
     # Without chunks, as the Manager makes it; with eight, since parallel requests are the one knob it has for speed.
@@ -187,7 +202,7 @@ SUBJECTS: dict[str, SubjectKind] = {
     "torchft HTTP x8": _over_http(num_chunks=8),
 }
 
-OURS = tuple(name for name in SUBJECTS if name.startswith("ft_transport"))
+OURS = tuple(name for name in SUBJECTS if name.startswith(("lanes", "group", "distributed")))
 
 # What the ratios are against.
 REFERENCE = "torchft PGTransport"

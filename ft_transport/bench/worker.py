@@ -6,6 +6,7 @@ Nothing here decides what to do about a failure: the rank says so and leaves, an
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -19,12 +20,13 @@ from datetime import timedelta
 import torch
 
 from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
+from ft_transport.bench.limits import LIMITS
 from ft_transport.bench.measure import MemoryPeak, free_memory, loopback_nbytes, touch_free_memory
 from ft_transport.bench.plan import Job, Turn
 from ft_transport.bench.results import Sample, Size
 from ft_transport.bench.states import STEP, State, build, fill_constant, fill_random
 from ft_transport.bench.store import PrefixStore, Store, TCPStore, barrier
-from ft_transport.bench.subjects import SUBJECTS, Connection, Subject
+from ft_transport.bench.subjects import SUBJECTS, Connection, Subject, SubjectKind
 
 __all__ = ["run_rank"]
 
@@ -64,37 +66,47 @@ class _Worker:
         self._in_place = job.case.mode == "in-place"
         self._device = _device(job.device, rank)
         self._subjects: dict[str, Subject] = {}
-        self._state = self._build()
         if rank == 0:
-            self._publish()
+            state = self._state
+            size = Size(distinct_nbytes(state), sum(1 for _ in tensors(state)), len(storages(state)))
+            store.set("size", json.dumps(dataclasses.asdict(size)))
         self._size = Size(**json.loads(store.get("size")))
-        self._expected: dict[str, str] = json.loads(store.get("fingerprint"))
 
-    def _build(self) -> State:
+    @functools.cached_property
+    def _state(self) -> State:
         """The source's state; a receiver's template; nothing where it receives afresh."""
         if self._rank == 0:
             state = build(self._job.case.state, self._job.scale, STEP, self._device)
             fill_random(state, self._job.seed)
-            return state
+            return self._published("state", state)
         # Never the source's values: a transport that moves nothing would then be told as equal.
         return build(self._job.case.state, self._job.scale, step=0, device=self._device) if self._in_place else {}
 
-    def _publish(self) -> None:
-        state = self._state
-        size = Size(distinct_nbytes(state), sum(1 for _ in tensors(state)), len(storages(state)))
-        self._store.set("size", json.dumps(dataclasses.asdict(size)))
+    @functools.cached_property
+    def _bytes(self) -> State:
+        """What limits move in the state's place."""
+        if self._rank == 0:
+            return self._published("bytes", {"bytes": torch.cat([storage.cpu() for storage in storages(self._state)])})
+        return {"bytes": torch.empty(self._size.nbytes, dtype=torch.uint8)} if self._in_place else {}
+
+    def _published(self, name: str, state: State) -> State:
         # Digests and not the state: sent by way of the store it would be the very transfer that is to be checked.
-        self._store.set("fingerprint", json.dumps(fingerprint(state)))
+        self._store.set(f"fingerprint/{name}", json.dumps(fingerprint(state)))
+        return state
 
     def take(self, turn: Turn) -> Sample:
         """Take one turn. What a transport raises is in the sample."""
         sample = Sample(turn.index, self._rank)
         try:
-            subject = self._subject(turn.transport)
+            what = "bytes" if turn.transport in LIMITS else "state"
+            state = self._bytes if what == "bytes" else self._state
+            subject = self._subject(turn.transport, state)
             if self._rank == 0:
-                self._serve(subject, turn, sample)
-            else:
-                self._check(self._receive(subject, turn, sample), sample)
+                self._serve(subject, turn, state, sample)
+                return sample
+            received = self._receive(subject, turn, state, sample)
+            if _kind(turn.transport).brings:
+                self._check(received, what, state, sample)
         except Exception as exc:
             sample.error = f"{type(exc).__name__}: {exc}"
         return sample
@@ -103,7 +115,7 @@ class _Worker:
         for subject in self._subjects.values():
             subject.close()
 
-    def _subject(self, transport: str) -> Subject:
+    def _subject(self, transport: str, state: State) -> Subject:
         """The rank's end of a transport, made when its first turn comes, so that a failure counts as its own."""
         if transport not in self._subjects:
             prefix = transport.replace(" ", "-")
@@ -113,31 +125,31 @@ class _Worker:
                 rank=self._rank,
                 world_size=self._job.world_size,
                 timeout=timedelta(seconds=self._job.timeout_seconds),
-                template=(lambda: self._state) if self._in_place else None,
+                nbytes=self._size.nbytes,
+                template=(lambda: state) if self._in_place or (transport in LIMITS and self._rank == 0) else None,
                 device=self._device,
             )
-            self._subjects[transport] = SUBJECTS[transport].make(connection)
+            self._subjects[transport] = _kind(transport).make(connection)
         return self._subjects[transport]
 
-    def _serve(self, subject: Subject, turn: Turn, sample: Sample) -> None:
+    def _serve(self, subject: Subject, turn: Turn, state: State, sample: Sample) -> None:
         # In each turn anew, as before each quorum: an HTTP server or a listener may have another address by then.
         self._store.set(f"metadata/{turn.index}", subject.metadata())
         receivers = list(range(1, self._job.world_size))
         free_memory()
         wire = loopback_nbytes() if self._job.one_machine else None
         with self._measured(turn, sample):
-            subject.send(receivers, self._state)
+            subject.send(receivers, state)
         after = loopback_nbytes()
         if wire is not None and after is not None:
             sample.nbytes_wire = after - wire
         subject.finish()
 
-    def _receive(self, subject: Subject, turn: Turn, sample: Sample) -> object:
+    def _receive(self, subject: Subject, turn: Turn, state: State, sample: Sample) -> object:
         metadata = self._store.get(f"metadata/{turn.index}").decode()
-        if self._in_place:
-            fill_constant(self._state)
+        fill_constant(state)
         free_memory()
-        if not self._in_place:
+        if not self._in_place and not self._job.cold:
             touch_free_memory(self._size.nbytes * 5 // 4)  # The state and some buffers.
         with self._measured(turn, sample):
             return subject.receive(metadata)
@@ -149,24 +161,30 @@ class _Worker:
         barrier(self._store, f"begin/{turn.index}", self._job.world_size)
         # After the barrier, which ends on all ranks within a millisecond. Whoever measured from its own begin of the
         # turn would measure how long the others had filled and freed memory.
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         yield
         if self._device.type != "cpu":
             # A copy that a transport has begun and not waited for is no state that somebody has.
             torch.accelerator.synchronize(self._device)
-        # The clock first, then memory: to read /proc takes longer than a tiny state. If the transfer raises, neither
-        # is taken and no second barrier entered, so the others' wait ends by the store's time-out or by the
-        # supervisor.
+        # If the transfer raises, nothing is taken and no second barrier entered, so the others' wait ends by the
+        # store's time-out or by the supervisor.
         sample.seconds = time.perf_counter() - start
-        sample.nbytes_memory = memory.extra_nbytes()
         barrier(self._store, f"end/{turn.index}", self._job.world_size)
+        # After the barrier: a source may have threads that serve after its call has returned.
+        sample.cpu_seconds = time.process_time() - cpu
+        sample.nbytes_memory = memory.extra_nbytes()
 
-    def _check(self, received: object, sample: Sample) -> None:
+    def _check(self, received: object, what: str, state: State, sample: Sample) -> None:
         # After the last barrier, outside of all that is measured: to read 1.5 GB once more is a tenth of a quick
         # transfer.
-        sample.wrong = differences(self._expected, fingerprint(received))[:10]
+        expected = json.loads(self._store.get(f"fingerprint/{what}"))
+        sample.wrong = differences(expected, fingerprint(received))[:10]
         if self._in_place:
-            sample.in_place = landed_in_place(self._state, received)
+            sample.in_place = landed_in_place(state, received)
+
+
+def _kind(transport: str) -> SubjectKind:
+    return LIMITS[transport] if transport in LIMITS else SUBJECTS[transport]
 
 
 def _device(kind: str, rank: int) -> torch.device:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from ft_transport.bench.limits import limits_of
 from ft_transport.bench.subjects import SUBJECTS
 
 LIMIT_SECONDS = 110
@@ -86,25 +87,62 @@ def test_all_transports_bring_a_state_over(tmp_path: Path, state: str) -> None:
     assert process.returncode == 0, out + err
     found = results(tmp_path)
     rows = {(row["state"], row["mode"], row["transport"]): row for row in found["rows"]}
-    assert len(rows) == 2 * len(SUBJECTS)
+    limits = limits_of(SUBJECTS, one_machine=True, device="cpu")
+    assert list(dict.fromkeys(transport for _, _, transport in rows)) == [*limits, *SUBJECTS]
+    assert len(rows) == 2 * len([*limits, *SUBJECTS])
     for (_, mode, transport), row in rows.items():
-        if mode == "in-place" and not SUBJECTS[transport].in_place:
+        if mode == "in-place" and transport in SUBJECTS and not SUBJECTS[transport].in_place:
             assert row["status"] == "unsupported"
             continue
-        assert row["status"] == "equal", row
-        assert row["in_place_share"] == (1.0 if mode == "in-place" else None)
+        # A machine may forbid it, and then lanes go over TCP.
+        if transport == "raw process_vm_readv" and row["status"] == "unsupported":
+            continue
+        assert row["status"] == ("limit" if transport in limits else "equal"), row
         assert len(row["seconds"]) == 2
         assert len(row["samples"]) == 3
         assert row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
         assert row["reference"] == "torchft PGTransport"
-        # Of the loopback's; lanes read memory, where the system lets them.
-        assert row["nbytes_wire"] >= row["nbytes"] or transport.startswith("ft_transport lanes")
+        assert row["of_memmove"] > 0
+        assert row["cpu_seconds_source"] > 0
+        assert row["cpu_seconds_receiver"] > 0
+        if transport in SUBJECTS:
+            assert row["in_place_share"] == (1.0 if mode == "in-place" else None)
+            assert row["limit"] in SUBJECTS[transport].limits
+            assert row["of_limit"] > 0
+            # Of the loopback's; lanes read memory, where the system lets them.
+            assert row["nbytes_wire"] >= row["nbytes"] or row["limit"] == "raw process_vm_readv"
+            assert row["nbytes_wire"] >= row["nbytes"] or transport.startswith("lanes")
     assert found["environment"].keys() >= {"torch", "torchft", "ft_transport", "python", "cores", "command"}
     assert found["options"]["scale"] == 0.02
-    assert found["bounds"]["loopback, 1 connection"] > 0
-    assert "this machine" in out
     assert out.count("equal") - out.count("equal.") >= len(SUBJECTS)
     assert "\x1b" not in out
+
+
+def test_a_cold_run_counts_its_first_transfers(tmp_path: Path) -> None:
+    arguments = ["--states", "tiny", "--scale", "0.1", "--rounds", "2", "--cold", "0.1", "--transports", "lanes"]
+    with bench(tmp_path, *arguments) as process:
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 0, out + err
+    rows = [row for row in results(tmp_path)["rows"] if row["transport"] == "lanes"]
+    assert [(row["mode"], row["status"], len(row["samples"])) for row in rows] == [
+        ("fresh", "equal", 2),
+        ("in-place", "equal", 2),
+    ]
+    assert "tiny · in-place · cold" in out
+
+
+def test_growth_is_fitted_and_shown(tmp_path: Path) -> None:
+    arguments = ["--growth", "100x10MB", "--modes", "in-place", "--transports", "lanes", "--rounds", "1"]
+    with bench(tmp_path, *arguments) as process:
+        out, err = process.communicate(timeout=LIMIT_SECONDS)
+    assert process.returncode == 0, out + err
+    found = json.loads((tmp_path / "bench.json").read_text())
+    (growth,) = found["growth"]
+    assert [point["state"] for point in growth["points"]] == ["10x1MB", "10x10MB", "100x1MB", "100x10MB"]
+    assert [len(fit["off"]) for fit in growth["fits"]] == [4, 4, 4]
+    assert "growth · in-place · lanes" in out
+    assert "each leaf" in out
+    assert "4 states: 10x1MB, 10x10MB, 100x1MB, 100x10MB\n" in out
 
 
 def test_a_killed_worker_costs_one_row_and_not_the_run(tmp_path: Path) -> None:
@@ -125,7 +163,7 @@ def test_a_killed_worker_costs_one_row_and_not_the_run(tmp_path: Path) -> None:
         os.kill(workers_of(process.pid, 2)[1], signal.SIGKILL)
         out, err = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 3, out + err
-    killed, other = results(tmp_path)["rows"]
+    *_, killed, other = results(tmp_path)["rows"]
     assert (killed["status"], other["status"]) == ("failed", "equal")
     assert "SIGKILL" in killed["note"]
     assert other["reference"] == "torch _pg_transport"
@@ -152,7 +190,7 @@ def test_ranks_on_several_machines(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ["--address", f"127.0.0.1:{port}", "--receivers", "2"]
-    chosen = ["--states", "large", "--scale", "0.01", "--rounds", "1", "--transports", "ft_transport,torchft HTTP"]
+    chosen = ["--states", "large", "--scale", "0.01", "--rounds", "1", "--transports", "group,torchft HTTP"]
     with (
         bench(tmp_path / "1", *arguments, "--rank", "1") as first,
         bench(tmp_path / "2", *arguments, "--rank", "2") as second,
@@ -164,9 +202,11 @@ def test_ranks_on_several_machines(tmp_path: Path) -> None:
             _, err = follower.communicate(timeout=20)
             assert follower.returncode == 0, err
     rows = results(tmp_path / "0")["rows"]
-    assert [row["status"] for row in rows] == ["equal", "equal", "equal", "unsupported"]
-    assert [len(of_turn) for of_turn in rows[0]["samples"]] == [3, 3]
-    assert rows[0]["nbytes_wire"] is None
+    of = ["memmove", "raw TCP", "raw Gloo", "group", "torchft HTTP"]
+    assert [row["transport"] for row in rows] == of * 2
+    assert [row["status"] for row in rows] == [*["limit"] * 3, "equal", "equal", *["limit"] * 3, "equal", "unsupported"]
+    assert [len(of_turn) for of_turn in rows[3]["samples"]] == [3, 3]
+    assert rows[3]["nbytes_wire"] is None
 
 
 @pytest.mark.parametrize("arguments", [["--states", "nothing"], ["--rank", "3"]])
