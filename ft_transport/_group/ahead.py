@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 
 from ft_transport._deadline import Deadline
 from ft_transport._plan.destination import DestinationPlan
@@ -34,7 +35,8 @@ class Ahead:
         self._landing = landing
         flights = layout.flights if landing.has_pages else []
         self._left = [len(messages) for messages in flights]  # messages of each flight whose memory is not there
-        self._todo = iter([(flight, message) for flight, messages in enumerate(flights) for message in messages])
+        self._todo = deque((flight, message) for flight, messages in enumerate(flights) for message in messages)
+        self._end = 0
         self._changed = threading.Condition()
         self._crew = ThreadGroup()
         self._closing = False
@@ -42,12 +44,14 @@ class Ahead:
     def start(self) -> None:
         """Begin, if any memory is fresh."""
         threads = min(_MAX_THREADS, len(os.sched_getaffinity(0))) if self._left else 0
-        try:
-            for _ in range(threads):
+        for number in range(threads):
+            try:
                 self._crew.start("pages", self._run)
-        except RuntimeError:
-            # No more threads are to be had. Whoever writes to the memory has it provided, as it would be without us.
-            self._left = []
+            except RuntimeError:  # no more threads are to be had
+                if number == 0:
+                    # Whoever writes to the memory has it provided then, as without us.
+                    self._left = []
+                return
 
     def _run(self) -> None:
         while (next_one := self._take()) is not None:
@@ -60,7 +64,15 @@ class Ahead:
 
     def _take(self) -> tuple[int, int] | None:
         with self._changed:
-            return None if self._closing else next(self._todo, None)
+            self._changed.wait_for(lambda: self._closing or not self._todo or self._todo[0][0] < self._end)
+            return self._todo.popleft() if self._todo and not self._closing else None
+
+    def go_on(self, end: int) -> None:
+        """Let the memory of all flights before this one be provided."""
+        # No more than may be posted. What is provided long before bytes come may have been taken back by then.
+        with self._changed:
+            self._end = end
+            self._changed.notify_all()
 
     def is_there(self, flight: int) -> bool:
         """Whether the memory of a flight is there, or nobody sees to that."""
@@ -83,4 +95,5 @@ class Ahead:
     def _close(self) -> None:
         with self._changed:
             self._closing = True
+            self._changed.notify_all()
         self._crew.join()

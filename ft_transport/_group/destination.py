@@ -247,6 +247,7 @@ class _DestinationFlights:
     def _post_ahead(self, landed: int) -> None:
         """Post flights as far as the window and the buckets allow."""
         end = min(landed + self._plan.header.limits.window, len(self._layout.flights))
+        self._ahead.go_on(end)
         while self._next < end:
             messages = self._layout.flights[self._next]
             targets = [self._landing.placement.direct(message) for message in messages]

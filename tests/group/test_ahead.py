@@ -37,7 +37,9 @@ class Landing:
 
 def ahead(landing: Landing) -> Ahead:
     layout: Any = SimpleNamespace(flights=FLIGHTS)
-    return Ahead(layout, landing)  # type: ignore[arg-type]
+    made = Ahead(layout, landing)  # type: ignore[arg-type]
+    made.go_on(len(FLIGHTS))
+    return made
 
 
 def of_pages() -> list[threading.Thread]:
@@ -62,6 +64,24 @@ def test_flights_are_there_in_their_order(monkeypatch: pytest.MonkeyPatch) -> No
     finally:
         landing.let(6)
         it.close()
+    assert of_pages() == []
+
+
+def test_no_further_than_may_be_posted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    landing = Landing()
+    it = ahead(landing)
+    it.go_on(1)
+    it.start()
+    landing.let(6)
+    it.await_memory(0, Deadline(SOON))
+    with pytest.raises(TransferTimeout):
+        it.await_memory(1, Deadline(timedelta(0)))
+    assert sorted(landing.provided) == [0, 1]
+    it.go_on(2)
+    it.await_memory(1, Deadline(SOON))
+    assert sorted(landing.provided) == [0, 1, 2]
+    it.close()
     assert of_pages() == []
 
 
@@ -116,18 +136,27 @@ def test_nothing_is_fresh() -> None:
     it.close()
 
 
-def test_no_threads_are_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("to_be_had", [0, 1])
+def test_no_more_threads_are_to_be_had(monkeypatch: pytest.MonkeyPatch, to_be_had: int) -> None:
     """The state lands all the same."""
+    start, left = ThreadGroup.start, [None] * to_be_had
 
-    def refuse(*_: object) -> None:
-        raise RuntimeError("can't start new thread")
+    def refuse(self: ThreadGroup, *args: Any) -> None:
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left.pop()
+        start(self, *args)
 
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(ThreadGroup, "start", refuse)
-    it = ahead(Landing())
+    landing = Landing()
+    it = ahead(landing)
     it.start()
-    it.await_memory(0, Deadline(SOON))
-    assert it.is_there(2)
+    landing.let(6)
+    for flight in range(3):
+        it.await_memory(flight, Deadline(SOON))
     it.close()
+    assert len(landing.provided) == 6 * to_be_had
 
 
 def test_never_begun() -> None:
