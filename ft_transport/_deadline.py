@@ -66,3 +66,8 @@ class Deadline:
     def expire(self) -> None:
         """Let it have passed. Any thread."""
         self._end = min(self._end, time.monotonic())
+
+
+def processor_seconds() -> float:
+    """Seconds for which the calling thread has had a processor."""
+    return time.thread_time()

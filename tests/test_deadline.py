@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pytest
 
-from ft_transport._deadline import MAX_WAIT, MIN_WAIT, Deadline
+from ft_transport._deadline import MAX_WAIT, MIN_WAIT, Deadline, processor_seconds
 
 
 class Clock:
@@ -81,3 +81,8 @@ def test_what_is_too_long_for_the_system_is_long(clock: Clock, timeout: timedelt
     # Of all that waits, a poll takes the least: milliseconds in 32 bits.
     assert MAX_WAIT / timedelta(milliseconds=1) < 1 << 31
     assert MAX_WAIT.total_seconds() < threading.TIMEOUT_MAX
+
+
+def test_what_a_thread_has_had_of_a_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "thread_time", lambda: 2.5)
+    assert processor_seconds() == 2.5

@@ -11,6 +11,7 @@ import torch
 
 from ft_transport._deadline import Deadline
 from ft_transport._device import NO_STREAMS, Streams, settle
+from ft_transport._group.ahead import Ahead
 from ft_transport._group.channel import Channel, Pending
 from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
 from ft_transport._group.fan_out import close_failed
@@ -34,6 +35,8 @@ logger = logging.getLogger("ft_transport")
 
 # Leaves that an error names.
 _MAX_NAMED = 3
+# Flights that are posted while the memory of the next one is waited for: one lands, the other is there when it has.
+_MOVING_MEANWHILE = 2
 
 
 def receive(
@@ -216,9 +219,17 @@ class _DestinationFlights:
         self._moving: deque[tuple[list[_Arrival], Bucket | None]] = deque()
         self._answers: deque[Pending] = deque()
         self._next = 0
+        self._ahead = Ahead(self._layout, self._landing)
 
     def receive(self) -> None:
         """Receive all flights."""
+        try:
+            self._ahead.start()
+            self._receive()
+        finally:
+            self._ahead.close()
+
+    def _receive(self) -> None:
         for flight in range(len(self._layout.flights)):
             # Ahead, so that the bytes of the next flights find their receives: one that is not posted stops the pair.
             self._post_ahead(flight)
@@ -248,6 +259,7 @@ class _DestinationFlights:
     def _post_ahead(self, landed: int) -> None:
         """Post flights as far as the window and the buckets allow."""
         end = min(landed + self._plan.header.limits.window, len(self._layout.flights))
+        self._ahead.go_on(end)
         while self._next < end:
             messages = self._layout.flights[self._next]
             targets = [self._landing.placement.direct(message) for message in messages]
@@ -255,6 +267,10 @@ class _DestinationFlights:
             # Not waited for: the flights that hold the buckets are landed by this same thread.
             if staged and not self._buckets:
                 return
+            if not self._ahead.is_there(self._next):
+                if len(self._moving) >= _MOVING_MEANWHILE:
+                    return
+                self._ahead.await_memory(self._next, self._control.deadline)
             bucket = self._buckets.pop() if staged else None
             if bucket is not None:
                 bucket.reset(sum(aligned(self._layout.sizes[message]) for message in staged))

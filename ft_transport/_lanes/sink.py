@@ -135,6 +135,7 @@ class Sink:
             view = memory_at(staged.data_ptr(), nbytes)
         else:
             view = held.view
+            self._landing.provide(message)
             self._note_torn(message)
         # Into the template itself, and not by way of a copy: so it is torn from the first byte on, before any digest is
         # known. What makes that safe is the guard, and shadow= for those who would rather pay.

@@ -1,12 +1,11 @@
 """Memory of our own: arenas for fresh leaves, buckets to stage in; and memory that cannot be written to.
 
 Strategy: fresh memory costs page faults, which are several times slower than the wire, so it is asked for in huge
-pages, and a bucket is used again and again.
+pages (see ``_plan.pages``), and a bucket is used again and again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import re
 from bisect import bisect_left, bisect_right
@@ -17,14 +16,12 @@ import torch
 
 from ft_transport._device import NOTHING, Copies, Streams, seam
 from ft_transport._options import CPU, NUM_BUCKETS
+from ft_transport._plan.pages import HUGE_PAGE, Pages
 from ft_transport._process import address_of
 
 __all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "allocate", "by_turns"]
 
 
-# Of x86-64 and of arm64 with pages of 4 KiB; where it is another size the advice below is ignored, and nothing is wrong
-# but the speed.
-_HUGE_PAGE = 2 << 20
 # Fresh memory of this size and more comes from an arena; smaller storages are torch's own.
 FROM_ARENA = 256 << 10
 # What an arena asks for at once. Its memory is given back when nothing in it is referred to any more.
@@ -50,9 +47,13 @@ class Arena:
 
     A page fault costs as much for 2 MiB as for 4 KiB, but tensors rarely start or end on a huge page. So they are
     placed one behind the other, each a storage of its own.
+
+    Attributes:
+        pages: Which pages that memory is made of.
     """
 
     def __init__(self) -> None:
+        self.pages = Pages()
         self._mapping: mmap.mmap | None = None
         self._used = 0
 
@@ -76,20 +77,18 @@ class Arena:
 
     def _map(self, nbytes: int) -> None:
         nbytes = max(nbytes, _ARENA_BYTES)
-        size = nbytes + -nbytes % _HUGE_PAGE
+        size = nbytes + -nbytes % HUGE_PAGE
         try:
             # The kernel merges only aligned runs of 2 MiB; ``mmap`` aligns to 4 KiB. MAP_POPULATE would fault all of it
             # in at once, for states of which half is never fresh; the advice alone costs nothing until a byte lands.
             # One huge page more, so that the first can be at a multiple of its size.
-            mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            mapping = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, ValueError) as exc:
             raise MemoryError(f"no room for {size} bytes: {exc}") from exc
-        # Fresh memory of 1 GiB by ``torch.empty`` takes 0.4 to 1.6 GB/s, page by page; so it takes 3 and more.
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel that has none
-                mapping.madvise(mmap.MADV_HUGEPAGE)
         first = address_of(mapping)
-        self._used = -first % _HUGE_PAGE
+        self._used = -first % HUGE_PAGE
+        # Fresh memory of 1 GiB by ``torch.empty`` takes 0.4 to 1.6 GB/s, page by page; so it takes 3 and more.
+        self.pages.add(first + self._used, first + self._used + size)
         self._mapping = mapping
 
 
@@ -177,7 +176,7 @@ class Bucket:
             self._flat = None  # before the new one is allocated
             # In huge pages where nobody else has a say: faults of 64 MiB, page by page, cost more than the copies.
             mine = self._device.type == "cpu" and not self._pinned
-            self._flat = Arena().allocate(nbytes) if mine else allocate(nbytes, self._device, pinned=self._pinned)
+            self._flat = _provided(nbytes) if mine else allocate(nbytes, self._device, pinned=self._pinned)
 
     @property
     def untouched(self) -> bool:
@@ -202,6 +201,14 @@ class Bucket:
         assert taken.numel() == nbytes, "more taken than asked for in reset()"
         self._used += aligned(nbytes)
         return taken
+
+
+def _provided(nbytes: int) -> torch.Tensor:
+    """Memory as an arena's that is about to be written to."""
+    arena = Arena()
+    flat = arena.allocate(nbytes)
+    arena.pages.provide(flat.data_ptr(), flat.data_ptr() + nbytes)
+    return flat
 
 
 def by_turns(streams: Streams) -> deque[Bucket]:

@@ -24,6 +24,7 @@ from ft_transport._plan.blocks import CARRIERS, Block, Places, held, indexed, sh
 from ft_transport._plan.buffers import FROM_ARENA, Arena, allocate
 from ft_transport._plan.compare import Slot, Targets, same_strides
 from ft_transport._plan.expected import Template
+from ft_transport._plan.pages import Pages
 from ft_transport._plan.placement import Placement, note_state
 from ft_transport._plan.rebuild import Landed, Rebuild, allocated, quiet, view_of
 from ft_transport._plan.template import fit
@@ -146,6 +147,7 @@ class DestinationPlan:
         self.in_place = plan.nbytes_in_place > 0
         self.large = plan.large
         self._fresh_ranges = plan.fresh_ranges
+        self._pages = fresh.pages
         self._landed = plan.landed
         self._counts: list[int] = []  # of the targets of copies, as torch counts their in-place operations
         self._rebuild = Rebuild(manifest, matched, targets, plan.landed, surroundings or Surroundings(), where)
@@ -176,6 +178,19 @@ class DestinationPlan:
         """Whether all of a message lands in the template's memory."""
         return self._fresh_ranges.isdisjoint(self._layout.owners[message])
 
+    @property
+    def has_pages(self) -> bool:
+        """Whether :meth:`provide` may do anything."""
+        return self._pages.any
+
+    def provide(self, message: int) -> None:
+        """Have the system provide the memory that a message is about to land in, where that is fresh; see
+        ``_plan.pages``. Any thread."""
+        held = self.placement.held(message) if self._pages.any else None
+        if held is not None:
+            address = held.block.address
+            self._pages.provide(address + held.begin, address + held.end)
+
     def touches_template(self, message: int) -> bool:
         """Whether any of a message lands in the template's memory."""
         return not self._fresh_ranges.issuperset(self._layout.owners[message])
@@ -192,6 +207,7 @@ class DestinationPlan:
             TransferTimeout: Their deadline passed; the template holds a mix.
         """
         landed = self._landed
+        self._pages.allow_huge()  # nobody waits for them any more
         self._counts = [_count(self._targets[target].memory) for target, _ in landed.copies]
         if landed.copies:
             # Not in the caller's: there each would wait for the step that training is in, without a limit.
@@ -519,6 +535,11 @@ class _Fresh:
         self._storages: dict[int, torch.Tensor] = {}
         self._nbytes = 0
         self._room: Room | None = None
+
+    @property
+    def pages(self) -> Pages:
+        """What the CPU's large storages are made of."""
+        return self._arena.pages
 
     def tensor(self, view: View) -> torch.Tensor:
         """A tensor that is all of a storage."""

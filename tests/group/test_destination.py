@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from helpers import CPU, SMALL, noise, snapshot, transfer
+from helpers import CPU, SMALL, noise, snapshot, succeed, transfer
 
-from ft_transport import PeerFailure, RemoteProtocolError, TransferReport
+from ft_transport import PeerFailure, RemoteProtocolError, TransferReport, TransferTimeout
 from ft_transport._deadline import Deadline
-from ft_transport._group.control import Control
+from ft_transport._group.ahead import Ahead
+from ft_transport._group.control import FIRST_MESSAGE_TAG, Control
 from ft_transport._group.destination import receive
 from ft_transport._options import Options
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import PeerReport
 from ft_transport._wire.digest import digest_bytes
@@ -136,3 +139,83 @@ def test_options_are_the_receivers_but_for_the_wire() -> None:
     ends = transfer({"w": noise(700, 1)}, options=SMALL, destination_options=Options(CPU, verify=False))
     assert ends.destination.error is None
     assert ends.destination.report.num_messages == 3
+
+
+# -------------------------------------------------------------------------------------- fresh memory
+
+
+@dataclass(frozen=True)
+class Megabytes(Options):
+    """Messages and flights of 1 MiB, of which many may be under way."""
+
+    def limits(self, nbytes: int) -> Limits:
+        return Limits(message_bytes=1 << 20, flight_bytes=1 << 20, pack_below=256 << 10, pack_from=2, window=32)
+
+
+@pytest.fixture
+def provided(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Messages whose memory was provided, as it is on a system whose pages come slowly."""
+    done: list[int] = []
+    provide = DestinationPlan.provide
+
+    def noted(self: DestinationPlan, message: int) -> None:
+        provide(self, message)
+        done.append(message)
+
+    monkeypatch.setattr(DestinationPlan, "provide", noted)
+    monkeypatch.setattr("ft_transport._plan.pages._AT_HAND_S", 0.0)
+    return done
+
+
+def test_fresh_memory_is_there_before_its_message_is_posted(provided: list[int]) -> None:
+    near, far = memory_channels()
+    recv, missing = far.recv, []
+
+    def noted(tensor: Any, tag: int) -> Any:
+        message = tag - FIRST_MESSAGE_TAG
+        # The descriptions of what comes have a tag of their own, and length.
+        if tensor.numel() == 1 << 20 and message not in provided:
+            missing.append(message)
+        return recv(tensor, tag)
+
+    far.recv = noted  # type: ignore[method-assign]
+    state = {"w": noise(6 << 18, 1), "small": [noise(50, 2), noise(60, 3)]}
+    ends = succeed(state, options=Megabytes(CPU, verify=True), channels=(near, far))
+    assert sorted(provided) == list(range(ends.destination.report.num_messages))
+    assert missing == []
+    assert not [thread for thread in threading.enumerate() if thread.name == "ft_transport-pages"]
+
+
+def test_in_place_nothing_is_provided(provided: list[int]) -> None:
+    state, template = {"w": noise(2 << 18, 1)}, {"w": noise(2 << 18, 2)}
+    succeed(state, lambda: template, options=Megabytes(CPU, verify=True))
+    assert provided == []
+
+
+def test_a_deadline_that_passes_while_memory_is_provided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transfer is over then; the thread that provides is waited for."""
+    over, providing = threading.Event(), []
+    raised: list[bool] = []
+
+    def stuck(self: DestinationPlan, message: int) -> None:
+        providing.append(message)
+        raised.append(over.wait(10))
+
+    await_memory = Ahead.await_memory
+
+    def noted(self: Ahead, flight: int, deadline: Deadline) -> None:
+        try:
+            await_memory(self, flight, deadline)
+        finally:
+            over.set()
+
+    monkeypatch.setattr(DestinationPlan, "provide", stuck)
+    monkeypatch.setattr(Ahead, "await_memory", noted)
+    state = {"w": noise(6 << 18, 1)}
+    ends = transfer(state, options=Megabytes(CPU), destination_timeout=timedelta(milliseconds=200))
+    assert isinstance(ends.destination.error, TransferTimeout)
+    assert ends.destination.peer.phase == "move"
+    assert isinstance(ends.source.error, PeerFailure)
+    assert all(raised)
+    assert len(providing) <= 4, "what nobody waits for any more is not provided"
+    assert not [thread for thread in threading.enumerate() if thread.name == "ft_transport-pages"]

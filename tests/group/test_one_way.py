@@ -12,7 +12,8 @@ from helpers import CPU, difference, group_channels, noise
 
 from ft_transport import PeerFailure, TransferReport
 from ft_transport._deadline import Deadline
-from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
+from ft_transport._group.channel import GroupChannel, Pending
+from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._group.one_way import description, land_all, post_and_wait
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.placement import note_state
@@ -72,6 +73,24 @@ def test_more_staged_messages_than_there_are_buckets() -> None:
     assert report.nbytes_staged == 9 * 256 + 40 * 12
     (peer,) = report.peers
     assert (peer.outcome, peer.nbytes) == ("complete", report.nbytes_total)
+
+
+def test_memory_is_provided_before_its_message_is_posted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[str]()
+    recv = GroupChannel.recv
+
+    def noted(self: GroupChannel, tensor: torch.Tensor, tag: int) -> Pending:
+        if tag >= FIRST_MESSAGE_TAG:
+            seen.append(f"post {tag - FIRST_MESSAGE_TAG}")
+        return recv(self, tensor, tag)
+
+    monkeypatch.setattr(GroupChannel, "recv", noted)
+    monkeypatch.setattr(DestinationPlan, "provide", lambda _, message: seen.append(f"provide {message}"))
+    state = {"w": noise(100, 1)}
+    received, errors, _ = run(state)
+    assert errors == []
+    assert difference(state, received) == ""
+    assert seen == ["provide 0", "post 0", "provide 1", "post 1"]
 
 
 def test_a_destination_that_goes_is_the_error_and_nothing_more_is_posted_to_it() -> None:

@@ -69,6 +69,21 @@ class Destination:
         return b"".join(raw_bytes(tensor) for tensor in self.template["small"])
 
 
+def test_memory_is_provided_before_a_message_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    it, seen = Destination(), list[str]()
+    monkeypatch.setattr(DestinationPlan, "provide", lambda _, message: seen.append(f"provide {message}"))
+    recv_message = it.session.recv_message
+
+    def noted(header: LaneHeader, *args: Any, **how: Any) -> int | None:
+        seen.append(f"read {header.number}")
+        return recv_message(header, *args, **how)
+
+    it.session.recv_message = noted  # type: ignore[method-assign]
+    assert it.land(0, LARGE)
+    assert it.land(1, SMALL)
+    assert seen == ["provide 0", "read 0", "read 1"], "what is staged is not"
+
+
 def test_messages_land_and_are_counted_once() -> None:
     it = Destination()
     assert it.land(1, SMALL)

@@ -12,6 +12,7 @@ import torch
 from helpers import CPU
 
 from ft_transport._plan.buffers import Arena, Bucket, ReadOnlyMemory, aligned, allocate
+from ft_transport._plan.pages import Pages
 from ft_transport._process import physical_bytes
 
 
@@ -72,6 +73,17 @@ def test_a_bucket_is_reused_and_grows() -> None:
     bucket.reset(1024)
     assert bucket.take(1024).numel() == 1024
     bucket.reset(0)
+
+
+def test_a_bucket_and_its_pages_are_there_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[int, int]]()
+    monkeypatch.setattr(Pages, "provide", lambda _, begin, end: asked.append((begin, end)))
+    bucket = Bucket(CPU)
+    bucket.reset(1 << 20)
+    begin = bucket.take(1 << 20).data_ptr()
+    assert asked == [(begin, begin + (1 << 20))]
+    bucket.reset(1 << 19)
+    assert len(asked) == 1, "it is the same memory"
 
 
 def test_a_bucket_gives_no_more_than_asked_for() -> None:

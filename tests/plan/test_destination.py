@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from ft_transport import TransferReport
 from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import DestinationPlan
+from ft_transport._plan.pages import Pages
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
-from ft_transport._wire.layout import lay_out
+from ft_transport._wire.layout import Limits, lay_out
 from plan.landing import LIMITS, land
 
 # --------------------------------------------------------------------------------- any state, any template
@@ -134,6 +135,22 @@ def test_copies_are_announced() -> None:
     assert not landing.in_place
     _, _, landing = land([noise(5, 1)], [noise(5, 2)])
     assert not landing.copies
+
+
+def test_what_is_fresh_is_provided_where_it_lands(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[tuple[int, int]]()
+    monkeypatch.setattr(Pages, "provide", lambda _, begin, end: asked.append((begin, end)))
+    state = {"mine": noise(1 << 17, 1), "fresh": noise(1 << 17, 2), "small": noise(3, 3)}
+    template = {"mine": noise(1 << 17, 4)}
+    limits = Limits(message_bytes=256 << 10, flight_bytes=1 << 20, pack_below=64, pack_from=1, window=2)
+    result, _, landing = land(state, template, limits)
+    assert landing.has_pages
+    for message in range(len(landing._layout.messages)):
+        landing.provide(message)
+    begin = result["fresh"].data_ptr()
+    # Of the template's memory it is for ``Pages`` to know that it is none of its own.
+    assert {(begin, begin + (256 << 10)), (begin + (256 << 10), begin + (512 << 10))} <= {*asked}
+    assert not land(state, {key: tensor.clone() for key, tensor in state.items()}, limits)[2].has_pages
 
 
 def test_more_than_the_machine_has_is_refused_before_it_is_asked_for() -> None:
