@@ -466,13 +466,6 @@ MUTANTS = [
         ONE_SIDED + "test_a_backend_that_does_not_even_begin",
     ),
     Mutant(
-        "who has waited for its own endpoint does not take the supplier for silent",
-        "_lanes/fetch.py",
-        "        except OSError as exc:\n            timer.progressed()\n",
-        "        except OSError as exc:\n",
-        ONE_SIDED + "test_a_backend_that_does_not_even_begin",
-    ),
-    Mutant(
         "nobody is shown by an endpoint who has another fabric",
         "_lanes/supplier.py",
         "if fabric != self._store.fabric:",

@@ -288,7 +288,6 @@ class _Lane:
             session.send(LaneFrame.LOCATE, timer, body=[fabric, hello])
             reader.reach(self._location(), partial(session.hear, timer=timer, limit=_fabric.OPENING))
         except OSError as exc:
-            timer.progressed()
             # As within a machine on most with containers, and on none of two: messages come over the connection then.
             # Whoever has asked for one by name wants to know.
             level = logging.DEBUG if fabric == CMA else logging.WARNING
