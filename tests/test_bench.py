@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.distributed import HashStore, Store, TCPStore
 
 from ft_transport._lanes.growth import LaneCount
-from ft_transport.bench import groups, limits, plot, run, subjects, worker
+from ft_transport.bench import groups, limits, plot, run, store, subjects, worker
 from ft_transport.bench.__main__ import main
 from ft_transport.bench.check import differences, distinct_nbytes, fingerprint, landed_in_place, storages, tensors
 from ft_transport.bench.groups import join, torchft_version
@@ -240,6 +240,18 @@ def test_a_job_survives_json() -> None:
 def test_cases_are_every_state_in_every_mode() -> None:
     options = Options(["large", "tiny"], ["fresh", "in-place"], [], 1, 1, 1.0, 0, 60.0)
     assert [str(case) for case in options.cases] == ["large fresh", "large in-place", "tiny fresh", "tiny in-place"]
+
+
+# ------------------------------------------------------------------------------------------- store
+
+
+@pytest.mark.parametrize("text", ["", "short", "[ö]" * (3 << 20)])
+def test_a_text_of_any_length_goes_through_the_store(text: str) -> None:
+    """Digests of 100,000 leaves are more than it takes in one value."""
+    patience = timedelta(seconds=15)
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+    store.set_text(server, "key", text)
+    assert store.get_text(TCPStore("127.0.0.1", server.port, is_master=False, timeout=patience), "key") == text
 
 
 # ----------------------------------------------------------------------------------------- results

@@ -7,13 +7,30 @@ import time
 # torch binds these in C++ and does not list them, so a type checker does not see that they are public.
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
-__all__ = ["POLL_SECONDS", "SET", "PrefixStore", "Store", "TCPStore", "barrier", "poll_until"]
+__all__ = ["POLL_SECONDS", "SET", "PrefixStore", "Store", "TCPStore", "barrier", "get_text", "poll_until", "set_text"]
 
 # What a key holds that only needs to be there.
 SET = "set"
 
 # Between two looks, in seconds: rare enough to cost the ranks nothing.
 POLL_SECONDS = 0.1
+
+
+# Characters in one value. torch's store takes 8 MiB, and says of more only that a client is gone.
+PIECE = 1 << 20
+
+
+def set_text(store: Store, key: str, text: str) -> None:
+    """Set a key to a text of any length, for :func:`get_text`."""
+    pieces = [text[begin : begin + PIECE] for begin in range(0, len(text), PIECE)]
+    for number, piece in enumerate(pieces):
+        store.set(f"{key}/{number}", piece)
+    store.set(f"{key}/pieces", str(len(pieces)))
+
+
+def get_text(store: Store, key: str) -> str:
+    """What :func:`set_text` has set, or will have."""
+    return "".join(store.get(f"{key}/{number}").decode() for number in range(int(store.get(f"{key}/pieces"))))
 
 
 def barrier(store: Store, name: str, world_size: int) -> None:

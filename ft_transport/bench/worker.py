@@ -25,7 +25,7 @@ from ft_transport.bench.measure import MemoryPeak, free_memory, loopback_nbytes,
 from ft_transport.bench.plan import Job, Turn
 from ft_transport.bench.results import Sample, Size
 from ft_transport.bench.states import STEP, State, build, fill_constant, fill_random
-from ft_transport.bench.store import PrefixStore, Store, TCPStore, barrier
+from ft_transport.bench.store import PrefixStore, Store, TCPStore, barrier, get_text, set_text
 from ft_transport.bench.subjects import SUBJECTS, Connection, Subject, SubjectKind
 
 __all__ = ["run_rank"]
@@ -91,7 +91,7 @@ class _Worker:
 
     def _published(self, name: str, state: State) -> State:
         # Digests and not the state: sent by way of the store it would be the very transfer that is to be checked.
-        self._store.set(f"fingerprint/{name}", json.dumps(fingerprint(state)))
+        set_text(self._store, f"fingerprint/{name}", json.dumps(fingerprint(state)))
         return state
 
     def take(self, turn: Turn) -> Sample:
@@ -177,7 +177,7 @@ class _Worker:
     def _check(self, received: object, what: str, state: State, sample: Sample) -> None:
         # After the last barrier, outside of all that is measured: to read 1.5 GB once more is a tenth of a quick
         # transfer.
-        expected = json.loads(self._store.get(f"fingerprint/{what}"))
+        expected = json.loads(get_text(self._store, f"fingerprint/{what}"))
         sample.wrong = differences(expected, fingerprint(received))[:10]
         if self._in_place:
             sample.in_place = landed_in_place(state, received)
