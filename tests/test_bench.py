@@ -248,7 +248,7 @@ def test_cases_are_every_state_in_every_mode() -> None:
 @pytest.mark.parametrize("text", ["", "short", "[ö]" * (3 << 20)])
 def test_a_text_of_any_length_goes_through_the_store(text: str) -> None:
     """Digests of 100,000 leaves are more than it takes in one value."""
-    patience = timedelta(seconds=15)
+    patience = timedelta(seconds=60)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
     store.set_text(server, "key", text)
     assert store.get_text(TCPStore("127.0.0.1", server.port, is_master=False, timeout=patience), "key") == text
@@ -849,7 +849,7 @@ OF_ONE_MACHINE = ["memmove", "raw process_vm_readv", "raw TCP", "raw Gloo"]
 
 def take_limits(names: list[str], mode: str) -> list[Row]:
     job = make_job(names, mode, "views")
-    patience = timedelta(seconds=15)
+    patience = timedelta(seconds=60)
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
     # One for each: while a store waits, nobody else can use it.
     stores = [server, TCPStore("127.0.0.1", server.port, is_master=False, timeout=patience)]
