@@ -87,10 +87,15 @@ class Template:
         return found
 
     def plain(self, manifest: Manifest) -> tuple[dict[int, object], Plain] | None:
-        """For what :meth:`read` has given: the template's leaf for each of the manifest's, and those that fit."""
-        if self._expected is None or manifest is not self._read:
+        """For what :meth:`read` has given: the template's leaf for each of the manifest's, and those that fit.
+
+        None if it is to be compared: it was not expected, or the template's memory has been exchanged since.
+        """
+        expected = self._expected
+        # A source may have let us wait for seconds, in which the user's code runs.
+        if expected is None or manifest is not self._read or expected.has_moved():
             return None
-        return dict(enumerate(self.flat.leaves)), self._expected.plain
+        return dict(enumerate(self.flat.leaves)), expected.plain
 
 
 def read(body: Any, template: Template | None) -> tuple[Manifest, ManifestHeader, Layout]:
@@ -146,6 +151,11 @@ class _Expected:
         # A leaf that is the same as an earlier one has no tensor of its own there.
         known = None if manifest.same else tensors
         self.plain = compare_plain(manifest, dict(enumerate(flat.leaves)), ReadOnlyMemory(), known)
+        self._tensors = tensors
+
+    def has_moved(self) -> bool:
+        """Whether a tensor of the template has other memory by now."""
+        return list(map(torch.Tensor.data_ptr, self._tensors.tensors)) != self._tensors.addresses
 
     def read(self, body: Any) -> tuple[Manifest, ManifestHeader, Layout] | None:
         try:

@@ -188,6 +188,15 @@ def test_what_is_otherwise_is_read_as_a_whole(name: str) -> None:
     assert template.plain(manifest) is None
 
 
+def test_memory_that_is_exchanged_while_the_source_is_waited_for() -> None:
+    weight = noise(4, 2)
+    template = expecting({"w": weight})
+    weight.data = noise(4, 3)
+    manifest, _, _ = read(body_of({"w": noise(4, 1)}), template)
+    targets = fit(manifest, template, TransferReport("destination", "test", 7)).targets
+    assert [block.address for block in targets.values()] == [weight.data_ptr()]
+
+
 def test_two_containers_are_not_one() -> None:
     one: list[int] = [1, 2]
     state = {"w": noise(2, 1), "a": one, "b": one}
