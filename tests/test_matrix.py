@@ -63,16 +63,20 @@ def test_the_table_says_what_was_run_what_failed_and_what_was_not_run() -> None:
             "versions": {"python": "3.11.7", "torch": "2.15.0+cu132"},
             "commit": "abc1234",
             "unit": {"outcome": "ran", **COUNTS},
-            "heal": {"outcome": "ran", "passed": 5, "failed": 0, "skipped": 0, "failures": []},
+            "heal": {"outcome": "ran", "passed": 5, "failed": 3, "skipped": 0, "failures": ["b.c[1]", "b.d", "b.c[2]"]},
         },
         missing: {"versions": {}, "install": "no python3.12"},
     }
     table = render([ran, missing, left], results.get)
-    assert "| 3.11.7 | 2.15.0+cu132 | torchft 0.2.0 | abc1234 | 2 passed, 2 failed, 1 skipped | 5 passed |" in table
+    assert (
+        "| 3.11.7 | 2.15.0+cu132 | torchft 0.2.0 | abc1234 | 2 passed, 2 failed, 1 skipped | 5 passed, 3 failed |"
+        in table
+    )
     assert "| 3.12 | 2.15.0 | torchft 0.2.0 |  | no python3.12 |  |" in table
     assert "| 3.13 | 2.15.0 | torchft 0.2.0 |  | not run | not run |" in table
     assert f"Failed with {ran.name}:" in table
-    assert "* `test_a.two[x]`" in table
+    assert "* `test_a.two[x]`\n" in table
+    assert table.endswith("* `b.c`, 2 cases\n* `b.d`")
     # Elsewhere, where another cell is run, these lines stay.
     del results[ran]
     page = replaced(f"{BEGIN}{END}", table)

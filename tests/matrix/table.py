@@ -42,11 +42,19 @@ def render(cells: Sequence[Cell], result_of: Callable[[Cell], dict[str, Any] | N
             versions, torchft = result["versions"], cell.torchft.replace("==", " ")
             found = [versions.get("python", cell.python), versions.get("torch", cell.torch), torchft]
             line = f"| {' | '.join([*found, result.get('commit', ''), *_parts(result)])} |"
-            failed = [name for part in PARTS for name in (result.get(part) or {}).get("failures", [])]
+            failed = _listed([name for part in PARTS for name in (result.get(part) or {}).get("failures", [])])
         lines.append(line)
         if failed:
-            failures += ["", f"Failed with {cell.name}:", "", *(f"* `{name}`" for name in failed)]
+            failures += ["", f"Failed with {cell.name}:", "", *(f"* {each}" for each in failed)]
     return "\n".join([*lines, *failures])
+
+
+def _listed(names: list[str]) -> list[str]:
+    """The tests, each once: of those with several cases, how many have failed."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(name.partition("[")[0], []).append(name)
+    return [f"`{of[0]}`" if len(of) == 1 else f"`{test}`, {len(of)} cases" for test, of in found.items()]
 
 
 def _earlier(cell: Cell, page: str) -> tuple[str, list[str]]:
@@ -55,7 +63,7 @@ def _earlier(cell: Cell, page: str) -> tuple[str, list[str]]:
     line = re.search(rf"^\| {python}(\.\d+)? \| {torch}(\+\w+)? \| {torchft} \|.*$", page, re.MULTILINE)
     failed = re.search(rf"^Failed with {re.escape(cell.name)}:\n\n((\* .*\n)+)", page, re.MULTILINE)
     nothing = f"| {cell.python} | {cell.torch} | {cell.torchft.replace('==', ' ')} |  | not run | not run |"
-    return line[0] if line else nothing, re.findall(r"^\* `(.*)`$", failed[1], re.MULTILINE) if failed else []
+    return line[0] if line else nothing, re.findall(r"^\* (.*)$", failed[1], re.MULTILINE) if failed else []
 
 
 def _parts(result: dict[str, Any]) -> list[str]:
