@@ -81,7 +81,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("state", ["gpt2-adam", pytest.param("views", marks=pytest.mark.thorough)])
 def test_all_transports_bring_a_state_over(tmp_path: Path, state: str) -> None:
-    arguments = ["--states", state, "--scale", "0.02", "--rounds", "2"]
+    arguments = ["--states", state, "--scale", "0.02", "--rounds", "1"]
     with bench(tmp_path, *arguments) as process:
         out, err = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, out + err
@@ -98,8 +98,8 @@ def test_all_transports_bring_a_state_over(tmp_path: Path, state: str) -> None:
         if transport == "raw process_vm_readv" and row["status"] == "unsupported":
             continue
         assert row["status"] == ("limit" if transport in limits else "equal"), row
-        assert len(row["seconds"]) == 2
-        assert len(row["samples"]) == 3
+        assert len(row["seconds"]) == 1
+        assert len(row["samples"]) == 2
         assert row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
         assert row["reference"] == "torchft PGTransport"
         assert row["of_memmove"] > 0
@@ -119,15 +119,13 @@ def test_all_transports_bring_a_state_over(tmp_path: Path, state: str) -> None:
 
 
 def test_a_cold_run_counts_its_first_transfers(tmp_path: Path) -> None:
-    arguments = ["--states", "tiny", "--scale", "0.1", "--rounds", "2", "--cold", "0.1", "--transports", "lanes"]
+    arguments = ["--states", "tiny", "--modes", "in-place", "--scale", "0.1", "--rounds", "2", "--transports", "lanes"]
+    arguments += ["--cold", "0.1"]
     with bench(tmp_path, *arguments) as process:
         out, err = process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == 0, out + err
     rows = [row for row in results(tmp_path)["rows"] if row["transport"] == "lanes"]
-    assert [(row["mode"], row["status"], len(row["samples"])) for row in rows] == [
-        ("fresh", "equal", 2),
-        ("in-place", "equal", 2),
-    ]
+    assert [(row["mode"], row["status"], len(row["samples"])) for row in rows] == [("in-place", "equal", 2)]
     assert "tiny · in-place · cold" in out
 
 
