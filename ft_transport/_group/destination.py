@@ -18,7 +18,7 @@ from ft_transport._group.fan_out import close_failed
 from ft_transport._options import NUM_BUCKETS, Options
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import DestinationPlan, plan_destination
-from ft_transport._plan.expected import Template, read
+from ft_transport._plan.expected import Template, read, template_of
 from ft_transport._plan.rewrite import Received, Rewrite
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
@@ -142,10 +142,8 @@ def _agree(
     failed: BaseException | None = None
     try:
         # While the source describes its state.
-        if state_dict is not None:
-            with no_collection():
-                template = Template(state_dict, options.copies)
-                template.expect(options.limits)
+        with no_collection():
+            template = template_of(state_dict, options)
     except BaseException as exc:
         # Ctrl-C, too: there is nothing to refuse yet, and a source hears the reason only behind its manifest.
         failed = exc

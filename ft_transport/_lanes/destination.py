@@ -30,7 +30,7 @@ from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import LaneOptions
 from ft_transport._plan.destination import DestinationPlan, plan_destination
-from ft_transport._plan.expected import Template, read
+from ft_transport._plan.expected import Template, read, template_of
 from ft_transport._plan.resume import PartialReceive, manifest_fingerprint
 from ft_transport._plan.rewrite import Received, Rewrite
 from ft_transport._plan.torn import Attempt
@@ -100,12 +100,8 @@ class _Planner:
 
     def template(self, state_dict: Callable[[], object] | None) -> Template | None:
         """What the callback gives, and what a source of the same state would send."""
-        if state_dict is None:
-            return None
-        template = Template(state_dict, self._options.copies)
-        # As a source cuts it for one destination. For several it says other limits, which costs a look at each leaf.
-        template.expect(replace(self._options, chain=False).limits)
-        return template
+        # As a source cuts it for one destination.
+        return template_of(state_dict, replace(self._options, chain=False))
 
     def plan(self, data: bytes, template: Template | None) -> _Plan:
         """Check the state against the template, and decide where each byte lands."""

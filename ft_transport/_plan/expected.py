@@ -12,13 +12,13 @@ from collections.abc import Callable
 from operator import is_
 from typing import Any
 
-import msgpack
 import torch
 
+from ft_transport._options import Options
 from ft_transport._plan.buffers import ReadOnlyMemory
 from ft_transport._plan.compare import Plain, compare_plain
 from ft_transport._state.classes import ATOMIC
-from ft_transport._state.describe import describe
+from ft_transport._state.describe import describe_flat
 from ft_transport._state.kinds.base import VALUE
 from ft_transport._state.manifest import Leaf, Manifest
 from ft_transport._state.tree import LEAF, Flat, Node, flatten
@@ -26,10 +26,10 @@ from ft_transport._state.values import decode_value
 from ft_transport._telemetry.report import Copies
 from ft_transport._wire.decode import check_storages, decode_manifest, decode_nodes
 from ft_transport._wire.encode import manifest_body
-from ft_transport._wire.frames import ManifestHeader
+from ft_transport._wire.frames import ManifestHeader, pack, unpack
 from ft_transport._wire.layout import Layout, Limits, lay_out
 
-__all__ = ["Template", "read"]
+__all__ = ["Template", "read", "template_of"]
 
 
 class Template:
@@ -74,7 +74,7 @@ class Template:
         # perhaps the user's, which is not run for a guess.
         if torch.Tensor in kinds and kinds <= ATOMIC | {torch.Tensor}:
             try:
-                self._expected = _Expected(self.tree, self.flat, limits)
+                self._expected = _Expected(self.flat, limits)
             except Exception:  # it cannot travel; what comes may fit all the same, and if not, says so
                 self._expected = None
 
@@ -96,6 +96,20 @@ class Template:
         if expected is None or manifest is not self._read or expected.has_moved():
             return None
         return dict(enumerate(self.flat.leaves)), expected.plain
+
+
+def template_of(state_dict: Callable[[], object] | None, options: Options) -> Template | None:
+    """What a callback gives, and what is expected by it; None without a callback.
+
+    Args:
+        state_dict: The callback.
+        options: The receiver's; a source that cuts its state in another way costs a look at each leaf.
+    """
+    if state_dict is None:
+        return None
+    template = Template(state_dict, options.copies)
+    template.expect(options.limits)
+    return template
 
 
 def read(body: Any, template: Template | None) -> tuple[Manifest, ManifestHeader, Layout]:
@@ -135,17 +149,17 @@ class _Expected:
         plain: The template's tensors, as they compare with that.
     """
 
-    def __init__(self, tree: object, flat: Flat, limits: Callable[[int], Limits]) -> None:
-        manifest, tensors = describe(tree)
+    def __init__(self, flat: Flat, limits: Callable[[int], Limits]) -> None:
+        manifest, tensors = describe_flat(flat)
         self._limits = limits(sum(nbytes for nbytes, _ in manifest.storages))
         self._layout = lay_out(manifest, self._limits)
         _, nodes, shapes, self._leaves, *_ = manifest_body(manifest, ManifestHeader(None, self._limits, ""))
         # As they are read: lists come as tuples, and a key of a subclass of str as a str. Of leaves there are many, and
         # plain ones are tuples here as well.
-        self._packed_nodes = _pack(nodes)
-        self._nodes = _unpack(self._packed_nodes)
+        self._packed_nodes = pack(nodes)
+        self._nodes = unpack(self._packed_nodes)
         self._tree = decode_nodes(self._nodes)
-        self._shapes = _unpack(_pack(shapes))
+        self._shapes = unpack(pack(shapes))
         self._manifest = manifest
         self._values = [index for index, leaf in enumerate(manifest.leaves) if leaf[0] == VALUE]
         # A leaf that is the same as an earlier one has no tensor of its own there.
@@ -172,7 +186,7 @@ class _Expected:
         if shapes != self._shapes or list(storages) != manifest.storages:
             return None
         # In bytes, where 1, 1.0 and True differ, as keys may.
-        if _pack(nodes[start : start + num_nodes]) != self._packed_nodes:
+        if pack(nodes[start : start + num_nodes]) != self._packed_nodes:
             return None
         ties = {later + start: first + start for later, first in manifest.shared.items()}
         if shared != tuple(ties.items()):
@@ -223,15 +237,6 @@ def _is_envelope(nodes: list[Node], start: int) -> bool:
     if nodes[0].keys[:1] != ("user",) or "torchft" not in nodes[0].keys:
         return False
     return start == 1 or nodes[1].num_children == 1
-
-
-def _pack(value: object) -> bytes:
-    packed: bytes = msgpack.packb(value, unicode_errors="surrogatepass")
-    return packed
-
-
-def _unpack(packed: bytes) -> Any:
-    return msgpack.unpackb(packed, use_list=False, unicode_errors="surrogatepass")
 
 
 def _is_value(leaf: Any) -> bool:

@@ -30,10 +30,10 @@ from ft_transport._state.manifest import (
     made,
     plain_leaves,
 )
-from ft_transport._state.tree import flatten, format_path
+from ft_transport._state.tree import Flat, flatten, format_path
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Tensors", "describe"]
+__all__ = ["Tensors", "describe", "describe_flat"]
 
 
 class Tensors:
@@ -139,9 +139,14 @@ def describe(state_dict: object) -> tuple[Manifest, Tensors]:
     Raises:
         LocalProtocolError: A leaf cannot travel; the text names every such path and the reason.
     """
+    return describe_flat(flatten(state_dict))
+
+
+def describe_flat(flat: Flat) -> tuple[Manifest, Tensors]:
+    """As :func:`describe`, of a state dict that is flattened already."""
     # In four passes over columns, not one over leaves: the nesting, what each leaf is made of, where its tensors lie,
     # and leaves again from all three.
-    nodes, values, shared = flatten(state_dict)
+    nodes, values, shared = flat
     manifest = Manifest(nodes, [], [], shared=shared)
     parts, counts, columns = _take_all_apart(values, manifest)
     # Looked for before anything is said to anybody, and the path is told: which module is sharded away is the first

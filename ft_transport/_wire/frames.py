@@ -18,7 +18,7 @@ import msgpack
 from ft_transport._wire.layout import Limits
 from ft_transport.errors import RemoteProtocolError
 
-__all__ = ["MAX_FRAME_BYTES", "Frame", "ManifestHeader", "decode_frame", "encode_frame"]
+__all__ = ["MAX_FRAME_BYTES", "Frame", "ManifestHeader", "decode_frame", "encode_frame", "pack", "unpack"]
 
 # First of all bytes, so that another program on the same tags, or upstream's own transport, is told apart by name and
 # not by a crash.
@@ -59,9 +59,14 @@ class ManifestHeader(NamedTuple):
 
 def encode_frame(kind: Frame, body: object) -> bytes:
     """ManifestHeader and msgpack of ``body``."""
+    return _HEADER.pack(MAGIC, VERSION, kind) + pack(body)
+
+
+def pack(value: object) -> bytes:
+    """msgpack of a value, as in a frame."""
     # Keys and paths may be lone surrogates: file names and JSON bring them.
-    packed: bytes = msgpack.packb(body, use_bin_type=True, unicode_errors="surrogatepass")
-    return _HEADER.pack(MAGIC, VERSION, kind) + packed
+    packed: bytes = msgpack.packb(value, use_bin_type=True, unicode_errors="surrogatepass")
+    return packed
 
 
 def decode_frame(data: bytes) -> tuple[Frame, Any]:
@@ -78,12 +83,12 @@ def decode_frame(data: bytes) -> tuple[Frame, Any]:
     if version != VERSION:
         raise RemoteProtocolError(f"expected version {VERSION} of the wire, got {version}")
     try:
-        return Frame(kind), _unpack(memoryview(data)[_HEADER.size :])
+        return Frame(kind), unpack(memoryview(data)[_HEADER.size :])
     except (ValueError, RecursionError, msgpack.UnpackException) as exc:
         raise RemoteProtocolError(f"damaged frame: {exc or type(exc).__name__}") from exc
 
 
-def _unpack(packed: memoryview) -> Any:
+def unpack(packed: bytes | memoryview) -> Any:
     """The value; in memory of at most some 30 times its bytes, because no array claims more than is there."""
     # Walks through without making anything. An array is made as large as it claims to be, and arrays nest.
     # ``skip`` goes through the C code that reads, and builds nothing: an array of 2^32 entries in five bytes ends here,
