@@ -108,11 +108,18 @@ class ControlConnection:
             raise self._offer
         return self._offer or _await_manifest(self.session, self.wakeup, self._deadline, self._stall)
 
-    @property
     def is_offered(self) -> bool:
-        """Whether the source has sent its manifest, and waits for an answer."""
+        """Whether the source has sent its manifest, or does so within a moment; it waits for an answer then.
+
+        For a side that ends before it could be asked for one. Until the manifest is here there is no frame that would
+        say so, and a source whose destination merely hangs up takes it for dead.
+        """
+        session, until = self.session, Deadline(_LAST_WORDS)
         self._listen()
-        return self.session.protocol.state is State.PLANNING
+        while session.protocol.state is State.WAITING and self._offer is None and not until.expired():
+            if session.connection.await_peer(until.remaining()):
+                self._listen()
+        return session.protocol.state is State.PLANNING
 
     def _listen(self) -> None:
         """Take what the source has said already, up to its manifest."""

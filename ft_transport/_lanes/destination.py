@@ -320,7 +320,7 @@ class DestinationTransfer:
         except Exception as exc:
             failed = exc  # there is nothing to refuse yet
         except BaseException as exc:  # Ctrl-C, or the callback ends the process: the source is told as well
-            if control.is_offered:
+            if control.is_offered():
                 self._refuse(control, reason_of(exc), wait=False)
             raise
         header, data = control.await_manifest()

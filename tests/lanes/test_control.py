@@ -293,7 +293,7 @@ def test_a_manifest_that_comes_while_this_side_is_busy(make: Make) -> None:
     with it.control.heartbeats(), it.socket.makefile("rb") as said:
         it.socket.sendall(encode(F.MANIFEST, 1, 7, 0, b"manifest"))
         assert said.read(2 * len(beat)) == 2 * beat
-    assert it.control.is_offered
+    assert it.control.is_offered()
     header, body = it.control.await_manifest()
     assert (header.frame, body) == (F.MANIFEST, b"manifest")
 
@@ -310,10 +310,23 @@ def test_a_source_that_ends_while_this_side_is_busy(
     it = make("waiting", *script, gone=gone)
     with it.control.heartbeats():
         until(lambda: not beating())
-    assert not it.control.is_offered
+    assert not it.control.is_offered()
     with pytest.raises(error) as info:
         it.control.await_manifest()
     assert type(info.value) is error
+
+
+def test_who_ends_waits_a_moment_for_something_to_refuse(make: Make) -> None:
+    it = make("waiting", WAIT)
+    later = threading.Timer(0.1, it.socket.sendall, [encode(F.WAIT, 1, 7) + encode(F.MANIFEST, 1, 7, 0, b"manifest")])
+    later.start()
+    assert it.control.is_offered()
+    later.join()
+
+
+def test_who_ends_waits_no_longer_than_a_moment(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_LAST_WORDS", timedelta(milliseconds=20))
+    assert not make("waiting", WAIT).control.is_offered()
 
 
 @pytest.mark.usefixtures("quick")

@@ -350,16 +350,27 @@ def test_signals_do_not_prolong_a_receive(lanes: Lanes) -> None:
 # ------------------------------------------------------------------------------------ how it ends
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["offered", "not yet offered"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt("by hand"), SystemExit("enough")], ids=lambda e: type(e).__name__)
-def test_a_template_function_that_ends_the_process_tells_the_source(lanes: Lanes, error: BaseException) -> None:
+def test_a_template_function_that_ends_the_process_tells_the_source(
+    lanes: Lanes, error: BaseException, early: bool
+) -> None:
+    called = threading.Event()
+
     def state_dict() -> object:
+        called.set()
         raise error
 
     source = lanes.transport(**CALM)
     destination = lanes.destination(**CALM)
     destination.transport._state_dict = state_dict
+    if early:
+        receiving = destination.start(source.metadata())
+        assert called.wait(10)
     source.send_checkpoint([1], STEP, envelope(make_state()), TIMEOUT)
-    destination.start(source.metadata()).join()
+    if not early:
+        receiving = destination.start(source.metadata())
+    receiving.join()
     source.disallow_checkpoint()
     assert destination.error is error
     assert source.last_report is not None
