@@ -12,8 +12,8 @@ import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, compress, pairwise, repeat, starmap
-from operator import itemgetter
+from itertools import accumulate, chain, compress, pairwise, repeat, starmap
+from operator import add, is_not, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -162,16 +162,14 @@ def _taken_away() -> LocalProtocolError:
 
 # ``ctypes.PyDLL`` keeps the interpreter's lock, so between the look and the copy no other thread of Python runs, if
 # neither is a step of Python: hence this chain of iterators in place of an ``if``.
-def _if_there(blocks: Sequence[Block], items: Sequence[Any]) -> Iterable[Any]:
-    """The items, none if the memory of one of the blocks is not there when the first item is asked for.
+def _if_there(memory: Sequence[torch.Tensor], addresses: Sequence[int], items: Sequence[Any]) -> Iterable[Any]:
+    """The items, none if one of the tensors is not at its address when the first item is asked for.
 
-    No step of this is Python's, so nobody takes the memory away before a function of C has had the last item.
+    Its address tells all, see :class:`Places`. No step of this is Python's, so nobody takes the memory away before a
+    function of C has had the last item.
     """
-    storages = list(map(itemgetter(3), blocks))
-    noted = list(map(itemgetter(4, 5, 6), blocks))
-    memory = map(itemgetter(0), blocks)
-    now = zip(map(_base_of, storages), map(_nbytes_of, storages), map(torch.Tensor.data_ptr, memory), strict=False)
-    return chain.from_iterable(compress((items,), map(noted.__eq__, map(list, (now,)))))
+    now = map(torch.Tensor.data_ptr, memory)
+    return chain.from_iterable(compress((items,), map(list(addresses).__eq__, map(list, (now,)))))
 
 
 _base_of = torch.UntypedStorage.data_ptr
@@ -303,32 +301,47 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
     """
     # Dense blocks on the CPU are copied by address. What lies on an accelerator, is strided or has gaps goes through
     # torch, which is the slower way for small ones and the only one for these.
+    blocks, begins, sizes = zip(*parts, strict=True)
+    memory, dense, _, storages, _, _, addresses, _ = zip(*blocks, strict=True)
+    on_host = seam().on_host
+    address = staged.data_ptr() if on_host(staged) else 0
+    firsts = [0, *accumulate(sizes)]
+    here = list(map(on_host, memory))
+    quick = [bool(address) and all(row) for row in zip(here, dense, map(is_not, storages, repeat(None)), strict=True)]
+    theirs, ours = map(add, addresses, begins), map(add, repeat(address), firsts)
+    moves = zip(ours, theirs, sizes, strict=False) if gather else zip(theirs, ours, sizes, strict=False)
+    _move(*(list(compress(column, quick)) for column in (memory, addresses, moves)))
     rest: list[_Part] = []
     far: list[_Part] = []
-    blocks, moves = [], []
-    done, on_host = 0, seam().on_host
-    address = staged.data_ptr() if on_host(staged) else 0
-    for block, begin, nbytes in parts:
-        here = on_host(block.memory)
-        if address and here and block.dense and block.storage is not None:
-            theirs, ours = block.address + begin, address + done
-            blocks.append(block)
-            moves.append((ours, theirs, nbytes) if gather else (theirs, ours, nbytes))
-        else:
-            (rest if here or not address else far).append(_Part(block, begin, staged[done : done + nbytes]))
-        done += nbytes
+    for index in [index for index, is_quick in enumerate(quick) if not is_quick]:
+        first = firsts[index]
+        part = _Part(blocks[index], begins[index], staged[first : first + sizes[index]])
+        (rest if here[index] or not address else far).append(part)
+    if rest or far:
+        owned = (part.block.storage for part in chain(rest, far))
+        with kept(storage for storage in owned if storage is not None) as there:
+            if not there or not all(part.block.here for part in chain(rest, far)):
+                raise _taken_away()
+            _copy_by_torch(rest, far, staged, gather)
+
+
+def _move(memory: Sequence[torch.Tensor], addresses: Sequence[int], moves: Sequence[tuple[int, int, int]]) -> None:
+    """Copy by address, from or to tensors of a user's.
+
+    Args:
+        memory: The tensors.
+        addresses: Where they were.
+        moves: For each: where to, where from, how many bytes.
+
+    Raises:
+        LocalProtocolError: The memory of one was taken away; nothing was read or written there.
+    """
     # In groups, since all of one group are copied under the interpreter's lock: a bucket of 4 MiB at once would keep
     # every other thread, heartbeats too, waiting for half a millisecond.
     for first in range(0, len(moves), _AT_ONCE):
         group = slice(first, first + _AT_ONCE)
-        if not list(starmap(_memmove, _if_there(blocks[group], moves[group]))):
+        if not list(starmap(_memmove, _if_there(memory[group], addresses[group], moves[group]))):
             raise _taken_away()
-    if rest or far:
-        storages = (part.block.storage for part in chain(rest, far))
-        with kept(storage for storage in storages if storage is not None) as there:
-            if not there or not all(part.block.here for part in chain(rest, far)):
-                raise _taken_away()
-            _copy_by_torch(rest, far, staged, gather)
 
 
 class _Part(NamedTuple):

@@ -10,8 +10,8 @@ Not here: which block a range is (``_plan.source``, ``_plan.destination``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from operator import itemgetter
+from collections.abc import Iterable, Sequence
+from operator import itemgetter, sub
 
 import torch
 
@@ -128,7 +128,7 @@ class Placement:
 
     def _copy(self, message: int, staged: torch.Tensor, *, gather: bool) -> None:
         try:
-            copy_blocks(list(self._parts(message)), staged, gather=gather)
+            copy_blocks(self._parts(message), staged, gather=gather)
         except LocalProtocolError:
             self.check()  # which names it
             raise
@@ -144,10 +144,12 @@ class Placement:
             return None
         return block, begin, nbytes
 
-    def _parts(self, message: int) -> Iterator[tuple[Block, int, int]]:
+    def _parts(self, message: int) -> list[tuple[Block, int, int]]:
         """For each piece of a message its block, its first byte there, and how many."""
-        layout, blocks = self._layout, self.blocks
-        for (_, begin, end), which in zip(layout.messages[message], layout.owners[message], strict=True):
-            # A range with gaps counts only the bytes that travel, from its begin on; so does a block of one. So this
-            # difference is right for both.
-            yield blocks[which], begin - layout.ranges[which][1], end - begin
+        layout, owners = self._layout, self._layout.owners[message]
+        pieces, ranges = layout.messages[message], map(layout.ranges.__getitem__, owners)
+        begins = list(map(itemgetter(1), pieces))
+        # A range with gaps counts only the bytes that travel, from its begin on; so does a block of one. So the
+        # differences are right for both.
+        inside, sizes = map(sub, begins, map(itemgetter(1), ranges)), map(sub, map(itemgetter(2), pieces), begins)
+        return list(zip(map(self.blocks.__getitem__, owners), inside, sizes, strict=True))

@@ -154,7 +154,7 @@ def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> list[Block]
     if order != list(range(len(shapes))):
         columns = [[column[index] for index in order] for column in columns]
     memory, *homes = columns
-    blocks = made(Block, zip(memory, repeat(True), repeat(None), *homes, strict=False))
+    blocks = made(Block, zip(memory, repeat(True), repeat(None), *homes, repeat(None), strict=False))
     ranges = layout.ranges
     if len(alone) == len(ranges):
         return blocks
