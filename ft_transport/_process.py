@@ -15,12 +15,15 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
+    "NO_COLLECTION",
+    "NoCollection",
     "Room",
     "address_of",
     "keep_out_of_forks",
@@ -52,6 +55,11 @@ _view_of_memory.restype = ctypes.py_object
 _PyBUF_WRITE = 0x200
 
 
+# How long a transfer may hold back Python's collector: what it makes is gone when it is over, mostly, and need not be
+# walked through before. One that lasts longer is bound by what it moves, and the trainer's cycles, which may hold an
+# accelerator's memory, are not to wait for it.
+NO_COLLECTION = timedelta(seconds=1)
+
 # Counted, since a source and a destination in one process (and tests) may hold it back at once; whoever is last puts it
 # back as it was, off if the trainer had turned it off.
 _collection_lock = threading.Lock()
@@ -59,27 +67,48 @@ _collection_holders = 0
 _collection_was_on = False
 
 
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Hold back Python's cyclic garbage collector.
+class NoCollection:
+    """Holds back Python's cyclic garbage collector, from now on until :meth:`end`.
 
     Describing a state makes hundreds of thousands of small objects and no cycle; the collector would walk through all
-    of them, again and again, which takes longer than the describing.
+    of them, again and again, which takes longer than the describing. And once more at the end, for what is still there:
+    so whoever can lets go of all that it has made before.
     """
-    global _collection_holders, _collection_was_on
-    with _collection_lock:
-        if _collection_holders == 0:
-            # Some trainers run with the collector off, and collect at a step of their choice.
-            _collection_was_on = gc.isenabled()
-            gc.disable()
-        _collection_holders += 1
+
+    def __init__(self) -> None:
+        global _collection_holders, _collection_was_on
+        self._ended = False
+        with _collection_lock:
+            if _collection_holders == 0:
+                # Some trainers run with the collector off, and collect at a step of their choice.
+                _collection_was_on = gc.isenabled()
+                gc.disable()
+            _collection_holders += 1
+
+    def end(self) -> bool:
+        """Let it go on, unless somebody else holds it back as well. May be called twice, and from any thread.
+
+        Returns:
+            True, for ``_threads.periodically``.
+        """
+        global _collection_holders
+        with _collection_lock:
+            if not self._ended:
+                self._ended = True
+                _collection_holders -= 1
+                if _collection_holders == 0 and _collection_was_on:
+                    gc.enable()
+        return True
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """A :class:`NoCollection` while the block runs."""
+    held_back = NoCollection()
     try:
         yield
     finally:
-        with _collection_lock:
-            _collection_holders -= 1
-            if _collection_holders == 0 and _collection_was_on:
-                gc.enable()
+        held_back.end()
 
 
 _overrides: Any = torch.overrides

@@ -17,9 +17,10 @@ from datetime import timedelta
 from ft_transport._deadline import Deadline
 from ft_transport._options import Options
 from ft_transport._plan.torn import TornGuard
-from ft_transport._process import undisturbed
+from ft_transport._process import NO_COLLECTION, NoCollection, undisturbed
 from ft_transport._telemetry.events import publish
 from ft_transport._telemetry.report import TransferReport
+from ft_transport._threads import periodically
 from ft_transport.errors import LocalProtocolError, TransferError
 
 __all__ = ["TransportBase", "check_duration"]
@@ -91,7 +92,7 @@ class TransportBase:
         start = time.perf_counter()
         try:
             try:
-                with undisturbed():
+                with _no_collection_at_first(), undisturbed():
                     # Also of a call that fails at once: what it says is why.
                     self._last_report = report
                     yield
@@ -150,3 +151,14 @@ def _fill_in(error: TransferError, report: TransferReport) -> None:
             error.peer_rank = worst.rank
         error.nbytes_done = worst.nbytes
     error.nbytes_total = report.nbytes_total
+
+
+@contextmanager
+def _no_collection_at_first() -> Iterator[None]:
+    """Hold back the collector while the block runs, for :data:`NO_COLLECTION` at the most."""
+    held_back = NoCollection()
+    try:
+        with periodically(held_back.end, NO_COLLECTION, "collector"):
+            yield
+    finally:
+        held_back.end()

@@ -46,7 +46,7 @@ ROOMS: dict[str, set[str]] = {
     "_group": _MOVING,
     "_lanes": _MOVING | {"_net"},
     "state_digest": {"_device", "_options", "_plan", "_process", "_state", "_wire", "errors"},
-    "_transport": {"_deadline", "_options", "_plan", "_process", "_telemetry", "errors"},
+    "_transport": {"_deadline", "_options", "_plan", "_process", "_telemetry", "_threads", "errors"},
     "distributed": _MOVING - {"_threads"} | {"_group", "_transport"},
     "_torchft": _MOVING | {"_group", "_lanes", "_net", "_transport", "state_digest"},
     "__init__": {"_state", "_telemetry", "_torchft", "_training", "_version", "errors", "state_digest"},

@@ -24,6 +24,7 @@ from ft_transport._lanes.session import Session
 from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions
 from ft_transport._plan.source import SourcePlan
+from ft_transport._process import NO_COLLECTION, NoCollection
 from ft_transport._telemetry.report import Outcome, TransferReport
 from ft_transport._telemetry.teller import Teller
 from ft_transport._threads import ThreadGroup, uninterrupted
@@ -63,6 +64,8 @@ class SourceTransfer:
         self._crew = ThreadGroup()
         self._failure = ""
         self._store: StateMessages | None = None
+        self._uncollected: NoCollection | None = None
+        self._uncollected_until = Deadline(NO_COLLECTION)
 
     def open(self, state_dict: object) -> None:
         """Describe the state and let destinations in, those that wait first.
@@ -72,6 +75,9 @@ class SourceTransfer:
             TransferTimeout: A device that the state is on has not come to an end by the deadline. As above.
         """
         report, store = self.report, None
+        # Until nobody reads it: what describes a state goes with it, and a collector that comes before, while
+        # destinations wait, walks through all of it.
+        self._uncollected, self._uncollected_until = NoCollection(), Deadline(NO_COLLECTION)
         try:
             with report.phase("describe", self._options.on_phase):
                 outbound = SourcePlan(
@@ -153,6 +159,7 @@ class SourceTransfer:
         finally:
             if store is not None:
                 store.await_offer()  # who has refused at once is told of when the state is described, and not before
+            del store  # it goes when it is released
             with self._changed:
                 serving.state.peer.outcome = outcome
                 self._settle()
@@ -170,6 +177,8 @@ class SourceTransfer:
 
     def tick(self) -> None:
         """End a transfer whose deadline has passed and for which nobody has come; say how far the others are."""
+        if self._uncollected_until.expired():
+            self._collect_again()
         with self._changed:
             if self._deadline.expired():
                 self._admission.give_up("timed out waiting for it")
@@ -237,3 +246,9 @@ class SourceTransfer:
         store, self._store = self._store, None
         if store is not None:
             store.release()
+        del store
+        self._collect_again()
+
+    def _collect_again(self) -> None:
+        if self._uncollected is not None:
+            self._uncollected.end()
