@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 from contextlib import AbstractContextManager
 
-from ft_transport._net.stall import HEARTBEAT, StallTimer
+from ft_transport._net.stall import HEARTBEAT
 from ft_transport._options import CPU
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.source import SourcePlan
 from ft_transport._wire.layout import SMALL_BYTES
-from ft_transport.errors import LocalProtocolError, TransferError
+from ft_transport.errors import LocalProtocolError
 
 __all__ = ["StateMessages"]
 
@@ -59,7 +59,7 @@ class StateMessages:
         self._failure = ""
 
     def copy_small(self) -> None:
-        """Copy the small messages. Destinations may read the manifest meanwhile.
+        """Copy the small messages. Destinations may fetch those that are copied meanwhile, and no others.
 
         Raises:
             LocalProtocolError: Memory of the state was taken away.
@@ -77,6 +77,8 @@ class StateMessages:
         with self.streams.use():
             for message in small:
                 self._copies[message] = self._placement.view(message, self._bucket)
+                with self._changed:
+                    self._changed.notify_all()
         self.streams.begun().finish()
         self._versions.note_copied(self._copies)
 
@@ -86,26 +88,16 @@ class StateMessages:
             self._failure, self._is_copied = failure, True
             self._changed.notify_all()
 
-    def await_copies(self, timer: StallTimer) -> None:
-        """Wait until the messages may be read.
-
-        Raises:
-            TransferError: They will not, or the timer says that it takes too long.
-        """
-        with self._changed:
-            while not self._changed.wait_for(lambda: self._is_copied, HEARTBEAT.total_seconds()):
-                timer.check()
-        if self._failure:
-            raise TransferError(self._failure)
-
     def await_offer(self) -> None:
         """Wait until :meth:`let_read` was called."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_copied)
 
     def check_unchanged(self) -> None:
-        """Raises LocalProtocolError if the state has changed or moved since; see ``_plan.unchanged``."""
+        """Raises LocalProtocolError if the state has changed or moved since (see ``_plan.unchanged``), or was not
+        copied."""
         try:
+            self._check_copied()
             # Memory first: what was given back or exchanged has no counter that could be compared.
             self._placement.check()
             if self._gone is not None:
@@ -128,10 +120,20 @@ class StateMessages:
         self._versions.release()
 
     def has(self, message: int) -> bool:
+        # What is read from the state itself only once the copies are there: they may fail, and then ``send_checkpoint``
+        # does, behind which nothing is read.
+        if message not in self._copies:
+            self._check_copied()
+            return self._is_copied
         return True
 
+    def _check_copied(self) -> None:
+        if self._failure:
+            raise LocalProtocolError(self._failure)
+
     def await_message(self, message: int) -> bool:
-        return True
+        with self._changed:
+            return self._changed.wait_for(lambda: self.has(message), HEARTBEAT.total_seconds())
 
     def view(self, message: int, bucket: Bucket) -> memoryview:
         copied = self._copies.get(message)

@@ -148,7 +148,6 @@ class Serving:
         with peer.enter("agree", "source", self._on_phase):
             session.send(LaneFrame.MANIFEST, timer, self._line.longest, store.frame)
             self._recv(store, until=State.ROUTING)
-            store.await_copies(timer)
         with peer.enter("move", "source", self._on_phase):
             # Also for one that fetches from another destination: it may come back at any moment, when that one is gone.
             self._supplier = Supplier(store, StallTimer(timer.deadline), store.streams)

@@ -78,11 +78,15 @@ class Rebuild:
         Raises:
             RemoteProtocolError: A leaf cannot; the text names it.
         """
+        # Some classes find more wrong with a context than we can check (a mesh that cannot be made, an ``__init__`` that
+        # raises). Tried with memory of the right form and no content, it costs nothing that is kept.
+        tried = {name for name, kind in KINDS.items() if kind.is_tried}
+        leaves = self._manifest.leaves
+        if tried.isdisjoint(map(itemgetter(0), leaves)):
+            return
         here = self._here()
-        for index, leaf in enumerate(self._manifest.leaves):
-            # Some classes find more wrong with a context than we can check (a mesh that cannot be made, an ``__init__``
-            # that raises). Tried with memory of the right form and no content, it costs nothing that is kept.
-            if leaf.kind in KINDS and KINDS[leaf.kind].is_tried and (index, 0) not in self._targets:
+        for index, leaf in enumerate(leaves):
+            if leaf.kind in tried and (index, 0) not in self._targets:
                 try:
                     unflatten_leaf(leaf.part, self._makers(index, leaf, None), here)
                 except Exception as exc:

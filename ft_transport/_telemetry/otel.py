@@ -72,7 +72,8 @@ def _record_spans(report: TransferReport, event: Mapping[str, Any]) -> None:
                 # Never outside of its parent: what is added up afterwards may be rounded.
                 first = max(start, end - _nanoseconds(now - began[phase]))
                 child = tracer.start_span(f"ft_transport.{phase}", context, attributes=marks, start_time=first)
-                child.end(min(end, first + _nanoseconds(seconds[phase])))
+                # One that is under way goes on until now: a call that fails is told of while others still hear why.
+                child.end(min(end, first + _nanoseconds(seconds[phase])) if phase in seconds else end)
     span.end(end)
 
 

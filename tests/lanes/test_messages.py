@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
@@ -11,15 +12,13 @@ import pytest
 import torch
 from helpers import CPU, noise, raw_bytes
 
-from ft_transport._deadline import Deadline
 from ft_transport._lanes import messages
 from ft_transport._lanes.messages import StateMessages
-from ft_transport._net.stall import StallTimer
 from ft_transport._options import LaneOptions
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.report import TransferReport
-from ft_transport.errors import LocalProtocolError, TransferError, TransferTimeout
+from ft_transport.errors import LocalProtocolError
 
 LARGE = 100_000  # elements of four bytes, more than a small range
 
@@ -55,20 +54,56 @@ def test_forward_goes_on_with_what_is_small() -> None:
     assert read(store, 4 * LARGE) != before["weight"]
 
 
-def test_nobody_reads_before_the_small_ones_are_copied() -> None:
-    plan = SourcePlan({"mean": noise(10, 2)}, 7, LaneOptions(CPU), TransferReport("source", "test", 7))
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "HEARTBEAT", timedelta(milliseconds=10))
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_copied_is_there_for_all_and_the_state_itself_when_all_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copying may fail, and then the call has raised: nothing of the state may have been read."""
+    # Small ones fill messages of ten each; the last one has no room among the copies.
+    monkeypatch.setattr(messages, "SMALL_BYTES", 2 * 2_000_000 + 64)
+    state = {"weight": noise(LARGE, 1), **{str(index): noise(50_000, index) for index in range(25)}}
+    plan = SourcePlan(state, 7, LaneOptions(CPU), TransferReport("source", "test", 7))
     store = StateMessages(plan)
-    timer = StallTimer(Deadline(timedelta(seconds=60)))
-    with pytest.raises(TransferTimeout):
-        store.await_copies(StallTimer(Deadline(timedelta(0))))
+    there: list[list[bool]] = []
+    view = plan.placement.view
+
+    def noting(message: int, bucket: Bucket) -> memoryview:
+        there.append([store.has(other) for other in range(len(store.sizes))])
+        return view(message, bucket)
+
+    monkeypatch.setattr(plan.placement, "view", noting)
+    assert store.sizes == [400_000, 2_000_000, 2_000_000, 1_000_000]
+    assert not store.await_message(1)
     store.copy_small()
-    with pytest.raises(TransferTimeout):
-        store.await_copies(StallTimer(Deadline(timedelta(0))))
+    assert there == [[False] * 4, [False, True, False, False]]
+    assert [store.has(message) for message in range(4)] == [False, True, True, False]
+    assert store.await_message(2)
+    assert not store.await_message(3)
     store.let_read()
-    store.await_copies(timer)
+    assert all(map(store.has, range(4)))
+
+
+@pytest.mark.usefixtures("quick")
+def test_whoever_waits_for_copies_hears_why_there_are_none() -> None:
+    store = StateMessages(SourcePlan({"mean": noise(10, 2)}, 7, LaneOptions(CPU), TransferReport("source", "test", 7)))
+    store.check_unchanged()
     store.let_read("memory was taken away")
-    with pytest.raises(TransferError, match="memory was taken away"):
-        store.await_copies(timer)
+    for ask in (lambda: store.await_message(0), lambda: store.has(0), store.check_unchanged):
+        with pytest.raises(LocalProtocolError, match="memory was taken away"):
+            ask()
+    assert str(store.error) == "memory was taken away"
+
+
+def test_who_waits_is_woken_by_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "HEARTBEAT", timedelta(seconds=20))
+    store = StateMessages(SourcePlan({"mean": noise(10, 2)}, 7, LaneOptions(CPU), TransferReport("source", "test", 7)))
+    copying = threading.Timer(0.05, store.copy_small)
+    copying.start()
+    assert store.await_message(0)
+    copying.join()
 
 
 def test_only_what_is_of_a_users_memory_is_held() -> None:

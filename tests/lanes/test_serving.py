@@ -36,14 +36,9 @@ class Store:
 
     frame, streams, sizes = b"manifest", NO_STREAMS, [10]
 
-    def __init__(self, changed_at: int = -1, failure: str = "") -> None:
+    def __init__(self, changed_at: int = -1) -> None:
         self.num_looks = 0
         self._changed_at = changed_at
-        self._failure = failure
-
-    def await_copies(self, timer: StallTimer) -> None:
-        if self._failure:
-            raise TransferError(self._failure)
 
     def check_unchanged(self) -> None:
         self.num_looks += 1
@@ -218,12 +213,6 @@ def test_a_state_that_changes_is_told_at_the_next_word(changed_at: int, said: li
     assert it.run(Store(changed_at)) == "failed"
     assert it.peer.reason == "the state changed"
     assert frames(it.heard()) == said
-
-
-def test_whose_small_messages_cannot_be_copied_is_told_instead_of_a_route() -> None:
-    it = Destination([READY])
-    assert it.run(Store(failure="memory was taken away")) == "failed"
-    assert it.heard() == [(F.MANIFEST, 2, b"manifest"), (F.FAILED, 0, ("memory was taken away",))]
 
 
 def test_without_a_state_it_is_told_why() -> None:

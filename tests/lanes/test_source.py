@@ -136,12 +136,13 @@ def test_the_sources_deadline_is_told(source: LaneTransport[Any], come: Callable
 def test_a_destination_gets_the_manifest_while_small_messages_are_copied(
     source: LaneTransport[Any], come: Callable[..., Destination], monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """It is told whom to fetch from once they are, or why there is nothing to fetch."""
+    """And whom to fetch from, or why there is nothing any more."""
     destination, copy_small = come(), StateMessages.copy_small
 
     def copy_late(store: StateMessages) -> None:
         destination.recv(LaneFrame.MANIFEST)
         destination.session.send(LaneFrame.READY, timer(), body=["", b""])
+        assert destination.recv(LaneFrame.ROUTE)[0] is None
         if fails:
             raise LocalProtocolError("memory was taken away")
         copy_small(store)
@@ -149,10 +150,10 @@ def test_a_destination_gets_the_manifest_while_small_messages_are_copied(
     monkeypatch.setattr(StateMessages, "copy_small", copy_late)
     if not fails:
         source.send_checkpoint([1], STEP, STATE, TIMEOUT)
-        assert destination.recv(LaneFrame.ROUTE)[0] is None
         return
     with pytest.raises(LocalProtocolError, match="memory was taken away"):
         source.send_checkpoint([1], STEP, STATE, TIMEOUT)
+    destination.session.send(LaneFrame.PROGRESS, timer())
     assert destination.recv(LaneFrame.FAILED) == ("memory was taken away",)
     source.disallow_checkpoint()
     report = source.last_report

@@ -89,6 +89,14 @@ def test_phases_lie_inside_of_the_transfer_whatever_was_rounded(notes: Notes) ->
         assert parent.start_time <= child.start_time <= child.end_time <= parent.end_time
 
 
+def test_a_phase_that_is_under_way_ends_with_the_transfer(notes: Notes) -> None:
+    """A source that fails has told so while it still speaks with a destination."""
+    report = TransferReport("source", "test", 7, [PeerReport(0, "failed", began={"agree": time.perf_counter()})])
+    told(report, 2.0)
+    parent, child = notes.spans
+    assert (child.name, child.end_time) == ("ft_transport.agree", parent.end_time)
+
+
 def test_what_is_not_known_is_no_attribute(notes: Notes) -> None:
     """OpenTelemetry knows no None, and warns of it for each."""
     told(TransferReport("source", "test", None, [PeerReport(3, "complete", name="", address="")]), 1.0)
