@@ -12,7 +12,7 @@ Not here: where the callback's tree lies in what the source sends, and what beco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import compress, islice, repeat
+from itertools import compress, filterfalse, islice, repeat
 from operator import add, attrgetter, itemgetter, le
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def compare_all(
     targets, extents, agreed = compare_plain(manifest, matched, read_only) if plain is None else plain
     disagreements: dict[int, str] = {}
     comparison = _Comparison(manifest, targets, extents, report, read_only)
-    for index in sorted({*range(len(manifest.leaves))}.difference(agreed)):
+    for index in filterfalse(agreed.__contains__, range(len(manifest.leaves))):
         leaf = manifest.leaves[index]
         if index in matched:
             reason = comparison.leaf(index, leaf, matched[index])
@@ -250,7 +250,8 @@ def compare_plain(
     # for; those leaves take the other way.
     if mine is None or not mine.on_cpu:
         return Plain({}, [], set())
-    wanted = list(map(itemgetter(1), map(_first_view, map(leaves.__getitem__, indices))))
+    views = map(itemgetter(0), map(itemgetter(1), map(leaves.__getitem__, indices)))
+    wanted = list(map(itemgetter(1), views))
     # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.
     pairs = list(zip(wanted, mine.geometries, strict=True))
     fitting = {pair for pair in {*pairs} if _can_land(*pair)}
@@ -275,10 +276,6 @@ def compare_plain(
         list(compress(zip(mine.addresses, ends, slots, strict=True), fits)),
         {*compress(indices, fits)},
     )
-
-
-def _first_view(leaf: Leaf) -> View:
-    return leaf[1][0]
 
 
 def _can_land(wanted: Geometry, mine: Geometry) -> bool:

@@ -12,7 +12,7 @@ Not here: which tensors of the template may be written to at all (``_plan.compar
 from __future__ import annotations
 
 from collections.abc import Container, Sequence, Set
-from itertools import chain, repeat
+from itertools import chain, compress, count, repeat
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -158,7 +158,7 @@ class DestinationPlan:
             share(block.memory for block in blocks)
         # Fresh memory is held like the template's: once rebuilt it is the user's, and a relay still reads it for the
         # next destination.
-        rest = [which for which, block in enumerate(blocks) if block.storage is None]
+        rest = [which for which, storage in enumerate(map(itemgetter(3), blocks)) if storage is None]
         for which, block in zip(rest, held([blocks[which] for which in rest]), strict=True):
             blocks[which] = block
         self.placement = Placement(layout, blocks, self._places, device)
@@ -298,8 +298,8 @@ def _indices(manifest: Manifest, paths: Set[str]) -> set[int]:
 def _slots(manifest: Manifest) -> list[Slot]:
     """The slot of each view, in the order of their numbers."""
     counts = list(map(len, map(itemgetter(1), manifest.leaves)))
-    if {*counts} == {1}:
-        return list(zip(range(len(counts)), repeat(0), strict=False))
+    if {*counts} <= {0, 1}:
+        return list(compress(zip(count(), repeat(0), strict=False), counts))
     return [(index, at) for index, count in enumerate(counts) for at in range(count)]
 
 
@@ -365,11 +365,10 @@ class _Plan:
         # leaves one by one.
         layout, found = self._layout, [None] * len(self._layout.ranges) if self._aside else self._direct()
         slow = [which for which, home in enumerate(found) if home is None]
+        blocks: list[Block] = found  # type: ignore[assignment]
         members = self._members(slow) if slow else {}
-        blocks = [
-            self._block(which, layout.ranges[which], members[which]) if home is None else home
-            for which, home in enumerate(found)
-        ]
+        for which in slow:
+            blocks[which] = self._block(which, layout.ranges[which], members[which])
         nbytes_fresh = sum([end - begin for _, begin, end in map(layout.ranges.__getitem__, self.fresh_ranges)])
         self.nbytes_in_place = layout.nbytes - nbytes_fresh
         return blocks
@@ -380,15 +379,20 @@ class _Plan:
         views, lone = manifest.views(), layout.lone
         slots = _slots(manifest)
         of_range = list(map(slots.__getitem__, lone))  # for -1 the last slot, which is let go below
-        homes = list(map(self._homes.get, of_range))
-        shapes = [home and home[7] for home in homes]
-        pairs = list(zip(map(itemgetter(1), map(views.__getitem__, lone)), shapes, strict=True)) if views else []
-        fitting = {(wanted, mine) for wanted, mine in {*pairs} if mine is not None and wanted.stride == mine.stride}
-        found = [
-            home if number >= 0 and pair in fitting else None
-            for home, number, pair in zip(homes, lone, pairs, strict=True)
-        ]
-        direct = {slot: home[0] for slot, home in zip(of_range, found, strict=True) if home is not None}
+        wanted = list(map(itemgetter(1), map(views.__getitem__, lone))) if views else []
+        found: list[Block | None] = list(self._homes.values())
+        # Of most states all are, and by identity, as shapes are compared.
+        if -1 not in lone and of_range == list(self._homes) and wanted == list(map(itemgetter(7), found)):  # type: ignore[arg-type]
+            direct = dict(zip(of_range, map(itemgetter(0), found), strict=True))  # type: ignore[arg-type]
+        else:
+            homes = list(map(self._homes.get, of_range))
+            pairs = list(zip(wanted, [home and home[7] for home in homes], strict=True))
+            fitting = {(theirs, mine) for theirs, mine in {*pairs} if mine is not None and theirs.stride == mine.stride}
+            found = [
+                home if number >= 0 and pair in fitting else None
+                for home, number, pair in zip(homes, lone, pairs, strict=True)
+            ]
+            direct = {slot: home[0] for slot, home in zip(of_range, found, strict=True) if home is not None}
         self.landed.values.update(direct)
         self.landed.settled.update(direct)
         self.large.update((which, [home[0]]) for which in layout.large if (home := found[which]) is not None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import filterfalse
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -78,8 +79,8 @@ class Rebuild:
         Raises:
             RemoteProtocolError: A leaf cannot; the text names it.
         """
-        # Some classes find more wrong with a context than we can check (a mesh that cannot be made, an ``__init__`` that
-        # raises). Tried with memory of the right form and no content, it costs nothing that is kept.
+        # Some classes find more wrong with a context than we can check (a mesh that cannot be made, an ``__init__``
+        # that raises). Tried with memory of the right form and no content, it costs nothing that is kept.
         tried = {name for name, kind in KINDS.items() if kind.is_tried}
         leaves = self._manifest.leaves
         if tried.isdisjoint(map(itemgetter(0), leaves)):
@@ -102,26 +103,32 @@ class Rebuild:
         manifest, matched, settled = self._manifest, self._matched, self._settled
         leaves = manifest.leaves
         objects = self._objects() if any(map(itemgetter(3), leaves)) else None
+        # Nearly every leaf is a plain tensor: the template's, which has its bytes, or without one what has landed.
+        # These all at once.
+        kinds = list(map(itemgetter(0), leaves))
+        built: list[object]
+        if matched or manifest.same or objects is not None:
+            built = list(map(matched.get, range(len(leaves))))
+            ready = {index for index, _ in settled if kinds[index] == "tensor"}
+        else:
+            built = [None] * len(leaves)
+            for (index, _), value in self._values.items():
+                built[index] = value
+            ready = {index for index, _ in self._values if kinds[index] == "tensor" and leaves[index][2] is None}
+        here = self._here()
         # In the order of leaves, which is the order of the tree: what a leaf is the same as has been built before it.
-        here, built = self._here(), list[object]()
-        # Of a state without a template nearly every leaf is a plain tensor that is what has landed.
-        values = self._values if not matched and not manifest.same and objects is None else {}
-        for index, leaf in enumerate(leaves):
-            kind, _, context, _ = leaf
-            if kind == "value":
-                built.append(context)
-            elif kind == "tensor" and context is None and (index, 0) in values:
-                built.append(values[index, 0])
-            elif kind == "tensor" and (index, 0) in settled:
-                built.append(matched[index])
+        for index in filterfalse(ready.__contains__, range(len(leaves))):
+            leaf = leaves[index]
+            if leaf.kind == "value":
+                built[index] = leaf.context
             # The template's object with its new bytes: modules and optimizers hold on to it, and must find the new
             # values there.
             elif index in matched and self._adopts(index, leaf):
-                built.append(refresh(leaf.part, self._makers(index, leaf, None), matched[index], here))
+                built[index] = refresh(leaf.part, self._makers(index, leaf, None), matched[index], here)
             elif index in manifest.same:
-                built.append(built[manifest.same[index]])
+                built[index] = built[manifest.same[index]]
             else:
-                built.append(self._new_leaf(index, leaf, objects, here))
+                built[index] = self._new_leaf(index, leaf, objects, here)
         return manifest.build(built)
 
     def _new_leaf(self, index: int, leaf: Leaf, objects: _Objects | None, here: Surroundings) -> object:

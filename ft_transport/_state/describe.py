@@ -11,7 +11,7 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, count, islice, repeat
-from operator import attrgetter, itemgetter
+from operator import add, attrgetter, itemgetter
 
 import torch
 
@@ -235,21 +235,24 @@ def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
     # Most storages have one view, one without gaps; what follows is what _place would do for each.
     # Asked of shapes, of which there are few, in place of tensors.
     simple = {shape for shape in {*geometries} if shape.dense and shape.numel}
-    alone = [
-        index
-        for index, (key, shape) in enumerate(zip(columns.storages, geometries, strict=True))
-        if shape in simple and num_of[key] == 1
-    ]
+    if len(num_of) == len(tensors) and simple.issuperset(geometries):
+        alone = list(range(len(tensors)))
+    else:
+        alone = [
+            index
+            for index, (key, shape) in enumerate(zip(columns.storages, geometries, strict=True))
+            if shape in simple and num_of[key] == 1
+        ]
     memory, shapes, firsts = tensors, geometries, offsets
     if len(alone) < len(tensors):
         memory = [tensors[index] for index in alone]
         shapes = [geometries[index] for index in alone]
         firsts = [offsets[index] for index in alone]
-    begins = firsts
+    ends = list(map(attrgetter("span"), shapes))
     if any(firsts):
         begins = [first * shape.itemsize % ALIGNMENT for first, shape in zip(firsts, shapes, strict=True)]
         firsts = [begin // shape.itemsize for begin, shape in zip(begins, shapes, strict=True)]
-    ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
+        ends = list(map(add, begins, ends))
     if columns.on_cpu:
         # One tuple for all storages of a size. They are equal, and nobody asks which is which.
         of_size = {end: Storage(end, "cpu") for end in {*ends}}

@@ -276,16 +276,20 @@ def unflatten(nodes: Sequence[Node], leaves: Sequence[object], shared: dict[int,
     # Each container that is one of several, by the node of the first.
     groups = {**shared, **{first: first for first in shared.values()}} if shared else {}
     built_before: dict[int, tuple[list[object], object]] = {}
-    rest = list(leaves)
     built: list[object] = []
-    # Backwards through a preorder, the children of a node lie on top of the stack, the first one topmost.
-    for index in range(len(nodes) - 1, -1, -1):
+    end, left = len(nodes), len(leaves)
+    # Backwards through a preorder, the children of a node lie on top of the stack, the first one topmost. Leaves are
+    # most of all nodes, and go there in runs.
+    containers = [index for index, node in enumerate(nodes) if node is not LEAF and node.kind != "leaf"]
+    for index in [*reversed(containers), -1]:
+        num_leaves = end - index - 1
+        if num_leaves > left:
+            raise ValueError("more leaf nodes than leaves")
+        built += leaves[left - num_leaves : left][::-1]
+        end, left = index, left - num_leaves
+        if index < 0:
+            break
         node = nodes[index]
-        if node is LEAF or node.kind == "leaf":
-            if not rest:
-                raise ValueError("more leaf nodes than leaves")
-            built.append(rest.pop())
-            continue
         num_children = node.num_children
         if len(built) < num_children:
             raise ValueError(f"{node.kind} of {num_children} children, got {len(built)}")
@@ -303,8 +307,8 @@ def unflatten(nodes: Sequence[Node], leaves: Sequence[object], shared: dict[int,
         if index in groups:
             built_before[groups[index]] = (children, container)
         built.append(container)
-    if rest or len(built) != 1:
-        raise ValueError(f"expected one tree, got {len(built)} with {len(rest)} leaves over")
+    if left or len(built) != 1:
+        raise ValueError(f"expected one tree, got {len(built)} with {left} leaves over")
     return built[0]
 
 

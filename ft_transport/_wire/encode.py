@@ -7,8 +7,8 @@ at once, without a step of Python for each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice, repeat
-from operator import is_, itemgetter
+from itertools import chain, islice
+from operator import itemgetter
 from typing import Any
 
 from ft_transport._state.classes import class_name, dtype_name
@@ -94,15 +94,11 @@ def _encode_views(views: list[View], shapes: dict[Geometry, int]) -> Iterator[tu
 
 def _not_plain(manifest: Manifest) -> list[int]:
     """The leaves that are not one plain tensor without a context, or are the same as an earlier one."""
-    leaves, same = manifest.leaves, manifest.same
-    kinds, contexts = map(itemgetter(0), leaves), map(itemgetter(2), leaves)
-    if {*kinds} == {"tensor"} and all(map(is_, contexts, repeat(None))) and not same:
-        return []
-    return [
-        index
-        for index, (kind, _, context, _) in enumerate(leaves)
-        if kind != "tensor" or context is not None or index in same
-    ]
+    kinds, contexts = (map(itemgetter(column), manifest.leaves) for column in (0, 2))
+    found = {*manifest.same}
+    found.update([index for index, kind in enumerate(kinds) if kind != "tensor"])
+    found.update([index for index, context in enumerate(contexts) if context is not None])
+    return sorted(found)
 
 
 def _encode_leaf(leaf: Leaf, views: Sequence[Any]) -> Any:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, repeat
-from operator import itemgetter, sub
+from operator import add, attrgetter, itemgetter, sub
 from typing import NamedTuple
 
 import torch
@@ -143,11 +143,14 @@ def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps], list[int]
     storages, shapes = list(map(itemgetter(0), views)), list(map(itemgetter(1), views))
     num_of = Counter(storages)
     dense = {shape for shape in {*shapes} if shape.dense and shape.numel}
-    alone = [
-        number
-        for number, (storage, shape) in enumerate(zip(storages, shapes, strict=True))
-        if shape in dense and num_of[storage] == 1
-    ]
+    if len(num_of) == len(views) and dense.issuperset(shapes):
+        alone = list(range(len(views)))
+    else:
+        alone = [
+            number
+            for number, (storage, shape) in enumerate(zip(storages, shapes, strict=True))
+            if shape in dense and num_of[storage] == 1
+        ]
     found: dict[int, list[View]] = {}
     if len(alone) < len(views):
         for number in sorted({*range(len(views))}.difference(alone)):
@@ -156,9 +159,10 @@ def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps], list[int]
         views = [views[number] for number in alone]
         storages, shapes = list(map(itemgetter(0), views)), list(map(itemgetter(1), views))
     begins: list[int] = list(map(itemgetter(2), views))
+    ends = list(map(attrgetter("span"), shapes))
     if any(begins):
         begins = [offset * shape.itemsize for offset, shape in zip(begins, shapes, strict=True)]
-    ends = [begin + shape.span for begin, shape in zip(begins, shapes, strict=True)]
+        ends = list(map(add, begins, ends))
     if not found and storages == sorted(storages):
         return made(Piece, zip(storages, begins, ends, strict=True)), {}, alone
     rows: list[tuple[int, int, int, int, Gaps | None]]
