@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -9,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, noise
+from helpers import CPU, noise, until
 from plan.test_torn import Group, Pair
 
-from ft_transport import LaneTransport, LocalProtocolError, PGTransport, TransferError, state_digest
+from ft_transport import LaneTransport, LocalProtocolError, PGTransport, TransferError, _transport, state_digest
+from ft_transport._process import no_collection
 from ft_transport.testing import memory_channels
 
 SECOND = timedelta(seconds=1)
@@ -68,6 +70,28 @@ def test_before_the_first_transfer(make: Callable[..., Any]) -> None:
     assert not transport.torn
     transport.metadata()
     transport.disallow_checkpoint()
+
+
+def test_the_collector_is_held_back_in_a_call(make: Callable[..., Any]) -> None:
+    seen: list[bool] = []
+    transport = make(on_phase=lambda *_: seen.append(gc.isenabled()))
+    raised(lambda: transport.send_checkpoint([1], 5, {"a": threading.Lock()}, SECOND))
+    transport.shutdown()
+    assert seen
+    assert not any(seen)
+    assert gc.isenabled()
+
+
+def test_the_collector_comes_again_in_a_call_that_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer's cycles may hold an accelerator's memory: they do not wait for what a transfer waits for."""
+    monkeypatch.setattr(_transport, "NO_COLLECTION", timedelta(milliseconds=20))
+    with _transport._no_collection_at_first():
+        assert not gc.isenabled()
+        until(gc.isenabled)
+        with no_collection():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_whatever_is_raised_becomes_an_error_that_says_where(make: Callable[..., Any]) -> None:

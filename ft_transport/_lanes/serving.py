@@ -138,6 +138,7 @@ class Serving:
             if self._supplier is not None:
                 self._supplier.close()
                 peer.nbytes_wire += self._supplier.nbytes_wire
+                self._supplier = None  # it has the state
             self.session.connection.close()
 
     def _serve(self, store: StateMessages | None, failure: str) -> None:

@@ -24,6 +24,8 @@ __all__ = ["FROM_ARENA", "Arena", "Bucket", "ReadOnlyMemory", "aligned", "alloca
 
 # Fresh memory of this size and more comes from an arena; smaller storages are torch's own.
 FROM_ARENA = 256 << 10
+# A bucket of this size and more has huge pages.
+_HUGE_FROM = 16 << 20
 # What an arena asks for at once. Its memory is given back when nothing in it is referred to any more.
 _ARENA_BYTES = 64 << 20
 
@@ -174,8 +176,9 @@ class Bucket:
         # It never shrinks: flights of one transfer are of about one size, and the bucket ends with the transfer.
         if nbytes and (self._flat is None or self._flat.numel() < nbytes):
             self._flat = None  # before the new one is allocated
-            # In huge pages where nobody else has a say: faults of 64 MiB, page by page, cost more than the copies.
-            mine = self._device.type == "cpu" and not self._pinned
+            # In huge pages where nobody else has a say: faults of 64 MiB, page by page, cost more than the copies. Not
+            # for a lane's few MiB: one that the system has to provide first takes longer than all of them.
+            mine = self._device.type == "cpu" and not self._pinned and nbytes >= _HUGE_FROM
             self._flat = _provided(nbytes) if mine else allocate(nbytes, self._device, pinned=self._pinned)
 
     @property

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import secrets
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -13,6 +15,7 @@ from helpers import CPU, noise, pace, until
 
 from ft_transport import LaneTransport, PeerFailure
 from ft_transport._deadline import Deadline
+from ft_transport._lanes import source as source_room
 from ft_transport._lanes.messages import StateMessages
 from ft_transport._lanes.protocol import LaneFrame, LaneProtocol, Role, encode
 from ft_transport._lanes.session import Session
@@ -113,6 +116,26 @@ def test_whoever_comes_again_is_served_in_place_of_the_earlier_visit(
     with pytest.raises(PeerFailure):
         earlier.connection.read(1, timer(3))
     assert outcomes(source) == ["pending"]
+
+
+@pytest.mark.parametrize("comes", [True, False])
+def test_the_collector_waits_until_the_state_is_served_but_not_for_long(
+    source: LaneTransport[Any], come: Callable[..., Destination], monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
+    """What describes a state goes with it; and when it comes back, nothing of that is left to be walked through."""
+    if not comes:
+        monkeypatch.setattr(source_room, "NO_COLLECTION", timedelta(milliseconds=300))
+    source.send_checkpoint([1], STEP, STATE, TIMEOUT)
+    assert not gc.isenabled()
+    store = weakref.ref(source._serving.transfer._store)  # type: ignore[union-attr, arg-type]
+    if comes:
+        destination = come()
+        destination.send_ready()
+        destination.session.send(LaneFrame.DONE, timer())
+        destination.recv(LaneFrame.BYE)
+        destination.connection.close()
+    until(gc.isenabled)
+    assert (store() is None) == comes
 
 
 @pytest.mark.parametrize("when", ["planning", "moving", "talking on"])

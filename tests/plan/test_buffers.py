@@ -75,14 +75,16 @@ def test_a_bucket_is_reused_and_grows() -> None:
     bucket.reset(0)
 
 
-def test_a_bucket_and_its_pages_are_there_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_bucket_and_its_pages_are_there_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[tuple[int, int]]()
     monkeypatch.setattr(Pages, "provide", lambda _, begin, end: asked.append((begin, end)))
-    bucket = Bucket(CPU)
-    bucket.reset(1 << 20)
-    begin = bucket.take(1 << 20).data_ptr()
-    assert asked == [(begin, begin + (1 << 20))]
-    bucket.reset(1 << 19)
+    bucket, large = Bucket(CPU), 16 << 20
+    bucket.reset(large - 64)  # as small ones come from the allocator
+    assert asked == []
+    bucket.reset(large)
+    begin = bucket.take(large).data_ptr()
+    assert asked == [(begin, begin + large)]
+    bucket.reset(large - 64)
     assert len(asked) == 1, "it is the same memory"
 
 
