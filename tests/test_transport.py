@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -74,7 +75,8 @@ def test_before_the_first_transfer(make: Callable[..., Any]) -> None:
 
 def test_the_collector_is_held_back_in_a_call(make: Callable[..., Any]) -> None:
     seen: list[bool] = []
-    transport = make(on_phase=lambda *_: seen.append(gc.isenabled()))
+    transport = make()
+    transport._options = replace(transport._options, on_phase=lambda *_: seen.append(gc.isenabled()))
     raised(lambda: transport.send_checkpoint([1], 5, {"a": threading.Lock()}, SECOND))
     transport.shutdown()
     assert seen
