@@ -6,7 +6,8 @@
 For each start a source and a destination of either build, four processes with the same hash seed, all alive at once.
 They heal in turn, and each round begins with the other build: what else the machine does meets both. Ratios are of mean
 times of the destination's ``recv_checkpoint``, above 1 where this checkout is faster; those of single starts say how
-much chance there is in it. What arrived last is compared with what was sent, path by path and bit by bit.
+much chance there is in it. CPU is the processor time of both sides, in calls and beside them, and its ratio this
+checkout's to the other's. What arrived last is compared with what was sent, path by path and bit by bit.
 
 Runs itself by its path, with either build first on ``PYTHONPATH``: imports nothing but what both have.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import inspect
 import json
 import os
 import statistics
@@ -38,7 +40,7 @@ def main() -> int:
     add = parser.add_argument
     add("base", help="the commit to compare with")
     add("--states", default="gpt2-adam,small", help="comma-separated, of ft_transport.bench (%(default)s)")
-    add("--over", default="lanes,group", help="comma-separated (%(default)s)")
+    add("--over", default="lanes,group", help="comma-separated: lanes, lanes-tcp, group (%(default)s)")
     add("--rounds", type=int, default=6, help="heals of each build in each start (%(default)s)")
     add("--starts", type=int, default=4, help="with new processes and a new hash seed (%(default)s)")
     add("--fresh", action="store_true", help="receive into new memory, and not in place")
@@ -47,7 +49,7 @@ def main() -> int:
         archive = subprocess.run(["git", "archive", options.base], cwd=ROOT, capture_output=True, check=True)
         subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
         builds = {"base": Path(folder), "this": ROOT}
-        print(f"{'state':<12}{'over':<8}{options.base[:10]:>12}{'this':>12}  ratio  (of each start)")
+        print(f"{'state':<12}{'over':<10}{options.base[:10]:>12}{'this':>12}  ratio  CPU  (of each start)")
         for state in options.states.split(","):
             for over in options.over.split(","):
                 compare(builds, state, over, options)
@@ -57,6 +59,7 @@ def main() -> int:
 def compare(builds: dict[str, Path], state: str, over: str, options: argparse.Namespace) -> None:
     """Measure one state over one transport, and print a line."""
     times: dict[str, list[float]] = {name: [] for name in builds}
+    spent = dict.fromkeys(builds, 0.0)
     ratios = []
     for start in range(options.starts):
         own: dict[str, list[float]] = {name: [] for name in builds}
@@ -67,9 +70,10 @@ def compare(builds: dict[str, Path], state: str, over: str, options: argparse.Na
             }
             for turn in range(options.rounds + 1):
                 for name in sorted(builds, reverse=(start + turn) % 2 == 1):
-                    seconds = heal(*pairs[name])
+                    seconds, cpu_seconds = heal(*pairs[name])
                     if turn:  # the first one warms up
                         own[name].append(seconds)
+                        spent[name] += cpu_seconds
             for source, destination in pairs.values():
                 assert ask(source, "fingerprint") == ask(destination, "fingerprint"), (
                     "what arrived is not what was sent"
@@ -79,7 +83,9 @@ def compare(builds: dict[str, Path], state: str, over: str, options: argparse.Na
             times[name] += own[name]
     base, this = (statistics.mean(times[name]) for name in ("base", "this"))
     each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    print(f"{state:<12}{over:<8}{base * 1e3:>9.1f} ms{this * 1e3:>9.1f} ms  {base / this:.2f}   ({each})", flush=True)
+    cpu = spent["this"] / spent["base"]
+    row = f"{state:<12}{over:<10}{base * 1e3:>9.1f} ms{this * 1e3:>9.1f} ms  {base / this:.2f}   {cpu:.2f} ({each})"
+    print(row, flush=True)
 
 
 # ---------------------------------------------------------------------------------- the parent's side
@@ -120,14 +126,13 @@ def pair(build: Path, state: str, over: str, seed: int, fresh: bool) -> Iterator
                 stream.close()
 
 
-def heal(source: Process, destination: Process) -> float:
-    """One heal; the destination's seconds."""
+def heal(source: Process, destination: Process) -> tuple[float, float]:
+    """One heal; the destination's seconds, and the processor's on both sides."""
     metadata = ask(source, "metadata")
     tell(source, "send")
     tell(destination, ["receive", metadata])
-    seconds = hear(destination)
-    hear(source)
-    return float(seconds)
+    seconds, cpu_there = hear(destination)
+    return float(seconds), float(cpu_there) + float(hear(source))
 
 
 def tell(process: Process, what: Any) -> None:
@@ -179,8 +184,10 @@ def work(rank: int, name: str, over: str, fresh: bool) -> None:
     user = state["user"]["default"]
     template = (lambda: user) if rank == 1 and not fresh else None
     transport: Any
-    if over == "lanes":
-        transport = ft_transport.LaneTransport(TIMEOUT, torch.device("cpu"), template)
+    if over.startswith("lanes"):
+        known = inspect.signature(ft_transport.LaneTransport).parameters
+        fabric = {"fabric": "tcp"} if over == "lanes-tcp" and "fabric" in known else {}
+        transport = ft_transport.LaneTransport(TIMEOUT, torch.device("cpu"), template, **fabric)
     else:
         group = ProcessGroupGloo(timeout=TIMEOUT)
         group.configure(f"localhost:{port}/compare", str(rank), rank, 2)
@@ -192,9 +199,10 @@ def work(rank: int, name: str, over: str, fresh: bool) -> None:
         if what == "metadata":
             answer(transport.metadata())
         elif what == "send":
+            before = time.process_time()
             transport.send_checkpoint([1], STEP, state, TIMEOUT)
             transport.disallow_checkpoint()
-            answer("sent")
+            answer(time.process_time() - before)
         elif what == "fingerprint":
             answer(fingerprint(received))
         elif what == "end":
@@ -204,9 +212,9 @@ def work(rank: int, name: str, over: str, fresh: bool) -> None:
         else:
             received = None
             gc.collect()
-            began = time.perf_counter()
+            began, before = time.perf_counter(), time.process_time()
             received = transport.recv_checkpoint(0, what[1], STEP, TIMEOUT)
-            answer(time.perf_counter() - began)
+            answer([time.perf_counter() - began, time.process_time() - before])
 
 
 if __name__ == "__main__":

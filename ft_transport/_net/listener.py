@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from ft_transport._deadline import Deadline
-from ft_transport._net.connection import Connection
+from ft_transport._net.connection import Connection, is_local
 from ft_transport._net.handshake import server_handshake
 from ft_transport._net.handshake_io import HANDSHAKE, PendingHandshake
 from ft_transport._net.stall import HEARTBEAT
@@ -136,6 +136,7 @@ class Listener(Generic[T]):
         self._dispatch = dispatch
         self._tick = tick
         self._socket = _listen(port)
+        self._pacing = _turn_off_pacing(self._socket)
         keep_out_of_forks(self._socket)
         self.port = int(self._socket.getsockname()[1])
         self._selector = selectors.DefaultSelector()
@@ -196,6 +197,9 @@ class Listener(Generic[T]):
             self._deaf = True
             return
         sock.setblocking(False)
+        if self._pacing and not is_local(sock):
+            with contextlib.suppress(OSError):  # it is gone already
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, self._pacing)
         # An IPv4 peer of a socket for both is shown as IPv6 has it (RFC 4291, 2.5.5.2); reports name what its admin
         # knows.
         self._handshakes.begin(sock, address.removeprefix("::ffff:"))
@@ -241,3 +245,18 @@ def _listen(port: int) -> socket.socket:
     sock = socket.create_server(("", port), backlog=1024)
     sock.setblocking(False)
     return sock
+
+
+def _turn_off_pacing(listening: socket.socket) -> bytes:
+    """Let connections begin without BBR, where it is the system's choice; gives what it is called there, or nothing."""
+    # BBR sets a timer for each packet, also between two processes of one machine, where no wire can be overrun: that
+    # took a tenth to nearly a half of a heal over TCP. Pacing that has begun cannot be ended, so connections begin
+    # without, and one from another machine gets the system's choice back before its first byte.
+    try:
+        chosen = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+        if not chosen.startswith(b"bbr"):
+            return b""
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")  # which no system lacks or forbids
+    except (AttributeError, OSError):  # a system without that choice
+        return b""
+    return chosen

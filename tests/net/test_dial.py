@@ -29,6 +29,29 @@ TIMEOUT = timedelta(seconds=10)
 HELLO = encode(LaneFrame.HELLO, 1, 7, 0, [b"i" * 16, "name"])
 
 
+def congestion_control(sock: socket.socket) -> bytes:
+    return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+
+@pytest.fixture(params=[b"bbr", b"cubic"], ids=["BBR", "cubic"])
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """What the system has chosen for every socket: here, for those that listen."""
+    listen = _listener._listen
+    name: bytes = request.param
+
+    def listen_so(port: int) -> socket.socket:
+        sock = listen(port)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+        except OSError:
+            sock.close()
+            pytest.skip(f"this system has no {name.decode()}, or does not let one choose it")
+        return sock
+
+    monkeypatch.setattr(_listener, "_listen", listen_so)
+    return name
+
+
 @pytest.fixture
 def dispatch() -> queue.SimpleQueue[Connection]:
     """The listener's ends of the connections that it has let in."""
@@ -55,6 +78,19 @@ def let_in(endpoint: Endpoint, dispatch: queue.SimpleQueue[Connection]) -> Itera
         contextlib.closing(dispatch.get(timeout=TIMEOUT.total_seconds())) as connection,
     ):
         yield connection
+
+
+def test_nothing_paces_what_stays_on_the_machine(chosen: bytes, let_in: Connection) -> None:
+    assert congestion_control(let_in._socket) == (b"reno" if chosen == b"bbr" else chosen)
+
+
+@pytest.fixture
+def far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_listener, "is_local", lambda sock: False)
+
+
+def test_a_network_is_treated_as_the_system_has_chosen(chosen: bytes, far: None, let_in: Connection) -> None:
+    assert congestion_control(let_in._socket) == chosen
 
 
 def test_strangers_do_not_crowd_out_who_knows_the_secret(
