@@ -141,7 +141,7 @@ def small_demo(folder: Path, marker: str, *arguments: str) -> contextlib.Abstrac
 @pytest.mark.parametrize(
     ("transport", "placement", "in_place"),
     [
-        ("ft_transport", "--no-in-place", None),
+        pytest.param("ft_transport", "--no-in-place", None, marks=pytest.mark.thorough),
         ("lanes", "--in-place", True),
         pytest.param("torchft-pg", "--in-place", True, marks=pytest.mark.thorough),
         pytest.param("torchft-http", "--in-place", None, marks=pytest.mark.thorough),
