@@ -64,7 +64,7 @@ class _Replica:
         settings = self.settings
         timeout = timedelta(seconds=settings.timeout)
         # A heal that fails has to end before the others' allreduce times out: half the Manager's budget.
-        pg = ProcessGroupGloo(timeout=timeout / 2)
+        pg = self._group = ProcessGroupGloo(timeout=timeout / 2)
         template = self.bound.state_dict if settings.in_place else None
         chosen = build_transport(settings.transport, pg, timeout / 2, template, self.parent)
         transport = MeasuredTransport(chosen, self.bound.state_dict, self.parent)
@@ -108,6 +108,9 @@ class _Replica:
         self.optimizer.step()
         if self.manager.current_step() == step:
             self.parent.emit("discarded", step=step, error=_first_line(self.manager.errored()))
+            # Not left to the next quorum: a survivor that waits in the collective for this replica alone does not see
+            # that another one has died, and the quorum waits for it to join, up to --join_timeout_ms.
+            self._group.abort(errored=False)
             return
         self.parent.emit(
             "committed",
