@@ -67,6 +67,62 @@ CELL = "tests/multiproc/test_faults.py::test_cell"
 
 MUTANTS = [
     Mutant(
+        "whoever ends before it was asked waits a moment for the question",
+        "_lanes/control.py",
+        "session, until = self.session, Deadline(_LAST_WORDS)",
+        "session, until = self.session, Deadline(timedelta(0))",
+        "tests/lanes/test_control.py::test_who_ends_waits_a_moment_for_something_to_refuse",
+    ),
+    Mutant(
+        "of the state itself nothing is read before the copies are there",
+        "_lanes/messages.py",
+        "            return self._is_copied\n",
+        "            return True\n",
+        "tests/lanes/test_messages.py::test_what_is_copied_is_there_for_all_and_the_state_itself_when_all_is",
+    ),
+    Mutant(
+        "whoever waits for a copy hears that there will be none",
+        "_lanes/messages.py",
+        "            self._check_copied()\n            return",
+        "            return",
+        "tests/lanes/test_messages.py::test_whoever_waits_for_copies_hears_why_there_are_none",
+    ),
+    Mutant(
+        "a copy wakes up who waits for it",
+        "_lanes/messages.py",
+        "                with self._changed:\n                    self._changed.notify_all()\n",
+        "",
+        "tests/lanes/test_messages.py::test_who_waits_is_woken_by_each_copy",
+    ),
+    Mutant(
+        "the collector comes again within a second of a long receive",
+        "_transport.py",
+        '        with periodically(held_back.end, NO_COLLECTION, "collector"):\n            yield',
+        "        yield",
+        "tests/test_transport.py::test_the_collector_comes_again_in_a_call_that_lasts",
+    ),
+    Mutant(
+        "the collector comes again when nobody comes for a state",
+        "_lanes/source.py",
+        "        if self._uncollected_until.expired():\n            self._collect_again()\n",
+        "",
+        "tests/lanes/test_source.py::test_the_collector_waits_until_the_state_is_served_but_not_for_long[False]",
+    ),
+    Mutant(
+        "a source that has served lets go of what describes the state",
+        "_lanes/serving.py",
+        "                self._supplier = None  # it has the state\n",
+        "",
+        "tests/lanes/test_source.py::test_the_collector_waits_until_the_state_is_served_but_not_for_long[True]",
+    ),
+    Mutant(
+        "what stays on the machine is not paced",
+        "_net/listener.py",
+        '        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")',
+        "        pass",
+        "tests/net/test_dial.py::test_nothing_paces_what_stays_on_the_machine",
+    ),
+    Mutant(
         "a staged message marks the replica torn",
         "_lanes/sink.py",
         "            self._note_torn(message)\n            self._landing.placement.scatter",

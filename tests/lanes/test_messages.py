@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CPU, noise, raw_bytes
+from helpers import CPU, noise, raw_bytes, until
 
 from ft_transport._lanes import messages
 from ft_transport._lanes.messages import StateMessages
@@ -100,10 +100,12 @@ def test_whoever_waits_for_copies_hears_why_there_are_none() -> None:
 def test_who_waits_is_woken_by_each_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(messages, "HEARTBEAT", timedelta(seconds=20))
     store = StateMessages(SourcePlan({"mean": noise(10, 2)}, 7, LaneOptions(CPU), TransferReport("source", "test", 7)))
-    copying = threading.Timer(0.05, store.copy_small)
-    copying.start()
-    assert store.await_message(0)
-    copying.join()
+    waiting = threading.Thread(target=store.await_message, args=[0], daemon=True)
+    waiting.start()
+    until(lambda: bool(store._changed._waiters))  # type: ignore[attr-defined]
+    store.copy_small()
+    waiting.join(10)
+    assert not waiting.is_alive()
 
 
 def test_only_what_is_of_a_users_memory_is_held() -> None:
