@@ -8,7 +8,6 @@ functions of C, and only leaves that are something else are looked at one by one
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, count, islice, repeat
 from operator import add, attrgetter, itemgetter
@@ -17,7 +16,7 @@ import torch
 
 from ft_transport._device import on_host, type_of
 from ft_transport._state.classes import ATOMIC
-from ft_transport._state.geometry import Geometry, geometry
+from ft_transport._state.geometry import Geometry, alone_in, geometry
 from ft_transport._state.kinds.base import PLAIN, VALUE, Part, all_plain, flatten_leaf
 from ft_transport._state.manifest import (
     ALIGNMENT,
@@ -231,18 +230,8 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
 def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
     """Give every tensor a view of the manifest's storages."""
     tensors, geometries, offsets = columns.tensors, columns.geometries, columns.offsets
-    num_of = Counter(columns.storages)
     # Most storages have one view, one without gaps; what follows is what _place would do for each.
-    # Asked of shapes, of which there are few, in place of tensors.
-    simple = {shape for shape in {*geometries} if shape.dense and shape.numel}
-    if len(num_of) == len(tensors) and simple.issuperset(geometries):
-        alone = list(range(len(tensors)))
-    else:
-        alone = [
-            index
-            for index, (key, shape) in enumerate(zip(columns.storages, geometries, strict=True))
-            if shape in simple and num_of[key] == 1
-        ]
+    alone = alone_in(columns.storages, geometries)
     memory, shapes, firsts = tensors, geometries, offsets
     if len(alone) < len(tensors):
         memory = [tensors[index] for index in alone]

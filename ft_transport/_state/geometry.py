@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ __all__ = [
     "QUANTIZED",
     "Geometry",
     "Placed",
+    "alone_in",
     "checked_geometry",
     "covered",
     "geometry",
@@ -121,6 +123,22 @@ def _memory_order(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...
 def geometry_of(tensor: torch.Tensor) -> Geometry:
     """The geometry of a plain strided tensor."""
     return geometry(tensor.dtype, tensor.shape, tensor.stride())
+
+
+def alone_in(storages: Sequence[int], shapes: Sequence[Geometry]) -> list[int]:
+    """Which views have elements, have no gaps, and are the only one of their storage, by index.
+
+    Args:
+        storages: What tells the storage of each.
+        shapes: Of each.
+    """
+    num_of = Counter(storages)
+    # Asked of shapes, of which there are few, in place of views; and of most states it is all of them.
+    dense = {shape for shape in {*shapes} if shape.dense and shape.numel}
+    if len(num_of) == len(storages) and dense.issuperset(shapes):
+        return list(range(len(storages)))
+    rows = enumerate(zip(storages, shapes, strict=True))
+    return [index for index, (storage, shape) in rows if shape in dense and num_of[storage] == 1]
 
 
 # A view: what it looks like, and its first byte in the storage.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, repeat
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ft_transport._state.geometry import merge, range_index
+from ft_transport._state.geometry import alone_in, merge, range_index
 from ft_transport._state.manifest import Manifest, View, made
 
 __all__ = ["SMALL_BYTES", "Gaps", "Layout", "Limits", "Piece", "lay_out"]
@@ -141,16 +140,7 @@ def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps], list[int]
     views = manifest.views()
     # Nearly every storage has one view, a dense one, which is its range: these in columns.
     storages, shapes = list(map(itemgetter(0), views)), list(map(itemgetter(1), views))
-    num_of = Counter(storages)
-    dense = {shape for shape in {*shapes} if shape.dense and shape.numel}
-    if len(num_of) == len(views) and dense.issuperset(shapes):
-        alone = list(range(len(views)))
-    else:
-        alone = [
-            number
-            for number, (storage, shape) in enumerate(zip(storages, shapes, strict=True))
-            if shape in dense and num_of[storage] == 1
-        ]
+    alone = alone_in(storages, shapes)
     found: dict[int, list[View]] = {}
     if len(alone) < len(views):
         for number in sorted({*range(len(views))}.difference(alone)):

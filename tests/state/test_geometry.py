@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ft_transport._state.geometry import geometry, merge
+from ft_transport._state.geometry import Geometry, alone_in, geometry, merge
 
 
 @pytest.mark.parametrize(
@@ -78,3 +78,23 @@ def test_merge_covers_exactly_what_it_was_given(pairs: list[tuple[int, int]]) ->
 
 def test_only_overlapping_ranges_are_joined() -> None:
     assert merge([(4, 8), (0, 4), (6, 9)]) == [(0, 4), (4, 9)]
+
+
+DENSE, GAPS, NONE = (
+    geometry(torch.float32, shape, stride) for shape, stride in [((2,), (1,)), ((2,), (2,)), ((0,), (1,))]
+)
+
+
+@pytest.mark.parametrize(
+    ("storages", "shapes", "alone"),
+    [
+        ([], [], []),
+        ([7, 5, 9], [DENSE, DENSE, DENSE], [0, 1, 2]),
+        ([7, 5, 7], [DENSE, DENSE, DENSE], [1]),
+        ([7, 5, 9], [DENSE, GAPS, NONE], [0]),
+        ([7, 7], [DENSE, GAPS], []),
+    ],
+    ids=["none", "all", "two of one storage", "gaps, and without elements", "beside one with gaps"],
+)
+def test_views_that_are_alone_in_their_storage(storages: list[int], shapes: list[Geometry], alone: list[int]) -> None:
+    assert alone_in(storages, shapes) == alone
