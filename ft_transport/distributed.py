@@ -44,7 +44,7 @@ from ft_transport._state.classes import imported_class
 from ft_transport._state.describe import Tensors, describe
 from ft_transport._state.geometry import geometry, geometry_of
 from ft_transport._state.kinds.base import VALUE, Part, Surroundings
-from ft_transport._state.manifest import Leaf, Manifest, Storage, View
+from ft_transport._state.manifest import Leaf, Leaves, Manifest, Storage, View
 from ft_transport._state.pickles import Load
 from ft_transport._state.tree import LEAF, Node, Path, format_path
 from ft_transport._telemetry.report import PeerReport, Role, TransferReport
@@ -195,9 +195,9 @@ def _from_meta(meta: _StateDictMeta) -> Manifest:
     found = [storage for _, storage in storages.values()]
     # Of upstream's own code, again: its nesting is torch's, and its paths are pytree's entries.
     if isinstance(meta.treespec, pytree.TreeSpec):
-        return Manifest([LEAF] * len(leaves), leaves, found, paths=paths, treespec=meta.treespec)
+        return Manifest([LEAF] * len(leaves), Leaves.of(leaves), found, paths=paths, treespec=meta.treespec)
     nodes = [LEAF if node == LEAF else node for node in meta.treespec]  # the one object, which is quick to tell
-    return Manifest(nodes, leaves, found, same=meta.same, shared=meta.shared, paths=paths)
+    return Manifest(nodes, Leaves.of(leaves, meta.same), found, same=meta.same, shared=meta.shared, paths=paths)
 
 
 def _plain_path(path: Iterable[Any]) -> Path:

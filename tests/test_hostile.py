@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ft_transport import TransferReport
 from ft_transport._plan import destination as _destination
-from ft_transport._plan.compare import compare
+from ft_transport._plan.compare import Targets, compare
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.template import match_template
 from ft_transport._process import Room, physical_bytes
@@ -37,7 +37,7 @@ from ft_transport._state import classes as _classes
 from ft_transport._state import geometry as _geometry
 from ft_transport._state import tree as _tree
 from ft_transport._state.describe import describe
-from ft_transport._state.manifest import Leaf, Manifest
+from ft_transport._state.manifest import Leaf, Leaves, Manifest
 from ft_transport._state.tree import LEAF
 from ft_transport._state.values import encode_value
 from ft_transport._wire import decode as _decode
@@ -621,7 +621,7 @@ class Key:
 def test_paths_that_a_dict_cannot_tell_apart() -> None:
     """The caps above hold for one container; a path goes through many. The template's paths are what is looked up."""
     paths: list[Any] = [("other", Key(), 1) for _ in range(500)] + [("other", 1, Key()) for _ in range(500)] + [("w",)]
-    manifest = Manifest([LEAF], [Leaf("value", (), 1)] * len(paths), [], paths=paths)
+    manifest = Manifest([LEAF], Leaves.of([Leaf("value", (), 1)] * len(paths)), [], paths=paths)
     Key.num_compared = 0
     matched = match_template(manifest, {"w": 5}, TransferReport("destination", "test", 1))
     assert matched == {1000: 5}
@@ -860,7 +860,7 @@ def test_attributes_that_a_tensor_has_already(name: str) -> None:
     body[3][0][2][4] = pickle.dumps({name: 1}, 2)
     manifest, header = decode_manifest(decode_frame(frame(body))[1])
     landing = DestinationPlan(
-        manifest, lay_out(manifest, header.limits), {}, {}, CPU, TransferReport("destination", "test", 1)
+        manifest, lay_out(manifest, header.limits), {}, Targets.none(), CPU, TransferReport("destination", "test", 1)
     )
     with pytest.raises(ValueError, match="an attribute of a tensor called"):
         landing.rebuild()
@@ -1034,7 +1034,7 @@ def test_more_than_the_machine_has(device_type: str, num_storages: int) -> None:
     manifest, header = decode_manifest(decode_frame(frame(body))[1])
     report = TransferReport("destination", "test", 1)
     with pytest.raises(MemoryError, match="more than this machine has"):
-        DestinationPlan(manifest, lay_out(manifest, header.limits), {}, {}, torch.device("cpu"), report)
+        DestinationPlan(manifest, lay_out(manifest, header.limits), {}, Targets.none(), torch.device("cpu"), report)
 
 
 def test_more_than_the_memory_cgroup_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1045,7 +1045,7 @@ def test_more_than_the_memory_cgroup_has_left(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(_destination, "room", lambda left=left: Room(left, "the memory cgroup /a has left"))
         refused = pytest.raises(MemoryError, match="8000 bytes of fresh storages are more than the memory cgroup /a")
         with contextlib.nullcontext() if fits else refused:
-            DestinationPlan(manifest, layout, {}, {}, torch.device("cpu"), report)
+            DestinationPlan(manifest, layout, {}, Targets.none(), torch.device("cpu"), report)
 
 
 # ---------------------------------------------------------------------------------------- plain values

@@ -70,7 +70,7 @@ def post_and_wait(
     post(length, CONTROL_TAG)
     post(body, FRAME_TAG)
     num_staged = 0
-    for message in range(len(layout.messages)):
+    for message in range(len(layout.sizes)):
         bucket = buckets[num_staged % NUM_BUCKETS]
         if placement.is_staged(message):
             if num_staged and num_staged % NUM_BUCKETS == 0:
@@ -117,7 +117,7 @@ def land_all(
         streams.begun().finish()  # the buckets are filled anew
 
     num_staged = 0
-    for message in range(len(layout.messages)):
+    for message in range(len(layout.sizes)):
         # While what was posted already moves.
         landing.provide(message)
         # None for what must go through a bucket: packed small ranges, strided ones, another device.

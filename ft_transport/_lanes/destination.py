@@ -133,14 +133,14 @@ class _Planner:
         claims: dict[int, int | None] = {}
         in_template = plan.landing.in_template
         if self._options.skip_unchanged and plan.header.digest:
-            claims = dict.fromkeys(filter(in_template, range(len(plan.layout.messages))))
+            claims = dict.fromkeys(filter(in_template, range(len(plan.layout.sizes))))
         if earlier is not None:
             left = earlier.left_for(self._step, plan.state, plan.layout)
             left = {message: digest for message, digest in left.items() if in_template(message)}
             claims |= left
             # These are in the template already, and the others are not.
             self._report.torn = bool(left)
-        pending = PendingMessages(len(plan.layout.messages))
+        pending = PendingMessages(len(plan.layout.sizes))
         verified = bool(plan.header.digest)
         return Sink(
             plan.layout,

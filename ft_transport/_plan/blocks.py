@@ -12,8 +12,8 @@ import ctypes
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate, chain, compress, pairwise, repeat, starmap
-from operator import add, is_not, itemgetter
+from itertools import accumulate, chain, compress, pairwise, repeat
+from operator import add, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +21,14 @@ import torch
 from ft_transport._device import seam
 from ft_transport._plan.lent import kept, readers_of
 from ft_transport._process import memory_at
-from ft_transport._state.geometry import Geometry
-from ft_transport._state.manifest import Manifest
+from ft_transport._state.manifest import Manifest, made
 from ft_transport._state.tree import format_path
 from ft_transport.errors import LocalProtocolError
 
 __all__ = [
     "CARRIERS",
     "Block",
+    "Blocks",
     "Held",
     "Places",
     "copy_blocks",
@@ -57,7 +57,6 @@ class Block(NamedTuple):
         base: Address of the storage.
         nbytes: Of the storage.
         address: Of the first byte of ``memory``.
-        shape: Of ``memory``, where it was asked for.
     """
 
     memory: torch.Tensor
@@ -67,7 +66,6 @@ class Block(NamedTuple):
     base: int = 0
     nbytes: int = 0
     address: int = 0
-    shape: Geometry | None = None
 
     @property
     def here(self) -> bool:
@@ -100,9 +98,104 @@ def held(blocks: Sequence[Block]) -> list[Block]:
     memory = list(map(itemgetter(0), blocks))
     storages = list(map(torch.Tensor.untyped_storage, memory))
     places = map(_base_of, storages), map(_nbytes_of, storages), map(torch.Tensor.data_ptr, memory)
-    dense, indices, shapes = (map(itemgetter(column), blocks) for column in (1, 2, 7))
-    rows = zip(memory, dense, indices, storages, *places, shapes, strict=True)
-    return list(map(tuple.__new__, repeat(Block), rows))
+    dense, indices = map(itemgetter(1), blocks), map(itemgetter(2), blocks)
+    return made(Block, zip(memory, dense, indices, storages, *places, strict=True))
+
+
+# Columns, as a state's views are: of a message's blocks two attributes are asked, and of a tuple for each of 20,000
+# nearly all would be made, and freed, for nothing.
+class Blocks:
+    """The blocks of some ranges of memory, column by column, in the order of the ranges.
+
+    Args:
+        memory: Of each, as in :class:`Block`; so are the others.
+        storages: Of each.
+        bases: Of each.
+        nbytes: Of each.
+        addresses: Of each.
+        on_host: Whether all are on the CPU.
+
+    Attributes:
+        others: By index: those that are not dense, or not held.
+    """
+
+    def __init__(
+        self,
+        memory: list[torch.Tensor],
+        storages: list[torch.UntypedStorage],
+        bases: list[int],
+        nbytes: list[int],
+        addresses: list[int],
+        *,
+        on_host: bool,
+    ) -> None:
+        self.memory = memory
+        self.storages = storages
+        self.bases = bases
+        self.nbytes = nbytes
+        self.addresses = addresses
+        self.on_host = on_host
+        self.others: dict[int, Block] = {}
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> Blocks:
+        """Of these."""
+        found = cls([], [], [], [], [], on_host=True)
+        found.extend(blocks)
+        return found
+
+    @property
+    def columns(self) -> tuple[list[Any], ...]:
+        """What is known of those that are held, and dense."""
+        return self.memory, self.storages, self.bases, self.nbytes, self.addresses
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def __getitem__(self, index: int) -> Block:
+        other = self.others.get(index)
+        if other is not None:
+            return other
+        memory, *home = (column[index] for column in self.columns)
+        return Block(memory, True, None, *home)
+
+    def __iter__(self) -> Iterator[Block]:
+        return map(self.__getitem__, range(len(self)))
+
+    def part(self, which: Sequence[int]) -> Blocks:
+        """Those at some indices."""
+        found = Blocks(*(list(_picked(column, which)) for column in self.columns), on_host=self.on_host)
+        if self.others:
+            found.others = {at: self.others[index] for at, index in enumerate(which) if index in self.others}
+        return found
+
+    def put(self, which: Sequence[int], blocks: Sequence[Block]) -> None:
+        """Put these at some indices."""
+        for column, field in zip(self.columns, (0, 3, 4, 5, 6), strict=True):
+            for index, value in zip(which, map(itemgetter(field), blocks), strict=True):
+                column[index] = value
+        for index, block in zip(which, blocks, strict=True):
+            if block[1] and block[3] is not None:
+                self.others.pop(index, None)
+            else:
+                self.others[index] = block
+        self.on_host = self.on_host and all(map(seam().on_host, map(itemgetter(0), blocks)))
+
+    def extend(self, blocks: Sequence[Block]) -> None:
+        """Append these."""
+        num_before = len(self)
+        for column in self.columns:
+            column += [None] * len(blocks)
+        self.put(range(num_before, len(self)), blocks)
+
+    def hold(self) -> None:
+        """Hold those that are not, see :func:`held`."""
+        loose = [index for index, block in self.others.items() if block.storage is None]
+        self.put(loose, held([self.others[index] for index in loose]))
+
+    def hold_again(self) -> None:
+        """Hold all, where their tensors are by now."""
+        self.put(range(len(self)), held([Block(*block[:3]) for block in self]))
 
 
 # What follows is about one danger. A user's thread may give back memory while another thread of ours reads it without
@@ -205,10 +298,9 @@ class Places:
         self._leaves = leaves
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], manifest: Manifest, leaves: Callable[[], Sequence[int]]) -> Places:
-        """Of tensors whose blocks :func:`held` has made."""
-        memory, addresses, storages = [list(map(itemgetter(column), blocks)) for column in (0, 6, 3)]
-        return cls(memory, addresses, storages, manifest, leaves)
+    def of(cls, blocks: Blocks, manifest: Manifest, leaves: Callable[[], Sequence[int]]) -> Places:
+        """Of tensors whose blocks are held."""
+        return cls(list(blocks.memory), list(blocks.addresses), list(blocks.storages), manifest, leaves)
 
     def moved(self) -> list[int]:
         """Which of the tensors have other memory now, or less or more."""
@@ -285,13 +377,24 @@ def storage_as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return flat.set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
 
 
-def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *, gather: bool) -> None:
+def copy_blocks(
+    blocks: Blocks,
+    which: Sequence[int],
+    sizes: Sequence[int],
+    staged: torch.Tensor,
+    *,
+    gather: bool,
+    begins: Sequence[int] = (),
+) -> None:
     """Copy pieces of blocks to or from the bytes of one staged message.
 
     Args:
-        parts: Block, first byte in it, number of bytes; in the order of the message.
+        blocks: Among which those are that the pieces are of.
+        which: The block of each piece, by index, in the order of the message.
+        sizes: Bytes of each piece.
         staged: The message, flat uint8.
         gather: Into the message if true, else out of it.
+        begins: The first byte of each piece in its block; empty if all begin there.
 
     What crosses between a device and the host is only begun, in the calling thread's streams: until it is over
     (``_device.Copies``) the message must stay as it is, or is not there yet.
@@ -301,22 +404,25 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
     """
     # Dense blocks on the CPU are copied by address. What lies on an accelerator, is strided or has gaps goes through
     # torch, which is the slower way for small ones and the only one for these.
-    blocks, begins, sizes = zip(*parts, strict=True)
-    memory, dense, _, storages, _, _, addresses, _ = zip(*blocks, strict=True)
-    on_host = seam().on_host
-    address = staged.data_ptr() if on_host(staged) else 0
-    firsts = [0, *accumulate(sizes)]
-    here = list(map(on_host, memory))
-    quick = [bool(address) and all(row) for row in zip(here, dense, map(is_not, storages, repeat(None)), strict=True)]
-    theirs, ours = map(add, addresses, begins), map(add, repeat(address), firsts)
-    moves = zip(ours, theirs, sizes, strict=False) if gather else zip(theirs, ours, sizes, strict=False)
-    _move(*(list(compress(column, quick)) for column in (memory, addresses, moves)))
+    memory: list[torch.Tensor]
+    memory, addresses = _picked(blocks.memory, which), _picked(blocks.addresses, which)
+    address = staged.data_ptr() if seam().on_host(staged) else 0
+    ours = list(accumulate(sizes, initial=address))
+    theirs = list(map(add, addresses, begins)) if any(begins) else addresses
+    to, of = (ours, theirs) if gather else (theirs, ours)
+    quick = None
+    if address and blocks.on_host and blocks.others.keys().isdisjoint(which):
+        _move(memory, addresses, to, of, sizes)
+    else:
+        here = map(seam().on_host, memory) if address else repeat(False)
+        quick = [on_host and index not in blocks.others for on_host, index in zip(here, which, strict=False)]
+        _move(*(list(compress(column, quick)) for column in (memory, addresses, to, of, sizes)))
     rest: list[_Part] = []
     far: list[_Part] = []
-    for index in [index for index, is_quick in enumerate(quick) if not is_quick]:
-        first = firsts[index]
-        part = _Part(blocks[index], begins[index], staged[first : first + sizes[index]])
-        (rest if here[index] or not address else far).append(part)
+    for at in [at for at, is_quick in enumerate(quick or ()) if not is_quick]:
+        first = ours[at] - address
+        part = _Part(blocks[which[at]], begins[at] if begins else 0, staged[first : first + sizes[at]])
+        (rest if not address or seam().on_host(memory[at]) else far).append(part)
     if rest or far:
         owned = (part.block.storage for part in chain(rest, far))
         with kept(storage for storage in owned if storage is not None) as there:
@@ -325,22 +431,35 @@ def copy_blocks(parts: Sequence[tuple[Block, int, int]], staged: torch.Tensor, *
             _copy_by_torch(rest, far, staged, gather)
 
 
-def _move(memory: Sequence[torch.Tensor], addresses: Sequence[int], moves: Sequence[tuple[int, int, int]]) -> None:
+def _picked(column: list[Any], which: Sequence[int]) -> list[Any]:
+    # Small tensors lie side by side among a state's ranges, so a bucket is mostly a piece of the column.
+    return column[which.start : which.stop] if isinstance(which, range) else [column[index] for index in which]
+
+
+def _move(
+    memory: Sequence[torch.Tensor],
+    addresses: Sequence[int],
+    to: Sequence[int],
+    of: Sequence[int],
+    sizes: Sequence[int],
+) -> None:
     """Copy by address, from or to tensors of a user's.
 
     Args:
         memory: The tensors.
         addresses: Where they were.
-        moves: For each: where to, where from, how many bytes.
+        to: Where to, for each.
+        of: Where from.
+        sizes: How many bytes.
 
     Raises:
         LocalProtocolError: The memory of one was taken away; nothing was read or written there.
     """
     # In groups, since all of one group are copied under the interpreter's lock: a bucket of 4 MiB at once would keep
     # every other thread, heartbeats too, waiting for half a millisecond.
-    for first in range(0, len(moves), _AT_ONCE):
+    for first in range(0, len(memory), _AT_ONCE):
         group = slice(first, first + _AT_ONCE)
-        if not list(starmap(_memmove, _if_there(memory[group], addresses[group], moves[group]))):
+        if not list(map(_memmove, _if_there(memory[group], addresses[group], to[group]), of[group], sizes[group])):
             raise _taken_away()
 
 

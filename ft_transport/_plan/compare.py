@@ -11,29 +11,86 @@ Not here: where the callback's tree lies in what the source sends, and what beco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import compress, filterfalse, islice, repeat
-from operator import add, attrgetter, itemgetter, le
+from collections.abc import Container, Iterator, Sequence
+from itertools import filterfalse, islice
+from operator import add, attrgetter, le
 from typing import Any, NamedTuple
 
 import torch
 
 from ft_transport._device import on_host, seam
-from ft_transport._plan.blocks import Block, held
+from ft_transport._plan.blocks import Block, Blocks, held
 from ft_transport._plan.buffers import ReadOnlyMemory
 from ft_transport._state.describe import Tensors
 from ft_transport._state.geometry import Geometry, geometry, geometry_of
 from ft_transport._state.kinds.base import KINDS, VALUE, Part, flatten_leaf, is_plain
-from ft_transport._state.manifest import Leaf, Manifest, View, disjoint, made
+from ft_transport._state.manifest import Leaf, Manifest, View, disjoint
 from ft_transport._state.tree import format_path
 from ft_transport._telemetry.report import TransferReport
 
-__all__ = ["Compared", "Plain", "Slot", "Targets", "compare", "compare_all", "compare_plain", "same_strides"]
+__all__ = ["Compared", "Plain", "Targets", "compare", "compare_all", "compare_plain", "same_strides"]
 
-# Index of a leaf, and position of one of its views.
-Slot = tuple[int, int]
-# The template's tensor for each view that can land in it: a dense block, see ``_plan.blocks.held``.
-Targets = dict[Slot, Block]
+
+class Targets:
+    """The template's tensors that can take their bytes, each by the number of the view that it takes.
+
+    Attributes:
+        numbers: Of the views, in no order.
+        blocks: The tensor of each: dense, and held.
+        geometries: Of each.
+    """
+
+    def __init__(self, numbers: Sequence[int], blocks: Blocks, geometries: list[Geometry]) -> None:
+        self.numbers = numbers
+        self.blocks = blocks
+        self.geometries = geometries
+        self._at: dict[int, int] | None = None
+
+    @classmethod
+    def none(cls) -> Targets:
+        """Not one."""
+        return cls((), Blocks.of(()), [])
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.numbers)
+
+    def at(self, number: int) -> int | None:
+        """The place of a view's target among all, None if it has none."""
+        # Of most states each view has one: then the number is the place, and nobody needs a dict of 20,000.
+        if isinstance(self.numbers, range):
+            return number if number in self.numbers else None
+        if self._at is None:
+            self._at = {number: at for at, number in enumerate(self.numbers)}
+        return self._at.get(number)
+
+    def __contains__(self, number: int) -> bool:
+        return self.at(number) is not None
+
+    def __getitem__(self, number: int) -> Block:
+        at = self.at(number)
+        if at is None:
+            raise KeyError(number)
+        return self.blocks[at]
+
+    def add(self, number: int, mine: torch.Tensor, geometry: Geometry) -> None:
+        """One more."""
+        if not isinstance(self.numbers, list):
+            self.numbers = [*self.numbers]
+        self.numbers.append(number)
+        self.blocks.extend(held([Block(mine)]))
+        self.geometries.append(geometry)
+        self._at = None
+
+    def drop(self, numbers: Container[int]) -> None:
+        """Give up some."""
+        kept = [at for at, number in enumerate(self.numbers) if number not in numbers]
+        if len(kept) < len(self.numbers):
+            self.numbers = [self.numbers[at] for at in kept]
+            self.geometries = [self.geometries[at] for at in kept]
+            self.blocks, self._at = self.blocks.part(kept), None
 
 
 class Compared(NamedTuple):
@@ -74,9 +131,9 @@ def compare_all(
     read_only = ReadOnlyMemory()
     # In two passes. The first takes nearly all leaves of nearly all states, in a handful of calls; what it does not
     # take is no worse for it, since the second looks at everything anew.
-    targets, extents, agreed = compare_plain(manifest, matched, read_only) if plain is None else plain
+    targets, agreed = compare_plain(manifest, matched, read_only) if plain is None else plain
     disagreements: dict[int, str] = {}
-    comparison = _Comparison(manifest, targets, extents, report, read_only)
+    comparison = _Comparison(manifest, targets, report, read_only)
     for index in filterfalse(agreed.__contains__, range(len(manifest.leaves))):
         leaf = manifest.leaves[index]
         if index in matched:
@@ -85,21 +142,25 @@ def compare_all(
                 disagreements[index] = reason
         elif leaf.views and matched:
             report.unexpected_keys.append(format_path(manifest.paths[index]))
+    others: list[Extent] = []
     if disagreements:
         # A leaf lands as a whole or not at all: half of a DTensor from the source and half from here would be a leaf
         # that nobody ever had.
         # What a part of a leaf has noted before another part disagreed.
-        for slot in [slot for slot in targets if slot[0] in disagreements]:
-            del targets[slot]
+        firsts = manifest.leaves.firsts
+        targets.drop({number for index in disagreements for number in range(firsts[index], firsts[index + 1])})
         for index in disagreements:
             report.not_in_place.pop(format_path(manifest.paths[index]), None)
-        extents = [extent for extent in extents if extent[2][0] not in disagreements]
-        extents += [extent for index in disagreements for extent in _left_alone(matched[index])]
-    _drop_conflicts(manifest, targets, extents, report)
+        others = [extent for index in disagreements for extent in _left_alone(matched[index])]
+    _drop_conflicts(manifest, targets, others, report)
     return Compared(targets, disagreements, comparison.casts)
 
 
-def _left_alone(mine: object) -> list[tuple[int, int, Slot]]:
+# First address, the one behind the last, and the number of a view.
+Extent = tuple[int, int, int]
+
+
+def _left_alone(mine: object) -> list[Extent]:
     """The memory of a template leaf that nobody may write to."""
     try:
         _, tensors = flatten_leaf(mine)
@@ -108,12 +169,12 @@ def _left_alone(mine: object) -> list[tuple[int, int, Slot]]:
         return []
 
 
-# In the place of the slot of what is written to.
-_NOBODYS: Slot = (-1, -1)
+# In the place of the number of what is written to.
+_NOBODYS = -1
 
 
 class _Comparison:
-    """Compares leaf by leaf; notes the tensors that can take their bytes, and their extents.
+    """Compares leaf by leaf; notes the tensors that can take their bytes.
 
     Attributes:
         casts: Leaves that disagree in the dtype of a tensor, and not in its shape.
@@ -123,14 +184,12 @@ class _Comparison:
         self,
         manifest: Manifest,
         targets: Targets,
-        extents: list[tuple[int, int, Slot]],
         report: TransferReport,
         read_only: ReadOnlyMemory,
     ) -> None:
         self.casts: set[int] = set()
         self._manifest = manifest
         self._targets = targets
-        self._extents = extents
         self._report = report
         self._read_only = read_only
 
@@ -138,7 +197,7 @@ class _Comparison:
         """Why a leaf disagrees with the template's, empty if it does not."""
         # Exact classes: a subclass may keep its bytes anywhere, and show others.
         if leaf.kind == "tensor" and type(mine) in (torch.Tensor, torch.nn.Parameter) and is_plain(mine):
-            return self._tensor((index, 0), leaf.views[0], mine)
+            return self._tensor(index, 0, leaf.views[0], mine)
         try:
             part, tensors = flatten_leaf(mine)
         # The template has what cannot travel, and the source has something. That is no disagreement of the source's: it
@@ -177,7 +236,7 @@ class _Comparison:
             if _laziness(part) != _laziness(mine):
                 self._keep_away(index, "a lazy conjugate or negative on one side only")
                 return ""
-            return self._tensor((index, view), self._manifest.leaves[index].views[view], tensors[first])
+            return self._tensor(index, view, self._manifest.leaves[index].views[view], tensors[first])
         theirs, ours = _compared_parts(part, view), _compared_parts(mine, first)
         if len(theirs) != len(ours):
             return f"expected {len(ours)} local tensors, source has {len(theirs)}"
@@ -188,25 +247,23 @@ class _Comparison:
                 return reason
         return ""
 
-    def _tensor(self, slot: Slot, view: View, mine: torch.Tensor) -> str:
+    def _tensor(self, index: int, position: int, view: View, mine: torch.Tensor) -> str:
         shape = geometry(mine.dtype, mine.shape, mine.stride())
         wanted = view.geometry
         if shape is not wanted and (shape.dtype != wanted.dtype or shape.shape != wanted.shape):
             # ``load_state_dict`` copies a dtype into another one without a word, so this is the one disagreement that
             # no error of torch's would show.
             if shape.shape == wanted.shape:
-                self.casts.add(slot[0])
+                self.casts.add(index)
             return f"expected {shape}, source has {wanted}"
         if shape.order is None or shape.expanded:
-            self._keep_away(slot[0], "the template's tensor overlaps itself")
+            self._keep_away(index, "the template's tensor overlaps itself")
         # An empty tensor agrees, and there is nothing to land.
         elif view.storage >= 0:
-            address = mine.data_ptr()
-            if seam().on_host(mine) and self._read_only.holds(address):
-                self._keep_away(slot[0], "the template's tensor lies in read-only memory")
+            if seam().on_host(mine) and self._read_only.holds(mine.data_ptr()):
+                self._keep_away(index, "the template's tensor lies in read-only memory")
             else:
-                (self._targets[slot],) = held([Block(mine, shape=shape)])
-                self._extents.append((address, address + shape.span, slot))
+                self._targets.add(self._manifest.leaves.firsts[index] + position, mine, shape)
         return ""
 
     def _keep_away(self, index: int, reason: str) -> None:
@@ -218,12 +275,10 @@ class Plain(NamedTuple):
 
     Attributes:
         targets: Each, in the order of the leaves.
-        extents: First address and the one behind the last, of each.
         leaves: Of each, by index.
     """
 
     targets: Targets
-    extents: list[tuple[int, int, Slot]]
     leaves: set[int]
 
 
@@ -240,8 +295,13 @@ def compare_plain(
         read_only: Which memory is.
         known: What torch knows of these tensors, if it was asked before, and they are all that the template has.
     """
-    leaves = manifest.leaves
-    indices = [i for i, mine in matched.items() if type(mine) is torch.Tensor and leaves[i][0] == "tensor"]
+    others, firsts = manifest.leaves.others, manifest.leaves.firsts
+    of_tensors = {index for index, leaf in others.items() if leaf.kind == "tensor"}
+    indices = [
+        index
+        for index, mine in matched.items()
+        if type(mine) is torch.Tensor and (index not in others or index in of_tensors)
+    ]
     mine = known
     if mine is None:
         tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
@@ -249,33 +309,23 @@ def compare_plain(
     # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not looked
     # for; those leaves take the other way.
     if mine is None or not mine.on_cpu:
-        return Plain({}, [], set())
-    views = map(itemgetter(0), map(itemgetter(1), map(leaves.__getitem__, indices)))
-    wanted = list(map(itemgetter(1), views))
+        return Plain(Targets.none(), set())
+    numbers: Sequence[int] = list(map(firsts.__getitem__, indices))
+    wanted = list(map(manifest.views.geometries.__getitem__, numbers))
+    if numbers == list(range(len(numbers))):
+        numbers = range(len(numbers))
     # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.
     pairs = list(zip(wanted, mine.geometries, strict=True))
     fitting = {pair for pair in {*pairs} if _can_land(*pair)}
-    fits = list(map(fitting.__contains__, pairs))
-    for at in read_only.among(mine.addresses):
-        fits[at] = False
-    ends = list(map(add, mine.addresses, map(attrgetter("span"), mine.geometries)))
-    slots: list[Slot] = list(zip(indices, repeat(0), strict=False))
-    rows = zip(
-        mine.tensors,
-        repeat(True),
-        repeat(None),
-        mine.alive,
-        mine.bases,
-        mine.capacities,
-        mine.addresses,
-        mine.geometries,
-        strict=False,
-    )
-    return Plain(
-        dict(compress(zip(slots, made(Block, rows), strict=True), fits)),
-        list(compress(zip(mine.addresses, ends, slots, strict=True), fits)),
-        {*compress(indices, fits)},
-    )
+    misfits = {at for at, pair in enumerate(pairs) if pair not in fitting} if len(fitting) < len({*pairs}) else set()
+    misfits.update(read_only.among(mine.addresses))
+    homes = list(mine.alive), list(mine.bases), list(mine.capacities), list(mine.addresses)
+    blocks = Blocks(list(mine.tensors), *homes, on_host=True)
+    targets = Targets(numbers, blocks, list(mine.geometries))
+    if misfits:
+        targets.drop({numbers[at] for at in misfits})
+        indices = [index for at, index in enumerate(indices) if at not in misfits]
+    return Plain(targets, {*indices})
 
 
 def _can_land(wanted: Geometry, mine: Geometry) -> bool:
@@ -343,68 +393,75 @@ def same_strides(view: View, tensor: torch.Tensor) -> bool:
     )
 
 
-def _drop_conflicts(
-    manifest: Manifest, targets: Targets, extents: list[tuple[int, int, Slot]], report: TransferReport
-) -> None:
-    """Give up template tensors that share memory in a way the source's do not: one would overwrite the other."""
-    # A sweep over begins, as in any interval problem. Extents that merely touch do not overlap: parameters of one flat
-    # buffer lie side by side, and stay in place.
-    extents.sort()
-    if all(map(le, map(itemgetter(1), extents), map(itemgetter(0), islice(extents, 1, None)))):
+def _drop_conflicts(manifest: Manifest, targets: Targets, others: list[Extent], report: TransferReport) -> None:
+    """Give up template tensors that share memory in a way the source's do not: one would overwrite the other.
+
+    Args:
+        others: Memory that nobody may write to.
+    """
+    addresses = targets.blocks.addresses
+    ends = list(map(add, addresses, map(attrgetter("span"), targets.geometries)))
+    # As many begins and ends in order: where each end is behind no later begin, no two overlap. Extents that merely
+    # touch do not: parameters of one flat buffer lie side by side, and stay in place.
+    if not others and all(map(le, sorted(ends), islice(sorted(addresses), 1, None))):
         return  # as in nearly every template
-    cluster: list[tuple[int, Slot]] = []
+    # A sweep over begins, as in any interval problem.
+    extents = sorted([*zip(addresses, ends, targets.numbers, strict=True), *others])
+    cluster: list[tuple[int, int]] = []
     reached = 0
-    for begin, end, slot in [*extents, (_BEHIND, _BEHIND, (0, 0))]:
+    for begin, end, number in [*extents, (_BEHIND, _BEHIND, 0)]:
         if begin < reached:
-            cluster.append((begin, slot))
+            cluster.append((begin, number))
             reached = max(reached, end)
             continue
         if len(cluster) > 1 and (reason := _conflict(manifest, targets, cluster)):
-            for _, other in cluster:
-                if targets.pop(other, None) is not None:
-                    report.not_in_place[format_path(manifest.paths[other[0]])] = reason
-        cluster, reached = [(begin, slot)], end
+            given_up = [other for _, other in cluster if other in targets]
+            targets.drop({*given_up})
+            for other in given_up:
+                report.not_in_place[format_path(manifest.paths[manifest.leaves.owners[other]])] = reason
+        cluster, reached = [(begin, number)], end
 
 
 # An address that no tensor has.
 _BEHIND = 1 << 64
 
 
-def _conflict(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> str:
+def _conflict(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, int]]) -> str:
     """Why targets whose extents overlap cannot all be written to; empty if they can."""
-    if any(slot is _NOBODYS for _, slot in cluster):
+    if any(number == _NOBODYS for _, number in cluster):
         return "shares memory in the template with a leaf that does not fit the source's"
     if not _harmless(manifest, targets, cluster):
         return "shares memory in the template in a way that it does not at the source"
     return ""
 
 
-def _shared_alike(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> bool:
+def _shared_alike(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, int]]) -> bool:
     """Whether targets that overlap do so, element by element, as their views at the source do."""
-    views = [manifest.leaves[index].views[position] for _, (index, position) in cluster]
+    views = [manifest.views[number] for _, number in cluster]
     # Tied weights, rows of one matrix, a flat buffer: the template's tensors overlap, and the source's do in the very
     # same way, so each byte is written with the value that all who see it have.
     # Which storage at the source, and how far the place there is from the one here.
     if len({(view.storage, begin - view.begin) for (begin, _), view in zip(cluster, views, strict=True)}) > 1:
         return False
-    tensors = [targets[slot].memory for _, slot in cluster]
+    tensors = [targets[number].memory for _, number in cluster]
     if all(same_strides(view, tensor) for view, tensor in zip(views, tensors, strict=True)):
         return True
     # One and the same tensor several times, on both sides.
-    return len(set(views)) == 1 and len({(begin, geometry_of(targets[slot].memory)) for begin, slot in cluster}) == 1
+    mine = {(begin, geometry_of(targets[number].memory)) for begin, number in cluster}
+    return len(set(views)) == len(mine) == 1
 
 
-def _harmless(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, Slot]]) -> bool:
+def _harmless(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int, int]]) -> bool:
     """Whether targets whose extents overlap can all be written to."""
     if _shared_alike(manifest, targets, cluster):
         return True
     # Columns of one matrix: what is not the same tensor has no element in common.
-    same: dict[View, list[tuple[int, Slot]]] = {}
-    for begin, slot in cluster:
-        shape = geometry_of(targets[slot].memory)
+    same: dict[View, list[tuple[int, int]]] = {}
+    for begin, number in cluster:
+        shape = geometry_of(targets[number].memory)
         # Elements of two views that begin at different parts of an element overlap by halves; ``disjoint`` counts in
         # whole ones.
         if begin % shape.itemsize != cluster[0][0] % shape.itemsize:
             return False
-        same.setdefault(View(0, shape, begin // shape.itemsize), []).append((begin, slot))
+        same.setdefault(View(0, shape, begin // shape.itemsize), []).append((begin, number))
     return all(_shared_alike(manifest, targets, group) for group in same.values()) and disjoint(list(same))

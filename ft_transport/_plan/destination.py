@@ -12,17 +12,16 @@ Not here: which tensors of the template may be written to at all (``_plan.compar
 from __future__ import annotations
 
 from collections.abc import Container, Sequence, Set
-from itertools import chain, compress, count, repeat
-from operator import itemgetter
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 
 from ft_transport._device import NO_STREAMS, Streams, copy
 from ft_transport._options import CPU, Options
-from ft_transport._plan.blocks import CARRIERS, Block, Places, held, indexed, share, storage_as
+from ft_transport._plan.blocks import CARRIERS, Block, Blocks, Places, indexed, share, storage_as
 from ft_transport._plan.buffers import FROM_ARENA, Arena, allocate
-from ft_transport._plan.compare import Slot, Targets, same_strides
+from ft_transport._plan.compare import Targets, same_strides
 from ft_transport._plan.expected import Template
 from ft_transport._plan.pages import Pages
 from ft_transport._plan.placement import Placement, note_state
@@ -135,16 +134,18 @@ class DestinationPlan:
         self._layout = layout
         self._targets = targets
         if shared:
-            share(block.memory for block in targets.values())
-            targets.update(zip(targets, held(list(targets.values())), strict=True))
+            share(targets.blocks.memory)
+            targets.blocks.hold_again()
         # Noted when they were compared, and before anything is allocated: memory that moves from then on is seen to.
-        self._places = Places.of(list(targets.values()), manifest, lambda: [leaf for leaf, _ in targets])
+        owners = manifest.leaves.owners
+        self._places = Places.of(targets.blocks, manifest, lambda: list(map(owners.__getitem__, targets)))
         aside: Container[int] = range(len(manifest.leaves)) if shadow else _indices(manifest, beside)
         where = fresh_device or device
         fresh = _Fresh(manifest, where)
         plan = _Plan(manifest, layout, targets, fresh, aside)
         blocks = plan.blocks()
-        self.in_place = plan.nbytes_in_place > 0
+        nbytes_in_place = layout.nbytes - sum(map(layout.ranges.nbytes.__getitem__, plan.fresh_ranges))
+        self.in_place = nbytes_in_place > 0
         self.large = plan.large
         self._fresh_ranges = plan.fresh_ranges
         self._pages = fresh.pages
@@ -155,15 +156,13 @@ class DestinationPlan:
         # was looked for.
         self._rebuild.try_it()
         if shared:
-            share(block.memory for block in blocks)
+            share(blocks.memory)
         # Fresh memory is held like the template's: once rebuilt it is the user's, and a relay still reads it for the
         # next destination.
-        rest = [which for which, storage in enumerate(map(itemgetter(3), blocks)) if storage is None]
-        for which, block in zip(rest, held([blocks[which] for which in rest]), strict=True):
-            blocks[which] = block
+        blocks.hold()
         self.placement = Placement(layout, blocks, self._places, device)
-        report.nbytes_in_place += plan.nbytes_in_place
-        report.nbytes_fresh += layout.nbytes - plan.nbytes_in_place
+        report.nbytes_in_place += nbytes_in_place
+        report.nbytes_fresh += layout.nbytes - nbytes_in_place
         report.nbytes_copied += plan.nbytes_copied
         # They cost as much memory as they have, which is a device's where they are.
         report.not_in_place |= {format_path(manifest.paths[index]): _APART for index in sorted(plan.apart)}
@@ -212,27 +211,29 @@ class DestinationPlan:
         if landed.copies:
             # Not in the caller's: there each would wait for the step that training is in, without a limit.
             with streams.use():
-                for target, slot in landed.copies:
-                    self._copy_to(target, slot, begin=True)
+                for target, number in landed.copies:
+                    self._copy_to(target, number, begin=True)
                     landed.settled.add(target)
             streams.begun().finish()
         return self._rebuild.state()
 
-    def _copy_to(self, target: Slot, slot: Slot, *, begin: bool = False) -> None:
+    def _copy_to(self, target: int, number: int, *, begin: bool = False) -> None:
         # As bits: ``copy_`` of a dtype that has no arithmetic (float8, quantized) is not implemented everywhere, and
         # NaNs must keep their payload.
-        mine, new = quiet(self._targets[target].memory), quiet(self._landed.values[slot])
+        value = self._landed.values[number]
+        assert value is not None
+        mine, new = quiet(self._targets[target].memory), quiet(value)
         carrier = CARRIERS[mine.dtype.itemsize]
         copy(mine.view(carrier), new.view(carrier), begin=begin)
 
     def copy_again(self) -> None:
         """Repeat the copies of :meth:`rebuild`: of small tensors all, of large ones those that have changed since."""
-        for (target, slot), before in zip(self._landed.copies, self._counts, strict=True):
+        for (target, number), before in zip(self._landed.copies, self._counts, strict=True):
             mine = self._targets[target].memory
             # BatchNorm's fused kernels write statistics without counting, so small ones are copied whether they count
             # as changed or not.
             if mine.nbytes < self._layout.stage_below or _count(mine) != before:
-                self._copy_to(target, slot)
+                self._copy_to(target, number)
 
     def find_again(self) -> set[int]:
         """Look for the template's memory where it is now: a ``load_state_dict`` may have exchanged it.
@@ -244,19 +245,22 @@ class DestinationPlan:
         moved = self._places.moved()
         if not moved:
             return lost
-        slots = list(self._targets)
+        numbers = self._targets.numbers
         # ``load_state_dict(assign=True)``, FSDP's resharding, an optimizer that casts its state: the tensor object may
         # be the same with other memory, and then what is written again goes there.
-        for slot in [slots[index] for index in moved]:
-            view, mine = self._manifest.leaves[slot[0]].views[slot[1]], self._targets[slot].memory
+        for number in [numbers[index] for index in moved]:
+            view, mine = self._manifest.views[number], self._targets[number].memory
             if (mine.dtype, mine.shape) != (view.geometry.dtype, view.geometry.shape) or not same_strides(view, mine):
                 lost.add(self._layout.range_of(view.storage, view.begin))
-        self.placement.blocks = held([Block(*block[:3]) for block in self.placement.blocks])
+        self.placement.blocks.hold_again()
         return lost
 
     def written(self) -> list[torch.Tensor]:
         """The template's tensors that hold a new value."""
-        return list(map(itemgetter(0), map(self._targets.__getitem__, self._landed.settled)))
+        blocks, settled = self._targets.blocks, self._landed.settled
+        if len(settled) == len(self._targets):
+            return list(blocks.memory)
+        return [mine for number, mine in zip(self._targets, blocks.memory, strict=True) if number in settled]
 
     @property
     def copies(self) -> bool:
@@ -278,12 +282,13 @@ class DestinationPlan:
 
     def memory(self) -> list[torch.Tensor]:
         """All that is written to, while messages move and in the end."""
-        return self.placement.memory() + [self._targets[slot].memory for slot, _ in self._landed.copies]
+        return self.placement.memory() + [self._targets[number].memory for number, _ in self._landed.copies]
 
     def paths_in_place(self) -> set[str]:
         """The leaves whose bytes land in the template, or are copied to it."""
-        slots = chain(self._landed.settled, (target for target, _ in self._landed.copies))
-        return {format_path(self._manifest.paths[index]) for index in {index for index, _ in slots}}
+        numbers = chain(self._landed.settled, (target for target, _ in self._landed.copies))
+        owners = self._manifest.leaves.owners
+        return {format_path(self._manifest.paths[index]) for index in {owners[number] for number in numbers}}
 
     def paths(self) -> set[str]:
         """All leaves of the state."""
@@ -295,14 +300,6 @@ def _indices(manifest: Manifest, paths: Set[str]) -> set[int]:
     return {index for index, path in enumerate(manifest.paths) if format_path(path) in paths} if paths else set()
 
 
-def _slots(manifest: Manifest) -> list[Slot]:
-    """The slot of each view, in the order of their numbers."""
-    counts = list(map(len, map(itemgetter(1), manifest.leaves)))
-    if {*counts} <= {0, 1}:
-        return list(compress(zip(count(), repeat(0), strict=False), counts))
-    return [(index, at) for index, count in enumerate(counts) for at in range(count)]
-
-
 def _count(tensor: torch.Tensor) -> int:
     """How many in-place operations autograd has counted; 0 for a tensor of inference mode, which has no count."""
     return 0 if tensor.is_inference() else tensor._version
@@ -312,9 +309,9 @@ def _count(tensor: torch.Tensor) -> int:
 
 
 class _Member(NamedTuple):
-    """One view of a range."""
+    """One view of a range, and its number."""
 
-    slot: Slot
+    number: int
     view: View
 
 
@@ -332,7 +329,6 @@ class _Plan:
         landed: What has been decided of each view.
         large: As in :class:`DestinationPlan`.
         fresh_ranges: The ranges that do not land in the template.
-        nbytes_in_place: Bytes that do.
         nbytes_copied: Bytes that are copied to it in the end.
         apart: The leaves of these, by index, where that is because of how the template's memory is arranged.
     """
@@ -345,77 +341,85 @@ class _Plan:
         fresh: _Fresh,
         aside: Container[int],
     ) -> None:
-        self.landed = Landed({}, set(), [])
+        self.landed = Landed([None] * len(manifest.views), set(), [])
         self.large: dict[int, list[torch.Tensor]] = {}
         self.fresh_ranges: set[int] = set()
         self.apart: set[int] = set()
         # What each range becomes is decided in one pass, in the layout's order; nothing decided for one depends on
         # another but the room that is left.
-        self.nbytes_in_place = self.nbytes_copied = 0
+        self.nbytes_copied = 0
         self._manifest = manifest
         self._layout = layout
         self._homes = homes
         self._fresh = fresh
         self._aside = aside
+        self._owners = manifest.leaves.owners
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> Blocks:
         """The memory that each of the layout's ranges lands in."""
         # Most ranges are one dense view, and land in the template's tensor as it is: those in columns.
         # With a shadow, or leaves that forward has written to, the quick way is closed to all: it does not look at
         # leaves one by one.
-        layout, found = self._layout, [None] * len(self._layout.ranges) if self._aside else self._direct()
-        slow = [which for which, home in enumerate(found) if home is None]
-        blocks: list[Block] = found  # type: ignore[assignment]
-        members = self._members(slow) if slow else {}
-        for which in slow:
-            blocks[which] = self._block(which, layout.ranges[which], members[which])
-        nbytes_fresh = sum([end - begin for _, begin, end in map(layout.ranges.__getitem__, self.fresh_ranges)])
-        self.nbytes_in_place = layout.nbytes - nbytes_fresh
+        ranges, homes = self._layout.ranges, self._homes.blocks
+        places: Sequence[Any] = [None] * len(ranges) if self._aside else self._direct()
+        slow = [which for which, place in enumerate(places) if place is None]
+        if not slow:
+            return homes.part(places)
+        members = self._members(slow)
+        found = [self._block(which, ranges[which], members[which]) for which in slow]
+        if len(slow) == len(ranges):
+            blocks = Blocks.of(found)
+        else:
+            blocks = homes.part([place or 0 for place in places])
+            blocks.put(slow, found)
         return blocks
 
-    def _direct(self) -> list[Block | None]:
-        """For each range that is one dense view the template's tensor, if that is the same in all; else None."""
-        layout, manifest = self._layout, self._manifest
-        views, lone = manifest.views(), layout.lone
-        slots = _slots(manifest)
-        of_range = list(map(slots.__getitem__, lone))  # for -1 the last slot, which is let go below
-        wanted = list(map(itemgetter(1), map(views.__getitem__, lone))) if views else []
-        found: list[Block | None] = list(self._homes.values())
+    def _direct(self) -> Sequence[Any]:
+        """For each range that is one dense view, and lands in a target that is the same in all, the place of that
+        target; else None."""
+        lone, geometries, homes = self._layout.ranges.lone, self._manifest.views.geometries, self._homes
+        memory, landed = homes.blocks.memory, self.landed
+        places: Sequence[Any]
         # Of most states all are, and by identity, as shapes are compared.
-        if -1 not in lone and of_range == list(self._homes) and wanted == list(map(itemgetter(7), found)):  # type: ignore[arg-type]
-            direct = dict(zip(of_range, map(itemgetter(0), found), strict=True))  # type: ignore[arg-type]
+        if homes.numbers == lone and homes.geometries == geometries:
+            places = range(len(memory))
+            landed.values[:] = memory
+            landed.settled.update(places)
         else:
-            homes = list(map(self._homes.get, of_range))
-            pairs = list(zip(wanted, [home and home[7] for home in homes], strict=True))
-            fitting = {(theirs, mine) for theirs, mine in {*pairs} if mine is not None and theirs.stride == mine.stride}
-            found = [
-                home if number >= 0 and pair in fitting else None
-                for home, number, pair in zip(homes, lone, pairs, strict=True)
+            places = [homes.at(number) if number >= 0 else None for number in lone]
+            pairs = [
+                None if place is None else (geometries[number], homes.geometries[place])
+                for number, place in zip(lone, places, strict=True)
             ]
-            direct = {slot: home[0] for slot, home in zip(of_range, found, strict=True) if home is not None}
-        self.landed.values.update(direct)
-        self.landed.settled.update(direct)
-        self.large.update((which, [home[0]]) for which in layout.large if (home := found[which]) is not None)
-        return found
+            fitting = {pair for pair in {*pairs} if pair is not None and pair[0].stride == pair[1].stride}
+            places = [place if pair in fitting else None for pair, place in zip(pairs, places, strict=True)]
+            for number, place in zip(lone, places, strict=True):
+                if place is not None:
+                    landed.values[number] = memory[place]
+                    landed.settled.add(number)
+        self.large.update(
+            (which, [memory[place]]) for which in self._layout.large if (place := places[which]) is not None
+        )
+        return places
 
     def _members(self, ranges: Sequence[int]) -> dict[int, list[_Member]]:
         """The views of some ranges."""
-        layout, views, slots = self._layout, self._manifest.views(), _slots(self._manifest)
+        layout, views, lone = self._layout, self._manifest.views, self._layout.ranges.lone
         members: dict[int, list[_Member]] = {}
         for which in ranges:
-            number = layout.lone[which]
-            members[which] = [_Member(slots[number], views[number])] if number >= 0 else []
-        for number in sorted({*range(len(views))}.difference(layout.lone)):
+            number = lone[which]
+            members[which] = [_Member(number, views[number])] if number >= 0 else []
+        for number in sorted({*range(len(views))}.difference(lone)):
             if (view := views[number]).storage >= 0:
-                members[layout.range_of(view.storage, view.begin)].append(_Member(slots[number], view))
+                members[layout.range_of(view.storage, view.begin)].append(_Member(number, view))
         return members
 
     def _block(self, which: int, piece: Piece, group: Sequence[_Member]) -> Block:
         gaps = self._layout.gaps.get(which)
         block = None
-        if self._homes and not any(leaf in self._aside for (leaf, _), _ in group):
+        if self._homes and not any(self._owners[number] in self._aside for number, _ in group):
             block = self._in_place(piece, group) if gaps is None else self._in_place_with_gaps(piece, gaps, group)
-        mine = [self._homes[slot].memory for slot, _ in group if slot in self._homes]
+        mine = [self._homes[number].memory for number, _ in group if number in self._homes]
         if block is not None:
             if piece.end - piece.begin >= self._layout.stage_below:
                 self.large[which] = mine
@@ -424,23 +428,23 @@ class _Plan:
         if mine:
             self.nbytes_copied += piece.end - piece.begin
             # Unless it is aside that one of them was to land.
-            if not any(leaf in self._aside for (leaf, _), _ in group):
-                self.apart.update(slot[0] for slot, _ in group if slot in self._homes)
+            if not any(self._owners[number] in self._aside for number, _ in group):
+                self.apart.update(self._owners[number] for number, _ in group if number in self._homes)
         return self._fresh_block(piece, group, gaps)
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""
         # The usual fresh leaf. What follows is for groups of which some have a home.
-        if len(group) == 1 and group[0].slot not in self._homes:
+        if len(group) == 1 and group[0].number not in self._homes:
             return None
         exact: dict[tuple[int, int], list[_Member]] = {}
         for member in group:
-            slot, view = member
+            number, view = member
             shift = self._shift(member)
             if shift is not None:
                 if len(group) == 1 and view.geometry.dense:
-                    self._settle_in_place(slot)
-                    return self._homes[slot]
+                    self._settle_in_place(number)
+                    return self._homes[number]
                 exact.setdefault(shift, []).append(member)
         for (_, shift_bytes), matching in exact.items():
             # Bytes in a view's gaps are its neighbours': a range is taken as it is where each byte is of some view, and
@@ -449,8 +453,8 @@ class _Plan:
                 all(shift_bytes % view.geometry.itemsize == 0 for _, view in group)
                 and covered([view.placed for _, view in matching], piece.begin, piece.end)
             ):
-                flat = storage_as(self._homes[matching[0].slot].memory, torch.uint8)
-                self._settle(group, {slot for slot, _ in matching}, flat, shift_bytes)
+                flat = storage_as(self._homes[matching[0].number].memory, torch.uint8)
+                self._settle(group, {number for number, _ in matching}, flat, shift_bytes)
                 return Block(flat[piece.begin + shift_bytes : piece.end + shift_bytes])
         return self._in_place_strided(piece, group)
 
@@ -461,18 +465,19 @@ class _Plan:
         (shift, *others) = shifts
         if shift is None or others or (piece.begin + shift[1]) % gaps.unit:
             return None
-        for slot, _ in group:
-            self._settle_in_place(slot)
-        tensor = self._homes[group[-1].slot].memory.detach()
+        for number, _ in group:
+            self._settle_in_place(number)
+        tensor = self._homes[group[-1].number].memory.detach()
         return indexed(tensor, piece.begin + shift[1], gaps.end + shift[1], gaps.places, gaps.unit)
 
     def _shift(self, member: _Member) -> tuple[int, int] | None:
         """Which storage of the template has a view's elements as the source's has them, and how many bytes behind;
         None if none has."""
-        home = self._homes.get(member.slot)
-        if home is None or not same_strides(member.view, home.memory):
+        if member.number not in self._homes:
             return None
-        tensor = home.memory
+        tensor = self._homes[member.number].memory
+        if not same_strides(member.view, tensor):
+            return None
         begin = int(tensor.storage_offset()) * member.view.geometry.itemsize
         return tensor.untyped_storage()._cdata, begin - member.view.begin
 
@@ -480,34 +485,34 @@ class _Plan:
         """A template tensor whose strides differ, to be written through a bucket."""
         # The message is staged, and scattered to the first of the targets; copies fill the others once all has landed.
         # Views that are not all the same could not be copied from one target to the other.
-        if not all(slot in self._homes and view == group[0].view for slot, view in group):
+        if not all(number in self._homes and view == group[0].view for number, view in group):
             return None
-        slot, view = group[0]
+        number, view = group[0]
         if (view.begin, view.end) != (piece.begin, piece.end) or not view.geometry.dense:
             return None
-        tensor, order = self._homes[slot].memory, view.geometry.order
+        tensor, order = self._homes[number].memory, view.geometry.order
         assert order is not None
-        self._settle_in_place(slot)
-        self.landed.copies.extend((other, slot) for other, _ in group if other != slot)
+        self._settle_in_place(number)
+        self.landed.copies.extend((other, number) for other, _ in group if other != number)
         shape, stride = [tensor.shape[dim] for dim in order], [tensor.stride(dim) for dim in order]
         return Block(quiet(tensor).as_strided(shape, stride, tensor.storage_offset()), dense=False)
 
-    def _settle_in_place(self, slot: Slot) -> None:
-        self.landed.values[slot] = self._homes[slot].memory
-        self.landed.settled.add(slot)
+    def _settle_in_place(self, number: int) -> None:
+        self.landed.values[number] = self._homes[number].memory
+        self.landed.settled.add(number)
 
-    def _settle(self, group: Sequence[_Member], direct: set[Slot], flat: torch.Tensor, shift: int) -> None:
+    def _settle(self, group: Sequence[_Member], direct: set[int], flat: torch.Tensor, shift: int) -> None:
         """Note what each view of a range becomes, once the range lies in ``flat`` moved by ``shift`` bytes."""
-        for slot, view in group:
-            if slot in direct:
-                self._settle_in_place(slot)
+        for number, view in group:
+            if number in direct:
+                self._settle_in_place(number)
             else:
-                self._settle_beside(slot, view_of(flat, view, shift))
+                self._settle_beside(number, view_of(flat, view, shift))
 
-    def _settle_beside(self, slot: Slot, tensor: torch.Tensor) -> None:
-        self.landed.values[slot] = tensor
-        if slot in self._homes:
-            self.landed.copies.append((slot, slot))
+    def _settle_beside(self, number: int, tensor: torch.Tensor) -> None:
+        self.landed.values[number] = tensor
+        if number in self._homes:
+            self.landed.copies.append((number, number))
 
     def _fresh_block(self, piece: Piece, group: Sequence[_Member], gaps: Gaps | None) -> Block:
         whole = piece.begin == 0 and piece.end == self._manifest.storages[piece.storage].nbytes
@@ -515,7 +520,7 @@ class _Plan:
         if whole and len(group) == 1 and piece.end < FROM_ARENA and group[0].view.geometry.dense:
             # A tensor of its own: the quickest way for many small ones.
             tensor = self._fresh.tensor(group[0].view)
-            self._settle_beside(group[0].slot, tensor)
+            self._settle_beside(group[0].number, tensor)
             return Block(tensor)
         flat = self._fresh.storage(piece.storage)
         self._settle(group, set(), flat, 0)

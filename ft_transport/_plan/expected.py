@@ -20,7 +20,7 @@ from ft_transport._plan.compare import Plain, compare_plain
 from ft_transport._state.classes import ATOMIC
 from ft_transport._state.describe import describe_flat
 from ft_transport._state.kinds.base import VALUE
-from ft_transport._state.manifest import Leaf, Manifest
+from ft_transport._state.manifest import Leaf, Leaves, Manifest
 from ft_transport._state.tree import LEAF, Flat, Node, flatten
 from ft_transport._state.values import decode_value
 from ft_transport._telemetry.report import Copies
@@ -161,7 +161,7 @@ class _Expected:
         self._tree = decode_nodes(self._nodes)
         self._shapes = unpack(pack(shapes))
         self._manifest = manifest
-        self._values = [index for index, leaf in enumerate(manifest.leaves) if leaf[0] == VALUE]
+        self._values = [index for index, leaf in manifest.leaves.others.items() if leaf.kind == VALUE]
         # A leaf that is the same as an earlier one has no tensor of its own there.
         known = None if manifest.same else tensors
         self.plain = compare_plain(manifest, dict(enumerate(flat.leaves)), ReadOnlyMemory(), known)
@@ -207,12 +207,15 @@ class _Expected:
         )
         if not _is_envelope(around.nodes, start):
             return None
-        own = list(manifest.leaves)
+        others = dict(manifest.leaves.others)
         for index, value in zip(self._values, values, strict=True):
-            own[index] = Leaf(VALUE, (), decode_value(value[0]))
+            others[index] = Leaf(VALUE, (), decode_value(value[0]))
+        for index, leaf in enumerate(around.leaves):
+            if index:
+                others[num_leaves + index - 1] = leaf
         found = Manifest(
             [*around.nodes[:start], *self._tree, *around.nodes[start + 1 :]],
-            own + around.leaves[1:],
+            Leaves(num_leaves + len(around.leaves) - 1, manifest.views, others),
             manifest.storages,
             same=manifest.same,
             shared=ties,

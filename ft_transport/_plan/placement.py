@@ -10,13 +10,12 @@ Not here: which block a range is (``_plan.source``, ``_plan.destination``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from operator import itemgetter, sub
+from collections.abc import Iterable
 
 import torch
 
 from ft_transport._device import is_on
-from ft_transport._plan.blocks import Block, Held, Places, copy_blocks
+from ft_transport._plan.blocks import Block, Blocks, Held, Places, copy_blocks
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._process import memory_at
 from ft_transport._state.manifest import Manifest
@@ -30,7 +29,7 @@ __all__ = ["Placement", "note_state"]
 def note_state(report: TransferReport, manifest: Manifest, layout: Layout) -> None:
     """Note in the report what is moved."""
     report.num_leaves = len(manifest.leaves)
-    report.num_messages = len(layout.messages)
+    report.num_messages = len(layout.sizes)
     report.nbytes_total = layout.nbytes
 
 
@@ -44,7 +43,7 @@ class Placement:
         device: Where messages live while they are moved.
     """
 
-    def __init__(self, layout: Layout, blocks: Sequence[Block], places: Places, device: torch.device) -> None:
+    def __init__(self, layout: Layout, blocks: Blocks, places: Places, device: torch.device) -> None:
         # Not private: a ``load_state_dict`` may exchange the template's tensors behind us, and then
         # ``DestinationPlan.find_again`` puts other blocks here.
         self.blocks = blocks
@@ -120,15 +119,20 @@ class Placement:
 
     def memory_of(self, message: int) -> list[torch.Tensor]:
         """What holds the ranges that a message has pieces of."""
-        return [self.blocks[which].memory for which in self._layout.owners[message]]
+        return [self.blocks.memory[which] for which in self._layout.owners[message]]
 
     def memory(self) -> list[torch.Tensor]:
         """What holds each of the layout's ranges, in their order."""
-        return list(map(itemgetter(0), self.blocks))
+        return self.blocks.memory
 
     def _copy(self, message: int, staged: torch.Tensor, *, gather: bool) -> None:
+        owners, nbytes = self._layout.owners[message], self._layout.ranges.nbytes
+        # Only whole ranges share a message.
+        sizes, begins = [self._layout.sizes[message]], [self._layout.begins[message]]
+        if len(owners) > 1:
+            sizes, begins = [nbytes[which] for which in owners], []
         try:
-            copy_blocks(self._parts(message), staged, gather=gather)
+            copy_blocks(self.blocks, owners, sizes, staged, gather=gather, begins=begins)
         except LocalProtocolError:
             self.check()  # which names it
             raise
@@ -139,17 +143,8 @@ class Placement:
             return None
         # Only small ranges share a message, so this is the one piece.
         # Unpacked as one on purpose: two here would be a layout that both sides read differently.
-        ((block, begin, nbytes),) = self._parts(message)
+        (which,) = self._layout.owners[message]
+        block = self.blocks[which]
         if not block.dense or not is_on(block.memory, self._device_type):
             return None
-        return block, begin, nbytes
-
-    def _parts(self, message: int) -> list[tuple[Block, int, int]]:
-        """For each piece of a message its block, its first byte there, and how many."""
-        layout, owners = self._layout, self._layout.owners[message]
-        pieces, ranges = layout.messages[message], map(layout.ranges.__getitem__, owners)
-        begins = list(map(itemgetter(1), pieces))
-        # A range with gaps counts only the bytes that travel, from its begin on; so does a block of one. So the
-        # differences are right for both.
-        inside, sizes = map(sub, begins, map(itemgetter(1), ranges)), map(sub, map(itemgetter(2), pieces), begins)
-        return list(zip(map(self.blocks.__getitem__, owners), inside, sizes, strict=True))
+        return block, self._layout.begins[message], self._layout.sizes[message]

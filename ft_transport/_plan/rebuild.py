@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import filterfalse
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 
 from ft_transport._device import seam
 from ft_transport._options import CPU
-from ft_transport._plan.compare import Slot, Targets
+from ft_transport._plan.compare import Targets
 from ft_transport._state.kinds.base import KINDS, Maker, Surroundings, plain, refresh, unflatten_leaf
 from ft_transport._state.kinds.distributed import meshes_of
 from ft_transport._state.manifest import EMPTY_ON_DEVICE, Leaf, Manifest, View
@@ -27,17 +26,17 @@ __all__ = ["Landed", "Rebuild", "allocated", "mark_changed", "quiet", "view_of"]
 
 
 class Landed(NamedTuple):
-    """What becomes of the views of a manifest.
+    """What becomes of the views of a manifest, by their numbers.
 
     Attributes:
-        values: The tensor that each view is, or that its value is copied from in the end.
-        settled: The template's tensors that hold their value once it has landed.
+        values: The tensor that each view is, or that its value is copied from in the end; None of one without elements.
+        settled: Those that are the template's tensors, which hold their value once it has landed.
         copies: Those that get it by a copy when all has landed: which, and of which view's value.
     """
 
-    values: dict[Slot, torch.Tensor]
-    settled: set[Slot]
-    copies: list[tuple[Slot, Slot]]
+    values: list[torch.Tensor | None]
+    settled: set[int]
+    copies: list[tuple[int, int]]
 
 
 class Rebuild:
@@ -83,11 +82,12 @@ class Rebuild:
         # that raises). Tried with memory of the right form and no content, it costs nothing that is kept.
         tried = {name for name, kind in KINDS.items() if kind.is_tried}
         leaves = self._manifest.leaves
-        if tried.isdisjoint(map(itemgetter(0), leaves)):
+        found = {index: leaf for index, leaf in leaves.others.items() if leaf.kind in tried}
+        if not found:
             return
         here = self._here()
-        for index, leaf in enumerate(leaves):
-            if leaf.kind in tried and (index, 0) not in self._targets:
+        for index, leaf in sorted(found.items()):
+            if leaves.firsts[index] not in self._targets:
                 try:
                     unflatten_leaf(leaf.part, self._makers(index, leaf, None), here)
                 except Exception as exc:
@@ -102,19 +102,21 @@ class Rebuild:
         """The state dict, once every message has landed and been verified."""
         manifest, matched, settled = self._manifest, self._matched, self._settled
         leaves = manifest.leaves
-        objects = self._objects() if any(map(itemgetter(3), leaves)) else None
+        objects = self._objects() if any(leaf.parts for leaf in leaves.others.values()) else None
         # Nearly every leaf is a plain tensor: the template's, which has its bytes, or without one what has landed.
         # These all at once.
-        kinds = list(map(itemgetter(0), leaves))
         built: list[object]
         if matched or manifest.same or objects is not None:
             built = list(map(matched.get, range(len(leaves))))
-            ready = {index for index, _ in settled if kinds[index] == "tensor"}
+            ready = settled if not leaves.others else {leaves.owners[number] for number in settled}
+            ready = ready.difference(index for index, leaf in leaves.others.items() if leaf.kind != "tensor")
         else:
             built = [None] * len(leaves)
-            for (index, _), value in self._values.items():
-                built[index] = value
-            ready = {index for index, _ in self._values if kinds[index] == "tensor" and leaves[index][2] is None}
+            ready = set()
+            for index, number in zip(leaves.plain, map(leaves.firsts.__getitem__, leaves.plain), strict=True):
+                if (value := self._values[number]) is not None:
+                    built[index] = value
+                    ready.add(index)
         here = self._here()
         # In the order of leaves, which is the order of the tree: what a leaf is the same as has been built before it.
         for index in filterfalse(ready.__contains__, range(len(leaves))):
@@ -135,7 +137,7 @@ class Rebuild:
         if leaf.kind != "tensor":
             here = here._replace(template=self._matched.get(index))
             return unflatten_leaf(leaf.part, self._makers(index, leaf, objects), here)
-        tensor, view = self._values.get((index, 0)), leaf.views[0]
+        tensor, view = self._values[self._manifest.leaves.firsts[index]], leaf.views[0]
         if objects is not None:
             return objects.outer(view, leaf.context, tensor)
         return plain(self._empty(view) if tensor is None else tensor, leaf.context)
@@ -143,10 +145,10 @@ class Rebuild:
     def _objects(self) -> _Objects:
         """Tensors that leaves may hold, beginning with the template's own."""
         objects = _Objects(self._empty)
-        for index, position in self._settled:
-            leaf = self._manifest.leaves[index]
+        for number in sorted(self._settled):
+            leaf = self._manifest.leaves[self._manifest.leaves.owners[number]]
             if leaf.kind == "tensor":
-                objects.know(leaf.views[position], leaf.context, self._targets[index, position].memory)
+                objects.know(leaf.views[0], leaf.context, self._targets[number].memory)
         return objects
 
     def _adopts(self, index: int, leaf: Leaf) -> bool:
@@ -157,13 +159,13 @@ class Rebuild:
             if kind.always_new or kind.obstacle(self._matched[index]):
                 return False
             views = views[: kind.num_tensors_in_place]
-        return all(view.storage < 0 or (index, i) in self._settled for i, view in enumerate(views))
+        first = self._manifest.leaves.firsts[index]
+        return all(view.storage < 0 or number in self._settled for number, view in enumerate(views, first))
 
     def _makers(self, index: int, leaf: Leaf, objects: _Objects | None) -> Iterator[Maker]:
-        for position, view in enumerate(leaf.views):
-            slot = index, position
-            tensor = self._values.get(slot)
-            if objects is None or slot in self._settled:
+        for number, view in enumerate(leaf.views, self._manifest.leaves.firsts[index]):
+            tensor = self._values[number]
+            if objects is None or number in self._settled:
                 yield partial(plain, self._empty(view) if tensor is None else tensor)
             else:
                 yield partial(objects.inner, view, tensor)

@@ -121,7 +121,7 @@ class Rewrite:
         """The messages that must be fetched again: written to, and not kept."""
         return [
             message
-            for message in range(len(self._layout.messages))
+            for message in range(len(self._layout.sizes))
             if message not in self._kept and self.is_written(message)
         ]
 
@@ -149,7 +149,7 @@ class Rewrite:
         # Order matters. Where is the memory now; then what is kept, written again; then what was copied in the end; and
         # only then is compared what is left, since the steps before may have repaired it.
         lost = self._landing.find_again()
-        messages: Iterable[int] = range(len(self._layout.messages))
+        messages: Iterable[int] = range(len(self._layout.sizes))
         if lost:
             messages = [message for message in messages if lost.isdisjoint(self._layout.owners[message])]
         for message in filter(self._kept.__contains__, messages):
@@ -164,7 +164,7 @@ class Rewrite:
         if not self._landing.in_place:
             return []
         # Counts of small ones would cost a call for each of thousands, and BatchNorm's are not true.
-        messages = filter(self._layout.is_small, range(len(self._layout.messages)))
+        messages = filter(self._layout.is_small, range(len(self._layout.sizes)))
         return [message for message in messages if message not in self._kept]
 
     def _is_as_sent(self, message: int) -> bool:

@@ -7,20 +7,18 @@ their digests, each by whoever sends the message first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, repeat
-from typing import Any
 
 import torch
 
 from ft_transport._deadline import Deadline
 from ft_transport._device import settle
 from ft_transport._options import Options
-from ft_transport._plan.blocks import Block, Places, held, indexed, share
+from ft_transport._plan.blocks import Block, Blocks, Places, held, indexed, share
 from ft_transport._plan.placement import Placement, note_state
 from ft_transport._plan.unchanged import ChangeDetector, Reading
 from ft_transport._process import no_collection
 from ft_transport._state.describe import Tensors, describe
-from ft_transport._state.manifest import Manifest, View, made
+from ft_transport._state.manifest import Manifest, View
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.digest import digest_message
 from ft_transport._wire.encode import encode_manifest
@@ -100,7 +98,7 @@ class SourcePlan:
 
     def digests(self) -> list[int]:
         """Fingerprints of all messages, in order; empty where nothing is verified."""
-        return [self._digests[message] for message in range(len(self.layout.messages))] if self.header.digest else []
+        return [self._digests[message] for message in range(len(self.layout.sizes))] if self.header.digest else []
 
 
 def place(manifest: Manifest, layout: Layout, tensors: Tensors, device: torch.device) -> Placement:
@@ -119,55 +117,46 @@ def place(manifest: Manifest, layout: Layout, tensors: Tensors, device: torch.de
 
 def _owners(manifest: Manifest) -> list[int]:
     """The leaf of each tensor behind a manifest's views."""
-    leaves = [leaf for leaf in range(len(manifest.leaves)) if leaf not in manifest.same]
-    return [leaf for leaf in leaves for _ in manifest.leaves[leaf].views]
-
-
-def _numbers(manifest: Manifest) -> list[int]:
-    """The number of the view of each tensor behind a manifest."""
-    numbers, first = list[int](), 0
-    for index, leaf in enumerate(manifest.leaves):
-        if index not in manifest.same:
-            numbers += range(first, first + len(leaf.views))
-        first += len(leaf.views)
-    return numbers
-
-
-def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> list[Block]:
-    """The memory of each of the layout's ranges."""
-    views, shapes = manifest.views(), tensors.geometries
     # A leaf that is the same object as an earlier one has that one's views and no tensors of its own.
-    own = _numbers(manifest) if manifest.same else range(len(views))
-    behind = own if isinstance(own, range) else {number: index for index, number in enumerate(own)}
-    # Most ranges are one tensor as it is: for many small ones, a call for each costs more than all that is done in it.
-    alone = [
-        which for which, number in enumerate(layout.lone) if number >= 0 and views[number][1] is shapes[behind[number]]
-    ]
-    columns: list[Sequence[Any]] = [
-        tensors.tensors,
+    return [leaf for leaf in manifest.leaves.owners if leaf not in manifest.same]
+
+
+def _numbers(manifest: Manifest) -> Sequence[int]:
+    """The number of the view of each tensor behind a manifest."""
+    if not manifest.same:
+        return range(len(manifest.views))
+    return [number for number, leaf in enumerate(manifest.leaves.owners) if leaf not in manifest.same]
+
+
+def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> Blocks:
+    """The memory of each of the layout's ranges."""
+    views, shapes, ranges = manifest.views, tensors.geometries, layout.ranges
+    of_tensors = Blocks(
+        list(tensors.tensors),
         tensors.alive,
         tensors.bases,
         tensors.capacities,
         tensors.addresses,
-    ]
-    order = [behind[layout.lone[which]] for which in alone]
-    if order != list(range(len(shapes))):
-        columns = [[column[index] for index in order] for column in columns]
-    memory, *homes = columns
-    blocks = made(Block, zip(memory, repeat(True), repeat(None), *homes, repeat(None), strict=False))
-    ranges = layout.ranges
-    if len(alone) == len(ranges):
-        return blocks
-    others = sorted({*range(len(ranges))}.difference(alone))
-    of_range = {which: [behind[number]] for which, number in enumerate(layout.lone) if number >= 0}
-    for number in sorted({*own}.difference(layout.lone)):
+        on_host=tensors.on_cpu,
+    )
+    # Most ranges are one tensor as it is: for many small ones, a call for each costs more than all that is done in it.
+    if views.geometries == shapes and ranges.lone == range(len(shapes)):
+        return of_tensors
+    own = _numbers(manifest)
+    behind = {number: index for index, number in enumerate(own)}
+    blocks = of_tensors.part([behind.get(number, 0) for number in ranges.lone])
+    others: dict[int, list[int]] = {which: [] for which, number in enumerate(ranges.lone) if number < 0}
+    for which, number in enumerate(ranges.lone):
+        if number >= 0 and views.geometries[number] is not shapes[behind[number]]:
+            others[which] = [behind[number]]
+    for number in sorted({*own}.difference(ranges.lone)):
         # An empty tensor is a view of no storage (EMPTY): it has a shape to tell, and no bytes.
         if (view := views[number]).storage >= 0:
-            of_range.setdefault(layout.range_of(view.storage, view.begin), []).append(behind[number])
+            others[layout.range_of(view.storage, view.begin)].append(behind[number])
     mine = [views[number] for number in own]
-    found = held([_block(ranges[which], layout.gaps.get(which), of_range[which], mine, tensors) for which in others])
-    at = dict(zip(chain(alone, others), chain(blocks, found), strict=True))
-    return [at[which] for which in range(len(ranges))]
+    found = [_block(ranges[which], layout.gaps.get(which), members, mine, tensors) for which, members in others.items()]
+    blocks.put(list(others), held(found))
+    return blocks
 
 
 def _block(piece: Piece, gaps: Gaps | None, members: Sequence[int], views: Sequence[View], tensors: Tensors) -> Block:

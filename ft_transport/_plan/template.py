@@ -76,7 +76,7 @@ def fit(
     # No template: all is fresh, and there is nothing to disagree with.
     if template is None:
         report.without_template = True
-        return Fit({}, {}, Surroundings())
+        return Fit({}, Targets.none(), Surroundings())
     try:
         # ``strict`` is the older word, and means more: what is missing or left over is refused as well.
         return _fit(manifest, template, report, "refuse" if strict else on_mismatch, strict, copies)
@@ -186,9 +186,11 @@ def _drop_copies(
             )
     if not copies.paths:
         return set()
-    dropped = {index for index, _ in targets if format_path(manifest.paths[index]) in copies.paths}
-    for slot in [slot for slot in targets if slot[0] in dropped]:
-        del targets[slot]
+    owners = manifest.leaves.owners
+    dropped = {
+        index for index in {owners[number] for number in targets} if format_path(manifest.paths[index]) in copies.paths
+    }
+    targets.drop({number for number in targets if owners[number] in dropped})
     for index in dropped:
         report.not_in_place[format_path(manifest.paths[index])] = _A_COPY
     return dropped
@@ -201,9 +203,9 @@ def _find_copies(manifest: Manifest, template: Template, targets: Targets) -> fr
     except Exception:  # it has given a template once, and that one will do
         return frozenset()
     return frozenset(
-        format_path(manifest.paths[slot[0]])
-        for slot, block in targets.items()
-        if slot in second and second[slot].address != block.memory.data_ptr()
+        format_path(manifest.paths[manifest.leaves.owners[number]])
+        for number, mine in zip(targets, targets.blocks.memory, strict=True)
+        if number in second and second[number].address != mine.data_ptr()
     )
 
 

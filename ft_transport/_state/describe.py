@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from itertools import accumulate, count, islice, repeat
+from itertools import accumulate, islice
 from operator import add, attrgetter, itemgetter
 
 import torch
@@ -23,13 +23,14 @@ from ft_transport._state.manifest import (
     EMPTY,
     EMPTY_ON_DEVICE,
     Leaf,
+    Leaves,
     Manifest,
     Storage,
     View,
+    Views,
     made,
-    plain_leaves,
 )
-from ft_transport._state.tree import Flat, flatten, format_path
+from ft_transport._state.tree import Flat, Node, flatten, format_path, paths_of
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["Tensors", "describe", "describe_flat"]
@@ -146,41 +147,59 @@ def describe_flat(flat: Flat) -> tuple[Manifest, Tensors]:
     # In four passes over columns, not one over leaves: the nesting, what each leaf is made of, where its tensors lie,
     # and leaves again from all three.
     nodes, values, shared = flat
-    manifest = Manifest(nodes, [], [], shared=shared)
-    parts, counts, columns = _take_all_apart(values, manifest)
+    parts, same, columns = _take_all_apart(values, nodes)
     # Looked for before anything is said to anybody, and the path is told: which module is sharded away is the first
     # thing one wants to know.
     if (bad := columns.without_memory()) is not None:
+        counts = [parts[index][1] if index in parts else 1 for index in range(len(values))]
         owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
-        path = format_path(manifest.paths[owner])
+        path = format_path(paths_of(nodes)[owner])
         raise LocalProtocolError(f"{path}: a tensor of {columns.geometries[bad]} has no memory", phase="describe")
-    views = _place_all(columns, manifest.storages)
-    manifest.leaves = _leaves(parts, views, counts)
-    for index, first in manifest.same.items():
-        manifest.leaves[index] = manifest.leaves[first]
-    return manifest, columns
+    storages: list[Storage] = []
+    leaves = _leaves(len(values), _place_all(columns, storages), parts)
+    return Manifest(nodes, _with_same(leaves, same), storages, same=same, shared=shared), columns
 
 
-def _leaves(parts: Sequence[Part], views: list[View], counts: Sequence[int]) -> list[Leaf]:
-    leaves: list[Leaf] = []
-    rest, done = iter(views), 0
-    # Runs of plain leaves go all at once; Python steps in only where something else is.
-    for index in [index for index, part in enumerate(parts) if part is not PLAIN]:
-        leaves += plain_leaves(islice(rest, index - done))
+def _leaves(count: int, views: Views, parts: dict[int, tuple[Part, int]]) -> Leaves:
+    """So many leaves, of which all are plain tensors but those that are made of these parts and so many tensors."""
+    others: dict[int, Leaf] = {}
+    done = number = 0
+    for index, (part, num_views) in parts.items():
+        number += index - done
         done = index + 1
-        leaves.append(Leaf(parts[index].kind, tuple(islice(rest, counts[index])), *parts[index][1:]))
-    return leaves + plain_leaves(rest)
+        own = tuple(map(views.__getitem__, range(number, number + num_views)))
+        number += num_views
+        others[index] = Leaf(part.kind, own, *part[1:])
+    return Leaves(count, views, others)
 
 
-def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[Part], list[int], Tensors]:
+def _with_same(leaves: Leaves, same: dict[int, int]) -> Leaves:
+    """The leaves, with those that are the same object as an earlier one, which have no tensors of their own so far."""
+    if not same:
+        return leaves
+    views, others, done = Views([], [], []), dict(leaves.others), 0
+    for index, first in same.items():
+        begin = leaves.firsts[index]
+        views.add(*leaves.views.part(done, begin))
+        others[index] = leaves[first]
+        views.append(others[index].views)
+        done = begin
+    views.add(*leaves.views.part(done, None))
+    return Leaves(len(leaves), views, others)
+
+
+def _take_all_apart(
+    values: Sequence[object], nodes: list[Node]
+) -> tuple[dict[int, tuple[Part, int]], dict[int, int], Tensors]:
     """Take every leaf apart; of leaves that are one object only the first has tensors.
 
     Returns:
-        A part for each leaf, how many plain tensors each leaf has, and those of all leaves.
+        A part for each leaf that is not one plain tensor, by index and in order, and how many tensors it has; for each
+        leaf that is the same object as an earlier one the index of the first; the plain tensors of all leaves.
     """
-    parts: list[Part] = []
+    parts: dict[int, tuple[Part, int]] = {}
+    same: dict[int, int] = {}
     tensors: list[torch.Tensor] = []
-    counts: list[int] = []
     refused: dict[int, str] = {}
     seen: dict[int, int] = {}
     # Exactly this class: a Parameter has something to tell (``requires_grad``), and a subclass may be anything.
@@ -191,9 +210,7 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
     simple = torch.Tensor if columns is not None else None
     rest, done = iter(plain), 0
     for index in [index for index, value in enumerate(values) if type(value) is not simple]:
-        parts += repeat(PLAIN, index - done)
         tensors += islice(rest, index - done)
-        counts += repeat(1, index - done)
         done = index + 1
         value, part = values[index], PLAIN
         inner: Sequence[torch.Tensor] = ()
@@ -202,32 +219,29 @@ def _take_all_apart(values: Sequence[object], manifest: Manifest) -> tuple[list[
         # Tied weights and a module that is registered twice. The values are kept by the list they are in, so an id
         # stays one object's.
         elif (first := seen.setdefault(id(value), index)) != index:
-            manifest.same[index] = first
+            same[index] = first
             part = Part(VALUE)
         else:
             try:
                 part, inner = flatten_leaf(value)
             except Exception as exc:  # a kind's, or a class's own code when it is pickled, which may raise anything
                 refused[index] = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
-        parts.append(part)
+        if part is not PLAIN:
+            parts[index] = part, len(inner)
         tensors += inner
-        counts.append(len(inner))
     if refused:
-        paths = manifest.paths
+        paths = paths_of(nodes)
         # All of them at once: whoever has to change a state wants the whole list, not one path after each restart.
         text = "; ".join(f"{format_path(paths[index])}: {reason}" for index, reason in refused.items())
         raise LocalProtocolError(text, phase="describe")
     if columns is not None:
-        num_last = len(values) - done
-        parts += repeat(PLAIN, num_last)
         tensors += rest
-        counts += repeat(1, num_last)
         if len(tensors) == len(plain):
-            return parts, counts, columns
-    return parts, counts, Tensors(tensors)
+            return parts, same, columns
+    return parts, same, Tensors(tensors)
 
 
-def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
+def _place_all(columns: Tensors, storages: list[Storage]) -> Views:
     """Give every tensor a view of the manifest's storages."""
     tensors, geometries, offsets = columns.tensors, columns.geometries, columns.offsets
     # Most storages have one view, one without gaps; what follows is what _place would do for each.
@@ -248,18 +262,17 @@ def _place_all(columns: Tensors, storages: list[Storage]) -> list[View]:
         storages += map(of_size.__getitem__, ends)
     else:
         storages += made(Storage, zip(ends, map(type_of, memory), strict=True))
-    lone_views = made(View, zip(count(), shapes, firsts))
     if len(alone) == len(tensors):
-        return lone_views
-    views = made(View, zip(repeat(EMPTY), geometries, offsets))
-    for index, view in zip(alone, lone_views, strict=True):
-        views[index] = view
+        return Views(list(range(len(alone))), shapes, firsts)
+    views = Views([EMPTY] * len(tensors), list(geometries), list(offsets))
+    for storage, (index, first) in enumerate(zip(alone, firsts, strict=True)):
+        views.storages[index], views.offsets[index] = storage, first
     groups: dict[int, list[int]] = {}
     for index in sorted({*range(len(tensors))}.difference(alone)):
         if geometries[index].numel:
             groups.setdefault(columns.storages[index], []).append(index)
         elif not columns.on_cpu and type_of(tensors[index]) != "cpu":
-            views[index] = View(EMPTY_ON_DEVICE, geometries[index], offsets[index])
+            views.storages[index] = EMPTY_ON_DEVICE
     # Views that share a storage. How they share it is the only thing that must survive: ties, rows of one buffer, a
     # flat parameter and what is cut out of it.
     for group in groups.values():
@@ -283,7 +296,7 @@ def _clusters(group: list[int], columns: Tensors) -> list[tuple[int, int, list[i
     return clusters
 
 
-def _place(group: list[int], columns: Tensors, views: list[View], storages: list[Storage]) -> None:
+def _place(group: list[int], columns: Tensors, views: Views, storages: list[Storage]) -> None:
     """Give the views of one storage one in the manifest, which holds only what they refer to."""
     first = columns.view(group[0])
     storage = len(storages)

@@ -125,18 +125,19 @@ def geometry_of(tensor: torch.Tensor) -> Geometry:
     return geometry(tensor.dtype, tensor.shape, tensor.stride())
 
 
-def alone_in(storages: Sequence[int], shapes: Sequence[Geometry]) -> list[int]:
+def alone_in(storages: Sequence[int], shapes: Sequence[Geometry]) -> Sequence[int]:
     """Which views have elements, have no gaps, and are the only one of their storage, by index.
 
     Args:
         storages: What tells the storage of each.
         shapes: Of each.
     """
-    num_of = Counter(storages)
     # Asked of shapes, of which there are few, in place of views; and of most states it is all of them.
-    dense = {shape for shape in {*shapes} if shape.dense and shape.numel}
-    if len(num_of) == len(storages) and dense.issuperset(shapes):
-        return list(range(len(storages)))
+    distinct = {*shapes}
+    dense = {shape for shape in distinct if shape.dense and shape.numel}
+    if len(dense) == len(distinct) and len({*storages}) == len(storages):
+        return range(len(storages))
+    num_of = Counter(storages)
     rows = enumerate(zip(storages, shapes, strict=True))
     return [index for index, (storage, shape) in rows if shape in dense and num_of[storage] == 1]
 

@@ -10,9 +10,9 @@ it is written (``_wire.encode``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from itertools import chain, repeat
-from operator import itemgetter
+from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import accumulate, chain, repeat
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -26,12 +26,13 @@ __all__ = [
     "EMPTY",
     "EMPTY_ON_DEVICE",
     "Leaf",
+    "Leaves",
     "Manifest",
     "Storage",
     "View",
+    "Views",
     "disjoint",
     "made",
-    "plain_leaves",
 ]
 
 _T = TypeVar("_T")
@@ -98,6 +99,113 @@ class Leaf(NamedTuple):
         return Part(self.kind, self.context, self.parts)
 
 
+# Columns, for what there may be 100,000 of: a tuple for each view, and one for its leaf, would take longer to make,
+# to go through and to free than all that is asked of them. Who asks of one gets its tuple.
+class Views:
+    """Views in the order of their leaves: a view's *number* is its place here.
+
+    Args:
+        storages: Of each, as in :class:`View`; so are the others.
+        geometries: Of each.
+        offsets: Of each.
+    """
+
+    def __init__(self, storages: list[int], geometries: list[Geometry], offsets: list[int]) -> None:
+        self.storages = storages
+        self.geometries = geometries
+        self.offsets = offsets
+
+    def __len__(self) -> int:
+        return len(self.storages)
+
+    def __getitem__(self, number: int) -> View:
+        return View(self.storages[number], self.geometries[number], self.offsets[number])
+
+    def __iter__(self) -> Iterator[View]:
+        return iter(made(View, zip(self.storages, self.geometries, self.offsets, strict=True)))
+
+    def __setitem__(self, number: int, view: View) -> None:
+        self.storages[number], self.geometries[number], self.offsets[number] = view
+
+    def add(self, storages: Iterable[int], geometries: Iterable[Geometry], offsets: Iterable[int]) -> None:
+        """Append some, by columns."""
+        self.storages += storages
+        self.geometries += geometries
+        self.offsets += offsets
+
+    def append(self, views: Iterable[View]) -> None:
+        """Append some, one by one."""
+        for storage, geometry, offset in views:
+            self.add((storage,), (geometry,), (offset,))
+
+    def part(self, begin: int, end: int | None) -> tuple[list[int], list[Geometry], list[int]]:
+        """Some of them, in columns."""
+        return self.storages[begin:end], self.geometries[begin:end], self.offsets[begin:end]
+
+
+class Leaves:
+    """The leaves of a state: nearly all of them plain tensors, of which all is said by their views.
+
+    Args:
+        count: How many.
+        views: Of all of them.
+        others: By index: each that is not one plain tensor without a context, and each that is the same as an earlier
+            one.
+    """
+
+    def __init__(self, count: int, views: Views, others: dict[int, Leaf]) -> None:
+        self.views = views
+        self.others = others
+        self._count = count
+
+    @classmethod
+    def of(cls, leaves: Sequence[Leaf], same: Container[int] = ()) -> Leaves:
+        """Of these, of which those at some indices are the same as an earlier one."""
+        views = Views([], [], [])
+        views.append(chain.from_iterable([leaf.views for leaf in leaves]))
+        others = {
+            index: leaf
+            for index, leaf in enumerate(leaves)
+            if leaf.kind != "tensor" or leaf.context is not None or index in same
+        }
+        return cls(len(leaves), views, others)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Leaf:
+        leaf = self.others.get(index)
+        return Leaf("tensor", (self.views[self.firsts[index]],)) if leaf is None else leaf
+
+    def __iter__(self) -> Iterator[Leaf]:
+        return map(self.__getitem__, range(self._count))
+
+    @cached_property
+    def firsts(self) -> Sequence[int]:
+        """The number of each leaf's first view, and behind the last one how many there are."""
+        return list(accumulate(self._counts(), initial=0)) if self.others else range(self._count + 1)
+
+    @cached_property
+    def owners(self) -> Sequence[int]:
+        """The leaf of each view."""
+        if not self.others:
+            return range(self._count)
+        return list(chain.from_iterable(map(repeat, range(self._count), self._counts())))
+
+    def _counts(self) -> list[int]:
+        counts = [1] * self._count
+        for index, leaf in self.others.items():
+            counts[index] = len(leaf.views)
+        return counts
+
+    @property
+    def plain(self) -> Sequence[int]:
+        """Those that are one plain tensor, by index."""
+        if not self.others:
+            return range(self._count)
+        return [index for index in range(self._count) if index not in self.others]
+
+
 class Manifest:
     """The description sent ahead.
 
@@ -114,7 +222,7 @@ class Manifest:
     def __init__(
         self,
         nodes: list[Node],
-        leaves: list[Leaf],
+        leaves: Leaves,
         storages: list[Storage],
         *,
         same: dict[int, int] | None = None,
@@ -140,9 +248,10 @@ class Manifest:
             self._paths = paths_of(self.nodes)
         return self._paths
 
-    def views(self) -> list[View]:
-        """The views of all leaves, in their order: a view's *number* is its place here."""
-        return list(chain.from_iterable(map(itemgetter(1), self.leaves)))
+    @property
+    def views(self) -> Views:
+        """The views of all leaves."""
+        return self.leaves.views
 
     def build(self, leaves: Sequence[object]) -> object:
         """The state dict with these leaves in place of the described ones."""
@@ -177,8 +286,3 @@ def disjoint(views: Sequence[View]) -> bool:
 def made(cls: type[_T], rows: Iterable[tuple[Any, ...]]) -> list[_T]:
     """Many tuples of a class at once, in a loop that is not Python's."""
     return list(map(tuple.__new__, repeat(cls), rows))  # type: ignore[arg-type]
-
-
-def plain_leaves(views: Iterable[View]) -> list[Leaf]:
-    """A leaf for each of these views: a plain tensor without a context."""
-    return made(Leaf, zip(repeat("tensor"), zip(views, strict=False), repeat(None), repeat(()), strict=False))

@@ -12,8 +12,7 @@ import math
 import sys
 from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Hashable, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -28,11 +27,12 @@ from ft_transport._state.manifest import (
     EMPTY,
     EMPTY_ON_DEVICE,
     Leaf,
+    Leaves,
     Manifest,
     Storage,
     View,
+    Views,
     made,
-    plain_leaves,
 )
 from ft_transport._state.tree import (
     CONTAINERS,
@@ -86,7 +86,7 @@ def decode_manifest(body: Any) -> tuple[Manifest, ManifestHeader]:
         num_leaves = check_tree(tree)
         if len(leaves) != num_leaves:
             raise ValueError(f"expected {num_leaves} leaves, got {len(leaves)}")
-        manifest = Manifest(tree, [], _decode_storages(storages))
+        manifest = Manifest(tree, Leaves.of(()), _decode_storages(storages))
         not_allowed = [(path_of_container(tree, index), exc) for index, exc in refused]
         not_allowed += _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
         if not_allowed:
@@ -278,42 +278,50 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> lis
     A leaf is [value], [storage, shape, offset] for a plain tensor, [kind, views, context, parts] for another one, or
     the index of an earlier leaf that is the same object.
     """
-    leaves, storages = manifest.leaves, manifest.storages
+    storages = manifest.storages
+    others: dict[int, Leaf] = {}
+    views = Views([], [], [])
     refused: list[tuple[str, _Refused]] = []
     # Plain tensors are most of a state, and are checked in columns. If anything about one of them is wrong all are
     # looked at one by one, to name the one.
-    others = [index for index, leaf in enumerate(data) if type(leaf) is not tuple or len(leaf) != 3]
+    unusual = [index for index, leaf in enumerate(data) if type(leaf) is not tuple or len(leaf) != 3]
     plain = _decode_plain([leaf for leaf in data if type(leaf) is tuple and len(leaf) == 3], shapes, storages)
-    for index in others if plain is not None else range(len(data)):
+    done = 0
+    for at, index in enumerate(unusual if plain is not None else range(len(data))):
         if plain is not None:
-            leaves += islice(plain, index - len(leaves))
+            views.add(*plain.part(done, index - at))
+            done = index - at
         leaf = data[index]
         try:
             if type(leaf) is int:
                 if not 0 <= leaf < index:
                     raise ValueError(f"the same as leaf {leaf}")
                 manifest.same[index] = manifest.same.get(leaf, leaf)
-                # The same tuple; no chain of references can be long, since each is resolved to the first.
-                leaves.append(leaves[leaf])
+                # No chain of references can be long, since each is resolved to the first.
+                others[index] = others.get(leaf) or Leaf("tensor", (_decode_view(data[leaf], shapes, storages),))
             elif len(leaf) == 3:
-                leaves.append(Leaf("tensor", (_decode_view(leaf, shapes, storages),)))
+                views.append((_decode_view(leaf, shapes, storages),))
+                continue
             elif len(leaf) == 1:
-                leaves.append(Leaf(VALUE, (), decode_value(leaf[0])))
+                others[index] = Leaf(VALUE, (), decode_value(leaf[0]))
             else:
-                leaves.append(_decode_composite(leaf, shapes, storages))
+                others[index] = _decode_composite(leaf, shapes, storages)
         except NotAllowed as exc:
             refused.append((format_path(manifest.paths[index]), NotAllowed(exc.names | not_allowed_in(leaf))))
-            leaves.append(Leaf(VALUE, (), None))  # nothing is made of it, since all of them raise in the end
+            others[index] = Leaf(VALUE, (), None)  # nothing is made of it, since all of them raise in the end
         except Exception as exc:
             reason = exc.message if isinstance(exc, RemoteProtocolError) else f"{type(exc).__name__}: {exc}"
             if isinstance(exc, ValueError):
                 reason = str(exc)
             raise RemoteProtocolError(f"{format_path(manifest.paths[index])}: {reason}", phase="agree") from exc
-    leaves += plain or ()
+        views.append(others[index].views)
+    if plain is not None:
+        views.add(*plain.part(done, None))
+    manifest.leaves = Leaves(len(data), views, others)
     return refused
 
 
-def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storage]) -> Iterator[Leaf] | None:
+def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storage]) -> Views | None:
     """Plain tensors with elements, all at once; None if anything about any of them needs a closer look."""
     if not data:
         return None
@@ -329,8 +337,7 @@ def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storag
         if not shape.numel or offset * shape.itemsize + shape.span > storages[storage][0]:
             return None
         geometries.append(shape)
-    which, offsets = map(itemgetter(0), data), map(itemgetter(2), data)
-    return iter(plain_leaves(made(View, zip(which, geometries, offsets, strict=True))))
+    return Views(list(map(itemgetter(0), data)), geometries, list(map(itemgetter(2), data)))
 
 
 def _decode_composite(data: Any, shapes: list[Geometry], storages: list[Storage]) -> Leaf:
@@ -394,14 +401,14 @@ def check_storages(manifest: Manifest, limits: Limits) -> None:
     Raises:
         ValueError: They are not.
     """
-    views: list[View] = list(chain.from_iterable(map(itemgetter(1), manifest.leaves)))
+    views = manifest.views
     if len(views) > MAX_NODES:
         raise ValueError(f"{len(views)} tensors, at most {MAX_NODES} are accepted")
-    if not all(shape.dense for shape in {*map(itemgetter(1), views)}):
-        _check_gaps(manifest)
+    if not all(shape.dense for shape in {*views.geometries}):
+        _check_gaps(views)
     storages = manifest.storages
     # A storage that nobody refers to would be memory that is taken for nothing.
-    num_of = Counter(map(itemgetter(0), views))
+    num_of = Counter(views.storages)
     for nowhere in (EMPTY, EMPTY_ON_DEVICE):
         num_of.pop(nowhere, None)
     if len(num_of) < len(storages):
@@ -433,15 +440,14 @@ def _check_size(nbytes: int, referenced: int, num_ranges: int) -> None:
         raise ValueError(f"a storage of {nbytes} bytes, of which {referenced} are referred to")
 
 
-def _check_gaps(manifest: Manifest) -> None:
+def _check_gaps(every: Views) -> None:
     """Finding what lies between views, as ``_wire.layout`` does, takes bounded time, and memory that there is."""
     # Only these cost more than their bytes: what lies between the views has to be found, element by element.
-    with_gaps = {view.storage for leaf in manifest.leaves for view in leaf.views if not view.geometry.dense}
+    with_gaps = {view.storage for view in every if not view.geometry.dense}
     found: dict[int, set[View]] = {storage: set() for storage in with_gaps if storage >= 0}
-    for leaf in manifest.leaves if found else ():
-        for view in leaf.views:
-            if view.storage in found:
-                found[view.storage].add(view)
+    for view in every if found else ():
+        if view.storage in found:
+            found[view.storage].add(view)
     num_steps = num_elements = 0
     for views in found.values():
         in_order = sorted(views, key=_begin)

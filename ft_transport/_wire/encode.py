@@ -6,15 +6,13 @@ at once, without a step of Python for each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain, islice
-from operator import itemgetter
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from ft_transport._state.classes import class_name, dtype_name
-from ft_transport._state.geometry import Geometry
 from ft_transport._state.kinds.base import VALUE, Part, check_readable
-from ft_transport._state.manifest import Leaf, Manifest, View
+from ft_transport._state.manifest import Leaf, Manifest
 from ft_transport._state.tree import LEAF, NAMES_A_CLASS, Node, check_names, format_path, path_of_container
 from ft_transport._state.values import encode_value
 from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame
@@ -39,14 +37,14 @@ def encode_manifest(manifest: Manifest, header: ManifestHeader) -> bytes:
 def manifest_body(manifest: Manifest, header: ManifestHeader) -> list[Any]:
     """What becomes the body of the MANIFEST frame; raises as :func:`encode_manifest`."""
     refused: list[str] = []
-    all_views = list(chain.from_iterable(map(itemgetter(1), manifest.leaves)))
+    all_views = manifest.views
     # By the order in which they come first, so that equal states have equal bytes: the fingerprint that resuming goes
     # by is taken of these.
-    shapes = {shape: number for number, shape in enumerate(dict.fromkeys(map(itemgetter(1), all_views)))}
-    views = _encode_views(all_views, shapes)
+    shapes = {shape: number for number, shape in enumerate(dict.fromkeys(all_views.geometries))}
+    views = zip(all_views.storages, map(shapes.__getitem__, all_views.geometries), all_views.offsets, strict=True)
     leaves: list[Any] = []
     done = 0
-    for index in _not_plain(manifest):
+    for index in sorted(manifest.leaves.others):
         # For many leaves, steps of Python for each are all that costs: the plain ones between go all at once.
         leaves += islice(views, index - done)
         done = index + 1
@@ -83,22 +81,6 @@ def manifest_body(manifest: Manifest, header: ManifestHeader) -> list[Any]:
 def _what(node: Node) -> str:
     keys = f" with the keys {str(list(node.keys))[:80]}" if node.keys else ""
     return node.kind + keys
-
-
-def _encode_views(views: list[View], shapes: dict[Geometry, int]) -> Iterator[tuple[int, int, int]]:
-    if not views:
-        return iter(())
-    storages, geometries, offsets = zip(*views, strict=True)
-    return zip(storages, map(shapes.__getitem__, geometries), offsets, strict=True)
-
-
-def _not_plain(manifest: Manifest) -> list[int]:
-    """The leaves that are not one plain tensor without a context, or are the same as an earlier one."""
-    kinds, contexts = (map(itemgetter(column), manifest.leaves) for column in (0, 2))
-    found = {*manifest.same}
-    found.update([index for index, kind in enumerate(kinds) if kind != "tensor"])
-    found.update([index for index, context in enumerate(contexts) if context is not None])
-    return sorted(found)
 
 
 def _encode_leaf(leaf: Leaf, views: Sequence[Any]) -> Any:

@@ -7,20 +7,20 @@ Messages are grouped into *flights*: what is under way before the receiver is he
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise, repeat
-from operator import add, attrgetter, itemgetter, sub
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, repeat
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import torch
 
 from ft_transport._state.geometry import alone_in, merge, range_index
-from ft_transport._state.manifest import Manifest, View, made
+from ft_transport._state.manifest import Manifest, View
 
-__all__ = ["SMALL_BYTES", "Gaps", "Layout", "Limits", "Piece", "lay_out"]
+__all__ = ["SMALL_BYTES", "Gaps", "Layout", "Limits", "Piece", "Ranges", "lay_out"]
 
 # Bounds what a side copies of the small messages that forward may change (see ``docs/design.md``): one bucket.
 SMALL_BYTES = 64 << 20
@@ -64,106 +64,150 @@ class Gaps(NamedTuple):
     unit: int
 
 
+class Ranges:
+    """The distinct byte ranges of a state, by storage and begin, in columns.
+
+    Args:
+        storages: Of each.
+        begins: The first byte of each there.
+        nbytes: Of each.
+        lone: For each that is one dense view, and the only one of its storage, as most are: the number of that view
+            among the manifest's. For any other -1.
+    """
+
+    def __init__(
+        self, storages: Sequence[int], begins: Sequence[int], nbytes: Sequence[int], lone: Sequence[int]
+    ) -> None:
+        self.storages = storages
+        self.begins = begins
+        self.nbytes = nbytes
+        self.lone = lone
+
+    def __len__(self) -> int:
+        return len(self.nbytes)
+
+    def __getitem__(self, which: int) -> Piece:
+        begin = self.begins[which]
+        return Piece(self.storages[which], begin, begin + self.nbytes[which])
+
+    def __iter__(self) -> Iterator[Piece]:
+        return map(self.__getitem__, range(len(self.nbytes)))
+
+    def at(self, storage: int, begin: int) -> int:
+        """Index of the range that holds byte ``begin`` of ``storage``."""
+        first, end = bisect_left(self.storages, storage), bisect_right(self.storages, storage)
+        return bisect_right(self.begins, begin, first, end) - 1
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a state travels.
 
     Attributes:
         ranges: The distinct byte ranges of the state, by storage and begin.
-        messages: The pieces in each message, in order.
-        owners: For each message the index of the range that each of its pieces is of.
+        owners: For each message the index of the range that each of its pieces is of, in order.
+        begins: For each message, of one piece, where that begins in its range; 0 for one of several, which are whole
+            ranges.
         sizes: Bytes of each message.
         flights: Consecutive messages that are under way together.
         nbytes: Payload bytes of all messages.
         stage_below: Messages smaller than this are staged on both sides, packed or not.
         gaps: For each range whose views leave gaps that do not travel, by its index: where they are. Such a range
             counts only the bytes that travel, from its begin on.
-        lone: For each range that is one dense view, and the only one of its storage, as most are: the number of that
-            view among the manifest's. For any other -1.
         large: Indices of the ranges of ``stage_below`` and more.
     """
 
-    ranges: list[Piece]
-    messages: list[tuple[Piece, ...]]
-    owners: list[tuple[int, ...]]
+    ranges: Ranges
+    owners: list[Sequence[int]]
+    begins: list[int]
     sizes: list[int]
     flights: list[range]
     nbytes: int
     stage_below: int
     gaps: dict[int, Gaps]
-    lone: list[int] = field(default_factory=list)
-    large: list[int] = field(default_factory=list)
+    large: Sequence[int]
+
+    @cached_property
+    def messages(self) -> list[tuple[Piece, ...]]:
+        """The pieces in each message, in order."""
+        return [self._pieces(message) for message in range(len(self.sizes))]
+
+    def _pieces(self, message: int) -> tuple[Piece, ...]:
+        pieces = tuple(map(self.ranges.__getitem__, self.owners[message]))
+        if len(pieces) > 1:
+            return pieces
+        ((storage, begin, _),) = pieces
+        begin += self.begins[message]
+        return (Piece(storage, begin, begin + self.sizes[message]),)
 
     def is_small(self, message: int) -> bool:
         """Whether a message is staged on both sides, because forward may change small tensors meanwhile."""
-        return len(self.messages[message]) > 1 or self.sizes[message] < self.stage_below
+        return len(self.owners[message]) > 1 or self.sizes[message] < self.stage_below
 
     def range_of(self, storage: int, begin: int) -> int:
         """Index of the range that holds byte ``begin`` of ``storage``."""
-        return bisect_right(self.ranges, (storage, begin, math.inf)) - 1
+        return self.ranges.at(storage, begin)
 
 
 def lay_out(manifest: Manifest, limits: Limits) -> Layout:
     """Derive from a manifest what travels in which message."""
     # Whatever follows must come out the same on both sides, from the manifest alone: no address, no device, no option
     # of one side may decide anything here.
-    ranges, gaps, lone = _ranges(manifest)
-    nbytes = list(map(sub, map(itemgetter(2), ranges), map(itemgetter(1), ranges)))
-    small = [which for which, each in enumerate(nbytes) if each < limits.pack_below]
-    large = [which for which, each in enumerate(nbytes) if each >= limits.pack_below]
+    ranges, gaps = _ranges(manifest)
+    nbytes = ranges.nbytes
+    small: Sequence[int] = range(len(nbytes))
+    large: Sequence[int] = ()
+    if max(nbytes, default=0) >= limits.pack_below:
+        small = [which for which, each in enumerate(nbytes) if each < limits.pack_below]
+        large = [which for which, each in enumerate(nbytes) if each >= limits.pack_below]
     pack_below = limits.pack_below if len(small) >= limits.pack_from else 0
     # A part ends on a multiple of 64 bytes of its storage, so that no element is cut in two.
     # An element that is cut in two could not be scattered by torch where strides differ.
     step = limits.message_bytes - limits.message_bytes % 64
-    messages: list[tuple[Piece, ...]] = []
-    owners: list[tuple[int, ...]] = []
-    for which in large if pack_below else range(len(ranges)):
-        storage, begin, last = ranges[which]
+    owners: list[Sequence[int]] = []
+    begins: list[int] = []
+    sizes: list[int] = []
+    for which in large if pack_below else range(len(nbytes)):
+        first, last, begin = ranges.begins[which], nbytes[which], 0
         while begin < last:
             # The first part makes up for a range that begins in the middle of 64 bytes, so that all others begin at a
             # multiple.
-            end = min(begin - begin % 64 + step, last)
-            messages.append((Piece(storage, begin, end),))
+            end = min(begin - (first + begin) % 64 + step, last)
             owners.append((which,))
+            begins.append(begin)
+            sizes.append(end - begin)
             begin = end
-    sizes = [end - begin for ((_, begin, end),) in messages]
-    buckets = _buckets(nbytes, small if pack_below else [], limits.message_bytes)
-    sizes += [sum(map(nbytes.__getitem__, bucket)) for bucket in buckets]
-    messages.extend(tuple(map(ranges.__getitem__, bucket)) for bucket in buckets)
-    owners.extend(map(tuple, buckets))
+    for bucket, size in _buckets(nbytes, small, limits.message_bytes) if pack_below else ():
+        owners.append(bucket)
+        begins.append(0)
+        sizes.append(size)
     flights = _flights(sizes, limits.flight_bytes)
-    return Layout(ranges, messages, owners, sizes, flights, sum(sizes), limits.pack_below, gaps, lone, large)
+    return Layout(ranges, owners, begins, sizes, flights, sum(sizes), limits.pack_below, gaps, large)
 
 
-def _ranges(manifest: Manifest) -> tuple[list[Piece], dict[int, Gaps], list[int]]:
-    """The ranges, their gaps, and the numbers of the views that are one; see :class:`Layout`."""
-    views = manifest.views()
+def _ranges(manifest: Manifest) -> tuple[Ranges, dict[int, Gaps]]:
+    views = manifest.views
     # Nearly every storage has one view, a dense one, which is its range: these in columns.
-    storages, shapes = list(map(itemgetter(0), views)), list(map(itemgetter(1), views))
+    storages, shapes, offsets = views.storages, views.geometries, views.offsets
     alone = alone_in(storages, shapes)
     found: dict[int, list[View]] = {}
     if len(alone) < len(views):
         for number in sorted({*range(len(views))}.difference(alone)):
             if storages[number] >= 0:
                 found.setdefault(storages[number], []).append(views[number])
-        views = [views[number] for number in alone]
-        storages, shapes = list(map(itemgetter(0), views)), list(map(itemgetter(1), views))
-    begins: list[int] = list(map(itemgetter(2), views))
-    ends = list(map(attrgetter("span"), shapes))
-    if any(begins):
-        begins = [offset * shape.itemsize for offset, shape in zip(begins, shapes, strict=True)]
-        ends = list(map(add, begins, ends))
+        storages, offsets = [storages[number] for number in alone], [offsets[number] for number in alone]
+        shapes = [shapes[number] for number in alone]
+    begins, nbytes = offsets, list(map(attrgetter("span"), shapes))
+    if any(offsets):
+        begins = [offset * shape.itemsize for offset, shape in zip(offsets, shapes, strict=True)]
     if not found and storages == sorted(storages):
-        return made(Piece, zip(storages, begins, ends, strict=True)), {}, alone
+        return Ranges(storages, begins, nbytes, alone), {}
     rows: list[tuple[int, int, int, int, Gaps | None]]
-    rows = list(zip(storages, begins, ends, alone, repeat(None), strict=False))
+    rows = list(zip(storages, begins, nbytes, alone, repeat(None), strict=False))
     rows += [row for storage, members in found.items() for row in _ranges_of(storage, members)]
-    rows.sort(key=_WHERE)
-    gaps = {which: gap for which, (*_, gap) in enumerate(rows) if gap is not None} if found else {}
-    return made(Piece, map(_PIECE, rows)), gaps, list(map(itemgetter(3), rows))
-
-
-_WHERE, _PIECE = itemgetter(0, 1), itemgetter(0, 1, 2)
+    rows.sort(key=itemgetter(0, 1))
+    gaps = {which: gap for which, (*_, gap) in enumerate(rows) if gap is not None}
+    return Ranges(*(list(map(itemgetter(column), rows)) for column in range(4))), gaps
 
 
 def _ranges_of(storage: int, found: list[View]) -> Iterator[tuple[int, int, int, int, Gaps | None]]:
@@ -172,30 +216,27 @@ def _ranges_of(storage: int, found: list[View]) -> Iterator[tuple[int, int, int,
     for begin, end in merge((view.begin, view.end) for view in found):
         inside = found[bisect_left(found, begin, key=_begin) : bisect_left(found, end, key=_begin)]
         index = range_index([view.placed for view in inside], begin, end)
-        gaps = None
         # From here on the range counts what travels. Its real end is in ``gaps``.
-        if index is not None:
-            gaps = Gaps(end, *index)
-            end = begin + index[0].numel() * index[1]
-        yield storage, begin, end, -1, gaps
+        if index is None:
+            yield storage, begin, end - begin, -1, None
+        else:
+            yield storage, begin, index[0].numel() * index[1], -1, Gaps(end, *index)
 
 
 def _begin(view: View) -> int:
     return view.begin
 
 
-def _buckets(nbytes: Sequence[int], small: Sequence[int], limit: int) -> list[Sequence[int]]:
-    """The small ranges, by index, in the order in which they fill one message after the other."""
-    begins: list[int] = []
-    room = 0
-    for at, which in enumerate(small):
-        # Next fit: in order, and never back. A better packing would save a message in a hundred, and be harder to
-        # derive alike in another language.
-        if nbytes[which] > room:
-            begins.append(at)
-            room = limit
-        room -= nbytes[which]
-    return [small[begin:end] for begin, end in pairwise([*begins, len(small)])]
+def _buckets(nbytes: Sequence[int], small: Sequence[int], limit: int) -> Iterator[tuple[Sequence[int], int]]:
+    """The small ranges, by index, in the order in which they fill one message after the other, each with its size."""
+    # Next fit: in order, and never back. A better packing would save a message in a hundred, and be harder to derive
+    # alike in another language.
+    ends = list(accumulate(map(nbytes.__getitem__, small), initial=0))
+    begin = 0
+    while begin < len(small):
+        end = bisect_right(ends, ends[begin] + limit) - 1
+        yield small[begin:end], ends[end] - ends[begin]
+        begin = end
 
 
 def _flights(sizes: Sequence[int], limit: int) -> list[range]:

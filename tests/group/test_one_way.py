@@ -15,6 +15,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
 from ft_transport._group.one_way import description, land_all, post_and_wait
+from ft_transport._plan.compare import Targets
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.placement import note_state
 from ft_transport._plan.source import place
@@ -37,7 +38,7 @@ def run(state: object, *, break_before: int | None = None) -> tuple[Any, list[An
     report = TransferReport("source", "test", None, [PeerReport(1)])
     note_state(report, manifest, layout)
     received = TransferReport("destination", "test", None, [PeerReport(0)])
-    landing = DestinationPlan(manifest, layout, {}, {}, CPU, received)
+    landing = DestinationPlan(manifest, layout, {}, Targets.none(), CPU, received)
     result: list[object] = []
 
     def receive() -> None:

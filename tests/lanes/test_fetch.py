@@ -26,6 +26,7 @@ from ft_transport._net.connection import Connection, Wakeup
 from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import Fabric, LaneOptions
+from ft_transport._plan.compare import Targets
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import PeerReport, TransferReport
@@ -95,7 +96,7 @@ def into() -> tuple[PendingMessages, Any, Any]:
     manifest, _ = describe(STATE)
     layout = lay_out(manifest, LIMITS)
     assert len(layout.messages) == len(STATE)
-    landing, work = DestinationPlan(manifest, layout, {}, {}, CPU, report), PendingMessages(len(STATE))
+    landing, work = DestinationPlan(manifest, layout, {}, Targets.none(), CPU, report), PendingMessages(len(STATE))
     return work, Sink(layout, landing, work, report, {}, verified=True), landing.rebuild
 
 

@@ -13,7 +13,7 @@ from states import DTYPES
 
 from ft_transport._options import Options
 from ft_transport._plan import blocks as blocks_module
-from ft_transport._plan.blocks import Block, Held, Places, copy_blocks, copy_elements, held, indexed, storage_as
+from ft_transport._plan.blocks import Block, Blocks, Held, Places, copy_blocks, copy_elements, held, indexed, storage_as
 from ft_transport._state.describe import describe
 from ft_transport.errors import LocalProtocolError
 
@@ -53,28 +53,34 @@ def test_scattering_leaves_the_gaps_alone() -> None:
     assert raw_bytes(base[::2][3:13]) == raw_bytes(noise(10, 2))
 
 
+def copy_all(blocks: list[Block], staged: torch.Tensor, *, gather: bool) -> None:
+    """Copy equally large blocks, which fill the message."""
+    sizes = [staged.numel() // len(blocks)] * len(blocks)
+    copy_blocks(Blocks.of(blocks), range(len(blocks)), sizes, staged, gather=gather)
+
+
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("name", DTYPES)
 @pytest.mark.parametrize("offset", [0, 1, 8, 16])
 def test_blocks_of_every_dtype_at_every_alignment(name: str, offset: int) -> None:
     dtype = DTYPES[name]
     dense, gaps = noise(8, 1, dtype), noise((4, 4), 2, dtype)[:, :2]
-    blocks = [Block(dense), Block(gaps, dense=False)]
     nbytes = 8 * dtype.itemsize
-    parts = [(block, 0, nbytes) for block in blocks]
     staged = torch.zeros(2 * nbytes + offset, dtype=torch.uint8)[offset:]
-    copy_blocks(parts, staged, gather=True)
+    copy_all([Block(dense), Block(gaps, dense=False)], staged, gather=True)
     assert raw_bytes(staged) == raw_bytes(dense) + raw_bytes(gaps)
     other = [noise(8, 3, dtype), noise((4, 4), 4, dtype)[:, :2]]
-    copy_blocks([(Block(other[0]), 0, nbytes), (Block(other[1], dense=False), 0, nbytes)], staged, gather=False)
+    copy_all([Block(other[0]), Block(other[1], dense=False)], staged, gather=False)
     assert [raw_bytes(tensor) for tensor in other] == [raw_bytes(dense), raw_bytes(gaps)]
 
 
 def test_parts_of_blocks() -> None:
     dense, gaps = noise((4, 8), 1).t(), noise((8, 8), 2)[:, ::2]
     staged = torch.zeros(40, dtype=torch.uint8)
-    copy_blocks([(Block(dense), 5, 8), (Block(gaps, dense=False), 12, 32)], staged, gather=True)
-    assert raw_bytes(staged) == raw_bytes(dense.t())[5:13] + raw_bytes(gaps)[12:44]
+    for block in (Block(dense), *held([Block(dense)])):
+        blocks = Blocks.of([Block(noise(3, 3)), Block(gaps, dense=False), block])
+        copy_blocks(blocks, [2, 1], [8, 32], staged.zero_(), gather=True, begins=[5, 12])
+        assert raw_bytes(staged) == raw_bytes(dense.t())[5:13] + raw_bytes(gaps)[12:44]
 
 
 def test_the_bytes_of_a_dense_block_share_its_memory() -> None:
@@ -108,7 +114,7 @@ MOVES: dict[str, Callable[[torch.Tensor], object]] = {
 def test_memory_that_was_taken_away_is_neither_read_nor_written(move: Callable[[torch.Tensor], object]) -> None:
     kept, moved = noise(300_000, 1), noise(300_000, 2)
     blocks, (manifest, _) = held([Block(kept), Block(moved)]), describe({"kept": kept, "moved": moved})
-    places = Places.of(blocks, manifest, lambda: [0, 1])
+    places = Places.of(Blocks.of(blocks), manifest, lambda: [0, 1])
     nbytes = moved.numel() * 4
     before, staged = raw_bytes(kept), torch.full((2 * nbytes,), 7, dtype=torch.uint8)
     view = Held(blocks[1], 0, nbytes).view
@@ -120,8 +126,8 @@ def test_memory_that_was_taken_away_is_neither_read_nor_written(move: Callable[[
     for act in (
         Held(blocks[1], 0, nbytes).check,
         lambda: Held(blocks[1], 0, nbytes).reads(read.append)(view),
-        lambda: copy_blocks([(block, 0, nbytes) for block in blocks], staged, gather=True),
-        lambda: copy_blocks([(block, 0, nbytes) for block in blocks], staged, gather=False),
+        lambda: copy_all(blocks, staged, gather=True),
+        lambda: copy_all(blocks, staged, gather=False),
     ):
         with pytest.raises(LocalProtocolError, match="exchanged or given back"):
             act()
@@ -180,12 +186,12 @@ def test_memory_is_not_taken_away_between_two_steps_of_a_copy(
 
     for name in ("_copy", "_copy_indexed"):
         monkeypatch.setattr(blocks_module, name, first(name))
-    copy_blocks([(block, 0, nbytes)], staged, gather=gather)
+    copy_all([block], staged, gather=gather)
     assert thread.ident
     thread.join(10)
     assert taken.is_set()
     with pytest.raises(LocalProtocolError, match="exchanged or given back"):
-        copy_blocks([(block, 0, nbytes)], staged, gather=gather)
+        copy_all([block], staged, gather=gather)
 
 
 QUANTIZED = {torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4}

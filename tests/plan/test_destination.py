@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ft_transport import TransferReport
-from ft_transport._plan.compare import compare
+from ft_transport._plan.compare import Targets, compare
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.pages import Pages
 from ft_transport._plan.template import match_template
@@ -160,8 +160,9 @@ def test_more_than_the_machine_has_is_refused_before_it_is_asked_for() -> None:
     assert big.storages[0].nbytes == 4
     manifest.storages[0] = manifest.storages[0]._replace(nbytes=1 << 60)
     assert geometry.numel == 4
+    report = TransferReport("destination", "test", 1)
     with pytest.raises(MemoryError, match="more than this machine has"):
-        DestinationPlan(manifest, lay_out(manifest, LIMITS), {}, {}, CPU, TransferReport("destination", "test", 1))
+        DestinationPlan(manifest, lay_out(manifest, LIMITS), {}, Targets.none(), CPU, report)
 
 
 # --------------------------------------------------------------------------------------------- template

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,7 +40,11 @@ def expecting(tree: object) -> Template:
 
 def same_layout(one: Layout, other: Layout) -> bool:
     # Where there are gaps, a tensor says.
-    return replace(one, gaps={}) == replace(other, gaps={}) and str(one.gaps) == str(other.gaps)
+    def plain(layout: Layout) -> tuple[object, ...]:
+        columns = layout.ranges, layout.ranges.lone, layout.large, layout.flights, *layout.owners
+        return (*map(list, columns), layout.begins, layout.sizes, layout.nbytes, layout.stage_below, str(layout.gaps))
+
+    return plain(one) == plain(other)
 
 
 def model(seed: int, lr: float = 0.1) -> dict[str, Any]:
@@ -100,9 +103,8 @@ def test_the_fit_is_the_same(case: str) -> None:
         assert (template.plain(manifest) is None) == bool(fits)  # the first one was expected
         fits.append(fit(manifest, template, report))
         reports.append(report)
-    assert {slot: block.address for slot, block in fits[0].targets.items()} == {
-        slot: block.address for slot, block in fits[1].targets.items()
-    }
+    one, other = [dict(zip(each.targets, each.targets.blocks.addresses, strict=True)) for each in fits]
+    assert one == other
     assert fits[0].matched.keys() == fits[1].matched.keys()
     assert all(mine is fits[1].matched[index] for index, mine in fits[0].matched.items())
     assert reports[0] == reports[1]
@@ -194,7 +196,7 @@ def test_memory_that_is_exchanged_while_the_source_is_waited_for() -> None:
     weight.data = noise(4, 3)
     manifest, _, _ = read(body_of({"w": noise(4, 1)}), template)
     targets = fit(manifest, template, TransferReport("destination", "test", 7)).targets
-    assert [block.address for block in targets.values()] == [weight.data_ptr()]
+    assert targets.blocks.addresses == [weight.data_ptr()]
 
 
 def test_two_containers_are_not_one() -> None:
@@ -259,7 +261,7 @@ def test_limits_are_the_sources_and_are_bounded() -> None:
     found = expecting(tree).read(body_of(state, limits))
     assert found is not None
     assert found[1].limits == limits
-    assert found[2] == lay_out(decode_manifest(body_of(state, limits))[0], limits)
+    assert same_layout(found[2], lay_out(decode_manifest(body_of(state, limits))[0], limits))
     # More than can be: to be refused by who reads all of it.
     assert expecting(tree).read(body_of(state, Limits(message_bytes=1 << 31))) is None
 

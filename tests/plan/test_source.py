@@ -7,7 +7,7 @@ import torch
 from helpers import CPU, noise, raw_bytes
 from states import STATES
 
-from ft_transport._plan.blocks import copy_blocks, indexed
+from ft_transport._plan.blocks import Blocks, copy_blocks, indexed
 from ft_transport._plan.source import place
 from ft_transport._state.describe import describe
 from ft_transport._wire.layout import Limits, lay_out
@@ -27,12 +27,12 @@ def test_blocks_hold_exactly_the_bytes_that_the_views_show(name: str) -> None:
         target = storages[piece.storage][piece.begin : piece.end]
         gaps = layout.gaps.get(index)
         if gaps is None:
-            copy_blocks([(blocks[index], 0, piece.end - piece.begin)], target, gather=True)
+            copy_blocks(blocks, [index], [piece.end - piece.begin], target, gather=True)
             continue
         message = torch.zeros(piece.end - piece.begin, dtype=torch.uint8)
-        copy_blocks([(blocks[index], 0, message.numel())], message, gather=True)
+        copy_blocks(blocks, [index], [message.numel()], message, gather=True)
         block = indexed(storages[piece.storage], piece.begin, gaps.end, gaps.places, gaps.unit)
-        copy_blocks([(block, 0, message.numel())], message, gather=False)
+        copy_blocks(Blocks.of([block]), [0], [message.numel()], message, gather=False)
     shown_by = iter(leaf for leaf in _leaves(state) if isinstance(leaf, torch.Tensor))
     for leaf in manifest.leaves:
         for view in leaf.views:

@@ -489,7 +489,11 @@ def test_digests_find_what_was_changed_past_autograd_between_wire_and_digest() -
         def send(self, tensor: torch.Tensor, tag: int) -> Pending:
             pending = Wrapped.send(self, tensor, tag)
             if tag >= FIRST_MESSAGE_TAG:
-                self._channel_changed = tensor.data.add_(1)
+                operation, link = pending.work, near._link
+                # It has left only once the other side has posted its receive.
+                with link.changed:
+                    assert link.changed.wait_for(lambda: operation.done, 10)
+                tensor.data.add_(1)
             return pending
 
     near, far = memory_channels()

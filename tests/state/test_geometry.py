@@ -97,4 +97,4 @@ DENSE, GAPS, NONE = (
     ids=["none", "all", "two of one storage", "gaps, and without elements", "beside one with gaps"],
 )
 def test_views_that_are_alone_in_their_storage(storages: list[int], shapes: list[Geometry], alone: list[int]) -> None:
-    assert alone_in(storages, shapes) == alone
+    assert list(alone_in(storages, shapes)) == alone
