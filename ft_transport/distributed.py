@@ -352,7 +352,7 @@ class PGTransport(TransportBase):
                 surroundings=_TRUSTING,
             )
             note_state(report, manifest, layout)
-            streams = settle(landing.memory(), deadline, device)
+            streams = settle(landing.device_memory(), deadline, device)
         try:
             return self._land(channel, layout, landing, streams, report, deadline)
         except BaseException:

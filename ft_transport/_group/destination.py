@@ -156,7 +156,7 @@ def _agree(
             _check_header(header, step)
             landing = plan_destination(manifest, layout, template, options, report, beside or frozenset())
             # Before a byte lands: what the template's devices still do may read it.
-            streams = settle(landing.memory(), control.deadline, options.device)
+            streams = settle(landing.device_memory(), control.deadline, options.device)
     # Nobody to refuse anything to.
     except PeerFailure:
         raise

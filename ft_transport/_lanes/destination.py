@@ -330,7 +330,7 @@ class DestinationTransfer:
             with control.heartbeats(), no_collection():
                 plan = self._planner.plan(data, template)
                 # Before a byte lands: what the template's devices still do may read it.
-                streams = settle(plan.landing.memory(), self._deadline)
+                streams = settle(plan.landing.device_memory(), self._deadline)
                 sink = self._planner.sink(plan, earlier, streams)
         except Exception as exc:
             # A callback of the user's has raised, say: the source is to know that it is not at fault.

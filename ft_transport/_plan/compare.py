@@ -295,13 +295,9 @@ def compare_plain(
         read_only: Which memory is.
         known: What torch knows of these tensors, if it was asked before, and they are all that the template has.
     """
-    others, firsts = manifest.leaves.others, manifest.leaves.firsts
-    of_tensors = {index for index, leaf in others.items() if leaf.kind == "tensor"}
-    indices = [
-        index
-        for index, mine in matched.items()
-        if type(mine) is torch.Tensor and (index not in others or index in of_tensors)
-    ]
+    leaves = manifest.leaves
+    unlike = {index for index, leaf in leaves.others.items() if leaf.kind != "tensor"}
+    indices = [index for index, mine in matched.items() if type(mine) is torch.Tensor and index not in unlike]
     mine = known
     if mine is None:
         tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
@@ -310,14 +306,15 @@ def compare_plain(
     # for; those leaves take the other way.
     if mine is None or not mine.on_cpu:
         return Plain(Targets.none(), set())
-    numbers: Sequence[int] = list(map(firsts.__getitem__, indices))
-    wanted = list(map(manifest.views.geometries.__getitem__, numbers))
-    if numbers == list(range(len(numbers))):
-        numbers = range(len(numbers))
+    numbers: Sequence[int] = range(len(leaves.views))
+    wanted = manifest.views.geometries
+    if indices != list(leaves.owners):
+        numbers = list(map(leaves.firsts.__getitem__, indices))
+        wanted = list(map(wanted.__getitem__, numbers))
     # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.
     pairs = list(zip(wanted, mine.geometries, strict=True))
-    fitting = {pair for pair in {*pairs} if _can_land(*pair)}
-    misfits = {at for at, pair in enumerate(pairs) if pair not in fitting} if len(fitting) < len({*pairs}) else set()
+    misfitting = {pair for pair in {*pairs} if not _can_land(*pair)}
+    misfits = {at for at, pair in enumerate(pairs) if pair in misfitting} if misfitting else set()
     misfits.update(read_only.among(mine.addresses))
     homes = list(mine.alive), list(mine.bases), list(mine.capacities), list(mine.addresses)
     blocks = Blocks(list(mine.tensors), *homes, on_host=True)

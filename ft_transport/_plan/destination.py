@@ -280,8 +280,10 @@ class DestinationPlan:
             if any(view.storage >= 0 and range_of(view.storage, view.begin) in ranges for view in leaf.views)
         ]
 
-    def memory(self) -> list[torch.Tensor]:
-        """All that is written to, while messages move and in the end."""
+    def device_memory(self) -> list[torch.Tensor]:
+        """All that is written to, while messages move and in the end; nothing if all of it is on the CPU."""
+        if self.placement.blocks.on_host and self._targets.blocks.on_host:
+            return []
         return self.placement.memory() + [self._targets[number].memory for number, _ in self._landed.copies]
 
     def paths_in_place(self) -> set[str]:

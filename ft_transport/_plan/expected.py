@@ -154,11 +154,13 @@ class _Expected:
         self._limits = limits(sum(nbytes for nbytes, _ in manifest.storages))
         self._layout = lay_out(manifest, self._limits)
         _, nodes, shapes, self._leaves, *_ = manifest_body(manifest, ManifestHeader(None, self._limits, ""))
-        # As they are read: lists come as tuples, and a key of a subclass of str as a str. Of leaves there are many, and
-        # plain ones are tuples here as well.
-        self._packed_nodes = pack(nodes)
-        self._nodes = unpack(self._packed_nodes)
-        self._tree = decode_nodes(self._nodes)
+        # In bytes, where 1, 1.0 and True differ, as keys may.
+        self._nodes = pack(nodes)
+        # As they are read: a key of a subclass of str comes as a str. Of leaves there are many, and plain ones are
+        # tuples here as well.
+        self._tree = list(manifest.nodes)
+        for index in [index for index, node in enumerate(self._tree) if node is not LEAF and not _is_simple(node)]:
+            (self._tree[index],) = decode_nodes(unpack(pack([nodes[index]])))
         self._shapes = unpack(pack(shapes))
         self._manifest = manifest
         self._values = [index for index, leaf in manifest.leaves.others.items() if leaf.kind == VALUE]
@@ -180,14 +182,16 @@ class _Expected:
     def _read(self, body: Any) -> tuple[Manifest, ManifestHeader, Layout] | None:
         header, nodes, shapes, leaves, storages, shared = body
         manifest = self._manifest
-        num_nodes, num_leaves = len(self._nodes), len(self._leaves)
-        # In one place, or it is to be found by names.
-        (start,) = [start for start in _STARTS if nodes[start : start + num_nodes] == self._nodes]
+        num_nodes, num_leaves = len(self._tree), len(self._leaves)
         if shapes != self._shapes or list(storages) != manifest.storages:
             return None
-        # In bytes, where 1, 1.0 and True differ, as keys may.
-        if pack(nodes[start : start + num_nodes]) != self._packed_nodes:
-            return None
+        # In one place, or it is to be found by names. Trees of other sizes are not packed.
+        root = self._tree[0].num_children
+        (start,) = [
+            start
+            for start, node in zip(_STARTS, nodes, strict=False)
+            if (node[1] if node else 0) == root and pack(nodes[start : start + num_nodes]) == self._nodes
+        ]
         ties = {later + start: first + start for later, first in manifest.shared.items()}
         if shared != tuple(ties.items()):
             return None
@@ -240,6 +244,14 @@ def _is_envelope(nodes: list[Node], start: int) -> bool:
     if nodes[0].keys[:1] != ("user",) or "torchft" not in nodes[0].keys:
         return False
     return start == 1 or nodes[1].num_children == 1
+
+
+def _is_simple(node: Node) -> bool:
+    """Whether a node is read as it was written."""
+    return node.kind in _SIMPLE and {*map(type, node.keys)} <= {str, int}
+
+
+_SIMPLE = frozenset({"dict", "list", "tuple"})
 
 
 def _is_value(leaf: Any) -> bool:

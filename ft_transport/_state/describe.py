@@ -62,7 +62,7 @@ class Tensors:
         self.addresses: list[int] = []
         for first in range(0, len(tensors), _AT_ONCE):
             some = tensors[first : first + _AT_ONCE]
-            self._note(some, map(attrgetter("dtype"), some))
+            self._note(some, map(attrgetter("dtype"), some), on_host(some))
 
     @classmethod
     def of_plain(cls, tensors: Sequence[torch.Tensor]) -> Tensors | None:
@@ -71,14 +71,14 @@ class Tensors:
         columns.tensors = tensors
         for first in range(0, len(tensors), _AT_ONCE):
             some = tensors[first : first + _AT_ONCE]
-            dtypes = list(map(attrgetter("dtype"), some))
-            if not all_plain(some, dtypes, on_cpu=on_host(some)):
+            dtypes, on_cpu = list(map(attrgetter("dtype"), some)), on_host(some)
+            if not all_plain(some, dtypes, on_cpu=on_cpu):
                 return None
-            columns._note(some, dtypes)
+            columns._note(some, dtypes, on_cpu)
         return columns
 
-    def _note(self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype]) -> None:
-        self.on_cpu = self.on_cpu and on_host(tensors)
+    def _note(self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype], on_cpu: bool) -> None:
+        self.on_cpu = self.on_cpu and on_cpu
         shapes = map(attrgetter("shape"), tensors)
         # ``geometry`` is a cache: a state has a few dozen shapes, and what follows from each is worked out once for the
         # process.
@@ -90,9 +90,11 @@ class Tensors:
         self.capacities += map(torch.UntypedStorage.nbytes, storages)
         self.bases += _bases(storages)
 
-    # Asked of a state that is described, and not of a template.
     @functools.cached_property
     def storages(self) -> list[int]:
+        # Where every tensor begins with its storage, and no two at the same address, no two have one storage.
+        if not any(self.offsets) and len({*self.addresses}) == len(self.addresses):
+            return self.addresses
         # The address of C++'s own object: two Python wrappers of one storage need not be one object.
         return list(map(attrgetter("_cdata"), self.alive))
 

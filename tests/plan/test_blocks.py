@@ -83,6 +83,36 @@ def test_parts_of_blocks() -> None:
         assert raw_bytes(staged) == raw_bytes(dense.t())[5:13] + raw_bytes(gaps)[12:44]
 
 
+def test_blocks_are_columns_and_read_as_rows() -> None:
+    loose, gaps = Block(noise(4, 1)), Block(noise((4, 4), 2)[:, :2], dense=False)
+    first, strided, last = held([Block(noise(5, 3)), gaps, Block(noise(6, 4))])
+    found = Blocks.of([first, loose, strided])
+    assert list(found) == [first, loose, strided]
+    assert (sorted(found.others), found.on_host, len(found)) == ([1, 2], True, 3)
+    found.extend([last])
+    assert list(found.part([3, 1, 2])) == [last, loose, strided]
+    assert list(found.part(range(2, 4))) == [strided, last]
+    found.put([2, 0], [last, gaps])
+    assert list(found) == [gaps, loose, last, last]
+    found.hold()
+    assert list(found) == [*held([gaps, loose]), last, last]
+    assert sorted(found.others) == [0]
+    first.memory.data = noise(5, 5)
+    found.put([0], [first])
+    found.hold_again()
+    assert found[0].here
+    assert not first.here
+
+
+def test_blocks_on_a_device_are_not_all_on_the_host() -> None:
+    away = Block(torch.empty(3, device="meta"))
+    assert not Blocks.of([Block(noise(3, 1)), away]).on_host
+    found = Blocks.of([Block(noise(3, 1))])
+    found.put([0], [away])
+    assert not found.on_host
+    assert not found.part([0]).on_host
+
+
 def test_the_bytes_of_a_dense_block_share_its_memory() -> None:
     base = noise(20, 1)
     part = Block(base[4:10].view(2, 3).t()).bytes(4, 12)

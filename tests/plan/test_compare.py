@@ -8,6 +8,9 @@ import pytest
 import torch
 from helpers import difference, noise, raw_bytes, succeed
 
+from ft_transport._plan.blocks import Block, Blocks, held
+from ft_transport._plan.compare import Targets
+from ft_transport._state.geometry import geometry_of
 from plan.landing import disagreements, land
 
 
@@ -86,3 +89,18 @@ def test_a_view_of_another_dtype_where_the_template_begins_between_its_elements(
     assert not own or got["b"] is mine["b"]
     for name, tensor in source.items():
         assert raw_bytes(got[name]) == raw_bytes(tensor), name
+
+
+def test_targets_by_the_numbers_of_views() -> None:
+    tensors = [noise(3, seed) for seed in range(4)]
+    shape = geometry_of(tensors[0])
+    targets = Targets(range(3), Blocks.of(held([Block(tensor) for tensor in tensors[:3]])), [shape] * 3)
+    assert (list(targets), len(targets), [targets.at(number) for number in (0, 2, 3)]) == ([0, 1, 2], 3, [0, 2, None])
+    targets.add(7, tensors[3], shape)
+    assert (list(targets), targets.at(7), targets[7].memory is tensors[3]) == ([0, 1, 2, 7], 3, True)
+    targets.drop({1, 5})
+    assert (list(targets), targets.at(7), 1 in targets, len(targets.geometries)) == ([0, 2, 7], 2, False, 3)
+    assert [targets[number].memory for number in targets] == [tensors[0], tensors[2], tensors[3]]
+    with pytest.raises(KeyError):
+        targets[1]
+    assert not Targets.none()
