@@ -73,6 +73,7 @@ class Fetcher:
         self._num_messages = num_messages
         self._fabric = options.reads_by if direct else ""
         self._is_alone = False  # one lane, since it may have a fabric
+        self._most = 1  # lanes
         self._lanes: list[_Lane] = []
         self._crew = ThreadGroup()
         self._closing = False
@@ -101,6 +102,8 @@ class Fetcher:
         # somebody asks for more. Who turns out to have no such fabric gets the others, see :meth:`look`.
         self._is_alone = lanes == "auto" and self._fabric not in ("", CMA)
         opening.decide(1 if self._is_alone else lanes, session, self._sink.lane_bytes)
+        # One more than there are messages would be opened, and waited for at the end, for nothing.
+        self._most = max(self._sink.pending.num_todo, 1)
         lane = self._add(opening, session, own)
         if self._start(self._run, opening, lane):
             self._open_rest(opening)
@@ -120,7 +123,7 @@ class Fetcher:
             self._open_rest(opening)
 
     def _open_rest(self, opening: Opening) -> None:
-        while opening.num_begun < opening.count.number:
+        while opening.num_begun < min(opening.count.number, self._most):
             timer = opening.begin()
             if not self._start(self._run_another, opening, timer):
                 opening.end(timer)

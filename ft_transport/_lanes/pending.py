@@ -38,6 +38,11 @@ class PendingMessages:
         """Whether every message is here and sound."""
         return len(self.digests) == self._num_messages
 
+    @property
+    def num_todo(self) -> int:
+        """How many are still to be asked for."""
+        return len(self._todo)
+
     def take(self, stopped: Callable[[], bool], *, block: bool, leave: int = 0) -> int | None:
         """A message to ask for.
 
