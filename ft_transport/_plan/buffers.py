@@ -119,7 +119,9 @@ class ReadOnlyMemory:
         assert self._begins is not None
         # Mappings are some hundred, and addresses may be 100,000: so the few are looked for among the many.
         known = sorted(addresses)
-        mappings = zip(self._begins, self._ends, strict=True)
+        # Of the mappings, most are of libraries, far from all tensors.
+        first, last = (bisect_right(self._ends, known[0]), bisect_right(self._begins, known[-1])) if known else (0, 0)
+        mappings = zip(self._begins[first:last], self._ends[first:last], strict=True)
         if all(bisect_left(known, begin) == bisect_left(known, end) for begin, end in mappings):
             return []
         return [index for index, address in enumerate(addresses) if self.holds(address)]

@@ -364,9 +364,9 @@ class _Plan:
         # leaves one by one.
         ranges, homes = self._layout.ranges, self._homes.blocks
         places: Sequence[Any] = [None] * len(ranges) if self._aside else self._direct()
-        slow = [which for which, place in enumerate(places) if place is None]
-        if not slow:
+        if isinstance(places, range):
             return homes.part(places)
+        slow = [which for which, place in enumerate(places) if place is None]
         members = self._members(slow)
         found = [self._block(which, ranges[which], members[which]) for which in slow]
         if len(slow) == len(ranges):

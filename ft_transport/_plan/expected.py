@@ -9,7 +9,7 @@ nothing had been expected; nothing is taken from here that the source has not se
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -151,7 +151,7 @@ class _Expected:
 
     def __init__(self, flat: Flat, limits: Callable[[int], Limits]) -> None:
         manifest, tensors = describe_flat(flat)
-        self._limits = limits(sum(nbytes for nbytes, _ in manifest.storages))
+        self._limits = limits(sum(map(itemgetter(0), manifest.storages)))
         self._layout = lay_out(manifest, self._limits)
         _, nodes, shapes, self._leaves, *_ = manifest_body(manifest, ManifestHeader(None, self._limits, ""))
         # In bytes, where 1, 1.0 and True differ, as keys may.

@@ -7,6 +7,7 @@ their digests, each by whoever sends the message first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 import torch
 
@@ -75,7 +76,7 @@ class SourcePlan:
                 # Leaves of a user's class may have read theirs when they were taken apart, of what was not yet there.
                 manifest, tensors = describe(state_dict)
             # How it is cut is decided here alone: the destination finds the limits in the manifest, and need not agree.
-            limits = options.limits(sum(nbytes for nbytes, _ in manifest.storages))
+            limits = options.limits(sum(map(itemgetter(0), manifest.storages)))
             self.header = ManifestHeader(step, limits, options.digest, options.sample)
             self.layout = lay_out(manifest, limits)
             self.frame = encode_manifest(manifest, self.header)

@@ -104,11 +104,12 @@ class Tensors:
 
     def without_memory(self) -> int | None:
         """The first tensor whose elements do not lie in its storage, None if there is none."""
-        rows = zip(self.geometries, self.offsets, self.capacities, strict=True)
-        inside = [offset * shape.itemsize + shape.span <= capacity for shape, offset, capacity in rows]
+        # As many distinct ones as there are shapes, in most states.
+        rows = {*zip(self.geometries, self.offsets, self.capacities, strict=True)}
+        inside = all(offset * shape.itemsize + shape.span <= capacity for shape, offset, capacity in rows)
         # A tensor of no elements has address 0, so most states with one go on to the slow look; it finds nothing wrong
         # with them.
-        if all(inside) and all(self.addresses):
+        if inside and all(self.addresses):
             return None
         for index, (shape, offset) in enumerate(zip(self.geometries, self.offsets, strict=True)):
             reached = offset * shape.itemsize + shape.span

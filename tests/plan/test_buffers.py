@@ -114,6 +114,16 @@ def test_memory_goes_from_one_bucket_to_another() -> None:
     assert adopting.take(1000).data_ptr() == taken.data_ptr()
 
 
+@pytest.mark.parametrize(
+    ("addresses", "expected"),
+    [([5, 35, 45], [1]), ([25, 15], [1]), ([25, 59], [1]), ([40, 49], []), ([10, 20, 60], [0]), ([], [])],
+)
+def test_read_only_memory_before_between_and_behind(addresses: list[int], expected: list[int]) -> None:
+    found = ReadOnlyMemory()
+    found._begins, found._ends = [10, 30, 50], [20, 40, 60]
+    assert found.among(addresses) == expected
+
+
 def test_read_only_memory_is_found_among_many_addresses() -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(mmap.PAGESIZE)
