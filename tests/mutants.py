@@ -528,6 +528,55 @@ MUTANTS = [
         "if False:",
         ONE_SIDED + "test_both_sides_have_a_say",
     ),
+    Mutant(
+        "storages are told apart where tensors begin in the middle of them",
+        "_state/describe.py",
+        "if not any(self.offsets) and len({*self.addresses}) == len(self.addresses):",
+        "if len({*self.addresses}) == len(self.addresses):",
+        "tests/state/test_describe.py::test_distant_views_of_one_storage_stay_together_but_not_what_lies_between",
+    ),
+    Mutant(
+        "a leaf that is the same as an earlier one has its views among all",
+        "_state/describe.py",
+        "        views.append(others[index].views)\n",
+        "",
+        "tests/state/test_manifest.py::test_a_leaf_that_is_the_same_as_an_earlier_one_is_none_of_the_plain",
+    ),
+    Mutant(
+        "a target that is given up takes no bytes",
+        "_plan/compare.py",
+        "kept = [at for at, number in enumerate(self.numbers) if number not in numbers]",
+        "kept = [at for at, number in enumerate(self.numbers)]",
+        "tests/plan/test_compare.py::test_targets_by_the_numbers_of_views",
+    ),
+    Mutant(
+        "targets that overlap are looked for",
+        "_plan/compare.py",
+        "    if not others and all(map(le, sorted(ends), islice(sorted(addresses), 1, None))):\n",
+        "    if not others:\n",
+        "tests/plan/test_compare.py::test_ties_that_begin_alike_but_run_in_another_order",
+    ),
+    Mutant(
+        "a block of other memory than the host's is not copied by address",
+        "_plan/blocks.py",
+        "        self.on_host = self.on_host and all(map(seam().on_host, map(itemgetter(0), blocks)))\n",
+        "",
+        "tests/plan/test_blocks.py::test_blocks_on_a_device_are_not_all_on_the_host",
+    ),
+    Mutant(
+        "a message that does not begin its range is taken from where it does",
+        "_plan/placement.py",
+        "return block, self._layout.begins[message], self._layout.sizes[message]",
+        "return block, 0, self._layout.sizes[message]",
+        "tests/plan/test_placement.py::test_a_range_of_several_messages_is_cut_where_they_begin",
+    ),
+    Mutant(
+        "no more lanes are opened than there are messages",
+        "_lanes/fetch.py",
+        "min(opening.count.number, self._most)",
+        "opening.count.number",
+        "tests/lanes/test_fetch.py::test_no_more_lanes_are_opened_than_there_are_messages",
+    ),
 ]
 
 

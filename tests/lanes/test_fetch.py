@@ -135,6 +135,18 @@ def test_every_message_is_asked_for_once(
     assert fetcher.nbytes == 12 * 1024
 
 
+def test_no_more_lanes_are_opened_than_there_are_messages(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
+) -> None:
+    work, *_ = into
+    taken = [work.take(lambda: False, block=False) for _ in range(10)]  # two are left
+    for message in taken:
+        work.landed(message or 0, 0)
+    fetcher = fetched(Supplier(monkeypatch, [100] * 5), into, 5)
+    assert fetcher.num_lanes <= 2
+    assert work.complete
+
+
 def test_what_a_broken_lane_owes_comes_over_the_others(
     monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
 ) -> None:
