@@ -188,11 +188,6 @@ class Blocks:
             column += [None] * len(blocks)
         self.put(range(num_before, len(self)), blocks)
 
-    def hold(self) -> None:
-        """Hold those that are not, see :func:`held`."""
-        loose = [index for index, block in self.others.items() if block.storage is None]
-        self.put(loose, held([self.others[index] for index in loose]))
-
     def hold_again(self) -> None:
         """Hold all, where their tensors are by now."""
         self.put(range(len(self)), held([Block(*block[:3]) for block in self]))

@@ -75,14 +75,24 @@ class Targets:
             raise KeyError(number)
         return self.blocks[at]
 
-    def add(self, number: int, mine: torch.Tensor, geometry: Geometry) -> None:
-        """One more."""
-        if not isinstance(self.numbers, list):
-            self.numbers = [*self.numbers]
-        self.numbers.append(number)
-        self.blocks.extend(held([Block(mine)]))
-        self.geometries.append(geometry)
-        self._at = None
+    def tensor(self, number: int) -> torch.Tensor | None:
+        """The target of a view, None if it has none."""
+        at = self.at(number)
+        return None if at is None else self.blocks.memory[at]
+
+    def geometry(self, number: int) -> Geometry:
+        """Of the target of a view that has one."""
+        at = self.at(number)
+        assert at is not None
+        return self.geometries[at]
+
+    def add(self, numbers: Sequence[int], tensors: Sequence[torch.Tensor], geometries: Sequence[Geometry]) -> None:
+        """Some more."""
+        if numbers:
+            self.numbers = [*self.numbers, *numbers]
+            self.blocks.extend(held(list(map(Block, tensors))))
+            self.geometries += geometries
+            self._at = None
 
     def drop(self, numbers: Container[int]) -> None:
         """Give up some."""
@@ -133,7 +143,7 @@ def compare_all(
     # take is no worse for it, since the second looks at everything anew.
     targets, agreed = compare_plain(manifest, matched, read_only) if plain is None else plain
     disagreements: dict[int, str] = {}
-    comparison = _Comparison(manifest, targets, report, read_only)
+    comparison = _Comparison(manifest, report, read_only)
     for index in filterfalse(agreed.__contains__, range(len(manifest.leaves))):
         leaf = manifest.leaves[index]
         if index in matched:
@@ -142,6 +152,8 @@ def compare_all(
                 disagreements[index] = reason
         elif leaf.views and matched:
             report.unexpected_keys.append(format_path(manifest.paths[index]))
+    if comparison.found:
+        targets.add(*zip(*comparison.found, strict=True))
     others: list[Extent] = []
     if disagreements:
         # A leaf lands as a whole or not at all: half of a DTensor from the source and half from here would be a leaf
@@ -174,22 +186,22 @@ _NOBODYS = -1
 
 
 class _Comparison:
-    """Compares leaf by leaf; notes the tensors that can take their bytes.
+    """Compares leaf by leaf.
 
     Attributes:
+        found: The tensors that can take their bytes: the number of the view, the tensor, its geometry.
         casts: Leaves that disagree in the dtype of a tensor, and not in its shape.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        targets: Targets,
         report: TransferReport,
         read_only: ReadOnlyMemory,
     ) -> None:
+        self.found: list[tuple[int, torch.Tensor, Geometry]] = []
         self.casts: set[int] = set()
         self._manifest = manifest
-        self._targets = targets
         self._report = report
         self._read_only = read_only
 
@@ -263,7 +275,7 @@ class _Comparison:
             if seam().on_host(mine) and self._read_only.holds(mine.data_ptr()):
                 self._keep_away(index, "the template's tensor lies in read-only memory")
             else:
-                self._targets.add(self._manifest.leaves.firsts[index] + position, mine, shape)
+                self.found.append((self._manifest.leaves.firsts[index] + position, mine, shape))
         return ""
 
     def _keep_away(self, index: int, reason: str) -> None:
@@ -380,9 +392,9 @@ def _of(part: Part, shapes: Sequence[Geometry]) -> str:
     return f"{label} of {', '.join(map(str, shapes))}" if shapes else label
 
 
-def same_strides(view: View, tensor: torch.Tensor) -> bool:
-    """Whether a tensor of the view's shape has its elements in the same places."""
-    shape, stride = view.geometry, tensor.stride()
+def same_strides(view: View, stride: tuple[int, ...]) -> bool:
+    """Whether a tensor of the view's shape, and of these strides, has its elements in the same places."""
+    shape = view.geometry
     # A dimension of size one has a stride that is never stepped: torch makes it up, and not always alike (a Linear of
     # one output and its transpose).
     return shape.stride == stride or all(
@@ -405,6 +417,7 @@ def _drop_conflicts(manifest: Manifest, targets: Targets, others: list[Extent], 
     # A sweep over begins, as in any interval problem.
     extents = sorted([*zip(addresses, ends, targets.numbers, strict=True), *others])
     cluster: list[tuple[int, int]] = []
+    given_up: dict[int, str] = {}
     reached = 0
     for begin, end, number in [*extents, (_BEHIND, _BEHIND, 0)]:
         if begin < reached:
@@ -412,11 +425,11 @@ def _drop_conflicts(manifest: Manifest, targets: Targets, others: list[Extent], 
             reached = max(reached, end)
             continue
         if len(cluster) > 1 and (reason := _conflict(manifest, targets, cluster)):
-            given_up = [other for _, other in cluster if other in targets]
-            targets.drop({*given_up})
-            for other in given_up:
-                report.not_in_place[format_path(manifest.paths[manifest.leaves.owners[other]])] = reason
+            given_up |= {other: reason for _, other in cluster if other in targets}
         cluster, reached = [(begin, number)], end
+    targets.drop(given_up)
+    for number, reason in given_up.items():
+        report.not_in_place[format_path(manifest.paths[manifest.leaves.owners[number]])] = reason
 
 
 # An address that no tensor has.
@@ -440,11 +453,11 @@ def _shared_alike(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[
     # Which storage at the source, and how far the place there is from the one here.
     if len({(view.storage, begin - view.begin) for (begin, _), view in zip(cluster, views, strict=True)}) > 1:
         return False
-    tensors = [targets[number].memory for _, number in cluster]
-    if all(same_strides(view, tensor) for view, tensor in zip(views, tensors, strict=True)):
+    shapes = [targets.geometry(number) for _, number in cluster]
+    if all(same_strides(view, shape.stride) for view, shape in zip(views, shapes, strict=True)):
         return True
     # One and the same tensor several times, on both sides.
-    mine = {(begin, geometry_of(targets[number].memory)) for begin, number in cluster}
+    mine = {(begin, targets.geometry(number)) for begin, number in cluster}
     return len(set(views)) == len(mine) == 1
 
 
@@ -455,7 +468,7 @@ def _harmless(manifest: Manifest, targets: Targets, cluster: Sequence[tuple[int,
     # Columns of one matrix: what is not the same tensor has no element in common.
     same: dict[View, list[tuple[int, int]]] = {}
     for begin, number in cluster:
-        shape = geometry_of(targets[number].memory)
+        shape = targets.geometry(number)
         # Elements of two views that begin at different parts of an element overlap by halves; ``disjoint`` counts in
         # whole ones.
         if begin % shape.itemsize != cluster[0][0] % shape.itemsize:

@@ -19,7 +19,7 @@ import torch
 
 from ft_transport._device import NO_STREAMS, Streams, copy
 from ft_transport._options import CPU, Options
-from ft_transport._plan.blocks import CARRIERS, Block, Blocks, Places, indexed, share, storage_as
+from ft_transport._plan.blocks import CARRIERS, Block, Blocks, Places, held, indexed, share, storage_as
 from ft_transport._plan.buffers import FROM_ARENA, Arena, allocate
 from ft_transport._plan.compare import Targets, same_strides
 from ft_transport._plan.expected import Template
@@ -142,7 +142,7 @@ class DestinationPlan:
         aside: Container[int] = range(len(manifest.leaves)) if shadow else _indices(manifest, beside)
         where = fresh_device or device
         fresh = _Fresh(manifest, where)
-        plan = _Plan(manifest, layout, targets, fresh, aside)
+        plan = _Plan(manifest, layout, targets, fresh, aside, shared=shared)
         blocks = plan.blocks()
         nbytes_in_place = layout.nbytes - sum(map(layout.ranges.nbytes.__getitem__, plan.fresh_ranges))
         self.in_place = nbytes_in_place > 0
@@ -155,11 +155,6 @@ class DestinationPlan:
         # After the last allocation: what is put together here for a try is thrown away, and must not take the room that
         # was looked for.
         self._rebuild.try_it()
-        if shared:
-            share(blocks.memory)
-        # Fresh memory is held like the template's: once rebuilt it is the user's, and a relay still reads it for the
-        # next destination.
-        blocks.hold()
         self.placement = Placement(layout, blocks, self._places, device)
         report.nbytes_in_place += nbytes_in_place
         report.nbytes_fresh += layout.nbytes - nbytes_in_place
@@ -250,7 +245,9 @@ class DestinationPlan:
         # be the same with other memory, and then what is written again goes there.
         for number in [numbers[index] for index in moved]:
             view, mine = self._manifest.views[number], self._targets[number].memory
-            if (mine.dtype, mine.shape) != (view.geometry.dtype, view.geometry.shape) or not same_strides(view, mine):
+            if (mine.dtype, mine.shape) != (view.geometry.dtype, view.geometry.shape) or not same_strides(
+                view, mine.stride()
+            ):
                 lost.add(self._layout.range_of(view.storage, view.begin))
         self.placement.blocks.hold_again()
         return lost
@@ -326,6 +323,7 @@ class _Plan:
         homes: The memory of each target.
         fresh: Where to take memory from.
         aside: Leaves of which nothing may land in the template while messages move.
+        shared: Whether all that messages land in is to be shared memory.
 
     Attributes:
         landed: What has been decided of each view.
@@ -342,6 +340,8 @@ class _Plan:
         homes: Targets,
         fresh: _Fresh,
         aside: Container[int],
+        *,
+        shared: bool,
     ) -> None:
         self.landed = Landed([None] * len(manifest.views), set(), [])
         self.large: dict[int, list[torch.Tensor]] = {}
@@ -355,6 +355,7 @@ class _Plan:
         self._homes = homes
         self._fresh = fresh
         self._aside = aside
+        self._shared = shared
         self._owners = manifest.leaves.owners
 
     def blocks(self) -> Blocks:
@@ -369,11 +370,15 @@ class _Plan:
         slow = [which for which, place in enumerate(places) if place is None]
         members = self._members(slow)
         found = [self._block(which, ranges[which], members[which]) for which in slow]
+        if self._shared:
+            share(block.memory for block in found)
+        # Fresh memory is held like the template's: once rebuilt it is the user's, and a relay still reads it for the
+        # next destination.
+        found = held(found)
         if len(slow) == len(ranges):
-            blocks = Blocks.of(found)
-        else:
-            blocks = homes.part([place or 0 for place in places])
-            blocks.put(slow, found)
+            return Blocks.of(found)
+        blocks = homes.part([place or 0 for place in places])
+        blocks.put(slow, found)
         return blocks
 
     def _direct(self) -> Sequence[Any]:
@@ -421,7 +426,7 @@ class _Plan:
         block = None
         if self._homes and not any(self._owners[number] in self._aside for number, _ in group):
             block = self._in_place(piece, group) if gaps is None else self._in_place_with_gaps(piece, gaps, group)
-        mine = [self._homes[number].memory for number, _ in group if number in self._homes]
+        mine = [home for number, _ in group if (home := self._homes.tensor(number)) is not None]
         if block is not None:
             if piece.end - piece.begin >= self._layout.stage_below:
                 self.large[which] = mine
@@ -475,10 +480,8 @@ class _Plan:
     def _shift(self, member: _Member) -> tuple[int, int] | None:
         """Which storage of the template has a view's elements as the source's has them, and how many bytes behind;
         None if none has."""
-        if member.number not in self._homes:
-            return None
-        tensor = self._homes[member.number].memory
-        if not same_strides(member.view, tensor):
+        tensor = self._homes.tensor(member.number)
+        if tensor is None or not same_strides(member.view, tensor.stride()):
             return None
         begin = int(tensor.storage_offset()) * member.view.geometry.itemsize
         return tensor.untyped_storage()._cdata, begin - member.view.begin
@@ -500,7 +503,7 @@ class _Plan:
         return Block(quiet(tensor).as_strided(shape, stride, tensor.storage_offset()), dense=False)
 
     def _settle_in_place(self, number: int) -> None:
-        self.landed.values[number] = self._homes[number].memory
+        self.landed.values[number] = self._homes.tensor(number)
         self.landed.settled.add(number)
 
     def _settle(self, group: Sequence[_Member], direct: set[int], flat: torch.Tensor, shift: int) -> None:

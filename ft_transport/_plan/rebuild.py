@@ -106,17 +106,17 @@ class Rebuild:
         # Nearly every leaf is a plain tensor: the template's, which has its bytes, or without one what has landed.
         # These all at once.
         built: list[object]
-        if matched or manifest.same or objects is not None:
+        if matched or objects is not None:
             built = list(map(matched.get, range(len(leaves))))
             ready = settled if not leaves.others else {leaves.owners[number] for number in settled}
             ready = ready.difference(index for index, leaf in leaves.others.items() if leaf.kind != "tensor")
         else:
+            plain = leaves.plain
+            values = list(map(self._values.__getitem__, map(leaves.firsts.__getitem__, plain)))
             built = [None] * len(leaves)
-            ready = set()
-            for index, number in zip(leaves.plain, map(leaves.firsts.__getitem__, leaves.plain), strict=True):
-                if (value := self._values[number]) is not None:
-                    built[index] = value
-                    ready.add(index)
+            for index, value in zip(plain, values, strict=True):
+                built[index] = value
+            ready = {index for index, value in zip(plain, values, strict=True) if value is not None}
         here = self._here()
         # In the order of leaves, which is the order of the tree: what a leaf is the same as has been built before it.
         for index in filterfalse(ready.__contains__, range(len(leaves))):

@@ -145,17 +145,20 @@ def _blocks(manifest: Manifest, layout: Layout, tensors: Tensors) -> Blocks:
         return of_tensors
     own = _numbers(manifest)
     behind = {number: index for index, number in enumerate(own)}
-    blocks = of_tensors.part([behind.get(number, 0) for number in ranges.lone])
-    others: dict[int, list[int]] = {which: [] for which, number in enumerate(ranges.lone) if number < 0}
-    for which, number in enumerate(ranges.lone):
-        if number >= 0 and views.geometries[number] is not shapes[behind[number]]:
-            others[which] = [behind[number]]
+    others: dict[int, list[int]] = {
+        which: [behind[number]] if number >= 0 else []
+        for which, number in enumerate(ranges.lone)
+        if number < 0 or views.geometries[number] is not shapes[behind[number]]
+    }
     for number in sorted({*own}.difference(ranges.lone)):
         # An empty tensor is a view of no storage (EMPTY): it has a shape to tell, and no bytes.
         if (view := views[number]).storage >= 0:
             others[layout.range_of(view.storage, view.begin)].append(behind[number])
     mine = [views[number] for number in own]
     found = [_block(ranges[which], layout.gaps.get(which), members, mine, tensors) for which, members in others.items()]
+    if len(others) == len(ranges):
+        return Blocks.of(held(found))
+    blocks = of_tensors.part([behind.get(number, 0) for number in ranges.lone])
     blocks.put(list(others), held(found))
     return blocks
 

@@ -204,15 +204,20 @@ def _take_all_apart(
     same: dict[int, int] = {}
     tensors: list[torch.Tensor] = []
     refused: dict[int, str] = {}
-    seen: dict[int, int] = {}
     # Exactly this class: a Parameter has something to tell (``requires_grad``), and a subclass may be anything.
     plain = [value for value in values if type(value) is torch.Tensor]
-    # Of most states they need no closer look: all are plain, and no two are the same object.
-    none_twice = len({*map(id, plain)}) == len(plain)
-    columns = Tensors.of_plain(plain) if none_twice else None
+    seen: dict[int, int] = {}
+    again: set[int] = set()
+    if len({*map(id, plain)}) < len(plain):
+        for index, value in enumerate(values):
+            if type(value) is torch.Tensor and seen.setdefault(id(value), index) != index:
+                again.add(index)
+        plain = [values[index] for index in seen.values()]  # type: ignore[misc]
+    # Of most states they need no closer look.
+    columns = Tensors.of_plain(plain)
     simple = torch.Tensor if columns is not None else None
     rest, done = iter(plain), 0
-    for index in [index for index, value in enumerate(values) if type(value) is not simple]:
+    for index in [index for index, value in enumerate(values) if type(value) is not simple or index in again]:
         tensors += islice(rest, index - done)
         done = index + 1
         value, part = values[index], PLAIN

@@ -71,8 +71,7 @@ class Ranges:
         storages: Of each.
         begins: The first byte of each there.
         nbytes: Of each.
-        lone: For each that is one dense view, and the only one of its storage, as most are: the number of that view
-            among the manifest's. For any other -1.
+        lone: For each that is one dense view, as most are, the number of that view among the manifest's; else -1.
     """
 
     def __init__(
@@ -190,11 +189,11 @@ def _ranges(manifest: Manifest) -> tuple[Ranges, dict[int, Gaps]]:
     # Nearly every storage has one view, a dense one, which is its range: these in columns.
     storages, shapes, offsets = views.storages, views.geometries, views.offsets
     alone = alone_in(storages, shapes)
-    found: dict[int, list[View]] = {}
+    found: dict[int, list[tuple[int, View]]] = {}
     if len(alone) < len(views):
         for number in sorted({*range(len(views))}.difference(alone)):
             if storages[number] >= 0:
-                found.setdefault(storages[number], []).append(views[number])
+                found.setdefault(storages[number], []).append((number, views[number]))
         storages, offsets = [storages[number] for number in alone], [offsets[number] for number in alone]
         shapes = [shapes[number] for number in alone]
     begins, nbytes = offsets, list(map(attrgetter("span"), shapes))
@@ -207,15 +206,26 @@ def _ranges(manifest: Manifest) -> tuple[Ranges, dict[int, Gaps]]:
     rows += [row for storage, members in found.items() for row in _ranges_of(storage, members)]
     rows.sort(key=itemgetter(0, 1))
     gaps = {which: gap for which, (*_, gap) in enumerate(rows) if gap is not None}
-    return Ranges(*(list(map(itemgetter(column), rows)) for column in range(4))), gaps
+    lone: Sequence[int]
+    storages, begins, nbytes, lone = (list(map(itemgetter(column), rows)) for column in range(4))
+    # Whoever finds a range(n) here need not look at each.
+    return Ranges(storages, begins, nbytes, range(len(lone)) if lone == list(range(len(lone))) else lone), gaps
 
 
-def _ranges_of(storage: int, found: list[View]) -> Iterator[tuple[int, int, int, int, Gaps | None]]:
-    """The ranges of a storage that several views share, or one with gaps, as rows of :func:`_ranges`."""
-    found.sort(key=_begin)
-    for begin, end in merge((view.begin, view.end) for view in found):
-        inside = found[bisect_left(found, begin, key=_begin) : bisect_left(found, end, key=_begin)]
-        index = range_index([view.placed for view in inside], begin, end)
+def _ranges_of(storage: int, members: list[tuple[int, View]]) -> Iterator[tuple[int, int, int, int, Gaps | None]]:
+    """The ranges of a storage that several views share, or one with gaps, as rows of :func:`_ranges`.
+
+    Args:
+        members: The views, with their numbers.
+    """
+    members.sort(key=_begin)
+    begins = list(map(_begin, members))
+    for begin, end in merge((view.begin, view.end) for _, view in members):
+        inside = members[bisect_left(begins, begin) : bisect_left(begins, end)]
+        if len(inside) == 1 and inside[0][1].geometry.dense:
+            yield storage, begin, end - begin, inside[0][0], None
+            continue
+        index = range_index([view.placed for _, view in inside], begin, end)
         # From here on the range counts what travels. Its real end is in ``gaps``.
         if index is None:
             yield storage, begin, end - begin, -1, None
@@ -223,8 +233,8 @@ def _ranges_of(storage: int, found: list[View]) -> Iterator[tuple[int, int, int,
             yield storage, begin, index[0].numel() * index[1], -1, Gaps(end, *index)
 
 
-def _begin(view: View) -> int:
-    return view.begin
+def _begin(member: tuple[int, View]) -> int:
+    return member[1].begin
 
 
 def _buckets(nbytes: Sequence[int], small: Sequence[int], limit: int) -> Iterator[tuple[Sequence[int], int]]:

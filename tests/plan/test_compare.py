@@ -96,7 +96,7 @@ def test_targets_by_the_numbers_of_views() -> None:
     shape = geometry_of(tensors[0])
     targets = Targets(range(3), Blocks.of(held([Block(tensor) for tensor in tensors[:3]])), [shape] * 3)
     assert (list(targets), len(targets), [targets.at(number) for number in (0, 2, 3)]) == ([0, 1, 2], 3, [0, 2, None])
-    targets.add(7, tensors[3], shape)
+    targets.add([7], [tensors[3]], [shape])
     assert (list(targets), targets.at(7), targets[7].memory is tensors[3]) == ([0, 1, 2, 7], 3, True)
     targets.drop({1, 5})
     assert (list(targets), targets.at(7), 1 in targets, len(targets.geometries)) == ([0, 2, 7], 2, False, 3)
