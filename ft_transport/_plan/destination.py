@@ -426,7 +426,9 @@ class _Plan:
         block = None
         if self._homes and not any(self._owners[number] in self._aside for number, _ in group):
             block = self._in_place(piece, group) if gaps is None else self._in_place_with_gaps(piece, gaps, group)
-        mine = [home for number, _ in group if (home := self._homes.tensor(number)) is not None]
+        mine: list[torch.Tensor] = []
+        if self._homes:
+            mine = [home for number, _ in group if (home := self._homes.tensor(number)) is not None]
         if block is not None:
             if piece.end - piece.begin >= self._layout.stage_below:
                 self.large[which] = mine
@@ -516,7 +518,7 @@ class _Plan:
 
     def _settle_beside(self, number: int, tensor: torch.Tensor) -> None:
         self.landed.values[number] = tensor
-        if number in self._homes:
+        if self._homes and number in self._homes:
             self.landed.copies.append((number, number))
 
     def _fresh_block(self, piece: Piece, group: Sequence[_Member], gaps: Gaps | None) -> Block:
