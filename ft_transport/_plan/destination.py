@@ -137,8 +137,9 @@ class DestinationPlan:
             share(targets.blocks.memory)
             targets.blocks.hold_again()
         # Noted when they were compared, and before anything is allocated: memory that moves from then on is seen to.
-        owners = manifest.leaves.owners
-        self._places = Places.of(targets.blocks, manifest, lambda: list(map(owners.__getitem__, targets)))
+        self._places = Places.of(
+            targets.blocks, manifest, lambda: list(map(manifest.leaves.owners.__getitem__, targets))
+        )
         aside: Container[int] = range(len(manifest.leaves)) if shadow else _indices(manifest, beside)
         where = fresh_device or device
         fresh = _Fresh(manifest, where)
@@ -356,7 +357,6 @@ class _Plan:
         self._fresh = fresh
         self._aside = aside
         self._shared = shared
-        self._owners = manifest.leaves.owners
 
     def blocks(self) -> Blocks:
         """The memory that each of the layout's ranges lands in."""
@@ -424,7 +424,7 @@ class _Plan:
     def _block(self, which: int, piece: Piece, group: Sequence[_Member]) -> Block:
         gaps = self._layout.gaps.get(which)
         block = None
-        if self._homes and not any(self._owners[number] in self._aside for number, _ in group):
+        if self._homes and not any(self._owner(number) in self._aside for number, _ in group):
             block = self._in_place(piece, group) if gaps is None else self._in_place_with_gaps(piece, gaps, group)
         mine: list[torch.Tensor] = []
         if self._homes:
@@ -437,9 +437,13 @@ class _Plan:
         if mine:
             self.nbytes_copied += piece.end - piece.begin
             # Unless it is aside that one of them was to land.
-            if not any(self._owners[number] in self._aside for number, _ in group):
-                self.apart.update(self._owners[number] for number, _ in group if number in self._homes)
+            if not any(self._owner(number) in self._aside for number, _ in group):
+                self.apart.update(self._owner(number) for number, _ in group if number in self._homes)
         return self._fresh_block(piece, group, gaps)
+
+    def _owner(self, number: int) -> int:
+        """The leaf of a view."""
+        return self._manifest.leaves.owners[number]
 
     def _in_place(self, piece: Piece, group: Sequence[_Member]) -> Block | None:
         """The template's own memory for a range, if its views have one that can hold all of it."""

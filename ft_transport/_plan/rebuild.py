@@ -105,21 +105,24 @@ class Rebuild:
         objects = self._objects() if any(leaf.parts for leaf in leaves.others.values()) else None
         # Nearly every leaf is a plain tensor: the template's, which has its bytes, or without one what has landed.
         # These all at once.
+        unlike = {index for index, leaf in leaves.others.items() if leaf.kind != "tensor"}
+        ready: set[int] | None = None
         built: list[object]
         if matched or objects is not None:
             built = list(map(matched.get, range(len(leaves))))
-            ready = settled if not leaves.others else {leaves.owners[number] for number in settled}
-            ready = ready.difference(index for index, leaf in leaves.others.items() if leaf.kind != "tensor")
+            if len(settled) < len(leaves.views):
+                ready = {leaves.owners[number] for number in settled}.difference(unlike)
         else:
-            plain = leaves.plain
-            values = list(map(self._values.__getitem__, map(leaves.firsts.__getitem__, plain)))
+            indices = leaves.plain
+            values = list(map(self._values.__getitem__, map(leaves.firsts.__getitem__, indices)))
             built = [None] * len(leaves)
-            for index, value in zip(plain, values, strict=True):
+            for index, value in zip(indices, values, strict=True):
                 built[index] = value
-            ready = {index for index, value in zip(plain, values, strict=True) if value is not None}
+            ready = {index for index, value in zip(indices, values, strict=True) if value is not None}
+        rest = sorted(unlike) if ready is None else filterfalse(ready.__contains__, range(len(leaves)))
         here = self._here()
         # In the order of leaves, which is the order of the tree: what a leaf is the same as has been built before it.
-        for index in filterfalse(ready.__contains__, range(len(leaves))):
+        for index in rest:
             leaf = leaves[index]
             if leaf.kind == "value":
                 built[index] = leaf.context

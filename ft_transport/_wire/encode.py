@@ -107,4 +107,6 @@ def _encode_node(node: Node) -> Any:
         extra = [class_name(extra[0]), encode_value(extra[1]), *extra[2:]]
     elif node.kind in NAMES_A_CLASS and extra is not None:
         extra = class_name(extra)
-    return [node.kind, node.num_children, [encode_value(key) for key in node.keys], node.num_attrs, extra]
+    # Keys of text, nearly all, need no call.
+    keys = [key if type(key) is str else encode_value(key) for key in node.keys]
+    return [node.kind, node.num_children, keys, node.num_attrs, extra]
