@@ -370,11 +370,14 @@ class _Plan:
         slow = [which for which, place in enumerate(places) if place is None]
         members = self._members(slow)
         found = [self._block(which, ranges[which], members[which]) for which in slow]
-        if self._shared:
-            share(block.memory for block in found)
         # Fresh memory is held like the template's: once rebuilt it is the user's, and a relay still reads it for the
-        # next destination.
-        found = held(found)
+        # next destination. Not what is held already: its address is of when it was compared, and if it has moved since
+        # nothing may be written there.
+        loose = [at for at, block in enumerate(found) if block.storage is None]
+        if self._shared:
+            share(found[at].memory for at in loose)
+        for at, block in zip(loose, held([found[at] for at in loose]), strict=True):
+            found[at] = block
         if len(slow) == len(ranges):
             return Blocks.of(found)
         blocks = homes.part([place or 0 for place in places])
@@ -388,7 +391,7 @@ class _Plan:
         memory, landed = homes.blocks.memory, self.landed
         places: Sequence[Any]
         # Of most states all are, and by identity, as shapes are compared.
-        if homes.numbers == lone and homes.geometries == geometries:
+        if isinstance(lone, range) and homes.numbers == lone and homes.geometries == geometries:
             places = range(len(memory))
             landed.values[:] = memory
             landed.settled.update(places)

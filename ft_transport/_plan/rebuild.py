@@ -87,7 +87,7 @@ class Rebuild:
             return
         here = self._here()
         for index, leaf in sorted(found.items()):
-            if leaves.firsts[index] not in self._targets:
+            if not leaf.views or leaves.firsts[index] not in self._targets:
                 try:
                     unflatten_leaf(leaf.part, self._makers(index, leaf, None), here)
                 except Exception as exc:

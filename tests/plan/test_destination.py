@@ -15,6 +15,7 @@ from ft_transport._plan.pages import Pages
 from ft_transport._plan.template import match_template
 from ft_transport._state.describe import describe
 from ft_transport._wire.layout import Limits, lay_out
+from ft_transport.errors import LocalProtocolError
 from plan.landing import LIMITS, land
 
 # --------------------------------------------------------------------------------- any state, any template
@@ -172,3 +173,20 @@ def test_the_helper_sees_neighbours() -> None:
     tensor = noise(4, 1)
     assert tensors_of({"a": tensor, "b": 1}) == [tensor]
     assert storage_bytes(tensor[:2]).numel() == 16
+
+
+@pytest.mark.parametrize("case", ["beside", "strides"])
+def test_memory_that_is_exchanged_before_it_is_planned_is_not_written_to(case: str) -> None:
+    """Its address is noted when it is compared, and not anew: what it has since may be smaller."""
+    mine = torch.zeros(1000).as_strided((1000, 1), (1, 7 if case == "strides" else 1))
+    template, report = {"a": mine, "b": torch.zeros(3)}, TransferReport("destination", "test", 1)
+    manifest, _ = describe({"a": torch.ones(1000, 1), "b": torch.ones(3)})
+    layout = lay_out(manifest, Limits(4096, 4096, 0, 1, 2))
+    matched = match_template(manifest, template, report)
+    targets, _ = compare(manifest, matched, report)
+    mine.data = other = torch.zeros(1000, 1)
+    beside = {"b"} if case == "beside" else set[str]()
+    landing = DestinationPlan(manifest, layout, matched, targets, CPU, report, beside=beside)
+    with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+        landing.placement.scatter(0, torch.ones(4000, dtype=torch.uint8))
+    assert not other.any()
