@@ -165,6 +165,13 @@ MUTANTS = [
         "tests/plan/test_lent.py::test_who_takes_memory_away_waits_for_who_reads_it",
     ),
     Mutant(
+        "a leaf without tensors is tried before a byte lands, whatever its neighbours do",
+        "_plan/rebuild.py",
+        "if not leaf.views or leaves.firsts[index] not in self._targets:",
+        "if leaves.firsts[index] not in self._targets:",
+        "tests/test_hostile.py::test_an_array_of_objects_of_too_many_dimensions",
+    ),
+    Mutant(
         "a supplier bounds message numbers",
         "_lanes/supplier.py",
         "if asked.number >= len(self._store.sizes)",

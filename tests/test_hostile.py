@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import numpy as np
 import pytest
 import torch
 from helpers import noise
@@ -1012,6 +1013,16 @@ def test_meshes_and_shards_of_too_many_dimensions(num_dims: int) -> None:
     }.items():
         body[3][0] = [kind, views, encode_value(context), [None]]
         refused(frame(body))
+
+
+@pytest.mark.parametrize("in_place", [[], ["before"], ["after"], ["before", "after"]], ids=" and ".join)
+def test_an_array_of_objects_of_too_many_dimensions(in_place: list[str]) -> None:
+    """It has no tensors of its own: what lands in place next to it says nothing of it."""
+    body = body_of({"before": noise(2, 1), "array": np.array([None]), "after": noise(2, 2)})
+    template = {name: noise(2, 3) for name in in_place} or None
+    assert receive(frame(body), template) == ""
+    body[3][1][2] = encode_value((None, (1,) * 65, (None,)))
+    assert "array: it cannot be rebuilt" in receive(frame(body), template)
 
 
 @pytest.mark.parametrize("name", ["load", "Tensor", "_dynamo", "onnx", "__name__", "float33", ""])
