@@ -298,7 +298,10 @@ def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> lis
                     raise ValueError(f"the same as leaf {leaf}")
                 manifest.same[index] = manifest.same.get(leaf, leaf)
                 # No chain of references can be long, since each is resolved to the first.
-                others[index] = others.get(leaf) or Leaf("tensor", (_decode_view(data[leaf], shapes, storages),))
+                first = others.get(leaf) or Leaf("tensor", (_decode_view(data[leaf], shapes, storages),))
+                # Looked at before they are repeated: a few bytes stand for as many tensors as the first one has.
+                _check_num_views(len(views) + len(first.views))
+                others[index] = first
             elif len(leaf) == 3:
                 views.append((_decode_view(leaf, shapes, storages),))
                 continue
@@ -402,8 +405,7 @@ def check_storages(manifest: Manifest, limits: Limits) -> None:
         ValueError: They are not.
     """
     views = manifest.views
-    if len(views) > MAX_NODES:
-        raise ValueError(f"{len(views)} tensors, at most {MAX_NODES} are accepted")
+    _check_num_views(len(views))
     if not all(shape.dense for shape in {*views.geometries}):
         _check_gaps(views)
     storages = manifest.storages
@@ -415,12 +417,13 @@ def check_storages(manifest: Manifest, limits: Limits) -> None:
         raise ValueError(f"{len(storages)} storages, of which {len(num_of)} are referred to")
     step = limits.message_bytes - limits.message_bytes % 64
     num_cuts = 0
-    # Storages with several views: the extents of these.
-    shared: dict[int, list[tuple[int, int]]] = {}
-    for storage, shape, offset in views:
+    # Storages with several views: the extents of these, once each, as leaves that are one repeat theirs. A dict keeps
+    # their order, which is mostly that of the bytes: to sort them takes no time then.
+    shared: dict[int, dict[tuple[int, int], None]] = {}
+    for storage, shape, offset in zip(views.storages, views.geometries, views.offsets, strict=True):
         if storage in num_of and num_of[storage] > 1:
             begin = offset * shape.itemsize
-            shared.setdefault(storage, []).append((begin, begin + shape.span))
+            shared.setdefault(storage, {})[begin, begin + shape.span] = None
         elif storage >= 0:
             num_cuts += shape.span // step
             nbytes = storages[storage][0]
@@ -433,6 +436,11 @@ def check_storages(manifest: Manifest, limits: Limits) -> None:
         _check_size(storages[storage].nbytes, sum(end - begin for begin, end in ranges), len(ranges))
     if num_cuts > MAX_CUTS:
         raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")
+
+
+def _check_num_views(count: int) -> None:
+    if count > MAX_NODES:
+        raise ValueError(f"{count} tensors, at most {MAX_NODES} are accepted")
 
 
 def _check_size(nbytes: int, referenced: int, num_ranges: int) -> None:
