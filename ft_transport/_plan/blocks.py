@@ -188,9 +188,11 @@ class Blocks:
             column += [None] * len(blocks)
         self.put(range(num_before, len(self)), blocks)
 
-    def hold_again(self) -> None:
-        """Hold all, where their tensors are by now."""
-        self.put(range(len(self)), held([Block(*block[:3]) for block in self]))
+    def held_again(self) -> Blocks:
+        """The same, held where their tensors are by now."""
+        # Others, and not these put right: another thread that reads a block of these meanwhile would find the address
+        # of one moment beside the storage of another.
+        return Blocks.of(held([Block(*block[:3]) for block in self]))
 
 
 # What follows is about one danger. A user's thread may give back memory while another thread of ours reads it without

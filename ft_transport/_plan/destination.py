@@ -135,7 +135,7 @@ class DestinationPlan:
         self._targets = targets
         if shared:
             share(targets.blocks.memory)
-            targets.blocks.hold_again()
+            targets.blocks = targets.blocks.held_again()
         # Noted when they were compared, and before anything is allocated: memory that moves from then on is seen to.
         self._places = Places.of(
             targets.blocks, manifest, lambda: list(map(manifest.leaves.owners.__getitem__, targets))
@@ -250,7 +250,8 @@ class DestinationPlan:
                 view, mine.stride()
             ):
                 lost.add(self._layout.range_of(view.storage, view.begin))
-        self.placement.blocks.hold_again()
+        # In one assignment: a relay's threads go on reading messages from there.
+        self.placement.blocks = self.placement.blocks.held_again()
         return lost
 
     def written(self) -> list[torch.Tensor]:

@@ -97,8 +97,11 @@ def test_blocks_are_columns_and_read_as_rows() -> None:
     assert sorted(found.others) == [0, 1]
     first.memory.data = noise(5, 5)
     found.put([0], [first])
-    found.hold_again()
-    assert found[0].here
+    again = found.held_again()
+    assert all(block.here for block in again)
+    assert again.others == {}
+    # Who reads them meanwhile goes on with what was: none of it is put right under it.
+    assert list(found) == [first, loose, last, last]
     assert not first.here
 
 

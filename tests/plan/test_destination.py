@@ -190,3 +190,16 @@ def test_memory_that_is_exchanged_before_it_is_planned_is_not_written_to(case: s
     with pytest.raises(LocalProtocolError, match="exchanged or given back"):
         landing.placement.scatter(0, torch.ones(4000, dtype=torch.uint8))
     assert not other.any()
+
+
+def test_memory_that_is_found_again_is_not_put_right_under_who_reads_it() -> None:
+    """A relay's thread may be in the middle of one block, or message."""
+    mine = {"a": torch.zeros(100), "b": torch.zeros(3)}
+    _, _, landing = land({"a": noise(100, 1), "b": noise(3, 2)}, mine)
+    read = landing.placement.blocks
+    before = list(read)
+    mine["a"].data = noise(100, 1)
+    assert landing.find_again() == set()
+    assert list(read) == before
+    assert [block.here for block in read] == [False, True]
+    assert [block.here for block in landing.placement.blocks] == [True, True]
