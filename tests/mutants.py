@@ -165,7 +165,7 @@ MUTANTS = [
         "tests/plan/test_lent.py::test_who_takes_memory_away_waits_for_who_reads_it",
     ),
     Mutant(
-        "a leaf without tensors is tried before a byte lands, whatever its neighbours do",
+        "a leaf without tensors is tried whatever lands next to it",
         "_plan/rebuild.py",
         "if not leaf.views or leaves.firsts[index] not in self._targets:",
         "if leaves.firsts[index] not in self._targets:",

@@ -149,7 +149,15 @@ class Layout:
 
 
 def lay_out(manifest: Manifest, limits: Limits) -> Layout:
-    """Derive from a manifest what travels in which message."""
+    """Derive from a manifest what travels in which message.
+
+    Raises:
+        ValueError: With these limits a range could be larger than a message and never be cut.
+    """
+    # A peer's are refused as they are read. Whoever makes them here would wait for ever: a bucket would have no range,
+    # or a part no byte.
+    if not max(64, limits.pack_below) <= limits.message_bytes:
+        raise ValueError(f"limits: expected message_bytes of 64 and of pack_below at least, got {limits}")
     # Whatever follows must come out the same on both sides, from the manifest alone: no address, no device, no option
     # of one side may decide anything here.
     ranges, gaps = _ranges(manifest)

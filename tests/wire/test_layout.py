@@ -41,7 +41,7 @@ def check(layout: Layout, limits: Limits) -> None:
     assert rebuilt == list(layout.ranges), "every byte travels once"
     assert layout.sizes == [sum(piece.end - piece.begin for piece in message) for message in layout.messages]
     assert layout.nbytes == sum(layout.sizes)
-    assert all(0 < size <= max(limits.message_bytes, limits.pack_below) for size in layout.sizes)
+    assert all(0 < size <= limits.message_bytes for size in layout.sizes)
     assert [message for flight in layout.flights for message in flight] == list(range(len(layout.messages)))
     for flight in layout.flights:
         assert len(flight) == 1 or sum(layout.sizes[message] for message in flight) <= limits.message_bytes
@@ -96,6 +96,12 @@ def test_few_small_ranges_travel_one_by_one_and_many_are_packed() -> None:
 def test_buckets_are_filled_in_order_up_to_the_bound() -> None:
     layout = lay_out(flat(*[60] * 10), Limits(message_bytes=200, flight_bytes=200, pack_below=100, pack_from=1))
     assert layout.sizes == [180, 180, 180, 60]
+
+
+@pytest.mark.parametrize("limits", [Limits(128, 128, 200, 1), Limits(63, 63, 0)], ids=["no range", "no byte"])
+def test_limits_by_which_nothing_would_come_to_an_end(limits: Limits) -> None:
+    with pytest.raises(ValueError, match="limits: expected message_bytes of 64 and of pack_below at least"):
+        lay_out(flat(150, 150), limits)
 
 
 def test_nothing_to_send() -> None:
