@@ -126,9 +126,9 @@ class LaneOptions(Options):
         lane breaks is a small part of the state. In a chain each destination waits for a whole message before it passes
         it on, so there they are smaller.
         """
-        # In bytes. Three messages, what a lane has asked for, stay below a fortieth of a state of 512 MiB or more.
-        unit, most = (2 << 20, 2) if self.chain else (4 << 20, 4)
-        return Limits(message_bytes=min(max(nbytes // (512 << 20), 1), most) * unit)
+        # In bytes. Three messages, what a lane asks for at most, stay below a twentieth of a state of 256 MiB or more.
+        unit, most, growth = (2 << 20, 2, 512 << 20) if self.chain else (4 << 20, 4, 256 << 20)
+        return Limits(message_bytes=min(max(nbytes // growth, 1), most) * unit)
 
     @property
     def sample(self) -> int:

@@ -489,7 +489,7 @@ MUTANTS = [
     Mutant(
         "by an endpoint one message is asked for at a time",
         "_lanes/fetch.py",
-        "window = 1 if self.session.reader is not None and self.session.reader.waits else _WINDOW",
+        "window = _WINDOW if self.session.reader is None else _WINDOW_OF_READER",
         "window = _WINDOW",
         ONE_SIDED + "test_a_read_that_is_late_is_waited_for",
     ),

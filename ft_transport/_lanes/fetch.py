@@ -34,6 +34,9 @@ logger = logging.getLogger("ft_transport")
 # would run dry whenever an answer's last byte and the next question cross; more only move the work away from lanes that
 # are quicker.
 _WINDOW = 3
+# Where this side reads the supplier's memory nothing is on its way. What one asks for early the supplier fingerprints
+# early, and it has left the processor's cache when it is read: with one, a state of 1.5 GB is here a tenth sooner.
+_WINDOW_OF_READER = 1
 
 
 class Fetcher:
@@ -316,7 +319,7 @@ class _Lane:
     def ask(self, stopped: Callable[[], bool], num_lanes: Callable[[], int]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
         pending, asked = self._sink.pending, self.session.protocol.asked
-        window = 1 if self.session.reader is not None and self.session.reader.waits else _WINDOW
+        window = _WINDOW if self.session.reader is None else _WINDOW_OF_READER
         while len(asked) < window and self._num_left != 0:
             # A second one once there is one for each of the others, also for those that are being opened.
             message = pending.take(stopped, block=not asked, leave=num_lanes() - 1 if asked else 0)

@@ -49,6 +49,8 @@ logger = logging.getLogger("ft_transport")
 # A message moves in pieces of this size, each of which is fingerprinted while it is in the processor's cache. Wherever
 # one begins, its pages fit into a pipe of 1 MiB.
 _PIECE_BYTES = (1 << 20) - mmap.PAGESIZE
+# The same of what is read where it lies, and is only fingerprinted: fewer calls, and the outer cache is quick enough.
+_READ_BYTES = 2 << 20
 # Fewer bytes are as quickly here as the word where they are.
 _DIRECT_FROM = 64 << 10
 # How often whoever waits for a read looks whether the peer has spoken, or somebody has ended the connection.
@@ -146,7 +148,7 @@ class Session:
         hashed = xxhash.xxh3_64()
         update = _reads(hashed, held)
         # A digest that is known already leaves nothing to do on the way: all of it goes into one call.
-        for piece in _pieces(view, whole=digest is not None):
+        for piece in _pieces(view, len(view) if digest is not None else _PIECE_BYTES):
             if digest is None:
                 update(piece)
             try:
@@ -205,7 +207,8 @@ class Session:
         read = self._reader(header, len(view), timer, held)
         hashed = xxhash.xxh3_64()
         update = _reads(hashed, held)
-        for piece in _pieces(view, whole=not verify):
+        step = _PIECE_BYTES if header.frame is LaneFrame.MESSAGE else _READ_BYTES
+        for piece in _pieces(view, step if verify else len(view)):
             try:
                 read(piece)
             except PeerFailure:
@@ -325,8 +328,7 @@ def _unreadable(exc: OSError) -> Unreadable:
     return Unreadable(f"the supplier's memory cannot be read: {exc}")
 
 
-def _pieces(view: memoryview, *, whole: bool) -> Iterator[memoryview]:
-    step = len(view) if whole else _PIECE_BYTES
+def _pieces(view: memoryview, step: int) -> Iterator[memoryview]:
     return (view[begin : begin + step] for begin in range(0, len(view), step or 1))
 
 
@@ -344,6 +346,6 @@ def fingerprint(view: memoryview, held: Held | None = None) -> int:
     hashed = xxhash.xxh3_64()
     update = _reads(hashed, held)
     # Whoever gives memory back waits for its readers (``_plan.lent``): for a piece, and not for a message.
-    for piece in _pieces(view, whole=held is None):
+    for piece in _pieces(view, len(view) if held is None else _READ_BYTES):
         update(piece)
     return hashed.intdigest()

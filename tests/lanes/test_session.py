@@ -16,7 +16,7 @@ from helpers import noise
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.fabric import CMA, Wait, new_reader, new_shown
 from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneProtocol, Role, encode
-from ft_transport._lanes.session import _DIRECT_FROM, _PIECE_BYTES, Session, Unreadable, fingerprint
+from ft_transport._lanes.session import _DIRECT_FROM, _PIECE_BYTES, _READ_BYTES, Session, Unreadable, fingerprint
 from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
 from ft_transport._net.one_sided import Job
@@ -172,7 +172,7 @@ def arrives(lane: Lane, nbytes: int, *, verify: bool = True) -> tuple[LaneFrame,
 
 
 @pytest.mark.parametrize("digest", [None, "known"])
-@pytest.mark.parametrize("nbytes", [_DIRECT_FROM, _PIECE_BYTES + 1, 3 * _PIECE_BYTES + 77])
+@pytest.mark.parametrize("nbytes", [_DIRECT_FROM, _READ_BYTES + 1, 3 * _READ_BYTES + 77])
 def test_a_message_is_read_where_it_lies(direct: Lane, nbytes: int, digest: str | None) -> None:
     data = bytearray(noise(nbytes // 4 + 1, 1).view(torch.uint8)[:nbytes].tolist())
     known = digest_bytes(data) if digest else None
@@ -284,7 +284,7 @@ def test_memory_that_was_taken_away_is_told_to_nobody(direct: Lane) -> None:
 
 
 def test_the_deadline_holds_between_two_reads(direct: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = bytearray(3 * _PIECE_BYTES)
+    data = bytearray(3 * _READ_BYTES)
     direct.supplier.send_message(3, memoryview(data), None, timer(), steady=True)
     header = direct.destination.recv_header(timer())
     late = timer()
@@ -297,4 +297,4 @@ def test_the_deadline_holds_between_two_reads(direct: Lane, monkeypatch: pytest.
     monkeypatch.setattr(PeerMemory, "read_into", read_into)
     with pytest.raises(TransferTimeout):
         direct.destination.recv_message(header, memoryview(bytearray(len(data))), verify=True, timer=late)
-    assert direct.destination.nbytes_direct == _PIECE_BYTES
+    assert direct.destination.nbytes_direct == _READ_BYTES
