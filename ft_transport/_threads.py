@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
-__all__ = ["ThreadGroup", "periodically", "uninterrupted"]
+__all__ = ["ThreadGroup", "Ticker", "periodically", "uninterrupted"]
 
 # A thread that was being started when Ctrl-C came runs by then, or never will.
 _BEGINNING = timedelta(seconds=1)
@@ -103,28 +103,72 @@ def uninterrupted(end: Callable[[], None]) -> None:
         raise interrupt
 
 
+class Ticker:
+    """Calls something every so often while a block runs (``with``), any number of blocks one after the other.
+
+    From one thread for all of them, which begins with the first and is over with :meth:`end`: to begin one takes as
+    long as a scheduler likes where cores are busy. The call is made until it gives True; and where no thread is to be
+    had, never.
+
+    Args:
+        call: What to call. No block is left while it is under way.
+        interval: How often. The first time in a block may be sooner, and is no later.
+        name: Of the thread.
+    """
+
+    def __init__(self, call: Callable[[], bool | None], interval: timedelta, name: str) -> None:
+        self._call = call
+        self._interval = interval
+        self._name = name
+        self._changed = threading.Condition()  # held while it calls
+        self._within = self._over = False
+        self._threads: ThreadGroup | None = None
+
+    def __enter__(self) -> None:
+        self._within = True
+        if self._threads is None:
+            self._threads = ThreadGroup()
+            with suppress(RuntimeError):
+                self._threads.start(self._name, self._run)
+
+    def __exit__(self, *exc_info: object) -> None:
+        uninterrupted(self._leave)
+
+    def _leave(self) -> None:
+        self._within = False
+        with self._changed:
+            pass
+
+    def end(self) -> None:
+        """End the thread; nothing is called any more when this returns. May be called twice."""
+        uninterrupted(self._end)
+
+    def _end(self) -> None:
+        self._leave()
+        # Set without the lock, which the thread holds while it calls: it is seen at the latest after that.
+        self._over = True
+        with self._changed:
+            self._changed.notify_all()
+        if self._threads is not None:
+            self._threads.join()
+
+    def _run(self) -> None:
+        with self._changed:
+            # A condition and no sleep, so that nobody waits for the interval when it is over.
+            while not self._changed.wait_for(lambda: self._over, self._interval.total_seconds()):
+                if self._within and self._call():
+                    return
+
+
 @contextmanager
 def periodically(call: Callable[[], bool | None], interval: timedelta, name: str) -> Iterator[None]:
     """Call something every so often while the block runs, from a thread that has ended when this does.
 
     Until it gives True; and where no thread is to be had, never.
     """
-    changed, over, threads = threading.Condition(), False, ThreadGroup()
-
-    def run() -> None:
-        with changed:
-            # A condition and no sleep, so the block does not wait for the interval when it is over.
-            while not changed.wait_for(lambda: over, interval.total_seconds()):
-                if call():
-                    return
-
+    ticker = Ticker(call, interval, name)
     try:
-        with suppress(RuntimeError):
-            threads.start(name, run)
-        yield
+        with ticker:
+            yield
     finally:
-        # Set without the lock, which the thread holds while it calls: it is seen at the latest after that.
-        over = True
-        with changed:
-            changed.notify_all()
-        threads.join()
+        ticker.end()

@@ -6,10 +6,11 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import pytest
 
-from ft_transport._threads import ThreadGroup
+from ft_transport._threads import ThreadGroup, Ticker
 
 
 @contextmanager
@@ -97,3 +98,39 @@ def test_what_a_thread_raises_does_not_keep_others_waiting(monkeypatch: pytest.M
     group = ThreadGroup()
     group.start("test", lambda: 1 / 0)
     group.join()
+
+
+def test_a_ticker_calls_within_its_blocks_alone() -> None:
+    calls, during = [], threading.Event()
+
+    def call() -> None:
+        calls.append(threading.get_ident())
+        during.set()
+
+    ticker = Ticker(call, timedelta(milliseconds=1), "test")
+    for _ in range(2):
+        during.clear()
+        with ticker:
+            assert during.wait(10)
+        before = len(calls)
+        assert not threading.Event().wait(0.02)
+        assert len(calls) == before
+    ticker.end()
+    ticker.end()
+    assert len({*calls}) == 1, "from one thread"
+    assert not any(thread.name == "ft_transport-test" for thread in threading.enumerate())
+
+
+def test_a_block_is_not_left_while_a_ticker_calls() -> None:
+    begun, over = threading.Event(), []
+
+    def call() -> bool:
+        begun.set()
+        over.append(threading.Event().wait(0.1))
+        return True
+
+    ticker = Ticker(call, timedelta(milliseconds=1), "test")
+    with interrupted(0.03), pytest.raises(KeyboardInterrupt), ticker:
+        assert begun.wait(10)
+    assert over == [False]
+    ticker.end()

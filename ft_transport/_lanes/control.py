@@ -23,7 +23,7 @@ from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._telemetry.progress import report_progress
 from ft_transport._telemetry.report import Progress, ProgressCallback, TransferReport
-from ft_transport._threads import periodically
+from ft_transport._threads import Ticker
 from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
 
 __all__ = ["ControlConnection", "GaveUp", "Tally"]
@@ -95,6 +95,7 @@ class ControlConnection:
         self._route: Route | None = None  # named, and not yet taken
         self._source_ident = b""  # by which the source itself is asked
         self._silence = self.timer()
+        self._heartbeats = Ticker(self._beat_once, HEARTBEAT, "heartbeat")
 
     def timer(self, label: str = "the source") -> StallTimer:
         """For whatever is done with somebody in this receive."""
@@ -222,20 +223,20 @@ class ControlConnection:
 
         From its manifest on, which may come meanwhile: a source that has not begun takes any word for a breach.
         """
+        return self._heartbeats if self.lost is None else nullcontext()
 
-        def beat() -> bool:
-            self._listen()
-            if isinstance(self._offer, TransferError):
-                return True
-            if self.session.protocol.state is State.WAITING:
-                return False
-            try:
-                self.session.send(LaneFrame.PROGRESS, self.timer(), self._tally.nbytes)
-            except TransferError:
-                return True  # whoever talks next finds out
+    def _beat_once(self) -> bool:
+        """Say it once; gives whether there is nobody to say it to."""
+        self._listen()
+        if isinstance(self._offer, TransferError):
+            return True
+        if self.session.protocol.state is State.WAITING:
             return False
-
-        return periodically(beat, HEARTBEAT, "heartbeat") if self.lost is None else nullcontext()
+        try:
+            self.session.send(LaneFrame.PROGRESS, self.timer(), self._tally.nbytes)
+        except TransferError:
+            return True  # whoever talks next finds out
+        return False
 
     # --------------------------------------------------------------------------------------- end
 
@@ -274,13 +275,15 @@ class ControlConnection:
             late: Who has been silent for so long will hardly answer now, and after the deadline there is no time.
         """
         timer = StallTimer(Deadline(HEARTBEAT if late else _LAST_WORDS))
+        self._heartbeats.end()  # Ctrl-C may have come just when some were about to begin
         with suppress(TransferError):
             if not refused:
                 self.session.send(LaneFrame.FAILED, timer, body=[reason])
             self.session.connection.finish(timer)
 
     def close(self) -> None:
-        """Give the descriptors back."""
+        """End the heartbeats, and give the descriptors back."""
+        self._heartbeats.end()
         self.session.connection.close()
         self.wakeup.close()
 

@@ -273,6 +273,18 @@ def test_who_is_busy_says_so_as_long_as_it_is(make: Make) -> None:
     beat = encode(F.PROGRESS, 1, 7, NBYTES)
     with it.control.heartbeats(), it.socket.makefile("rb") as said:
         assert said.read(2 * len(beat)) == 2 * beat
+    assert len(beating()) == 1, "the same for all blocks"
+    it.socket.settimeout(0.05)
+    while True:  # those that were on their way
+        try:
+            it.socket.recv(1 << 10)
+        except TimeoutError:
+            break
+    with it.control.heartbeats(), it.socket.makefile("rb") as said:
+        it.socket.settimeout(10)
+        assert said.read(len(beat)) == beat
+        assert len(beating()) == 1
+    it.control.close()
     assert not beating()
 
 
