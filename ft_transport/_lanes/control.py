@@ -142,6 +142,8 @@ class ControlConnection:
     def send_ready(self, metadata: str, ident: bytes) -> None:
         """Agree to the state, and say where those behind can fetch it."""
         self.session.send(LaneFrame.READY, self.timer(), body=[metadata, ident])
+        # That this side is alive is said with it; and the source looks through all of its state when it hears so.
+        self._beat = Deadline(HEARTBEAT)
         self._silence.progressed()
 
     # -------------------------------------------------------------------------------------- move

@@ -8,6 +8,7 @@ writes to them by hand, which is noticed (``_plan.unchanged``) and makes the who
 from __future__ import annotations
 
 import threading
+import time
 from contextlib import AbstractContextManager
 
 from ft_transport._net.stall import HEARTBEAT
@@ -79,6 +80,8 @@ class StateMessages:
                 self._copies[message] = self._placement.view(message, self._bucket)
                 with self._changed:
                     self._changed.notify_all()
+                # Those that answer destinations want the interpreter meanwhile, and would be given it every 5 ms only.
+                time.sleep(0)
         self.streams.begun().finish()
         self._versions.note_copied(self._copies)
 

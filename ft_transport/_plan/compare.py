@@ -45,6 +45,7 @@ class Targets:
         self.blocks = blocks
         self.geometries = geometries
         self._at: dict[int, int] | None = None
+        self._overlap: bool | None = None
 
     @classmethod
     def none(cls) -> Targets:
@@ -92,7 +93,18 @@ class Targets:
             self.numbers = [*self.numbers, *numbers]
             self.blocks.extend(held(list(map(Block, tensors))))
             self.geometries += geometries
-            self._at = None
+            self._at = self._overlap = None
+
+    @property
+    def overlap(self) -> bool:
+        """Whether the extents of two overlap, as they were when the tensors were noted."""
+        if self._overlap is None:
+            begins = self.blocks.addresses
+            ends = list(map(add, begins, map(attrgetter("span"), self.geometries)))
+            # As many begins and ends in order: where each end is behind no later begin, no two overlap. Extents that
+            # merely touch do not: parameters of one flat buffer lie side by side, and stay in place.
+            self._overlap = not all(map(le, sorted(ends), islice(sorted(begins), 1, None)))
+        return self._overlap
 
     def drop(self, numbers: Container[int]) -> None:
         """Give up some."""
@@ -100,7 +112,7 @@ class Targets:
         if len(kept) < len(self.numbers):
             self.numbers = [self.numbers[at] for at in kept]
             self.geometries = [self.geometries[at] for at in kept]
-            self.blocks, self._at = self.blocks.part(kept), None
+            self.blocks, self._at, self._overlap = self.blocks.part(kept), None, None
 
 
 class Compared(NamedTuple):
@@ -409,12 +421,10 @@ def _drop_conflicts(manifest: Manifest, targets: Targets, others: list[Extent], 
     Args:
         others: Memory that nobody may write to.
     """
+    if not others and not targets.overlap:
+        return  # as in nearly every template
     addresses = targets.blocks.addresses
     ends = list(map(add, addresses, map(attrgetter("span"), targets.geometries)))
-    # As many begins and ends in order: where each end is behind no later begin, no two overlap. Extents that merely
-    # touch do not: parameters of one flat buffer lie side by side, and stay in place.
-    if not others and all(map(le, sorted(ends), islice(sorted(addresses), 1, None))):
-        return  # as in nearly every template
     # A sweep over begins, as in any interval problem.
     extents = sorted([*zip(addresses, ends, targets.numbers, strict=True), *others])
     cluster: list[tuple[int, int]] = []

@@ -95,7 +95,7 @@ class Template:
         # A source may have let us wait for seconds, in which the user's code runs.
         if expected is None or manifest is not self._read or expected.has_moved():
             return None
-        return dict(enumerate(self.flat.leaves)), expected.plain
+        return expected.matched, expected.plain
 
 
 def template_of(state_dict: Callable[[], object] | None, options: Options) -> Template | None:
@@ -146,7 +146,8 @@ class _Expected:
     """What a source that holds the template's own state would send.
 
     Attributes:
-        plain: The template's tensors, as they compare with that.
+        matched: The template's leaf for each of that.
+        plain: The template's tensors, as they compare with it.
     """
 
     def __init__(self, flat: Flat, limits: Callable[[int], Limits]) -> None:
@@ -166,7 +167,9 @@ class _Expected:
         self._values = [index for index, leaf in manifest.leaves.others.items() if leaf.kind == VALUE]
         # A leaf that is the same as an earlier one has no tensor of its own there.
         known = None if manifest.same else tensors
-        self.plain = compare_plain(manifest, dict(enumerate(flat.leaves)), ReadOnlyMemory(), known)
+        self.matched = dict(enumerate(flat.leaves))
+        self.plain = compare_plain(manifest, self.matched, ReadOnlyMemory(), known)
+        _ = self.plain.targets.overlap  # which is kept, and asked for once the source's manifest is here
         self._tensors = tensors
 
     def has_moved(self) -> bool:

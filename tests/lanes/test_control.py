@@ -214,6 +214,18 @@ def test_another_supplier_is_asked_for(make: Make, named: Say, slow: bool, anoth
     assert it.heard()[0] == (F.REROUTE, 0, (b"other", "the reason", slow))
 
 
+@pytest.mark.parametrize(("beat", "said"), [(control.HEARTBEAT, []), (NONE, [F.PROGRESS])], ids=["just", "a while ago"])
+def test_who_has_just_agreed_need_not_say_that_it_is_alive(
+    make: Make, monkeypatch: pytest.MonkeyPatch, beat: timedelta, said: list[F]
+) -> None:
+    """The source looks through all of its state whenever it hears so, and lets nobody in meanwhile."""
+    monkeypatch.setattr(control, "HEARTBEAT", beat)
+    it = make("planning")
+    it.control.send_ready("", b"")
+    it.control.pump(NONE)
+    assert [frame for frame, *_ in it.heard()] == [F.READY, *said]
+
+
 def test_it_is_alive_and_says_how_far_it_is_no_oftener_than_it_must(make: Make) -> None:
     it = make("moving", WAIT)
     for _ in range(3):
