@@ -151,6 +151,8 @@ class Ticker:
             self._changed.notify_all()
         if self._threads is not None:
             self._threads.join()
+        # It may be of whoever holds this, and both would stay until the collector comes.
+        self._call = bool
 
     def _run(self) -> None:
         with self._changed:

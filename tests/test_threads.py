@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -134,3 +135,20 @@ def test_a_block_is_not_left_while_a_ticker_calls() -> None:
         assert begun.wait(10)
     assert over == [False]
     ticker.end()
+
+
+def test_a_ticker_that_is_over_holds_nothing() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.ticker = Ticker(self.call, timedelta(seconds=10), "test")
+
+        def call(self) -> None:
+            pass
+
+    holder = Holder()
+    with holder.ticker:
+        pass
+    holder.ticker.end()
+    known = weakref.ref(holder)
+    del holder
+    assert known() is None, "without the collector"

@@ -16,7 +16,7 @@ from ft_transport._lanes.chain import Route
 from ft_transport._lanes.fabric import CMA, new_reader
 from ft_transport._lanes.opening import Opening
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader
-from ft_transport._lanes.session import Session, Unreadable
+from ft_transport._lanes.session import DIRECT_FROM, Session, Unreadable
 from ft_transport._lanes.sink import Incurable, Sink
 from ft_transport._net.connection import Wakeup
 from ft_transport._net.handshake_io import SslContexts
@@ -74,7 +74,8 @@ class Fetcher:
         self._options = options
         self._ids = (attempt, step)
         self._num_messages = num_messages
-        self._fabric = options.reads_by if direct else ""
+        # Who would be sent all of it, message by message, need not ask.
+        self._fabric = options.reads_by if direct and max(sink.sizes, default=0) >= DIRECT_FROM else ""
         self._is_alone = False  # one lane, since it may have a fabric
         self._most = 1  # lanes
         self._lanes: list[_Lane] = []

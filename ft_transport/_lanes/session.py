@@ -42,7 +42,7 @@ from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport.errors import PeerFailure, RemoteProtocolError
 
-__all__ = ["Session", "Unreadable", "fingerprint"]
+__all__ = ["DIRECT_FROM", "Session", "Unreadable", "fingerprint"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -52,7 +52,7 @@ _PIECE_BYTES = (1 << 20) - mmap.PAGESIZE
 # The same of what is read where it lies, and is only fingerprinted: fewer calls, and the outer cache is quick enough.
 _READ_BYTES = 2 << 20
 # Fewer bytes are as quickly here as the word where they are.
-_DIRECT_FROM = 64 << 10
+DIRECT_FROM = 64 << 10
 # How often whoever waits for a read looks whether the peer has spoken, or somebody has ended the connection.
 _LOOK = timedelta(milliseconds=50)
 
@@ -137,7 +137,7 @@ class Session:
             PeerFailure, TransferTimeout: As ``Connection.write``.
         """
         protocol, connection = self.protocol, self.connection
-        if steady and protocol.state is State.DIRECT and len(view) >= _DIRECT_FROM:
+        if steady and protocol.state is State.DIRECT and len(view) >= DIRECT_FROM:
             place = self._place(view, timer, held)
             if place is not None:
                 return self._send_place(number, place, view, digest, timer, held)

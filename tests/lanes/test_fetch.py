@@ -259,6 +259,7 @@ def test_a_trial_takes_no_more_than_it_may(
 def test_memory_is_read_once_it_is_known_to_be_the_suppliers(
     monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any]
 ) -> None:
+    monkeypatch.setattr(fetch, "DIRECT_FROM", 1024)
     for honest, answers in ((False, [3, 3]), (True, [100, 100])):
         supplier = Supplier(monkeypatch, answers)
         supplier.honest = honest
@@ -267,11 +268,14 @@ def test_memory_is_read_once_it_is_known_to_be_the_suppliers(
     assert into[0].complete
 
 
-@pytest.mark.parametrize("how", ["the caller does not want it", "it could not be read before", "another machine"])
+@pytest.mark.parametrize(
+    "how", ["the caller does not want it", "it could not be read before", "another machine", "no message is so large"]
+)
 def test_memory_is_not_asked_for(
     monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any], how: str
 ) -> None:
     supplier = Supplier(monkeypatch, [100])
+    monkeypatch.setattr(fetch, "DIRECT_FROM", 1025 if how == "no message is so large" else 1024)
     if how == "another machine":
         monkeypatch.setattr(_connection, "is_local", lambda sock: False)
     fabric: Fabric = "tcp" if how == "the caller does not want it" else "auto"

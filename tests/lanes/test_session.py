@@ -16,7 +16,7 @@ from helpers import noise
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.fabric import CMA, Wait, new_reader, new_shown
 from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneProtocol, Role, encode
-from ft_transport._lanes.session import _DIRECT_FROM, _PIECE_BYTES, _READ_BYTES, Session, Unreadable, fingerprint
+from ft_transport._lanes.session import _PIECE_BYTES, _READ_BYTES, DIRECT_FROM, Session, Unreadable, fingerprint
 from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
 from ft_transport._net.one_sided import Job
@@ -172,7 +172,7 @@ def arrives(lane: Lane, nbytes: int, *, verify: bool = True) -> tuple[LaneFrame,
 
 
 @pytest.mark.parametrize("digest", [None, "known"])
-@pytest.mark.parametrize("nbytes", [_DIRECT_FROM, _READ_BYTES + 1, 3 * _READ_BYTES + 77])
+@pytest.mark.parametrize("nbytes", [DIRECT_FROM, _READ_BYTES + 1, 3 * _READ_BYTES + 77])
 def test_a_message_is_read_where_it_lies(direct: Lane, nbytes: int, digest: str | None) -> None:
     data = bytearray(noise(nbytes // 4 + 1, 1).view(torch.uint8)[:nbytes].tolist())
     known = digest_bytes(data) if digest else None
@@ -182,7 +182,7 @@ def test_a_message_is_read_where_it_lies(direct: Lane, nbytes: int, digest: str 
     assert direct.destination.connection.nbytes_wire == direct.supplier.connection.nbytes_wire > nbytes
 
 
-@pytest.mark.parametrize(("nbytes", "steady"), [(_DIRECT_FROM - 1, True), (_DIRECT_FROM, False)])
+@pytest.mark.parametrize(("nbytes", "steady"), [(DIRECT_FROM - 1, True), (DIRECT_FROM, False)])
 def test_what_is_small_or_will_not_stay_is_sent(direct: Lane, nbytes: int, steady: bool) -> None:
     direct.supplier.send_message(3, memoryview(bytearray(nbytes)), None, timer(), steady=steady)
     assert arrives(direct, nbytes)[0] is LaneFrame.MESSAGE
@@ -192,15 +192,15 @@ def test_what_is_small_or_will_not_stay_is_sent(direct: Lane, nbytes: int, stead
 @pytest.mark.parametrize("verify", [True, False])
 def test_memory_that_changes_before_it_is_read_is_damage(direct: Lane, verify: bool) -> None:
     """As damage on the way: it is asked for again. Without digests it is for the source to have the last word."""
-    data = bytearray(_DIRECT_FROM)
+    data = bytearray(DIRECT_FROM)
     digest = direct.supplier.send_message(3, memoryview(data), None, timer(), steady=True)
     data[-1] = 1
-    assert arrives(direct, _DIRECT_FROM, verify=verify)[1] == (None if verify else digest)
+    assert arrives(direct, DIRECT_FROM, verify=verify)[1] == (None if verify else digest)
 
 
 def test_a_place_of_another_length_is_refused_before_it_is_read(direct: Lane) -> None:
-    direct.supplier.send_message(3, memoryview(bytearray(_DIRECT_FROM)), None, timer(), steady=True)
-    with pytest.raises(RemoteProtocolError, match=f"message 3: expected 5 bytes, got {_DIRECT_FROM}"):
+    direct.supplier.send_message(3, memoryview(bytearray(DIRECT_FROM)), None, timer(), steady=True)
+    with pytest.raises(RemoteProtocolError, match=f"message 3: expected 5 bytes, got {DIRECT_FROM}"):
         arrives(direct, 5)
     assert direct.destination.nbytes_direct == 0
 
@@ -210,10 +210,10 @@ def test_memory_that_is_not_there_any_more_is_no_protocol_of_its_own(direct: Lan
     protocol = direct.supplier.protocol
     protocol.sent(LaneFrame.PLACE, 3)
     direct.supplier.connection.write(
-        [encode(LaneFrame.PLACE, 1, 7, 3, [struct.pack("<Q", 4096), _DIRECT_FROM])], timer()
+        [encode(LaneFrame.PLACE, 1, 7, 3, [struct.pack("<Q", 4096), DIRECT_FROM])], timer()
     )
     with pytest.raises(Unreadable, match="the supplier's memory cannot be read") as info:
-        arrives(direct, _DIRECT_FROM)
+        arrives(direct, DIRECT_FROM)
     assert isinstance(info.value, PeerFailure)
 
 
@@ -240,8 +240,8 @@ class Unwilling:
 def test_what_cannot_be_shown_any_more_is_sent_and_its_end_not_waited_for_in_silence(direct: Lane) -> None:
     """The other side would take this one for dead meanwhile. Before the lane is over, it is waited for."""
     direct.supplier.shown = unwilling = Unwilling()
-    direct.supplier.send_message(3, memoryview(bytearray(_DIRECT_FROM)), None, timer(), steady=True)
-    assert arrives(direct, _DIRECT_FROM)[0] is LaneFrame.MESSAGE
+    direct.supplier.send_message(3, memoryview(bytearray(DIRECT_FROM)), None, timer(), steady=True)
+    assert arrives(direct, DIRECT_FROM)[0] is LaneFrame.MESSAGE
     assert unwilling.closed
     asking = threading.Thread(target=direct.supplier.await_question, args=(timer(),))
     asking.start()

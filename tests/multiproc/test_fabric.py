@@ -8,6 +8,7 @@ import pytest
 
 from ft_transport import RemoteProtocolError, TransferError
 from ft_transport._lanes import fabric as _fabric
+from ft_transport._lanes.session import _READ_BYTES
 from ft_transport._net.cma import TOKEN_BYTES, PeerMemory
 from ft_transport._torchft import lanes as _lanes
 from ft_transport.testing import FaultyFabric
@@ -115,7 +116,7 @@ def test_memory_that_cannot_be_read_any_more_is_fetched_over_tcp(lanes: Lanes, m
     destination = lanes.destination(make_state(2), fabric="auto").start(source.metadata())
     source.send_checkpoint([1], STEP, envelope(state), TIMEOUT)
     assert destination.join().sound(state)
-    assert 0 < destination.report.peers[0].nbytes_direct <= 3 * MIB
+    assert 0 < destination.report.peers[0].nbytes_direct <= 3 * _READ_BYTES
     source.disallow_checkpoint()
 
 
