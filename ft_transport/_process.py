@@ -13,6 +13,7 @@ import gc
 import mmap
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from datetime import timedelta
@@ -27,6 +28,7 @@ __all__ = [
     "Room",
     "address_of",
     "keep_out_of_forks",
+    "let_others_run",
     "memory_at",
     "no_collection",
     "physical_bytes",
@@ -85,12 +87,8 @@ class NoCollection:
                 gc.disable()
             _collection_holders += 1
 
-    def end(self) -> bool:
-        """Let it go on, unless somebody else holds it back as well. May be called twice, and from any thread.
-
-        Returns:
-            True, for ``_threads.periodically``.
-        """
+    def end(self) -> None:
+        """Let it go on, unless somebody else holds it back as well. May be called twice, and from any thread."""
         global _collection_holders
         with _collection_lock:
             if not self._ended:
@@ -98,7 +96,6 @@ class NoCollection:
                 _collection_holders -= 1
                 if _collection_holders == 0 and _collection_was_on:
                     gc.enable()
-        return True
 
 
 @contextlib.contextmanager
@@ -109,6 +106,15 @@ def no_collection() -> Iterator[None]:
         yield
     finally:
         held_back.end()
+
+
+def let_others_run() -> None:
+    """Give the interpreter's lock to whoever waits for it; else they get it at most every 5 ms.
+
+    Loops of C over thousands of objects are one step for Python each, and threads that answer a peer need the lock
+    several times for each answer.
+    """
+    time.sleep(0)
 
 
 _overrides: Any = torch.overrides

@@ -11,16 +11,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 
 from ft_transport._deadline import Deadline
 from ft_transport._options import Options
 from ft_transport._plan.torn import TornGuard
-from ft_transport._process import NO_COLLECTION, NoCollection, undisturbed
+from ft_transport._process import NoCollection, undisturbed
 from ft_transport._telemetry.events import publish
+from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import TransferReport
-from ft_transport._threads import periodically
 from ft_transport.errors import LocalProtocolError, TransferError
 
 __all__ = ["TransportBase", "check_duration"]
@@ -92,8 +92,7 @@ class TransportBase:
         start = time.perf_counter()
         try:
             try:
-                # What goes on sees to the collector itself, for as long as it does.
-                with nullcontext() if goes_on else _no_collection_at_first(), undisturbed():
+                with self._no_collection_at_first(), undisturbed():
                     # Also of a call that fails at once: what it says is why.
                     self._last_report = report
                     yield
@@ -112,6 +111,19 @@ class TransportBase:
             raise
         if not goes_on:
             self._finish(report, start, None)
+
+    @contextmanager
+    def _no_collection_at_first(self) -> Iterator[None]:
+        """Hold back the collector while the block runs; in one that lasts, see :meth:`_watching`."""
+        self._held_back = held_back = NoCollection()
+        try:
+            yield
+        finally:
+            held_back.end()
+
+    def _watching(self, report: TransferReport, deadline: Deadline) -> AbstractContextManager[None]:
+        """Say now and then how far a call is, and let the collector come again in one that lasts."""
+        return watching(report, deadline, self._held_back.end)
 
     def _end(self, report: TransferReport, start: float, error: TransferError) -> TransferError:
         _fill_in(error, report)
@@ -152,14 +164,3 @@ def _fill_in(error: TransferError, report: TransferReport) -> None:
             error.peer_rank = worst.rank
         error.nbytes_done = worst.nbytes
     error.nbytes_total = report.nbytes_total
-
-
-@contextmanager
-def _no_collection_at_first() -> Iterator[None]:
-    """Hold back the collector while the block runs, for :data:`NO_COLLECTION` at the most."""
-    held_back = NoCollection()
-    try:
-        with periodically(held_back.end, NO_COLLECTION, "collector"):
-            yield
-    finally:
-        held_back.end()

@@ -256,7 +256,7 @@ class PGTransport(TransportBase):
         After an error: nothing reads the state any more; the group must be made anew.
         """
         report = self._report("source", dst_ranks)
-        with self._transfer(report):
+        with self._transfer(report), self._watching(report, self._limit(self._timeout)):
             self._send(report, state_dict)
 
     def _send(self, report: TransferReport, state_dict: object) -> None:
@@ -313,7 +313,11 @@ class PGTransport(TransportBase):
             The group must be made anew.
         """
         report = self._report("destination", [src_rank])
-        with self._transfer(report), self._guard.receiving(report):
+        with (
+            self._transfer(report),
+            self._watching(report, self._limit(self._timeout)),
+            self._guard.receiving(report),
+        ):
             channel = GroupChannel(self._pg, src_rank, self._options.device)
             try:
                 return self._recv(channel, report)

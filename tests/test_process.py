@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from ft_transport._process import address_of, memory_at, no_collection, physical_bytes, room
+from ft_transport._process import address_of, let_others_run, memory_at, no_collection, physical_bytes, room
 
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
@@ -125,3 +126,19 @@ def test_an_address_is_that_of_the_memory_itself() -> None:
     assert address_of(view) == tensor.data_ptr() + 3
     assert address_of(view[1:]) == tensor.data_ptr() + 4
     assert bytes(memory_at(address_of(view), 5)) == bytes([3, 4, 5, 6, 7])
+
+
+def test_who_waits_for_the_interpreter_gets_it() -> None:
+    """Else it waits for the end of the interval, or of what the other thread does in one step of C."""
+    go, ran, before = threading.Lock(), threading.Event(), sys.getswitchinterval()
+    go.acquire()
+    other = threading.Thread(target=lambda: go.acquire() and ran.set())
+    other.start()
+    sys.setswitchinterval(60)
+    try:
+        go.release()
+        assert not any(ran.is_set() for _ in range(100_000))
+        assert any(let_others_run() or ran.is_set() for _ in range(100_000))
+    finally:
+        sys.setswitchinterval(before)
+    other.join()

@@ -14,8 +14,11 @@ import torch
 from helpers import CPU, noise, until
 from plan.test_torn import Group, Pair
 
-from ft_transport import LaneTransport, LocalProtocolError, PGTransport, TransferError, _transport, state_digest
+from ft_transport import LaneTransport, LocalProtocolError, PGTransport, TransferError, state_digest
+from ft_transport._deadline import Deadline
 from ft_transport._process import no_collection
+from ft_transport._telemetry import progress
+from ft_transport._telemetry.report import TransferReport
 from ft_transport.testing import memory_channels
 
 SECOND = timedelta(seconds=1)
@@ -84,10 +87,14 @@ def test_the_collector_is_held_back_in_a_call(make: Callable[..., Any]) -> None:
     assert gc.isenabled()
 
 
-def test_the_collector_comes_again_in_a_call_that_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_collector_comes_again_in_a_call_that_lasts(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A trainer's cycles may hold an accelerator's memory: they do not wait for what a transfer waits for."""
-    monkeypatch.setattr(_transport, "NO_COLLECTION", timedelta(milliseconds=20))
-    with _transport._no_collection_at_first():
+    monkeypatch.setattr(progress, "INTERVAL", timedelta(milliseconds=100))
+    transport = make()
+    report = TransferReport("source", "test", 5)
+    with transport._transfer(report), transport._watching(report, Deadline(10 * SECOND)):
         assert not gc.isenabled()
         until(gc.isenabled)
         with no_collection():

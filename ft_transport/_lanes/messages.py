@@ -8,7 +8,6 @@ writes to them by hand, which is noticed (``_plan.unchanged``) and makes the who
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import AbstractContextManager
 
 from ft_transport._net.stall import HEARTBEAT
@@ -16,6 +15,7 @@ from ft_transport._options import CPU
 from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.source import SourcePlan
+from ft_transport._process import let_others_run
 from ft_transport._wire.layout import SMALL_BYTES
 from ft_transport.errors import LocalProtocolError
 
@@ -80,8 +80,7 @@ class StateMessages:
                 self._copies[message] = self._placement.view(message, self._bucket)
                 with self._changed:
                     self._changed.notify_all()
-                # Those that answer destinations want the interpreter meanwhile, and would be given it every 5 ms only.
-                time.sleep(0)
+                let_others_run()
         self.streams.begun().finish()
         self._versions.note_copied(self._copies)
 

@@ -317,13 +317,13 @@ def compare_plain(
         manifest: What the source sends.
         matched: The template's leaf for each manifest leaf that has one.
         read_only: Which memory is.
-        known: What torch knows of these tensors, if it was asked before, and they are all that the template has.
+        known: What torch knows of the template's tensors, if it was asked before: of one for each plain leaf, in order.
     """
-    leaves = manifest.leaves
-    unlike = {index for index, leaf in leaves.others.items() if leaf.kind != "tensor"}
-    indices = [index for index, mine in matched.items() if type(mine) is torch.Tensor and index not in unlike]
-    mine = known
+    leaves, mine = manifest.leaves, known
+    indices: Sequence[int] = leaves.plain
     if mine is None:
+        unlike = {index for index, leaf in leaves.others.items() if leaf.kind != "tensor"}
+        indices = [index for index, mine in matched.items() if type(mine) is torch.Tensor and index not in unlike]
         tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
         mine = Tensors.of_plain(tensors) if on_host(tensors) else None
     # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not looked
@@ -333,13 +333,16 @@ def compare_plain(
     numbers: Sequence[int] = range(len(leaves.views))
     wanted = manifest.views.geometries
     # Where as many leaves are compared as there are views, each is one view, and all are.
-    if len(indices) < len(wanted) or indices != sorted(indices):
+    if len(indices) < len(wanted) or (known is None and indices != sorted(indices)):
         numbers = list(map(leaves.firsts.__getitem__, indices))
         wanted = list(map(wanted.__getitem__, numbers))
-    # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there.
-    pairs = list(zip(wanted, mine.geometries, strict=True))
-    misfitting = {pair for pair in {*pairs} if not _can_land(*pair)}
-    misfits = {at for at, pair in enumerate(pairs) if pair in misfitting} if misfitting else set()
+    # Of 20,000 tensors there are a few dozen pairs of what is wanted and what is there, mostly the same.
+    there = mine.geometries
+    pairs = {(shape, shape) for shape in {*there}} if wanted == there else {*zip(wanted, there, strict=True)}
+    misfitting = {pair for pair in pairs if not _can_land(*pair)}
+    misfits = (
+        {at for at, pair in enumerate(zip(wanted, there, strict=True)) if pair in misfitting} if misfitting else set()
+    )
     misfits.update(read_only.among(mine.addresses))
     homes = list(mine.alive), list(mine.bases), list(mine.capacities), list(mine.addresses)
     blocks = Blocks(list(mine.tensors), *homes, on_host=True)

@@ -8,7 +8,6 @@ functions of C, and only leaves that are something else are looked at one by one
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, islice
 from operator import add, attrgetter, itemgetter
@@ -16,6 +15,7 @@ from operator import add, attrgetter, itemgetter
 import torch
 
 from ft_transport._device import on_host, type_of
+from ft_transport._process import let_others_run
 from ft_transport._state.classes import ATOMIC
 from ft_transport._state.geometry import Geometry, alone_in, geometry
 from ft_transport._state.kinds.base import PLAIN, VALUE, Part, all_plain, flatten_leaf
@@ -76,9 +76,7 @@ class Tensors:
             if not all_plain(some, dtypes, on_cpu=on_cpu):
                 return None
             columns._note(some, dtypes, on_cpu)
-            # Whoever waits for the interpreter would be given it in 5 ms; who lets destinations in needs it several
-            # times for each.
-            time.sleep(0)
+            let_others_run()
         return columns
 
     def _note(self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype], on_cpu: bool) -> None:

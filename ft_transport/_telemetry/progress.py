@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -126,9 +127,24 @@ def _of(done: int, total: int) -> str:
     return f"{done / unit:.1f} of {total / unit:.1f} {name}"
 
 
-def watching(report: TransferReport, deadline: Deadline) -> AbstractContextManager[None]:
-    """Follow a transfer from a thread of its own, which has ended when this does."""
-    return periodically(Watch(report, deadline).tick, INTERVAL / 4, "progress")
+def watching(
+    report: TransferReport, deadline: Deadline, later: Callable[[], object] = bool
+) -> AbstractContextManager[None]:
+    """Follow a transfer from a thread of its own, which has ended when this does.
+
+    Args:
+        report: Of the transfer.
+        deadline: Of the whole call.
+        later: Called after a second, and every second from then on. It gets no thread of its own: to begin one takes
+            milliseconds where cores are busy.
+    """
+    watch = Watch(report, deadline)
+
+    def tick() -> None:
+        later()
+        watch.tick()
+
+    return periodically(tick, INTERVAL / 5, "progress")
 
 
 def progress_bar(**options: Any) -> ProgressCallback:

@@ -32,7 +32,6 @@ from ft_transport._options import CPU, Fabric, LaneOptions
 from ft_transport._plan.rewrite import Received
 from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
-from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 from ft_transport._telemetry.teller import Teller
 from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
@@ -249,7 +248,7 @@ class LaneTransport(ManagedTransport[T]):
         transfer = self._receiving.begin(
             Endpoint.decode(metadata), self._local, self._options, deadline, report, attempt, trains=trains
         )
-        with watching(report, deadline):
+        with self._watching(report, deadline):
             # What the template holds is what is sent, if this side is the source, too.
             received, relay = self._receiving.run(transfer, None if from_itself else self._template())
         self._serving.relay = relay

@@ -25,7 +25,6 @@ from ft_transport._plan.rewrite import Received
 from ft_transport._plan.source import SourcePlan
 from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
-from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
 from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout, reason_of
@@ -164,7 +163,7 @@ class PGTransport(ManagedTransport[T]):
             _check_ranks(self._pg, dst_ranks)
             report.peers = [PeerReport(rank) for rank in dst_ranks]
             deadline = self._limit(timeout)
-            with watching(report, deadline):
+            with self._watching(report, deadline):
                 self._send(report, state_dict, deadline)
 
     def _send(self, report: TransferReport, state_dict: object, deadline: Deadline) -> None:
@@ -213,7 +212,7 @@ class PGTransport(ManagedTransport[T]):
     ) -> Received:
         _check_ranks(self._pg, [src_rank])
         report.peers = [PeerReport(src_rank)]
-        with watching(report, deadline):
+        with self._watching(report, deadline):
             return receive(
                 self._channel(src_rank),
                 report.step,
