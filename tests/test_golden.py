@@ -16,6 +16,7 @@ from hostile import ALLOWED, WARNINGS, land, process_group
 from torch.distributed.device_mesh import DeviceMesh
 from wire.manifests import same
 
+from ft_transport import RemoteProtocolError
 from ft_transport._state.describe import describe
 from ft_transport._state.kinds.base import Surroundings, unflatten_leaf
 from ft_transport._state.manifest import Manifest
@@ -79,6 +80,31 @@ def test_every_golden_file_is_tested_and_every_kind_of_frame_has_one(mesh: Devic
 
 def test_the_small_manifest_says_what_it_must() -> None:
     """Against the text of docs/protocol.md, without today's encoder."""
+    header, nodes, shapes, views, leaves, storages, shared = decode_frame(read("manifest_small"))[1]
+    assert header == (11, (1 << 20, 4 << 20, 1 << 10, 8, 4), "xxh3", -1)
+    assert nodes[:3] == (
+        ("dict", 5, ("model", "gaps", "empty", "scalar", 7), 0, None),
+        ("OrderedDict", 3, ("weight", "tied", "_metadata"), 1, None),
+        None,
+    )
+    assert nodes.count(None) == 21
+    assert shapes == (
+        ("float32", (3, 4), (4, 1)),
+        ("float32", (4,), (1,)),
+        ("float32", (2, 3), (8, 1)),
+        ("int8", (0,), (1,)),
+        ("bfloat16", (), ()),
+    )
+    # weight, tied and gaps are of one storage, empty is of none, scalar of one of its own.
+    assert views == (5, b"\x01\x01\x01\xff\x00", b"\x00\x01\x02\x03\x04", b"\x00\x04\x10\x00\x00")
+    assert storages == (2, b"\x00\x01", ((2, "cpu"), (108, "cpu")))
+    # The parameter, then the values; tied, gaps, empty and scalar are plain tensors, of which no more is to be said.
+    assert leaves[:4] == ((0, ("tensor", 1, ("()", True, True), ())), (2, (2,)), (6, (None,)), (7, (True,)))
+    assert [index for index, _ in leaves] == [0, 2, *range(6, 21)]
+    assert shared == ()
+
+
+def test_the_small_manifest_is_read_as_it_was_meant() -> None:
     manifest = manifest_of("small")
     assert manifest.paths[:5] == [
         ("model", "weight"), ("model", "tied"), ("model", "_metadata", "version"), ("gaps",), ("empty",)
@@ -92,6 +118,13 @@ def test_the_small_manifest_says_what_it_must() -> None:
     assert (weight.offset, tied.offset) == (0, 4)
     assert (gaps.geometry.stride, gaps.storage) == ((8, 1), weight.storage)
     assert manifest.leaves[0].context == (True, True)
+
+
+@pytest.mark.parametrize("version", range(1, VERSION))
+def test_earlier_versions_are_refused_by_name(version: int) -> None:
+    data = (golden.DATA / f"v{version}_manifest_small.bin").read_bytes()
+    with pytest.raises(RemoteProtocolError, match=f"expected version {VERSION} of the wire, got {version}"):
+        decode_frame(data)
 
 
 def test_objects_come_back_as_they_were(mesh: DeviceMesh) -> None:

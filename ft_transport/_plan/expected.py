@@ -154,17 +154,19 @@ class _Expected:
         manifest, tensors = describe_flat(flat)
         self._limits = limits(sum(map(itemgetter(0), manifest.storages)))
         self._layout = lay_out(manifest, self._limits)
-        _, nodes, shapes, self._leaves, *_ = manifest_body(manifest, ManifestHeader(None, self._limits, ""))
+        _, nodes, *rest, _ = manifest_body(manifest, ManifestHeader(None, self._limits, ""))
+        self._num_leaves = len(manifest.leaves)
         # In bytes, where 1, 1.0 and True differ, as keys may.
         self._nodes = pack(nodes)
-        # As they are read: a key of a subclass of str comes as a str. Of leaves there are many, and plain ones are
-        # tuples here as well.
+        # As they are read: a key of a subclass of str comes as a str.
         self._tree = list(manifest.nodes)
         for index in [index for index, node in enumerate(self._tree) if node is not LEAF and not _is_simple(node)]:
             (self._tree[index],) = decode_nodes(unpack(pack([nodes[index]])))
-        self._shapes = unpack(pack(shapes))
+        shapes, views, leaves, storages = unpack(pack(rest))
+        # In bytes as well.
+        self._num_others = len(leaves)
+        self._rest = pack([shapes, views, _without_values(leaves), storages])
         self._manifest = manifest
-        self._values = [index for index, leaf in manifest.leaves.others.items() if leaf.kind == VALUE]
         # A leaf that is the same as an earlier one has no tensor of its own there.
         known = None if manifest.same else tensors
         self.matched = dict(enumerate(flat.leaves))
@@ -183,10 +185,12 @@ class _Expected:
             return None
 
     def _read(self, body: Any) -> tuple[Manifest, ManifestHeader, Layout] | None:
-        header, nodes, shapes, leaves, storages, shared = body
+        header, nodes, shapes, views, leaves, storages, shared = body
         manifest = self._manifest
-        num_nodes, num_leaves = len(self._tree), len(self._leaves)
-        if shapes != self._shapes or list(storages) != manifest.storages:
+        num_nodes, num_leaves = len(self._tree), self._num_leaves
+        theirs, beyond = leaves[: self._num_others], leaves[self._num_others :]
+        # Of what there are many, columns, which are bytes already.
+        if pack([shapes, views, _without_values(theirs), storages]) != self._rest:
             return None
         # In one place, or it is to be found by names. Trees of other sizes are not packed.
         root = self._tree[0].num_children
@@ -196,27 +200,29 @@ class _Expected:
             if (node[1] if node else 0) == root and pack(nodes[start : start + num_nodes]) == self._nodes
         ]
         ties = {later + start: first + start for later, first in manifest.shared.items()}
-        if shared != tuple(ties.items()):
+        if pack(shared) != pack(list(ties.items())):
             return None
-        theirs = list(leaves[:num_leaves])
-        values = [theirs[index] for index in self._values]
-        for index in self._values:
-            theirs[index] = self._leaves[index]
-        if theirs != self._leaves:
+        if not all(type(index) is int and _is_value(leaf) for index, leaf in beyond):
             return None
         # What is around the template's tree, torchft's envelope, is read as everything is; in the place of the tree is
         # a leaf. It must hold plain values alone.
-        beyond = leaves[num_leaves:]
-        if not all(map(_is_value, values)) or not all(map(_is_value, beyond)):
-            return None
         around, read_header = decode_manifest(
-            [header, (*nodes[:start], None, *nodes[start + num_nodes :]), (), ((None,), *beyond), (), ()]
+            [
+                header,
+                (*nodes[:start], None, *nodes[start + num_nodes :]),
+                (),
+                _NO_VIEWS,
+                ((0, (None,)), *[(index - num_leaves + 1, leaf) for index, leaf in beyond]),
+                _NO_STORAGES,
+                (),
+            ]
         )
         if not _is_envelope(around.nodes, start):
             return None
         others = dict(manifest.leaves.others)
-        for index, value in zip(self._values, values, strict=True):
-            others[index] = Leaf(VALUE, (), decode_value(value[0]))
+        for index, leaf in theirs:
+            if _is_value(leaf):
+                others[index] = Leaf(VALUE, (), decode_value(leaf[0]))
         for index, leaf in enumerate(around.leaves):
             if index:
                 others[num_leaves + index - 1] = leaf
@@ -237,6 +243,8 @@ class _Expected:
 # Where the template's tree begins among the source's nodes: it is all of the state, all of "user", or what is below the
 # only key there.
 _STARTS = (0, 1, 2)
+# As a body has them.
+_NO_VIEWS, _NO_STORAGES = (0, b"", b"", b""), (0, b"", ())
 
 
 def _is_envelope(nodes: list[Node], start: int) -> bool:
@@ -255,6 +263,11 @@ def _is_simple(node: Node) -> bool:
 
 
 _SIMPLE = frozenset({"dict", "list", "tuple"})
+
+
+def _without_values(leaves: Any) -> list[Any]:
+    """The leaves that a body lists, of plain values only the index."""
+    return [(index,) if _is_value(leaf) else (index, leaf) for index, leaf in leaves]
 
 
 def _is_value(leaf: Any) -> bool:

@@ -162,7 +162,7 @@ def describe_flat(flat: Flat) -> tuple[Manifest, Tensors]:
         raise LocalProtocolError(f"{path}: a tensor of {columns.geometries[bad]} has no memory", phase="describe")
     storages: list[Storage] = []
     leaves = _leaves(len(values), _place_all(columns, storages), parts)
-    return Manifest(nodes, _with_same(leaves, same), storages, same=same, shared=shared), columns
+    return Manifest(nodes, leaves.with_same(same), storages, same=same, shared=shared), columns
 
 
 def _leaves(count: int, views: Views, parts: dict[int, tuple[Part, int]]) -> Leaves:
@@ -176,21 +176,6 @@ def _leaves(count: int, views: Views, parts: dict[int, tuple[Part, int]]) -> Lea
         number += num_views
         others[index] = Leaf(part.kind, own, *part[1:])
     return Leaves(count, views, others)
-
-
-def _with_same(leaves: Leaves, same: dict[int, int]) -> Leaves:
-    """The leaves, with those that are the same object as an earlier one, which have no tensors of their own so far."""
-    if not same:
-        return leaves
-    views, others, done = Views([], [], []), dict(leaves.others), 0
-    for index, first in same.items():
-        begin = leaves.firsts[index]
-        views.add(*leaves.views.part(done, begin))
-        others[index] = leaves[first]
-        views.append(others[index].views)
-        done = begin
-    views.add(*leaves.views.part(done, None))
-    return Leaves(len(leaves), views, others)
 
 
 def _take_all_apart(

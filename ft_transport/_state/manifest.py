@@ -192,6 +192,34 @@ class Leaves:
             return range(self._count)
         return list(chain.from_iterable(map(repeat, range(self._count), self._counts())))
 
+    def own_views(self, same: Container[int]) -> Views:
+        """The views without those of the leaves that are the same as an earlier one."""
+        again = [index for index in self.others if index in same] if same else ()
+        views, done = Views([], [], []), 0
+        for index in again:
+            views.add(*self.views.part(done, self.firsts[index]))
+            done = self.firsts[index + 1]
+        views.add(*self.views.part(done, None))
+        return views if again else self.views
+
+    def with_same(self, same: dict[int, int]) -> Leaves:
+        """The leaves, of which some are the same object as an earlier one, and have no views of their own so far.
+
+        Args:
+            same: Of each of these, in order, the index of the first.
+        """
+        if not same:
+            return self
+        views, others, done = Views([], [], []), dict(self.others), 0
+        for index, first in same.items():
+            begin = self.firsts[index]
+            views.add(*self.views.part(done, begin))
+            others[index] = self[first]
+            views.append(others[index].views)
+            done = begin
+        views.add(*self.views.part(done, None))
+        return Leaves(len(self), views, others)
+
     def _counts(self) -> list[int]:
         counts = [1] * self._count
         for index, leaf in self.others.items():

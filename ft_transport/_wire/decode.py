@@ -14,7 +14,7 @@ from bisect import bisect_left
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Hashable, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils import _pytree as pytree
 
@@ -32,7 +32,6 @@ from ft_transport._state.manifest import (
     Storage,
     View,
     Views,
-    made,
 )
 from ft_transport._state.tree import (
     CONTAINERS,
@@ -45,12 +44,15 @@ from ft_transport._state.tree import (
     path_of_container,
 )
 from ft_transport._state.values import check_keys, decode_value, not_allowed_in
+from ft_transport._wire.columns import unpack_column
 from ft_transport._wire.digest import NUM_SAMPLES
 from ft_transport._wire.frames import ManifestHeader
 from ft_transport._wire.layout import Limits
 from ft_transport.errors import RemoteProtocolError
 
 __all__ = ["check_storages", "check_tree", "decode_manifest", "decode_nodes"]
+
+_T = TypeVar("_T")
 
 # Bounds a message and with it a bucket; above 1 GiB a message gains nothing.
 MAX_MESSAGE_BYTES = 1 << 30
@@ -60,7 +62,7 @@ MAX_FLIGHT_BYTES = 1 << 30
 MAX_WINDOW = 1 << 10
 # Bounds the messages that large ranges are cut into, some 250 bytes each: enough for 4 TiB with our limits.
 MAX_CUTS = 1 << 20
-# Bounds nodes and views: each becomes some objects of a hundred bytes and more. Large states have 100,000.
+# Bounds nodes, views and storages: each becomes some objects of a hundred bytes and more. Large states have 100,000.
 MAX_NODES = 4 << 20
 # Bounds the elements that are gone through to find the gaps between views of one storage, some seconds.
 MAX_GAP_STEPS = 1 << 32
@@ -77,18 +79,17 @@ def decode_manifest(body: Any) -> tuple[Manifest, ManifestHeader]:
         RemoteProtocolError: The body describes no state, names a class that is not allowed, or lies about sizes.
     """
     try:
-        header, nodes, shapes, leaves, storages, shared = body
+        header, nodes, shapes, views, leaves, storages, shared = body
         header = _decode_header(*header)
         if len(nodes) > MAX_NODES:
             raise ValueError(f"{len(nodes)} nodes, at most {MAX_NODES} are accepted")
         # Nodes first: their number, and what they say of children, bounds everything that comes after.
         tree, refused = _decode_nodes(nodes)
         num_leaves = check_tree(tree)
-        if len(leaves) != num_leaves:
-            raise ValueError(f"expected {num_leaves} leaves, got {len(leaves)}")
-        manifest = Manifest(tree, Leaves.of(()), _decode_storages(storages))
+        manifest = Manifest(tree, Leaves.of(()), _decode_storages(*storages))
         not_allowed = [(path_of_container(tree, index), exc) for index, exc in refused]
-        not_allowed += _decode_leaves(leaves, [_decode_shape(*shape) for shape in shapes], manifest)
+        found = _decode_views(*views, shapes=[_decode_shape(*shape) for shape in shapes])
+        not_allowed += _decode_leaves(leaves, num_leaves, found, manifest)
         if not_allowed:
             raise RemoteProtocolError(_all_not_allowed(not_allowed), phase="agree")
         manifest.shared = _decode_shared(shared, tree)
@@ -272,85 +273,112 @@ def _decode_shared(pairs: Any, tree: list[Node]) -> dict[int, int]:
     return shared
 
 
-def _decode_leaves(data: Any, shapes: list[Geometry], manifest: Manifest) -> list[tuple[str, _Refused]]:
+def _decode_views(count: Any, storages: Any, numbers: Any, offsets: Any, *, shapes: list[Geometry]) -> Views:
+    """The views, whose storages and offsets are any numbers yet."""
+    if not 0 <= expect(int, count) <= MAX_NODES:
+        raise ValueError(f"{count} tensors, at most {MAX_NODES} are accepted")
+    geometries = _chosen(shapes, numbers, count, "shapes")
+    return Views(unpack_column(storages, count), geometries, unpack_column(offsets, count))
+
+
+def _decode_leaves(data: Any, count: int, views: Views, manifest: Manifest) -> list[tuple[str, _Refused]]:
     """Decode the leaves and check that every view lies in its storage; gives those that name what is not allowed.
 
-    A leaf is [value], [storage, shape, offset] for a plain tensor, [kind, views, context, parts] for another one, or
+    Of a leaf that is not one plain tensor is said its index, and [value], [kind, number of views, context, parts] or
     the index of an earlier leaf that is the same object.
+
+    Args:
+        data: These, in order.
+        count: How many leaves there are.
+        views: Of all that are not the same as an earlier one.
+        manifest: Gets the leaves.
     """
-    storages = manifest.storages
     others: dict[int, Leaf] = {}
-    views = Views([], [], [])
     refused: list[tuple[str, _Refused]] = []
-    # Plain tensors are most of a state, and are checked in columns. If anything about one of them is wrong all are
-    # looked at one by one, to name the one.
-    unusual = [index for index, leaf in enumerate(data) if type(leaf) is not tuple or len(leaf) != 3]
-    plain = _decode_plain([leaf for leaf in data if type(leaf) is tuple and len(leaf) == 3], shapes, storages)
-    done = 0
-    for at, index in enumerate(unusual if plain is not None else range(len(data))):
-        if plain is not None:
-            views.add(*plain.part(done, index - at))
-            done = index - at
-        leaf = data[index]
+    done = number = num_again = 0  # leaves, and their views; and views that are repeated
+    for index, leaf in data:
+        if not done <= expect(int, index) < count:
+            raise ValueError(f"leaf {index} of {count}, after {done}")
+        number += index - done  # of the plain ones between
+        done = index + 1
+        others[index] = Leaf(VALUE, ())
         try:
             if type(leaf) is int:
                 if not 0 <= leaf < index:
                     raise ValueError(f"the same as leaf {leaf}")
-                manifest.same[index] = manifest.same.get(leaf, leaf)
                 # No chain of references can be long, since each is resolved to the first.
-                first = others.get(leaf) or Leaf("tensor", (_decode_view(data[leaf], shapes, storages),))
+                first = manifest.same[index] = manifest.same.get(leaf, leaf)
                 # Looked at before they are repeated: a few bytes stand for as many tensors as the first one has.
-                _check_num_views(len(views) + len(first.views))
-                others[index] = first
-            elif len(leaf) == 3:
-                views.append((_decode_view(leaf, shapes, storages),))
-                continue
-            elif len(leaf) == 1:
+                num_again += len(others[first].views) if first in others else 1
+                _check_num_views(len(views) + num_again)
+            elif len(expect(tuple, leaf)) == 1:
                 others[index] = Leaf(VALUE, (), decode_value(leaf[0]))
             else:
-                others[index] = _decode_composite(leaf, shapes, storages)
+                num_own = expect(int, leaf[1])
+                if not 0 <= num_own <= len(views) - number:
+                    raise ValueError(f"{num_own} views of {len(views) - number}")
+                own = tuple(map(views.__getitem__, range(number, number + num_own)))
+                number += num_own
+                others[index] = _decode_composite(leaf, own)
         except NotAllowed as exc:
+            # Nothing is made of it, since all of them raise in the end.
             refused.append((format_path(manifest.paths[index]), NotAllowed(exc.names | not_allowed_in(leaf))))
-            others[index] = Leaf(VALUE, (), None)  # nothing is made of it, since all of them raise in the end
+            others[index] = Leaf(VALUE, (), None)
         except Exception as exc:
-            reason = exc.message if isinstance(exc, RemoteProtocolError) else f"{type(exc).__name__}: {exc}"
-            if isinstance(exc, ValueError):
-                reason = str(exc)
-            raise RemoteProtocolError(f"{format_path(manifest.paths[index])}: {reason}", phase="agree") from exc
-        views.append(others[index].views)
-    if plain is not None:
-        views.add(*plain.part(done, None))
-    manifest.leaves = Leaves(len(data), views, others)
+            raise _wrong(manifest, index, exc) from exc
+    number += count - done
+    if number != len(views):
+        raise ValueError(f"expected {number} tensors, got {len(views)}")
+    if not refused:
+        leaves = Leaves(count, views, others)
+        _check_views(leaves, manifest)
+        manifest.leaves = leaves.with_same(manifest.same)
     return refused
 
 
-def _decode_plain(data: list[Any], shapes: list[Geometry], storages: list[Storage]) -> Views | None:
-    """Plain tensors with elements, all at once; None if anything about any of them needs a closer look."""
-    if not data:
-        return None
-    geometries: list[Geometry] = []
-    num_shapes, num_storages = len(shapes), len(storages)
-    for storage, number, offset in data:
-        # ``True`` is an int to ``isinstance``, and an index to a list.
-        if not type(storage) is type(number) is type(offset) is int:
-            return None
-        if not (0 <= number < num_shapes and 0 <= storage < num_storages and offset >= 0):
-            return None
-        shape = shapes[number]
-        if not shape.numel or offset * shape.itemsize + shape.span > storages[storage][0]:
-            return None
-        geometries.append(shape)
-    return Views(list(map(itemgetter(0), data)), geometries, list(map(itemgetter(2), data)))
+def _wrong(manifest: Manifest, index: int, exc: Exception) -> RemoteProtocolError:
+    """What is wrong with a leaf, by its path."""
+    reason = exc.message if isinstance(exc, RemoteProtocolError) else f"{type(exc).__name__}: {exc}"
+    if isinstance(exc, ValueError):
+        reason = str(exc)
+    return RemoteProtocolError(f"{format_path(manifest.paths[index])}: {reason}", phase="agree")
 
 
-def _decode_composite(data: Any, shapes: list[Geometry], storages: list[Storage]) -> Leaf:
-    kind, views, context, parts = data
-    decoded = tuple([_decode_view(view, shapes, storages) for view in views])
-    leaf = Leaf(expect(str, kind), decoded, decode_value(context), tuple([_decode_part(part) for part in parts]))
+def _check_views(leaves: Leaves, manifest: Manifest) -> None:
+    """Raises RemoteProtocolError, with the path of the first, unless every view lies in its storage."""
+    views, sizes = leaves.views, list(map(itemgetter(0), manifest.storages))
+    if not views or (min(views.storages) >= 0 and max(views.storages) < len(sizes)):
+        # In columns: as many distinct ones as there are shapes, in most states.
+        rows = zip(views.geometries, views.offsets, map(sizes.__getitem__, views.storages), strict=True)
+        if all(not _misplaced(*row) for row in {*rows}):
+            return
+    for number, (storage, shape, offset) in enumerate(views):
+        reason = f"storage {storage} of {len(sizes)}"
+        if storage < 0:
+            is_nowhere = storage in (EMPTY, EMPTY_ON_DEVICE) and not shape.numel and offset >= 0
+            reason = "" if is_nowhere else f"{shape} in storage {storage}"
+        elif storage < len(sizes):
+            reason = _misplaced(shape, offset, sizes[storage])
+        if reason:
+            raise _wrong(manifest, leaves.owners[number], ValueError(reason))
+
+
+def _misplaced(shape: Geometry, offset: int, nbytes: int) -> str:
+    """Why a view is not one of a storage of so many bytes, empty if it is."""
+    if not shape.numel:
+        return f"{shape} in a storage"
+    if offset < 0 or offset * shape.itemsize + shape.span > nbytes:
+        return f"{shape} at {offset} is outside of its storage of {nbytes} bytes"
+    return ""
+
+
+def _decode_composite(data: Any, views: tuple[View, ...]) -> Leaf:
+    kind, _, context, parts = data
+    leaf = Leaf(expect(str, kind), views, decode_value(context), tuple([_decode_part(part) for part in parts]))
     # How many plain tensors a kind has follows from its parts; that a peer says both is for the check.
-    if kind == VALUE or leaf.part.num_views != len(decoded) or (kind == "tensor" and leaf.parts):
-        raise ValueError(f"a leaf of kind {kind} with {len(decoded)} views")
-    check_parts(leaf.part, iter([view.geometry for view in decoded]))
+    if kind == VALUE or leaf.part.num_views != len(views) or (kind == "tensor" and leaf.parts):
+        raise ValueError(f"a leaf of kind {kind} with {len(views)} views")
+    check_parts(leaf.part, iter([view.geometry for view in views]))
     return leaf
 
 
@@ -364,19 +392,6 @@ def _decode_part(data: Any) -> Part:
     return part
 
 
-def _decode_view(data: Any, shapes: list[Geometry], storages: list[Storage]) -> View:
-    storage, number, offset = data
-    if type(storage) is not int or type(number) is not int or type(offset) is not int or offset < 0 or number < 0:
-        raise ValueError(f"a view of {storage!r}, {number!r}, {offset!r}")
-    shape = shapes[number]
-    if storage < 0 or not shape.numel:
-        if storage not in (EMPTY, EMPTY_ON_DEVICE) or shape.numel:
-            raise ValueError(f"{shape} in storage {storage}")
-    elif offset * shape.itemsize + shape.span > storages[storage].nbytes:
-        raise ValueError(f"{shape} at {offset} is outside of its storage of {storages[storage].nbytes} bytes")
-    return View(storage, shape, offset)
-
-
 def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
     found = dtype_of(dtype)
     if found in QUANTIZED:  # their bytes travel as those of other dtypes
@@ -384,18 +399,21 @@ def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
     return checked_geometry(found, shape, stride)
 
 
-def _decode_storages(data: Any) -> list[Storage]:
-    if not data:
-        return []
-    # Columns again; ``min`` and ``max`` of a million integers take less than one look at each.
-    if {*map(len, data)} != {2}:
-        raise ValueError("a storage that is no pair")
-    sizes, device_types = zip(*data, strict=True)
-    if {*map(type, sizes)} != {int} or {*map(type, device_types)} != {str}:
-        raise ValueError("a storage whose size is no integer, or whose device is no text")
-    if min(sizes) < 0 or max(sizes) > sys.maxsize:
-        raise ValueError(f"storages of {min(sizes)} to {max(sizes)} bytes")
-    return made(Storage, data)
+def _decode_storages(count: Any, numbers: Any, distinct: Any) -> list[Storage]:
+    if not 0 <= expect(int, count) <= MAX_NODES:
+        raise ValueError(f"{count} storages, at most {MAX_NODES} are accepted")
+    found = [Storage(expect(int, nbytes), expect(str, device_type)) for nbytes, device_type in distinct]
+    if not all(0 <= nbytes <= sys.maxsize for nbytes, _ in found):
+        raise ValueError(f"storages of {min(found).nbytes} to {max(found).nbytes} bytes")
+    return _chosen(found, numbers, count, "storages")
+
+
+def _chosen(values: list[_T], numbers: Any, count: int, what: str) -> list[_T]:
+    """Of each of so many, which of the values it has."""
+    which = unpack_column(numbers, count)
+    if count and not 0 <= min(which) <= max(which) < len(values):
+        raise ValueError(f"{what} {min(which)} to {max(which)} of {len(values)}")
+    return list(map(values.__getitem__, which))
 
 
 def check_storages(manifest: Manifest, limits: Limits) -> None:

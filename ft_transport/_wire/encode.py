@@ -1,24 +1,26 @@
 """A manifest becomes bytes.
 
-Strategy: shapes are written once each and numbered, since a state has few; plain tensors, nearly all of a state, go all
-at once, without a step of Python for each.
+Strategy: shapes and sizes are written once each and numbered, since a state has few; of the views, and so of plain
+tensors, which are nearly all of a state, columns are written, without a step of Python for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from ft_transport._state.classes import class_name, dtype_name
 from ft_transport._state.kinds.base import VALUE, Part, check_readable
 from ft_transport._state.manifest import Leaf, Manifest
 from ft_transport._state.tree import LEAF, NAMES_A_CLASS, Node, check_names, format_path, path_of_container
 from ft_transport._state.values import encode_value
+from ft_transport._wire.columns import pack_column
 from ft_transport._wire.frames import Frame, ManifestHeader, encode_frame
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["encode_manifest", "manifest_body"]
+
+_T = TypeVar("_T")
 
 
 def encode_manifest(manifest: Manifest, header: ManifestHeader) -> bytes:
@@ -37,26 +39,15 @@ def encode_manifest(manifest: Manifest, header: ManifestHeader) -> bytes:
 def manifest_body(manifest: Manifest, header: ManifestHeader) -> list[Any]:
     """What becomes the body of the MANIFEST frame; raises as :func:`encode_manifest`."""
     refused: list[str] = []
-    all_views = manifest.views
-    # By the order in which they come first, so that equal states have equal bytes: the fingerprint that resuming goes
-    # by is taken of these.
-    shapes = {shape: number for number, shape in enumerate(dict.fromkeys(all_views.geometries))}
-    views = zip(all_views.storages, map(shapes.__getitem__, all_views.geometries), all_views.offsets, strict=True)
     leaves: list[Any] = []
-    done = 0
     for index in sorted(manifest.leaves.others):
-        # For many leaves, steps of Python for each are all that costs: the plain ones between go all at once.
-        leaves += islice(views, index - done)
-        done = index + 1
         leaf = manifest.leaves[index]
         try:
-            own = list(islice(views, len(leaf.views)))
-            leaves.append(manifest.same[index] if index in manifest.same else _encode_leaf(leaf, own))
+            leaves.append([index, manifest.same[index] if index in manifest.same else _encode_leaf(leaf)])
         except Exception as exc:  # pickling runs the classes' own code, which may raise anything
             path = format_path(manifest.paths[index])
             what = f"value of class {type(leaf.context).__qualname__}" if leaf.kind == VALUE else leaf.kind
             refused.append(f"{path}: a {what} cannot be encoded: {exc}")
-    leaves += views
     # A leaf is nil: one byte for each of a hundred thousand.
     nodes: list[Any] = [None] * len(manifest.nodes)
     for index in [index for index, node in enumerate(manifest.nodes) if node is not LEAF]:
@@ -68,14 +59,27 @@ def manifest_body(manifest: Manifest, header: ManifestHeader) -> list[Any]:
             refused.append(f"{path}: a {_what(node)} cannot be encoded: {exc}")
     if refused:
         raise LocalProtocolError("; ".join(refused), phase="describe")
+    views = manifest.leaves.own_views(manifest.same)
+    # By the order in which they come first, so that equal states have equal bytes: the fingerprint that resuming goes
+    # by is taken of these.
+    shapes, of_views = _numbered(views.geometries)
+    storages, of_storages = _numbered(manifest.storages)
     return [
         [header.step, header.limits, header.digest, header.sample],
         nodes,
         [[dtype_name(shape.dtype), shape.shape, shape.stride] for shape in shapes],
+        [len(views), pack_column(views.storages), of_views, pack_column(views.offsets)],
         leaves,
-        manifest.storages,
+        [len(manifest.storages), of_storages, storages],
         list(manifest.shared.items()),
     ]
+
+
+def _numbered(values: Sequence[_T]) -> tuple[list[_T], bytes]:
+    """The distinct ones among some values, and the column of which of them each is."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    which = list(map(numbers.__getitem__, values)) if len(numbers) > 1 else [0] * len(values)
+    return list(numbers), pack_column(which)
 
 
 def _what(node: Node) -> str:
@@ -83,11 +87,11 @@ def _what(node: Node) -> str:
     return node.kind + keys
 
 
-def _encode_leaf(leaf: Leaf, views: Sequence[Any]) -> Any:
+def _encode_leaf(leaf: Leaf) -> Any:
     if leaf.kind == VALUE:
         return [encode_value(leaf.context)]
     check_readable(leaf.part)
-    return [leaf.kind, views, encode_value(leaf.context), [_encode_part(part) for part in leaf.parts]]
+    return [leaf.kind, len(leaf.views), encode_value(leaf.context), [_encode_part(part) for part in leaf.parts]]
 
 
 def _encode_part(part: Part) -> Any:

@@ -23,10 +23,11 @@ __all__ = ["MAX_FRAME_BYTES", "Frame", "ManifestHeader", "decode_frame", "encode
 # First of all bytes, so that another program on the same tags, or upstream's own transport, is told apart by name and
 # not by a crash.
 MAGIC = b"FTCT"
-VERSION = 1
+VERSION = 2
 _HEADER = struct.Struct("<4sBB2x")
 
-# Bounds what a peer can make us allocate for a frame. A leaf takes some 15 to 40 bytes, so this is room for millions.
+# Bounds what a peer can make us allocate for a frame. A leaf takes some 10 to 50 bytes, its key included, so this is
+# room for millions.
 MAX_FRAME_BYTES = 64 << 20
 
 

@@ -1,6 +1,7 @@
 """Write the golden files anew: ``python tests/data/make.py``. Only when the wire changes on purpose.
 
-Files that are still as they were are left alone, and what changed is listed. Those of older versions are kept.
+Files that are still as they were are left alone, and what changed is listed. Of an older version one is kept, to see
+that it is refused by name: ``v1_manifest_small.bin``.
 """
 
 from __future__ import annotations

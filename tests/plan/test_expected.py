@@ -208,7 +208,8 @@ def test_two_containers_are_not_one() -> None:
 def test_what_lies_on_a_device_is_not_what_lies_on_the_host() -> None:
     body = body_of({"w": noise(2, 1)})
     assert expecting({"w": noise(2, 2)}).read(body) is not None
-    body = [*body[:4], tuple((nbytes, "cuda") for nbytes, _ in body[4]), body[5]]
+    count, numbers, distinct = body[5]
+    body = [*body[:5], (count, numbers, tuple((nbytes, "cuda") for nbytes, _ in distinct)), body[6]]
     assert expecting({"w": noise(2, 2)}).read(body) is None
 
 
@@ -245,14 +246,156 @@ def test_a_place_that_is_not_the_only_one_is_looked_for_by_name() -> None:
 def test_a_class_that_is_not_allowed_is_refused_by_name() -> None:
     state = in_envelope(default={"w": noise(2, 1), "own": 1})
     body = list(body_of(state))
-    leaves = list(body[3])
-    leaves[1] = (("t", "no.such.Class"),)
-    body[3] = tuple(leaves)
+    assert body[4][0] == (1, (1,))
+    body[4] = ((1, (("t", "no.such.Class"),)), *body[4][1:])
     with pytest.raises(RemoteProtocolError) as usual:
         decode_manifest(body)
     with pytest.raises(RemoteProtocolError) as here:
         read(body, expecting({"w": noise(2, 2), "own": 2}))
     assert str(here.value) == str(usual.value)
+
+
+def tied() -> dict[str, Any]:
+    """A leaf of every sort that is expected; the last is the same as the second."""
+    tensor = noise(2, 2)
+    return {"w": noise(3, 1), "t": tensor, "v": 5, "u": tensor}
+
+
+# What a body says of its leaves: the value and the tie, then two values of the envelope.
+TIED = ((2, (5,)), (3, 1), (4, (7,)), (5, (14,)))
+
+
+def body_of_tied() -> list[Any]:
+    """One that is expected by who has the same."""
+    body = body_of(in_envelope(default=tied()))
+    assert body[4] == TIED
+    assert expecting(tied()).read(body) is not None
+    return list(body)
+
+
+def test_values_alone_may_differ() -> None:
+    body = body_of_tied()
+    body[4] = ((2, ("x",)), *TIED[1:3], (5, (None,)))
+    found = expecting(tied()).read(body)
+    assert found is not None
+    assert [leaf.context for leaf in found[0].leaves if leaf.kind == "value"] == ["x", 7, None]
+    assert found[0].same == {3: 1}
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        # A value for the tie, another tie, and what equals it to Python.
+        (TIED[0], (3, (1,)), *TIED[2:]),
+        (TIED[0], (3, 0), *TIED[2:]),
+        (TIED[0], (3, True), *TIED[2:]),
+        (TIED[0], (3, 1.0), *TIED[2:]),
+        (TIED[0], (3, None), *TIED[2:]),
+        (TIED[0], (3, ("tensor", 0, None, ())), *TIED[2:]),
+        # A tie for the value, and what is none.
+        ((2, 1), *TIED[1:]),
+        ((2, 0), *TIED[1:]),
+        ((2, True), *TIED[1:]),
+        ((2, None), *TIED[1:]),
+        ((2, ()), *TIED[1:]),
+        ((2, (5, 5)), *TIED[1:]),
+        ((2, "v"), *TIED[1:]),
+        ((2,), *TIED[1:]),
+        ((2, (5,), (5,)), *TIED[1:]),
+        # Other indices.
+        ((1, (5,)), *TIED[1:]),
+        ((2.0, (5,)), *TIED[1:]),
+        (TIED[0], TIED[0], *TIED[2:]),
+        (TIED[0], *TIED[2:]),
+        (TIED[1], TIED[0], *TIED[2:]),
+        TIED[1:],
+        TIED[:2],
+        (),
+        # The envelope's: a tie, into the template or beside it, no value, another order, one more.
+        (*TIED[:2], (4, 1), TIED[3]),
+        (*TIED[:2], (4, 2), TIED[3]),
+        (*TIED[:3], (5, 4)),
+        (*TIED[:3], (5, 0)),
+        (*TIED[:3], (5, None)),
+        (*TIED[:3], (5, "v")),
+        (*TIED[:3], (5, ("tensor", 0, None, ()))),
+        (*TIED[:3], (5.0, (14,))),
+        (*TIED[:2], TIED[3], TIED[2]),
+        (*TIED, (6, (1,))),
+        TIED[:3],
+        None,
+        5,
+    ],
+)
+def test_what_is_said_otherwise_of_any_leaf_is_for_who_reads_all(leaves: Any) -> None:
+    """What equals it to Python is otherwise, too: True is no index, and nil is no value."""
+    body = body_of_tied()
+    body[4] = leaves
+    assert expecting(tied()).read(body) is None
+    heard = []
+    for template in (expecting(tied()), None):
+        try:
+            heard.append([leaf.kind for leaf in read(body, template)[0].leaves])
+        except RemoteProtocolError as exc:
+            heard.append([exc.message])
+    assert heard[0] == heard[1]
+
+
+def test_an_index_in_the_envelope_that_is_a_flag() -> None:
+    """Behind a template of one leaf, where the next is 1."""
+    body, tree = list(body_of({"user": {"w": noise(2, 1)}, "torchft": 5})), {"w": noise(2, 2)}
+    assert body[4] == ((1, (5,)),)
+    assert expecting(tree).read(body) is not None
+    body[4] = ((True, (5,)),)
+    assert expecting(tree).read(body) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "instead"),
+    [
+        (2, (("float32", (3,), (1,)), ("float64", (2,), (1,)))),
+        (2, (("float32", (3,), (1,)), ("float32", (2,), (True,)))),
+        (2, (("float32", (3,), (1,)), ("float32", (2,), (2,)))),
+        (3, (3.0, b"\0\1\2", b"\0\1\1", b"\0\0\0")),
+        (3, (4, b"\0\1\2", b"\0\1\1", b"\0\0\0")),
+        (3, (3, b"\0\2\1", b"\0\1\1", b"\0\0\0")),
+        (3, (3, b"\0\1\2", b"\0\0\1", b"\0\0\0")),
+        (3, (3, b"\0\1\2", b"\0\1\1", b"\0\0\1")),
+        (3, (3, b"\0\1\2", b"\0\1\1", b"\0\0")),
+        (3, (3, b"\0\1\2", b"\0\1\1", b"\0\0\0\0\0\0")),
+        (3, (3, "\0\1\2", b"\0\1\1", b"\0\0\0")),
+        (5, (3.0, b"\0\1\1", ((12, "cpu"), (8, "cpu")))),
+        (5, (4, b"\0\1\1", ((12, "cpu"), (8, "cpu")))),
+        (5, (3, b"\0\1\0", ((12, "cpu"), (8, "cpu")))),
+        (5, (3, b"\0\1\1", ((12, "cpu"), (9, "cpu")))),
+        (5, (3, b"\0\1\1", ((12.0, "cpu"), (8, "cpu")))),
+        (5, (3, b"\0\1\1", ((12, "cuda"), (8, "cpu")))),
+        (6, ((1, 0),)),
+        (6, None),
+    ],
+)
+def test_what_is_said_otherwise_of_views_and_storages(part: int, instead: Any) -> None:
+    tree = {"w": noise(3, 1), "t": noise(2, 2), "u": noise(2, 3), "v": 5}
+    body = list(body_of(tree))
+    assert body[2] == (("float32", (3,), (1,)), ("float32", (2,), (1,)))
+    assert body[3] == (3, b"\0\1\2", b"\0\1\1", b"\0\0\0")
+    assert body[5:] == [(3, b"\0\1\1", ((12, "cpu"), (8, "cpu"))), ()]
+    assert expecting(tree).read(body) is not None
+    body[part] = instead
+    assert expecting(tree).read(body) is None
+
+
+@pytest.mark.parametrize("wrong", [(3, 2.0), (3.0, 2), (3, 1), (2, 3), (3,), 3, (3, 2, 2)])
+def test_what_is_said_otherwise_of_containers_that_are_one(wrong: Any) -> None:
+    def tree() -> dict[str, Any]:
+        one: list[int] = []
+        return {"w": noise(2, 1), "a": one, "b": one}
+
+    body = list(body_of(tree()))
+    assert body[6] == ((3, 2),)
+    assert expecting(tree()).read(body) is not None
+    body[6] = (wrong,)
+    assert expecting(tree()).read(body) is None
 
 
 def test_limits_are_the_sources_and_are_bounded() -> None:

@@ -77,12 +77,19 @@ def test_random_damage(damages: list[tuple[int, int]]) -> None:
         b"",
         b"FTCT",
         b"HTTP/1.1 200 OK",
-        b"FTCT\x02\x01\x00\x00\xc0",
-        b"FTCT\x01\x63\x00\x00\xc0",
-        b"FTCT\x01\x01\x00\x00",
+        b"FTCT\x01\x01\x00\x00\xc0",
+        b"FTCT\x02\x63\x00\x00\xc0",
+        b"FTCT\x02\x01\x00\x00",
     ],
     ids=["nothing", "short", "another protocol", "another version", "another kind", "no body"],
 )
 def test_what_is_no_frame(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         decode_frame(data)
+
+
+@pytest.mark.parametrize("version", [0, 1, 3, 255])
+def test_another_version_is_refused_by_name(version: int) -> None:
+    data = small_frame()
+    with pytest.raises(RemoteProtocolError, match=f"expected version 2 of the wire, got {version}"):
+        decode_frame(data[:4] + bytes([version]) + data[5:])
