@@ -36,7 +36,7 @@ HEADER_BYTES = 8
 LANES = lanes.MAGIC
 INTERESTING: list[Any] = [
     None, True, False, -1, 0, 1, 2, 63, 64, 65, 1 << 31, 1 << 32, 1 << 61, 1 << 62, (1 << 63) - 1, 1 << 63,
-    (1 << 64) - 1, -(1 << 63), 0.5, "", "a", b"", [], [0], [0, 0, 0], [None], ["tensor", [], None, []],
+    (1 << 64) - 1, -(1 << 63), 0.5, "", "a", b"", b"\0\xff", [], [0], [0, 0, 0], [None], ["tensor", 0, None, []],
     ["()"], ["[]"], ["()", 0, 1], ["object", b""], ["range", 0, 1 << 62], ["int", b"\x01" * 9],
     ["class", "builtins.int"],
 ]  # fmt: skip
@@ -82,6 +82,10 @@ def change(body: Any, chance: random.Random) -> None:
             parent[index] = chance.choice(INTERESTING)
         case 1 if type(parent[index]) is int:
             parent[index] += chance.choice([-1, 1, 64, -64, parent[index], 1 << 32])
+        case 1 if type(parent[index]) is bytes and parent[index]:  # a column
+            column = bytearray(parent[index])
+            column[chance.randrange(len(column))] = chance.choice([0, 1, 2, 0x7F, 0x80, 0xFE, 0xFF])
+            parent[index] = bytes(column)
         case 2:
             del parent[index]
         case 3:
