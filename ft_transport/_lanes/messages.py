@@ -77,10 +77,10 @@ class StateMessages:
         self._bucket.reset(SMALL_BYTES - room)
         with self.streams.use():
             for message in small:
+                let_others_run()
                 self._copies[message] = self._placement.view(message, self._bucket)
                 with self._changed:
                     self._changed.notify_all()
-                let_others_run()
         self.streams.begun().finish()
         self._versions.note_copied(self._copies)
 

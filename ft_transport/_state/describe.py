@@ -124,7 +124,7 @@ class Tensors:
 
 # What torch knows of so many tensors stays in a core's cache while one thing after the other is asked of them. That of
 # twenty thousand does not, and asking takes nearly twice as long.
-_AT_ONCE = 1_000
+_AT_ONCE = 500
 
 
 def _bases(storages: Sequence[torch.UntypedStorage]) -> list[int]:
