@@ -104,7 +104,7 @@ def uninterrupted(end: Callable[[], None]) -> None:
 
 
 class Ticker:
-    """Calls something every so often while a block runs (``with``), any number of blocks one after the other.
+    """Calls something every so often while a block runs (``with``), any number of blocks, none within another.
 
     From one thread for all of them, which begins with the first and is over with :meth:`end`: to begin one takes as
     long as a scheduler likes where cores are busy. The call is made until it gives True; and where no thread is to be
@@ -125,11 +125,12 @@ class Ticker:
         self._threads: ThreadGroup | None = None
 
     def __enter__(self) -> None:
-        self._within = True
         if self._threads is None:
             self._threads = ThreadGroup()
             with suppress(RuntimeError):
                 self._threads.start(self._name, self._run)
+        # Last: should Ctrl-C come while the thread begins, there is no block, and nobody to leave it.
+        self._within = True
 
     def __exit__(self, *exc_info: object) -> None:
         uninterrupted(self._leave)
@@ -151,7 +152,7 @@ class Ticker:
             self._changed.notify_all()
         if self._threads is not None:
             self._threads.join()
-        # It may be of whoever holds this, and both would stay until the collector comes.
+        # It may be of whoever holds this, and both would stay until the collector comes. ``bool()`` does nothing.
         self._call = bool
 
     def _run(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 
 from ft_transport._deadline import Deadline
@@ -92,7 +92,8 @@ class TransportBase:
         start = time.perf_counter()
         try:
             try:
-                with self._no_collection_at_first(), undisturbed():
+                # What goes on sees to the collector itself, also while this call waits for its end.
+                with nullcontext() if goes_on else self._no_collection_at_first(), undisturbed():
                     # Also of a call that fails at once: what it says is why.
                     self._last_report = report
                     yield

@@ -256,11 +256,12 @@ class PGTransport(TransportBase):
         After an error: nothing reads the state any more; the group must be made anew.
         """
         report = self._report("source", dst_ranks)
-        with self._transfer(report), self._watching(report, self._limit(self._timeout)):
-            self._send(report, state_dict)
+        deadline = self._limit(self._timeout)
+        with self._transfer(report), self._watching(report, deadline):
+            self._send(report, state_dict, deadline)
 
-    def _send(self, report: TransferReport, state_dict: object) -> None:
-        deadline, device = self._limit(self._timeout), self._options.device
+    def _send(self, report: TransferReport, state_dict: object, deadline: Deadline) -> None:
+        device = self._options.device
         channels = [GroupChannel(self._pg, peer.rank, device) for peer in report.peers]
         try:
             self._guard.check_source()
@@ -313,14 +314,11 @@ class PGTransport(TransportBase):
             The group must be made anew.
         """
         report = self._report("destination", [src_rank])
-        with (
-            self._transfer(report),
-            self._watching(report, self._limit(self._timeout)),
-            self._guard.receiving(report),
-        ):
+        deadline = self._limit(self._timeout)
+        with self._transfer(report), self._watching(report, deadline), self._guard.receiving(report):
             channel = GroupChannel(self._pg, src_rank, self._options.device)
             try:
-                return self._recv(channel, report)
+                return self._recv(channel, report, deadline)
             except BaseException:
                 channel.abort()  # nothing else here tells the source that its state was not taken
                 raise
@@ -328,8 +326,8 @@ class PGTransport(TransportBase):
                 channel.drop()
                 report.peers[0].nbytes_wire = channel.nbytes_wire
 
-    def _recv(self, channel: GroupChannel, report: TransferReport) -> object:
-        deadline, device = self._limit(self._timeout), self._options.device
+    def _recv(self, channel: GroupChannel, report: TransferReport, deadline: Deadline) -> object:
+        device = self._options.device
         with report.phase("agree"):
             data = self._recv_description(channel, deadline)
         with report.phase("agree"), no_collection():

@@ -487,10 +487,24 @@ MUTANTS = [
         "tests/lanes/test_session.py::test_who_says_nothing_but_that_it_lives_does_not_outlast_the_deadline",
     ),
     Mutant(
+        "who is sent its messages has asked for the next ones",
+        "_lanes/fetch.py",
+        "(reader.waits or self._was_place)",
+        "True",
+        "tests/test_device.py::test_copies_of_one_message_overlap_what_the_wire_does_with_another",
+    ),
+    Mutant(
+        "who was interrupted speaks to the source alone",
+        "_lanes/control.py",
+        "        self._heartbeats.end()  # Ctrl-C may have come just when some were about to begin\n",
+        "",
+        "tests/lanes/test_control.py::test_nobody_speaks_beside_one_who_was_interrupted",
+    ),
+    Mutant(
         "by an endpoint one message is asked for at a time",
         "_lanes/fetch.py",
-        "window = _WINDOW if self.session.reader is None else _WINDOW_OF_READER",
-        "window = _WINDOW",
+        "(reader.waits or self._was_place)",
+        "self._was_place",
         ONE_SIDED + "test_a_read_that_is_late_is_waited_for",
     ),
     Mutant(

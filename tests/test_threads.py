@@ -137,6 +137,23 @@ def test_a_block_is_not_left_while_a_ticker_calls() -> None:
     ticker.end()
 
 
+def test_a_ticker_whose_thread_was_being_started_is_in_no_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    called, start = threading.Event(), threading.Thread.start
+
+    def start_and_interrupt(self: threading.Thread) -> None:
+        start(self)
+        raise KeyboardInterrupt
+
+    ticker = Ticker(called.set, timedelta(milliseconds=1), "test")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt), ticker:
+            pytest.fail("no block was begun")
+    assert not called.wait(0.05)
+    ticker.end()
+    assert not any(thread.name == "ft_transport-test" for thread in threading.enumerate())
+
+
 def test_a_ticker_that_is_over_holds_nothing() -> None:
     class Holder:
         def __init__(self) -> None:

@@ -115,6 +115,7 @@ class ControlConnection:
         For a side that ends before it could be asked for one. Until the manifest is here there is no frame that would
         say so, and a source whose destination merely hangs up takes it for dead.
         """
+        self._heartbeats.end()  # Ctrl-C may have come just when some were about to begin
         session, until = self.session, Deadline(_LAST_WORDS)
         self._listen()
         while session.protocol.state is State.WAITING and self._offer is None and not until.expired():
@@ -137,6 +138,7 @@ class ControlConnection:
 
     def refuse(self, reason: str, *, wait: bool) -> None:
         """Tell the source why its state is not wanted; without ``wait``, this process is about to end."""
+        self._heartbeats.end()  # as above
         self.session.send(LaneFrame.REFUSE, self.timer() if wait else StallTimer(Deadline(_LAST_WORDS)), body=[reason])
 
     def send_ready(self, metadata: str, ident: bytes) -> None:
@@ -276,8 +278,8 @@ class ControlConnection:
             refused: REFUSE has said so already; it must only arrive.
             late: Who has been silent for so long will hardly answer now, and after the deadline there is no time.
         """
+        self._heartbeats.end()  # as above; first, since one may be under way, and the source not listen
         timer = StallTimer(Deadline(HEARTBEAT if late else _LAST_WORDS))
-        self._heartbeats.end()  # Ctrl-C may have come just when some were about to begin
         with suppress(TransferError):
             if not refused:
                 self.session.send(LaneFrame.FAILED, timer, body=[reason])

@@ -51,7 +51,14 @@ Read = Callable[[memoryview], object]
 
 
 class Reader(Protocol):
-    """A destination's side. For one lane, and its thread, which asks for one message at a time."""
+    """A destination's side. For one lane, and its thread.
+
+    Attributes:
+        waits: Whether a read takes as long as the peer lets it: then the lane has one question at a time, and is
+            listened to.
+    """
+
+    waits: bool
 
     def hello(self, wait: Wait) -> bytes:
         """What the supplier's :meth:`Shown.answer` is to get; raises OSError where there is no such fabric."""
@@ -85,8 +92,7 @@ class Shown(Protocol):
     """A supplier's side. For one lane, and its thread.
 
     Attributes:
-        waits: Whether a read takes as long as the peer lets it: then this side says again and again that it is there,
-            and is listened to.
+        waits: As of :class:`Reader`: then this side says again and again that it is there.
     """
 
     waits: bool
@@ -127,6 +133,8 @@ def new_shown(fabric: str) -> Shown:
 
 
 class _MemoryReader:
+    waits = False
+
     def __init__(self) -> None:
         self._token = new_token()
         self._memory: PeerMemory | None = None
@@ -182,6 +190,8 @@ def _unpacked(form: struct.Struct, data: bytes) -> tuple[int, ...]:
 
 
 class _OneSidedReader:
+    waits = True
+
     def __init__(self, backend: str, room: int) -> None:
         self._endpoint = Endpoint(backend, room)
 

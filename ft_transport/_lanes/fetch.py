@@ -34,8 +34,9 @@ logger = logging.getLogger("ft_transport")
 # would run dry whenever an answer's last byte and the next question cross; more only move the work away from lanes that
 # are quicker.
 _WINDOW = 3
-# Where this side reads the supplier's memory nothing is on its way. What one asks for early the supplier fingerprints
-# early, and it has left the processor's cache when it is read: with one, a state of 1.5 GB is here a tenth sooner.
+# While this side reads messages in the supplier's memory nothing is on its way. What one asks for early the supplier
+# fingerprints early, and it has left the processor's cache when it is read: with one, a state of 1.5 GB is here a tenth
+# sooner.
 _WINDOW_OF_READER = 1
 
 
@@ -280,6 +281,9 @@ class _Lane:
         self._num_left = num_messages
         # What has landed in one is copied to an accelerator while the next message lands in the other.
         self._buckets = by_turns(sink.streams)
+        # Whether the newest message was read: one that comes from an accelerator is sent, and the next one copied from
+        # there meanwhile.
+        self._was_place = False
         self._lock = threading.Lock()
 
     def try_fabric(self, fabric: str) -> None:
@@ -320,7 +324,8 @@ class _Lane:
     def ask(self, stopped: Callable[[], bool], num_lanes: Callable[[], int]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
         pending, asked = self._sink.pending, self.session.protocol.asked
-        window = _WINDOW if self.session.reader is None else _WINDOW_OF_READER
+        reader = self.session.reader
+        window = _WINDOW_OF_READER if reader is not None and (reader.waits or self._was_place) else _WINDOW
         while len(asked) < window and self._num_left != 0:
             # A second one once there is one for each of the others, also for those that are being opened.
             message = pending.take(stopped, block=not asked, leave=num_lanes() - 1 if asked else 0)
@@ -354,6 +359,7 @@ class _Lane:
 
     def _land(self, header: LaneHeader) -> None:
         number = header.number
+        self._was_place = header.frame is LaneFrame.PLACE
         try:
             self._buckets.rotate()
             sound = self._sink.land(self.session, header, self._buckets[0], self._timer)

@@ -270,7 +270,8 @@ class Places:
     """Where the memory of some tensors of a user's is.
 
     A storage that gets another size moves, as all that torch's allocators do is to take new memory before they give
-    back the old; and its address is nobody else's as long as it is kept. So addresses tell all.
+    back the old; and its address is nobody else's as long as it is kept. So addresses tell all, but for a storage that
+    gives back all of its memory and then takes less of it, which may be at the same place (see ``docs/faults.md``).
 
     Args:
         tensors: The user's.

@@ -317,13 +317,16 @@ def compare_plain(
         manifest: What the source sends.
         matched: The template's leaf for each manifest leaf that has one.
         read_only: Which memory is.
-        known: What torch knows of the template's tensors, if it was asked before: of one for each plain leaf, in order.
+        known: What torch knows of the template's tensors, if it was asked before, and there are no others behind its
+            leaves.
     """
-    leaves, mine = manifest.leaves, known
+    leaves = manifest.leaves
     indices: Sequence[int] = leaves.plain
-    if mine is None:
+    if known is None or len(known.tensors) != len(indices):
         unlike = {index for index, leaf in leaves.others.items() if leaf.kind != "tensor"}
         indices = [index for index, mine in matched.items() if type(mine) is torch.Tensor and index not in unlike]
+    mine = known
+    if mine is None:
         tensors: list[torch.Tensor] = list(map(matched.__getitem__, indices))  # type: ignore[arg-type]
         mine = Tensors.of_plain(tensors) if on_host(tensors) else None
     # On an accelerator ``data_ptr`` is no address that a page table of ours knows, so read-only memory is not looked

@@ -152,6 +152,9 @@ class _Expected:
 
     def __init__(self, flat: Flat, limits: Callable[[int], Limits]) -> None:
         manifest, tensors = describe_flat(flat)
+        # A lazy conjugate, a sparse tensor: its context is not what it is once it was read.
+        if not {leaf.kind for leaf in manifest.leaves.others.values()} <= {"tensor", VALUE}:
+            raise ValueError("more than plain tensors and values")
         self._limits = limits(sum(map(itemgetter(0), manifest.storages)))
         self._layout = lay_out(manifest, self._limits)
         _, nodes, *rest, _ = manifest_body(manifest, ManifestHeader(None, self._limits, ""))

@@ -136,7 +136,7 @@ def watching(
         report: Of the transfer.
         deadline: Of the whole call.
         later: Called after a second, and every second from then on. It gets no thread of its own: to begin one takes
-            milliseconds where cores are busy.
+            milliseconds where cores are busy. ``bool()`` does nothing.
     """
     watch = Watch(report, deadline)
 

@@ -354,6 +354,22 @@ def test_who_ends_waits_no_longer_than_a_moment(make: Make, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("how", ["is offered", "refuse", "failed"])
+def test_nobody_speaks_beside_one_who_was_interrupted(make: Make, how: str) -> None:
+    """Ctrl-C may come when a block was entered and is not left."""
+    it = make("waiting", MANIFEST) if how == "is offered" else make("planning")
+    it.control.heartbeats().__enter__()
+    until(beating)
+    if how == "is offered":
+        assert it.control.is_offered()
+    elif how == "refuse":
+        it.control.refuse("interrupted", wait=False)
+    else:
+        it.control.send_failed("interrupted", refused=True, late=True)
+    assert not beating()
+
+
+@pytest.mark.usefixtures("quick")
 def test_who_finds_the_source_gone_leaves_that_to_the_next_one_to_talk(make: Make) -> None:
     it = make("planning")
     it.control.session.connection.abort()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import secrets
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -136,6 +137,19 @@ def test_the_collector_waits_until_the_state_is_served_but_not_for_long(
         destination.connection.close()
     until(gc.isenabled)
     assert (store() is None) == comes
+
+
+def test_the_collector_comes_again_in_a_call_that_waits_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_room, "NO_COLLECTION", timedelta(milliseconds=100))
+    source: LaneTransport[Any] = LaneTransport(TIMEOUT, CPU, host="127.0.0.1", blocking=True)
+    sending = threading.Thread(target=source.send_checkpoint, args=([1], STEP, STATE, TIMEOUT))
+    sending.start()
+    until(lambda: not gc.isenabled())
+    until(gc.isenabled)
+    assert sending.is_alive()
+    source.shutdown()
+    sending.join(10)
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("when", ["planning", "moving", "talking on"])

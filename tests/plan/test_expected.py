@@ -243,6 +243,26 @@ def test_a_place_that_is_not_the_only_one_is_looked_for_by_name() -> None:
     assert expecting(noise(2, 2)).read(body_of({"user": noise(2, 1), "torchft": 5})) is None
 
 
+def test_a_tensor_that_is_more_than_plain_is_expected_beside_plain_ones() -> None:
+    def tree(seed: int) -> dict[str, Any]:
+        return {"w": noise(3, seed), "b": noise(3, seed + 1).requires_grad_(), "v": noise(2, seed + 2)}
+
+    template = expecting(tree(4))
+    found = template.read(body_of(tree(1)))
+    assert found is not None
+    known = template.plain(found[0])
+    assert known is not None
+    assert known[1].leaves == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    "other", [noise(3, 7).to(torch.complex64).conj(), noise(3, 8).to_sparse()], ids=["lazy", "sparse"]
+)
+def test_of_a_tensor_of_another_kind_nothing_is_expected(other: torch.Tensor) -> None:
+    tree = {"w": noise(3, 4), "other": other}
+    assert expecting(tree).read(body_of(tree)) is None
+
+
 def test_a_class_that_is_not_allowed_is_refused_by_name() -> None:
     state = in_envelope(default={"w": noise(2, 1), "own": 1})
     body = list(body_of(state))
