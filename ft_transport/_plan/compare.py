@@ -96,14 +96,17 @@ class Targets:
             self._at = self._overlap = None
 
     @property
+    def ends(self) -> list[int]:
+        """The address behind each."""
+        return list(map(add, self.blocks.addresses, map(attrgetter("span"), self.geometries)))
+
+    @property
     def overlap(self) -> bool:
         """Whether the extents of two overlap, as they were when the tensors were noted."""
         if self._overlap is None:
-            begins = self.blocks.addresses
-            ends = list(map(add, begins, map(attrgetter("span"), self.geometries)))
             # As many begins and ends in order: where each end is behind no later begin, no two overlap. Extents that
             # merely touch do not: parameters of one flat buffer lie side by side, and stay in place.
-            self._overlap = not all(map(le, sorted(ends), islice(sorted(begins), 1, None)))
+            self._overlap = not all(map(le, sorted(self.ends), islice(sorted(self.blocks.addresses), 1, None)))
         return self._overlap
 
     def drop(self, numbers: Container[int]) -> None:
@@ -429,10 +432,8 @@ def _drop_conflicts(manifest: Manifest, targets: Targets, others: list[Extent], 
     """
     if not others and not targets.overlap:
         return  # as in nearly every template
-    addresses = targets.blocks.addresses
-    ends = list(map(add, addresses, map(attrgetter("span"), targets.geometries)))
     # A sweep over begins, as in any interval problem.
-    extents = sorted([*zip(addresses, ends, targets.numbers, strict=True), *others])
+    extents = sorted([*zip(targets.blocks.addresses, targets.ends, targets.numbers, strict=True), *others])
     cluster: list[tuple[int, int]] = []
     given_up: dict[int, str] = {}
     reached = 0

@@ -192,15 +192,17 @@ class Leaves:
             return range(self._count)
         return list(chain.from_iterable(map(repeat, range(self._count), self._counts())))
 
-    def own_views(self, same: Container[int]) -> Views:
+    def own_views(self, same: dict[int, int]) -> Views:
         """The views without those of the leaves that are the same as an earlier one."""
-        again = [index for index in self.others if index in same] if same else ()
+        if not same:
+            return self.views
         views, done = Views([], [], []), 0
-        for index in again:
-            views.add(*self.views.part(done, self.firsts[index]))
-            done = self.firsts[index + 1]
+        for index in self.others:
+            if index in same:
+                views.add(*self.views.part(done, self.firsts[index]))
+                done = self.firsts[index + 1]
         views.add(*self.views.part(done, None))
-        return views if again else self.views
+        return views
 
     def with_same(self, same: dict[int, int]) -> Leaves:
         """The leaves, of which some are the same object as an earlier one, and have no views of their own so far.

@@ -81,8 +81,7 @@ def decode_manifest(body: Any) -> tuple[Manifest, ManifestHeader]:
     try:
         header, nodes, shapes, views, leaves, storages, shared = body
         header = _decode_header(*header)
-        if len(nodes) > MAX_NODES:
-            raise ValueError(f"{len(nodes)} nodes, at most {MAX_NODES} are accepted")
+        _check_count(len(nodes), "nodes")
         # Nodes first: their number, and what they say of children, bounds everything that comes after.
         tree, refused = _decode_nodes(nodes)
         num_leaves = check_tree(tree)
@@ -275,8 +274,7 @@ def _decode_shared(pairs: Any, tree: list[Node]) -> dict[int, int]:
 
 def _decode_views(count: Any, storages: Any, numbers: Any, offsets: Any, *, shapes: list[Geometry]) -> Views:
     """The views, whose storages and offsets are any numbers yet."""
-    if not 0 <= expect(int, count) <= MAX_NODES:
-        raise ValueError(f"{count} tensors, at most {MAX_NODES} are accepted")
+    _check_count(count, "tensors")
     geometries = _chosen(shapes, numbers, count, "shapes")
     return Views(unpack_column(storages, count), geometries, unpack_column(offsets, count))
 
@@ -310,7 +308,7 @@ def _decode_leaves(data: Any, count: int, views: Views, manifest: Manifest) -> l
                 first = manifest.same[index] = manifest.same.get(leaf, leaf)
                 # Looked at before they are repeated: a few bytes stand for as many tensors as the first one has.
                 num_again += len(others[first].views) if first in others else 1
-                _check_num_views(len(views) + num_again)
+                _check_count(len(views) + num_again, "tensors")
             elif len(expect(tuple, leaf)) == 1:
                 others[index] = Leaf(VALUE, (), decode_value(leaf[0]))
             else:
@@ -400,8 +398,7 @@ def _decode_shape(dtype: Any, shape: Any, stride: Any) -> Geometry:
 
 
 def _decode_storages(count: Any, numbers: Any, distinct: Any) -> list[Storage]:
-    if not 0 <= expect(int, count) <= MAX_NODES:
-        raise ValueError(f"{count} storages, at most {MAX_NODES} are accepted")
+    _check_count(count, "storages")
     found = [Storage(expect(int, nbytes), expect(str, device_type)) for nbytes, device_type in distinct]
     if not all(0 <= nbytes <= sys.maxsize for nbytes, _ in found):
         raise ValueError(f"storages of {min(found).nbytes} to {max(found).nbytes} bytes")
@@ -423,7 +420,7 @@ def check_storages(manifest: Manifest, limits: Limits) -> None:
         ValueError: They are not.
     """
     views = manifest.views
-    _check_num_views(len(views))
+    _check_count(len(views), "tensors")
     if not all(shape.dense for shape in {*views.geometries}):
         _check_gaps(views)
     storages = manifest.storages
@@ -456,9 +453,9 @@ def check_storages(manifest: Manifest, limits: Limits) -> None:
         raise ValueError(f"more than {MAX_CUTS} messages of {limits.message_bytes} bytes")
 
 
-def _check_num_views(count: int) -> None:
-    if count > MAX_NODES:
-        raise ValueError(f"{count} tensors, at most {MAX_NODES} are accepted")
+def _check_count(count: Any, what: str) -> None:
+    if not 0 <= expect(int, count) <= MAX_NODES:
+        raise ValueError(f"{count} {what}, at most {MAX_NODES} are accepted")
 
 
 def _check_size(nbytes: int, referenced: int, num_ranges: int) -> None:
