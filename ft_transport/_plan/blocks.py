@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, chain, compress, pairwise, repeat
@@ -20,7 +22,7 @@ import torch
 
 from ft_transport._device import seam
 from ft_transport._plan.lent import kept, readers_of
-from ft_transport._process import memory_at
+from ft_transport._process import Extent, memory_at, memory_calls
 from ft_transport._state.manifest import Manifest, made
 from ft_transport._state.tree import format_path
 from ft_transport.errors import LocalProtocolError
@@ -410,7 +412,7 @@ def copy_blocks(
     to, of = (ours, theirs) if gather else (theirs, ours)
     quick = None
     if address and blocks.on_host and blocks.others.keys().isdisjoint(which):
-        _move(memory, addresses, to, of, sizes)
+        _move_all(memory, addresses, theirs, ours, sizes, gather=gather)
     else:
         here = map(seam().on_host, memory) if address else repeat(False)
         quick = [on_host and index not in blocks.others for on_host, index in zip(here, which, strict=False)]
@@ -432,6 +434,39 @@ def copy_blocks(
 def _picked(column: list[Any], which: Sequence[int]) -> list[Any]:
     # Small tensors lie side by side among a state's ranges, so a bucket is mostly a piece of the column.
     return column[which.start : which.stop] if isinstance(which, range) else [column[index] for index in which]
+
+
+def _move_all(
+    memory: Sequence[torch.Tensor],
+    addresses: Sequence[int],
+    theirs: Sequence[int],
+    ours: Sequence[int],
+    sizes: Sequence[int],
+    *,
+    gather: bool,
+) -> None:
+    """As :func:`_move`, between ``theirs`` and bytes that follow each other from ``ours[0]`` on."""
+    calls = memory_calls(keep_lock=True)
+    if calls is None:
+        _move(memory, addresses, *((ours, theirs) if gather else (theirs, ours)), sizes)
+        return
+    # The system copies between one piece of memory and many, of whatever process: of thousands of small tensors in a
+    # fifth of the time that a call for each takes.
+    call, process = calls[gather], os.getpid()
+    pieces = array("Q", bytes(2 * 8 * len(sizes)))
+    pieces[::2], pieces[1::2] = array("Q", theirs), array("Q", sizes)
+    at, nbytes_each = pieces.buffer_info()[0], ctypes.sizeof(Extent)
+    for first in range(0, len(memory), _AT_ONCE):
+        group = slice(first, min(first + _AT_ONCE, len(memory)))
+        whole = Extent(ours[first], ours[group.stop] - ours[first])
+        there = _if_there(memory[group], addresses[group], (process,))
+        count = (group.stop - first,)
+        done = list(map(call, there, (at + first * nbytes_each,), count, (ctypes.addressof(whole),), (1,), (0,)))
+        if not done:
+            raise _taken_away()
+        if done[0] != whole.nbytes:  # it may be forbidden, as to some containers
+            to, of = (ours, theirs) if gather else (theirs, ours)
+            _move(memory[group], addresses[group], to[group], of[group], sizes[group])
 
 
 def _move(

@@ -83,6 +83,52 @@ def test_parts_of_blocks() -> None:
         assert raw_bytes(staged) == raw_bytes(dense.t())[5:13] + raw_bytes(gaps)[12:44]
 
 
+# How many small tensors are copied by one call, and what the system has for that.
+SYSTEMS: dict[str, Callable[[], object]] = {
+    "as it is": lambda: blocks_module.memory_calls(keep_lock=True),
+    "without such calls": lambda: None,
+    "that forbids them": lambda: (lambda *args: -1, lambda *args: -1),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("number", [1, blocks_module._AT_ONCE, 2 * blocks_module._AT_ONCE + 3])
+def test_many_small_tensors_cross_whatever_the_system_has(
+    monkeypatch: pytest.MonkeyPatch, system: str, number: int
+) -> None:
+    calls = SYSTEMS[system]()
+    monkeypatch.setattr(blocks_module, "memory_calls", lambda *, keep_lock: calls)
+    tensors = [noise(index % 5 + 1, index) for index in range(number)]
+    sizes = [tensor.nbytes for tensor in tensors]
+    # All but the first bytes of the last one.
+    begins, sizes[-1] = [0] * (number - 1) + [2], sizes[-1] - 2
+    whole = b"".join(map(raw_bytes, tensors[:-1])) + raw_bytes(tensors[-1])[2:]
+    staged = torch.zeros(sum(sizes), dtype=torch.uint8)
+    copy_blocks(Blocks.of(held([*map(Block, tensors)])), range(number), sizes, staged, gather=True, begins=begins)
+    assert raw_bytes(staged) == whole
+    others = [torch.zeros_like(tensor) for tensor in tensors]
+    copy_blocks(Blocks.of(held([*map(Block, others)])), range(number), sizes, staged, gather=False, begins=begins)
+    assert b"".join(map(raw_bytes, others)) == whole[: sum(sizes[:-1])] + bytes(2) + whole[sum(sizes[:-1]) :]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("gather", [True, False])
+def test_a_small_tensor_that_was_taken_away_is_neither_read_nor_written(
+    monkeypatch: pytest.MonkeyPatch, system: str, gather: bool
+) -> None:
+    calls = SYSTEMS[system]()
+    monkeypatch.setattr(blocks_module, "memory_calls", lambda *, keep_lock: calls)
+    tensors = [torch.zeros(4) for _ in range(3)]
+    blocks = Blocks.of(held([*map(Block, tensors)]))
+    before = tensors[1].data
+    tensors[1].data = noise(4, 1)
+    staged = torch.ones(48, dtype=torch.uint8)
+    with pytest.raises(LocalProtocolError, match="exchanged or given back"):
+        copy_blocks(blocks, range(3), [16] * 3, staged, gather=gather)
+    assert raw_bytes(staged) == b"\1" * 48
+    assert all(raw_bytes(tensor) == bytes(16) for tensor in (tensors[0], before, tensors[2]))
+
+
 def test_blocks_are_columns_and_read_as_rows() -> None:
     loose, gaps = Block(noise(4, 1)), Block(noise((4, 4), 2)[:, :2], dense=False)
     first, strided, last = held([Block(noise(5, 3)), gaps, Block(noise(6, 4))])
