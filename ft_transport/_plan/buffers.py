@@ -6,11 +6,15 @@ pages (see ``_plan.pages``), and a bucket is used again and again.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import re
+import struct
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 
@@ -97,51 +101,99 @@ class Arena:
 class ReadOnlyMemory:
     """Which addresses of this process cannot be written to: a write there would kill it.
 
-    Looked up once, at the first question, where the system tells (Linux); elsewhere nothing counts as read-only.
+    A template may be mapped from a file (``safetensors``, ``torch.load(mmap=True)``, ``np.memmap`` with mode ``r``),
+    and then a write is SIGSEGV. Neither torch nor NumPy tells through a tensor. The system does (Linux), and is asked
+    once for each mapping; elsewhere nothing counts as read-only.
     """
 
     def __init__(self) -> None:
-        self._begins: list[int] | None = None
-        self._ends: list[int] = []
+        self._last = _Mapping(0, 0, True)
+        self._mappings: _Mappings | None = None
 
     def holds(self, address: int) -> bool:
         """Whether the address lies in read-only memory."""
-        if self._begins is None:
-            self._look()
-        assert self._begins is not None
-        index = bisect_right(self._begins, address) - 1
-        return index >= 0 and address < self._ends[index]
+        return bool(self.among([address]))
 
     def among(self, addresses: Sequence[int]) -> list[int]:
         """Which of the addresses, by index, lie in read-only memory."""
-        if self._begins is None:
-            self._look()
-        assert self._begins is not None
-        # Mappings are some hundred, and addresses may be 100,000: so the few are looked for among the many.
-        known = sorted(addresses)
-        # Of the mappings, most are of libraries, far from all tensors.
-        first, last = (bisect_right(self._ends, known[0]), bisect_right(self._begins, known[-1])) if known else (0, 0)
-        mappings = zip(self._begins[first:last], self._ends[first:last], strict=True)
-        if all(bisect_left(known, begin) == bisect_left(known, end) for begin, end in mappings):
+        # Addresses may be 100,000, and the mappings that they are in are few.
+        known, at, found = sorted(addresses), 0, []
+        while at < len(known):
+            if not self._last.begin <= known[at] < self._last.end:
+                self._mappings = self._mappings or _Mappings()
+                self._last = self._mappings.at_or_behind(known[at])
+            end = bisect_left(known, self._last.end, at)
+            if not self._last.writable and known[end - 1] >= self._last.begin:
+                found.append(self._last)
+            at = end
+        if not found:
             return []
-        return [index for index, address in enumerate(addresses) if self.holds(address)]
-
-    def _look(self) -> None:
-        self._begins, self._ends = [], []
-        try:
-            # A template may be mapped from a file (``safetensors``, ``torch.load(mmap=True)``, ``np.memmap`` with mode
-            # ``r``), and then a write is SIGSEGV. Neither torch nor NumPy tells through a tensor.
-            with open("/proc/self/maps", "rb") as maps:
-                found = _READ_ONLY.findall(maps.read())
-        except OSError:
-            return
-        for begin, end in found:
-            self._begins.append(int(begin, 16))
-            self._ends.append(int(end, 16))
+        begins = [mapping.begin for mapping in found]
+        which = [bisect_right(begins, address) - 1 for address in addresses]
+        return [index for index, at in enumerate(which) if at >= 0 and addresses[index] < found[at].end]
 
 
-# Begin and end of a mapping without the permission to write, in the order of addresses.
-_READ_ONLY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
+class _Mapping(NamedTuple):
+    """One of this process's mappings: where it is, and whether it may be written to."""
+
+    begin: int
+    end: int
+    writable: bool
+
+
+_NO_MAPPING = _Mapping(1 << 64, 1 << 64, True)
+
+
+class _Mappings:
+    """This process's mappings, as the system tells them: one by one (Linux 6.11), or all at once, as a text.
+
+    A process that has loaded torch has a thousand, and the text takes a millisecond.
+    """
+
+    def __init__(self) -> None:
+        self._text: list[_Mapping] | None = None
+
+    def at_or_behind(self, address: int) -> _Mapping:
+        """The mapping that an address is in, or the next one."""
+        if self._text is None:
+            try:
+                with open("/proc/self/maps", "rb", buffering=0) as maps:
+                    return _mapping_of(maps.fileno(), address)
+            except OSError:
+                self._text = _read_mappings()
+        index = bisect_right(self._text, address, key=attrgetter("end"))
+        return self._text[index] if index < len(self._text) else _NO_MAPPING
+
+
+# PROCMAP_QUERY of <linux/fs.h>: its size and flags, the address; begin, end and flags of the mapping that was found;
+# what is not asked for.
+_QUERY = struct.Struct("@6Q56x")
+_PROCMAP_QUERY = 0xC0006611 | _QUERY.size << 16
+_WRITABLE, _OR_BEHIND = 2, 16
+
+
+def _mapping_of(maps: int, address: int) -> _Mapping:
+    """As :meth:`_Mappings.at_or_behind`; raises OSError if the system has no answer but the text."""
+    query = bytearray(_QUERY.pack(_QUERY.size, _OR_BEHIND, address, 0, 0, 0))
+    try:
+        fcntl.ioctl(maps, _PROCMAP_QUERY, query)
+    except FileNotFoundError:
+        return _NO_MAPPING
+    _, _, _, begin, end, flags = _QUERY.unpack(query)
+    return _Mapping(begin, end, bool(flags & _WRITABLE))
+
+
+def _read_mappings() -> list[_Mapping]:
+    try:
+        with open("/proc/self/maps", "rb") as maps:
+            found = _LINE.findall(maps.read())
+    except OSError:
+        return []
+    return [_Mapping(int(begin, 16), int(end, 16), writable == b"w") for begin, end, writable in found]
+
+
+# Begin and end of a mapping, and whether it may be written to, in the order of addresses.
+_LINE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .(.)", re.MULTILINE)
 
 
 class Bucket:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import gc
 import mmap
 import tempfile
+from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 import pytest
 import torch
 from helpers import CPU
 
+from ft_transport._plan import buffers
 from ft_transport._plan.buffers import Arena, Bucket, ReadOnlyMemory, aligned, allocate
 from ft_transport._plan.pages import Pages
 from ft_transport._process import physical_bytes
@@ -114,14 +117,60 @@ def test_memory_goes_from_one_bucket_to_another() -> None:
     assert adopting.take(1000).data_ptr() == taken.data_ptr()
 
 
+MAPPINGS = [(10, 20, False), (20, 30, True), (30, 40, False), (50, 60, False), (70, 80, True)]
+
+
+def tell_one_by_one(descriptor: int, address: int) -> buffers._Mapping:
+    return next((buffers._Mapping(*each) for each in MAPPINGS if address < each[1]), buffers._NO_MAPPING)
+
+
+def tell_nothing(descriptor: int, address: int) -> NoReturn:
+    raise OSError
+
+
+# By the newer call, and by the text that older systems have alone.
+@pytest.mark.parametrize("tell", [tell_one_by_one, tell_nothing])
 @pytest.mark.parametrize(
     ("addresses", "expected"),
-    [([5, 35, 45], [1]), ([25, 15], [1]), ([25, 59], [1]), ([40, 49], []), ([10, 20, 60], [0]), ([], [])],
+    [
+        ([5, 35, 45], [1]),
+        ([25, 15], [1]),
+        ([25, 59], [1]),
+        ([40, 49], []),
+        ([10, 20, 60], [0]),
+        ([90, 75, 5], []),
+        ([52, 11, 45, 39, 10, 90, 25], [0, 1, 3, 4]),
+        ([], []),
+    ],
 )
-def test_read_only_memory_before_between_and_behind(addresses: list[int], expected: list[int]) -> None:
+def test_read_only_memory_before_between_and_behind(
+    monkeypatch: pytest.MonkeyPatch, tell: Callable[[int, int], object], addresses: list[int], expected: list[int]
+) -> None:
+    monkeypatch.setattr(buffers, "_mapping_of", tell)
+    monkeypatch.setattr(buffers, "_read_mappings", lambda: [buffers._Mapping(*each) for each in MAPPINGS])
     found = ReadOnlyMemory()
-    found._begins, found._ends = [10, 30, 50], [20, 40, 60]
     assert found.among(addresses) == expected
+    # Whatever was asked before, and in whatever order.
+    assert [index for index, address in enumerate(addresses) if found.holds(address)] == expected
+    again = [address for address in reversed(addresses) if found.holds(address)]
+    assert again == [addresses[index] for index in reversed(expected)]
+
+
+def test_the_system_tells_the_same_of_each_mapping_in_either_way() -> None:
+    with open("/proc/self/maps", "rb", buffering=0) as maps:
+        mappings = buffers._read_mappings()
+        assert {True, False} == {mapping.writable for mapping in mappings}
+        try:
+            buffers._mapping_of(maps.fileno(), 0)
+        except OSError:
+            pytest.skip("this system has nothing but the text (Linux before 6.11)")
+        # A list that is being made takes memory, and so may change a mapping: those of libraries stay as they are.
+        # The last page of the text (vsyscall) is the kernel's, and no mapping.
+        stays = [mapping for mapping in mappings if not mapping.writable and mapping.end < 1 << 63]
+        for mapping in stays:
+            for address in (mapping.begin, mapping.end - 1):
+                assert buffers._mapping_of(maps.fileno(), address) == mapping
+        assert buffers._mapping_of(maps.fileno(), (1 << 64) - 1) == buffers._NO_MAPPING
 
 
 def test_read_only_memory_is_found_among_many_addresses() -> None:
