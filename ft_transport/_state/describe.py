@@ -8,7 +8,7 @@ functions of C, and only leaves that are something else are looked at one by one
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, islice
 from operator import add, attrgetter, itemgetter
 
@@ -35,6 +35,9 @@ from ft_transport._state.tree import Flat, Node, flatten, format_path, paths_of
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["Tensors", "describe", "describe_flat"]
+
+
+Turn = Callable[[], object] | None
 
 
 class Tensors:
@@ -66,8 +69,13 @@ class Tensors:
             self._note(some, map(attrgetter("dtype"), some), on_host(some))
 
     @classmethod
-    def of_plain(cls, tensors: Sequence[torch.Tensor]) -> Tensors | None:
-        """Of such that are all plain, each a ``torch.Tensor``; None if one is something else."""
+    def of_plain(cls, tensors: Sequence[torch.Tensor], between: Turn = None) -> Tensors | None:
+        """Of such that are all plain, each a ``torch.Tensor``; None if one is something else.
+
+        Args:
+            tensors: Those.
+            between: Called after some hundred of them, if it is given.
+        """
         columns = cls(())
         columns.tensors = tensors
         for first in range(0, len(tensors), _AT_ONCE):
@@ -76,7 +84,8 @@ class Tensors:
             if not all_plain(some, dtypes, on_cpu=on_cpu):
                 return None
             columns._note(some, dtypes, on_cpu)
-            let_others_run()
+            if between is not None:
+                between()
         return columns
 
     def _note(self, tensors: Sequence[torch.Tensor], dtypes: Iterable[torch.dtype], on_cpu: bool) -> None:
@@ -147,12 +156,17 @@ def describe(state_dict: object) -> tuple[Manifest, Tensors]:
     return describe_flat(flatten(state_dict))
 
 
-def describe_flat(flat: Flat) -> tuple[Manifest, Tensors]:
-    """As :func:`describe`, of a state dict that is flattened already."""
+def describe_flat(flat: Flat, between: Turn = let_others_run) -> tuple[Manifest, Tensors]:
+    """As :func:`describe`, of a state dict that is flattened already.
+
+    Args:
+        flat: That.
+        between: Called after some hundred plain tensors: other threads of a source answer peers meanwhile.
+    """
     # In four passes over columns, not one over leaves: the nesting, what each leaf is made of, where its tensors lie,
     # and leaves again from all three.
     nodes, values, shared = flat
-    parts, same, columns = _take_all_apart(values, nodes)
+    parts, same, columns = _take_all_apart(values, nodes, between)
     # Looked for before anything is said to anybody, and the path is told: which module is sharded away is the first
     # thing one wants to know.
     if (bad := columns.without_memory()) is not None:
@@ -179,7 +193,7 @@ def _leaves(count: int, views: Views, parts: dict[int, tuple[Part, int]]) -> Lea
 
 
 def _take_all_apart(
-    values: Sequence[object], nodes: list[Node]
+    values: Sequence[object], nodes: list[Node], between: Turn
 ) -> tuple[dict[int, tuple[Part, int]], dict[int, int], Tensors]:
     """Take every leaf apart; of leaves that are one object only the first has tensors.
 
@@ -201,7 +215,7 @@ def _take_all_apart(
                 again.add(index)
         plain = [values[index] for index in seen.values()]  # type: ignore[misc]
     # Of most states they need no closer look.
-    columns = Tensors.of_plain(plain)
+    columns = Tensors.of_plain(plain, between)
     simple = torch.Tensor if columns is not None else None
     rest, done = iter(plain), 0
     for index in [index for index, value in enumerate(values) if type(value) is not simple or index in again]:
