@@ -489,7 +489,7 @@ MUTANTS = [
     Mutant(
         "who is sent its messages has asked for the next ones",
         "_lanes/fetch.py",
-        "(reader.waits or self._was_place)",
+        "(self._was_place and nbytes >= _READER_BYTES)",
         "True",
         "tests/test_device.py::test_copies_of_one_message_overlap_what_the_wire_does_with_another",
     ),
@@ -503,8 +503,8 @@ MUTANTS = [
     Mutant(
         "by an endpoint one message is asked for at a time",
         "_lanes/fetch.py",
-        "(reader.waits or self._was_place)",
-        "self._was_place",
+        "return reader.waits or len(asked)",
+        "return len(asked)",
         ONE_SIDED + "test_a_read_that_is_late_is_waited_for",
     ),
     Mutant(

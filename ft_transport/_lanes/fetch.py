@@ -34,10 +34,10 @@ logger = logging.getLogger("ft_transport")
 # would run dry whenever an answer's last byte and the next question cross; more only move the work away from lanes that
 # are quicker.
 _WINDOW = 3
-# While this side reads messages in the supplier's memory nothing is on its way. What one asks for early the supplier
-# fingerprints early, and it has left the processor's cache when it is read: with one, a state of 1.5 GB is here a tenth
-# sooner.
-_WINDOW_OF_READER = 1
+# While this side reads messages in the supplier's memory nothing is on its way, and what it asks for early the supplier
+# fingerprints early: it has left the processor's cache when it is read. So it asks for one, and for more if they are
+# smaller than so many bytes together: each that is asked for by itself costs both sides a wait for the other.
+_READER_BYTES = 8 << 20
 
 
 class Fetcher:
@@ -324,9 +324,7 @@ class _Lane:
     def ask(self, stopped: Callable[[], bool], num_lanes: Callable[[], int]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
         pending, asked = self._sink.pending, self.session.protocol.asked
-        reader = self.session.reader
-        window = _WINDOW_OF_READER if reader is not None and (reader.waits or self._was_place) else _WINDOW
-        while len(asked) < window and self._num_left != 0:
+        while not self._has_enough() and self._num_left != 0:
             # A second one once there is one for each of the others, also for those that are being opened.
             message = pending.take(stopped, block=not asked, leave=num_lanes() - 1 if asked else 0)
             if message is None:
@@ -337,6 +335,15 @@ class _Lane:
                 self._timer.progressed()  # nothing was asked for: it was not the supplier's silence
             self._ask_for(message)
         return bool(asked)
+
+    def _has_enough(self) -> bool:
+        """Whether so much is asked for that more would be no gain."""
+        asked, reader = self.session.protocol.asked, self.session.reader
+        if not asked or reader is None:
+            return len(asked) >= _WINDOW
+        nbytes = sum(self._sink.sizes[message] for message in asked)
+        # One that waits hears of nothing but the message that it waits for.
+        return reader.waits or len(asked) >= _WINDOW or (self._was_place and nbytes >= _READER_BYTES)
 
     def _ask_for(self, message: int) -> None:
         # Only now, and not for all messages beforehand: memory is read once, just before it is asked about, by as many
