@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol
 
@@ -24,14 +24,12 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "NO_COLLECTION",
-    "Extent",
     "NoCollection",
     "Room",
     "address_of",
     "keep_out_of_forks",
     "let_others_run",
     "memory_at",
-    "memory_calls",
     "no_collection",
     "physical_bytes",
     "room",
@@ -57,33 +55,6 @@ _view_of_memory = ctypes.pythonapi.PyMemoryView_FromMemory
 _view_of_memory.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
 _view_of_memory.restype = ctypes.py_object
 _PyBUF_WRITE = 0x200
-
-
-class Extent(ctypes.Structure):
-    """``struct iovec``: some memory, as system calls take it."""
-
-    _fields_ = [("address", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
-
-
-@functools.cache
-def memory_calls(*, keep_lock: bool) -> tuple[Callable[..., int], Callable[..., int]] | None:
-    """``process_vm_readv`` and ``process_vm_writev``, None on a system without (they are Linux's).
-
-    Both copy between memory of this process, and of one that may be another: ``(pid, ours, count, theirs, count, 0)``,
-    where ours and theirs are addresses of arrays of :class:`Extent`, of at most 1,024. They give how many bytes, -1
-    for an error; memory that is not there is one, and ends no process.
-
-    Args:
-        keep_lock: Whether no other thread of Python gets a turn in them.
-    """
-    libc = ctypes.PyDLL(None, use_errno=True) if keep_lock else ctypes.CDLL(None, use_errno=True)
-    calls = getattr(libc, "process_vm_readv", None), getattr(libc, "process_vm_writev", None)
-    for call in calls:
-        if call is None:
-            return None
-        call.argtypes = [ctypes.c_int, *[ctypes.c_void_p, ctypes.c_ulong] * 2, ctypes.c_ulong]
-        call.restype = ctypes.c_ssize_t
-    return calls  # type: ignore[return-value]
 
 
 # How long a transfer may hold back Python's collector: what it makes is gone when it is over, mostly, and need not be

@@ -312,6 +312,27 @@ MUTANTS = [
         ENDPOINT + "test_closing_waits_for_nobody_and_is_done_once_it_can_be",
     ),
     Mutant(
+        "a read of NIXL's whose peer is gone has failed",
+        "_net/one_sided.py",
+        "    _let_reads_fail(transport)\n",
+        "",
+        ENDPOINT + "test_a_read_of_nixls_whose_peer_is_gone_has_failed",
+    ),
+    Mutant(
+        "NIXL's agent ends when it is let go of",
+        "_net/one_sided.py",
+        "weakref.ref(agent)  #",
+        "(lambda: agent)  #",
+        ENDPOINT + "test_nixls_agent_ends_when_it_is_let_go_of",
+    ),
+    Mutant(
+        "an error does not keep the read that has failed",
+        "_net/one_sided.py",
+        "    exc.__traceback__ = None\n",
+        "    pass\n",
+        ENDPOINT + "test_an_error_does_not_keep_what_has_failed",
+    ),
+    Mutant(
         "an endpoint that cannot be closed is kept",
         "_net/one_sided.py",
         "                    _left.append(self)\n",

@@ -244,7 +244,7 @@ def test_only_one_room_uses_sockets(file: Path) -> None:
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_each_fabric_is_known_to_one_file(file: Path) -> None:
     """What it is made of has the same names nowhere else: the rest asks for places."""
-    mine = {"process_vm_readv": "_process", "torch.distributed._transport": "_net/one_sided"}
+    mine = {"process_vm_readv": "_net/cma", "torch.distributed._transport": "_net/one_sided"}
     code = [node for node in ast.walk(tree(file)) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     docs = {ast.get_docstring(n, clean=False) for n in ast.walk(tree(file)) if isinstance(n, DOCUMENTED)}
     said = [str(node.value) for node in code if node.value not in docs] + list(imported(file))

@@ -15,10 +15,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import secrets
+from collections.abc import Callable
+from typing import Any
 
-from ft_transport._process import Extent, address_of, memory_calls
+from ft_transport._net.zero_copy import Extent
+from ft_transport._process import address_of
 
 __all__ = ["TOKEN_BYTES", "PeerMemory", "ShownToken", "let_others_read", "new_token"]
 
@@ -56,6 +60,17 @@ def let_others_read() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
 
 
+@functools.cache
+def _system_call() -> Callable[..., int] | None:
+    """Reads; None where the system cannot. The interpreter's lock is given back meanwhile."""
+    call: Any = getattr(ctypes.CDLL(None, use_errno=True), "process_vm_readv", None)
+    if call is not None:
+        extents = ctypes.POINTER(Extent)
+        call.argtypes = [ctypes.c_int, extents, ctypes.c_ulong, extents, ctypes.c_ulong, ctypes.c_ulong]
+        call.restype = ctypes.c_ssize_t
+    return call  # type: ignore[no-any-return]
+
+
 class PeerMemory:
     """Memory of a process that has shown a token. Any thread.
 
@@ -69,11 +84,11 @@ class PeerMemory:
     """
 
     def __init__(self, pid: int, address: int, token: bytes) -> None:
-        calls = memory_calls(keep_lock=False)
+        call = _system_call()
         # ctypes would cut a larger number, to that of some other process.
-        if calls is None or not 0 < pid < 1 << 31:
+        if call is None or not 0 < pid < 1 << 31:
             raise OSError(errno.ESRCH, os.strerror(errno.ESRCH))
-        self._call, _ = calls
+        self._call = call
         self._pid = pid
         found = bytearray(len(token))
         self.read_into(address, memoryview(found))
@@ -86,14 +101,14 @@ class PeerMemory:
         Raises:
             OSError: Some of it is not memory (any more), there or here. ``view`` holds some, all or none of it.
         """
-        left, begin = len(view), address_of(view)
-        if not 0 < address < (1 << 64) - left:
+        if not 0 < address < (1 << 64) - len(view):
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+        done, begin = 0, address_of(view)
         # In one go, unless a page is not there: what came before it is read then, and the next call says why.
-        while left:
-            ours, theirs = Extent(begin, left), Extent(address, left)
+        while done < len(view):
+            ours, theirs = (Extent(first + done, len(view) - done) for first in (begin, address))
             count = self._call(self._pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
             if count <= 0:
                 code = ctypes.get_errno() if count else errno.EFAULT
                 raise OSError(code, os.strerror(code))
-            begin, address, left = begin + count, address + count, left - count
+            done += count

@@ -77,7 +77,29 @@ def _new_transport(backend: str) -> Any:
     theirs = _torchs()
     if theirs is None:
         raise OSError(f"torch {torch.__version__} has no one-sided transports")
-    return theirs.new_transport(backend)
+    transport = theirs.new_transport(backend)
+    _let_reads_fail(transport)
+    return transport
+
+
+def _let_reads_fail(transport: Any) -> None:
+    # That a peer is gone NIXL says by an exception, at once and for good; torch 2.15 expects a state, as NIXL documents
+    # it, takes that for no answer and asks for ever, in close() too. By a state the read has failed: then close()
+    # cancels what is left of it, unregisters the memory and lets go of the agent, without which nothing writes.
+    agent = getattr(transport, "_agent", None)
+    if agent is None or not hasattr(agent, "check_xfer_state"):
+        return
+    check, of = type(agent).check_xfer_state, weakref.ref(agent)  # no circle: once it is let go of, its thread ends
+
+    def check_xfer_state(handle: Any) -> Any:
+        try:
+            return check(of(), handle)
+        except Exception as exc:
+            if type(exc).__name__ != "nixlRemoteDisconnectError":
+                raise
+            return f"ERR, {exc}"
+
+    agent.check_xfer_state = check_xfer_state
 
 
 class Job(Generic[T]):
@@ -101,6 +123,7 @@ class Job(Generic[T]):
             # Backends raise what they like: RuntimeError, ValueError, errors of their libraries. They may quote what
             # the peer has told them.
             self._error = OSError(printable(str(exc) if isinstance(exc, OSError) else f"{type(exc).__name__}: {exc}"))
+            _forget_frames(exc)
         finally:
             self.done.set()
 
@@ -247,6 +270,7 @@ class Endpoint:
             except TimeoutError:
                 pass
             except Exception as exc:
+                _forget_frames(exc)
                 # One that says so of a read that has failed, and is closed all the same, does not say so again.
                 failures += 1
                 if failures == _MAX_FAILURES:
@@ -273,6 +297,12 @@ class Endpoint:
 
 _endpoints: weakref.WeakSet[Endpoint] = weakref.WeakSet()
 _left: list[Endpoint] = []
+
+
+def _forget_frames(exc: Exception) -> None:
+    # An error of torch's is kept by the read that has failed, out of the garbage collector's sight, and its frames keep
+    # the read: with that, for good, NIXL's agent, which keeps a core busy and is what could still write.
+    exc.__traceback__ = None
 
 
 def await_closed(limit: timedelta) -> bool:

@@ -11,9 +11,9 @@ import ctypes
 import fcntl
 import os
 
-from ft_transport._process import Extent, address_of
+from ft_transport._process import address_of
 
-__all__ = ["Splicer", "new_splicer"]
+__all__ = ["Extent", "Splicer", "new_splicer"]
 
 # Bytes that the pipe is asked to hold; the most that a user without privileges gets.
 _PIPE_BYTES = 1 << 20
@@ -21,6 +21,12 @@ _PIPE_BYTES = 1 << 20
 _MIN_PIPE_BYTES = 256 << 10
 # A copy of fewer bytes is quicker than three more calls.
 SPLICE_FROM = 256 << 10
+
+
+class Extent(ctypes.Structure):
+    """``struct iovec``: some memory, as system calls take it."""
+
+    _fields_ = [("address", ctypes.c_void_p), ("nbytes", ctypes.c_size_t)]
 
 
 class Splicer:

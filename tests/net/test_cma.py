@@ -119,7 +119,7 @@ def test_a_process_that_has_ended_is_an_error() -> None:
 
 
 def test_a_system_that_cannot_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cma, "memory_calls", lambda *, keep_lock: None)
+    monkeypatch.setattr(cma, "_system_call", lambda: None)
     with pytest.raises(ProcessLookupError):
         PeerMemory(os.getpid(), 4096, new_token())
 

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -243,6 +244,75 @@ def test_torchs_own_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> No
     assert done(endpoint.bind()) == b""
     endpoint.close()
     assert endpoint.closed.wait(10)
+
+
+class nixlRemoteDisconnectError(Exception):  # noqa: N801 - NIXL's, which is known by its name
+    pass
+
+
+class Agent:
+    """NIXL's, as far as torch asks it how a read goes."""
+
+    def __init__(self) -> None:
+        self.answer: Any = "PROC"
+
+    def check_xfer_state(self, handle: int) -> Any:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return handle, self.answer
+
+
+class OfNIXL(Broken):
+    def __init__(self) -> None:
+        self._agent = Agent()
+
+
+def test_a_read_of_nixls_whose_peer_is_gone_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would ask for ever. Whatever else NIXL raises says nothing of the read."""
+    monkeypatch.setattr(one_sided, "_torchs", lambda: SimpleNamespace(new_transport=lambda backend: OfNIXL()))
+    agent = one_sided._new_transport("nixl")._agent
+    assert agent.check_xfer_state(1) == (1, "PROC")
+    agent.answer = nixlRemoteDisconnectError("NIXL_ERR_REMOTE_DISCONNECT")
+    assert agent.check_xfer_state(1) == "ERR, NIXL_ERR_REMOTE_DISCONNECT"
+    agent.answer = RuntimeError("NIXL_ERR_NOT_FOUND")
+    with pytest.raises(RuntimeError, match="NIXL_ERR_NOT_FOUND"):
+        agent.check_xfer_state(1)
+
+
+def test_nixls_agent_ends_when_it_is_let_go_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when the collector comes: until then its thread keeps a core busy."""
+    monkeypatch.setattr(one_sided, "_torchs", lambda: SimpleNamespace(new_transport=lambda backend: OfNIXL()))
+    gc.disable()
+    try:
+        transport = one_sided._new_transport("nixl")
+        agent = weakref.ref(transport._agent)
+        del transport
+        assert agent() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("where", ["bind", "close"])
+def test_an_error_does_not_keep_what_has_failed(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """torch keeps a read's error with the read, where no collector looks: with its frames it would keep the agent."""
+    errors = [error := RuntimeError("NIXL transfer failed")]
+
+    def fail_once(self: Broken, **options: Any) -> bytes:
+        if errors:
+            raise errors.pop()
+        return b""
+
+    monkeypatch.setattr(Broken, where, fail_once)
+    register("broken", Broken)
+    try:
+        endpoint = Endpoint("broken")
+        assert endpoint.bind().done.wait(10)
+    finally:
+        unregister("broken")
+    endpoint.close()
+    assert endpoint.closed.wait(10)
+    assert not errors
+    assert error.__traceback__ is None
 
 
 def test_a_fork_leaves_its_parents_endpoints_alone(ends: tuple[Endpoint, Endpoint], fabric: FaultyFabric) -> None:
