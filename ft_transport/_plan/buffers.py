@@ -13,7 +13,6 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -102,35 +101,65 @@ class ReadOnlyMemory:
     """Which addresses of this process cannot be written to: a write there would kill it.
 
     A template may be mapped from a file (``safetensors``, ``torch.load(mmap=True)``, ``np.memmap`` with mode ``r``),
-    and then a write is SIGSEGV. Neither torch nor NumPy tells through a tensor. The system does (Linux), and is asked
-    once for each mapping; elsewhere nothing counts as read-only.
+    and then a write is SIGSEGV. Neither torch nor NumPy tells through a tensor. The system does (Linux): of one mapping
+    (6.11 and later), or of all as a text, which takes a millisecond where torch is loaded. Elsewhere nothing counts as
+    read-only.
     """
 
     def __init__(self) -> None:
         self._last = _Mapping(0, 0, True)
-        self._mappings: _Mappings | None = None
+        self._num_asked = 0
+        self._all: _Spans | None = None
 
     def holds(self, address: int) -> bool:
-        """Whether the address lies in read-only memory."""
+        """Whether the address lies in read-only memory; raises as :meth:`among`."""
         return bool(self.among([address]))
 
     def among(self, addresses: Sequence[int]) -> list[int]:
-        """Which of the addresses, by index, lie in read-only memory."""
-        # Addresses may be 100,000, and the mappings that they are in are few.
-        known, at, found = sorted(addresses), 0, []
-        while at < len(known):
-            if not self._last.begin <= known[at] < self._last.end:
-                self._mappings = self._mappings or _Mappings()
-                self._last = self._mappings.at_or_behind(known[at])
-            end = bisect_left(known, self._last.end, at)
-            if not self._last.writable and known[end - 1] >= self._last.begin:
-                found.append(self._last)
-            at = end
-        if not found:
+        """Which of the addresses, by index, lie in read-only memory.
+
+        Raises:
+            OSError: The system does not tell, since no descriptor is to be had.
+        """
+        # Addresses may be 100,000, and the mappings that they are in are few: so these are looked for among those.
+        known = sorted(addresses)
+        begins, ends = self._spans_of(known)
+        first, last = (bisect_right(ends, known[0]), bisect_right(begins, known[-1])) if known else (0, 0)
+        mappings = zip(begins[first:last], ends[first:last], strict=True)
+        if all(bisect_left(known, begin) == bisect_left(known, end) for begin, end in mappings):
             return []
-        begins = [mapping.begin for mapping in found]
         which = [bisect_right(begins, address) - 1 for address in addresses]
-        return [index for index, at in enumerate(which) if at >= 0 and addresses[index] < found[at].end]
+        return [index for index, at in enumerate(which) if at >= 0 and addresses[index] < ends[at]]
+
+    def _spans_of(self, known: Sequence[int]) -> _Spans:
+        """All read-only mappings, or at least those that hold one of these sorted addresses."""
+        begins: list[int] = []
+        ends: list[int] = []
+        at = 0
+        while self._all is None and at < len(known):
+            begin, end, writable = self._last
+            if not begin <= known[at] < end:
+                self._look(known[at])
+                continue
+            if not writable:
+                begins.append(begin)
+                ends.append(end)
+            at = bisect_left(known, end, at)
+        return self._all or (begins, ends)
+
+    def _look(self, address: int) -> None:
+        """Find the mapping that an address is in, or the gap between two; or all of them."""
+        self._num_asked += 1
+        try:
+            with open("/proc/self/maps", "rb", buffering=0) as maps:
+                found = _mapping_behind(maps.fileno(), address) if self._num_asked <= _MOST_ASKED else None
+                if found is None:
+                    self._all = _read_only(maps.readall())
+                    return
+        except FileNotFoundError:  # no Linux
+            self._all = [], []
+            return
+        self._last = found if found.begin <= address else _Mapping(address, found.begin, True)
 
 
 class _Mapping(NamedTuple):
@@ -141,59 +170,44 @@ class _Mapping(NamedTuple):
     writable: bool
 
 
-_NO_MAPPING = _Mapping(1 << 64, 1 << 64, True)
+# Begins and ends, in the order of addresses.
+_Spans = tuple[list[int], list[int]]
 
-
-class _Mappings:
-    """This process's mappings, as the system tells them: one by one (Linux 6.11), or all at once, as a text.
-
-    A process that has loaded torch has a thousand, and the text takes a millisecond.
-    """
-
-    def __init__(self) -> None:
-        self._text: list[_Mapping] | None = None
-
-    def at_or_behind(self, address: int) -> _Mapping:
-        """The mapping that an address is in, or the next one."""
-        if self._text is None:
-            try:
-                with open("/proc/self/maps", "rb", buffering=0) as maps:
-                    return _mapping_of(maps.fileno(), address)
-            except OSError:
-                self._text = _read_mappings()
-        index = bisect_right(self._text, address, key=attrgetter("end"))
-        return self._text[index] if index < len(self._text) else _NO_MAPPING
-
-
+# So many single ones take half as long as the text. What lies in shared memory has a mapping for each tensor.
+_MOST_ASKED = 64
 # PROCMAP_QUERY of <linux/fs.h>: its size and flags, the address; begin, end and flags of the mapping that was found;
 # what is not asked for.
 _QUERY = struct.Struct("@6Q56x")
 _PROCMAP_QUERY = 0xC0006611 | _QUERY.size << 16
 _WRITABLE, _OR_BEHIND = 2, 16
+_NO_MAPPING = _Mapping(1 << 64, 1 << 64, True)
 
 
-def _mapping_of(maps: int, address: int) -> _Mapping:
-    """As :meth:`_Mappings.at_or_behind`; raises OSError if the system has no answer but the text."""
+def _mapping_behind(maps: int, address: int) -> _Mapping | None:
+    """The mapping that an address is in, or the next one; None if the system has nothing but the text.
+
+    Args:
+        maps: Descriptor of the text.
+        address: 0 to 2^64 - 1.
+    """
     query = bytearray(_QUERY.pack(_QUERY.size, _OR_BEHIND, address, 0, 0, 0))
     try:
         fcntl.ioctl(maps, _PROCMAP_QUERY, query)
     except FileNotFoundError:
         return _NO_MAPPING
+    except OSError:  # ENOTTY before Linux 6.11; whatever a sandbox gives
+        return None
     _, _, _, begin, end, flags = _QUERY.unpack(query)
     return _Mapping(begin, end, bool(flags & _WRITABLE))
 
 
-def _read_mappings() -> list[_Mapping]:
-    try:
-        with open("/proc/self/maps", "rb") as maps:
-            found = _LINE.findall(maps.read())
-    except OSError:
-        return []
-    return [_Mapping(int(begin, 16), int(end, 16), writable == b"w") for begin, end, writable in found]
+def _read_only(text: bytes) -> _Spans:
+    found = _READ_ONLY.findall(text)
+    return [int(begin, 16) for begin, _ in found], [int(end, 16) for _, end in found]
 
 
-# Begin and end of a mapping, and whether it may be written to, in the order of addresses.
-_LINE = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .(.)", re.MULTILINE)
+# Begin and end of a mapping without the permission to write.
+_READ_ONLY = re.compile(rb"^([0-9a-f]+)-([0-9a-f]+) .-", re.MULTILINE)
 
 
 class Bucket:

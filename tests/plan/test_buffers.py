@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import builtins
 import gc
 import mmap
+import os
 import tempfile
-from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
@@ -124,12 +125,8 @@ def tell_one_by_one(descriptor: int, address: int) -> buffers._Mapping:
     return next((buffers._Mapping(*each) for each in MAPPINGS if address < each[1]), buffers._NO_MAPPING)
 
 
-def tell_nothing(descriptor: int, address: int) -> NoReturn:
-    raise OSError
-
-
-# By the newer call, and by the text that older systems have alone.
-@pytest.mark.parametrize("tell", [tell_one_by_one, tell_nothing])
+# By the newer call, by the text that older systems have alone, and by one after the other.
+@pytest.mark.parametrize("most_asked", [64, 0, 1])
 @pytest.mark.parametrize(
     ("addresses", "expected"),
     [
@@ -144,10 +141,12 @@ def tell_nothing(descriptor: int, address: int) -> NoReturn:
     ],
 )
 def test_read_only_memory_before_between_and_behind(
-    monkeypatch: pytest.MonkeyPatch, tell: Callable[[int, int], object], addresses: list[int], expected: list[int]
+    monkeypatch: pytest.MonkeyPatch, most_asked: int, addresses: list[int], expected: list[int]
 ) -> None:
-    monkeypatch.setattr(buffers, "_mapping_of", tell)
-    monkeypatch.setattr(buffers, "_read_mappings", lambda: [buffers._Mapping(*each) for each in MAPPINGS])
+    monkeypatch.setattr(buffers, "_MOST_ASKED", most_asked)
+    spans = [(begin, end) for begin, end, writable in MAPPINGS if not writable]
+    monkeypatch.setattr(buffers, "_mapping_behind", tell_one_by_one)
+    monkeypatch.setattr(buffers, "_read_only", lambda text: tuple(map(list, zip(*spans, strict=True))))
     found = ReadOnlyMemory()
     assert found.among(addresses) == expected
     # Whatever was asked before, and in whatever order.
@@ -157,30 +156,58 @@ def test_read_only_memory_before_between_and_behind(
 
 
 def test_the_system_tells_the_same_of_each_mapping_in_either_way() -> None:
+    if tuple(map(int, os.uname().release.split(".")[:2])) < (6, 11):
+        pytest.skip("this system has nothing but the text")
     with open("/proc/self/maps", "rb", buffering=0) as maps:
-        mappings = buffers._read_mappings()
-        assert {True, False} == {mapping.writable for mapping in mappings}
-        try:
-            buffers._mapping_of(maps.fileno(), 0)
-        except OSError:
-            pytest.skip("this system has nothing but the text (Linux before 6.11)")
-        # A list that is being made takes memory, and so may change a mapping: those of libraries stay as they are.
+        spans = [*zip(*buffers._read_only(maps.readall()), strict=True)]
+        assert spans
         # The last page of the text (vsyscall) is the kernel's, and no mapping.
-        stays = [mapping for mapping in mappings if not mapping.writable and mapping.end < 1 << 63]
-        for mapping in stays:
-            for address in (mapping.begin, mapping.end - 1):
-                assert buffers._mapping_of(maps.fileno(), address) == mapping
-        assert buffers._mapping_of(maps.fileno(), (1 << 64) - 1) == buffers._NO_MAPPING
+        for begin, end in [(begin, end) for begin, end in spans if end < 1 << 63]:
+            for address in (begin, end - 1):
+                assert buffers._mapping_behind(maps.fileno(), address) == (begin, end, False)
+        mine = torch.zeros(4).data_ptr()
+        found = buffers._mapping_behind(maps.fileno(), mine)
+        assert found is not None
+        assert found.writable
+        assert found.begin <= mine < found.end
+        behind = buffers._mapping_behind(maps.fileno(), 0)
+        assert behind is not None
+        assert behind.begin > 0
+        assert buffers._mapping_behind(maps.fileno(), (1 << 64) - 1) == buffers._NO_MAPPING
 
 
-def test_read_only_memory_is_found_among_many_addresses() -> None:
+@pytest.mark.parametrize("error", [FileNotFoundError, OSError])
+def test_a_system_that_does_not_tell_has_no_read_only_memory_and_one_that_cannot_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, error: type[OSError]
+) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(builtins, "open", fail)
+    found = ReadOnlyMemory()
+    if error is FileNotFoundError:
+        assert found.among([4096]) == []
+        return
+    with pytest.raises(OSError, match=r"^$"):
+        found.among([4096])
+    # Not for ever: there may be a descriptor by then.
+    monkeypatch.undo()
+    assert found.among([4096]) == []
+
+
+def test_read_only_memory_is_found_among_many_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(mmap.PAGESIZE)
         with mmap.mmap(file.fileno(), mmap.PAGESIZE, prot=mmap.PROT_READ) as mapping:
             array = np.frombuffer(mapping, dtype=np.uint8)
             begin = array.ctypes.data
             mine = [tensor.data_ptr() for tensor in (torch.zeros(4), torch.zeros(5))]
-            found = ReadOnlyMemory()
-            assert found.among([mine[0], begin, mine[1], begin + mmap.PAGESIZE - 1]) == [1, 3]
-            assert found.among(mine) == []
+            # The address of what has no elements, at which there is nothing.
+            none = torch.empty(0).data_ptr()
+            for most_asked in (64, 0):
+                monkeypatch.setattr(buffers, "_MOST_ASKED", most_asked)
+                found = ReadOnlyMemory()
+                assert found.among([mine[0], begin, none, mine[1], begin + mmap.PAGESIZE - 1]) == [1, 4]
+                assert found.among([none, begin]) == [1]
+                assert found.among(mine) == []
             del array
