@@ -641,6 +641,27 @@ MUTANTS = [
         "tests/plan/test_blocks.py::test_blocks_on_a_device_are_not_all_on_the_host",
     ),
     Mutant(
+        "between the look at tiny tensors and their copy no other thread runs",
+        "_plan/blocks.py",
+        "there = _if_there(memory[group], addresses[group], (into if gather else out,))",
+        "there = list(_if_there(memory[group], addresses[group], (into if gather else out,)))",
+        "tests/plan/test_blocks.py::test_memory_that_is_taken_away_before_any_step_is_neither_read_nor_written",
+    ),
+    Mutant(
+        "of tiny tensors that a pipe does not take none is left out",
+        "_plan/blocks.py",
+        "if moved[0] < len(part) or",
+        "if moved[0] < 0 or",
+        "tests/plan/test_blocks.py::test_many_small_tensors_cross_whatever_the_system_has",
+    ),
+    Mutant(
+        "what is mapped read-only is found behind a gap",
+        "_plan/buffers.py",
+        "_WRITABLE, _OR_BEHIND = 2, 16",
+        "_WRITABLE, _OR_BEHIND = 2, 0",
+        "tests/plan/test_buffers.py::test_read_only_memory_is_found_among_many_addresses",
+    ),
+    Mutant(
         "a message that does not begin its range is taken from where it does",
         "_plan/placement.py",
         "return block, self._layout.begins[message], self._layout.sizes[message]",

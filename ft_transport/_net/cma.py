@@ -101,14 +101,14 @@ class PeerMemory:
         Raises:
             OSError: Some of it is not memory (any more), there or here. ``view`` holds some, all or none of it.
         """
-        if not 0 < address < (1 << 64) - len(view):
+        left, begin = len(view), address_of(view)
+        if not 0 < address < (1 << 64) - left:
             raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-        done, begin = 0, address_of(view)
         # In one go, unless a page is not there: what came before it is read then, and the next call says why.
-        while done < len(view):
-            ours, theirs = (Extent(first + done, len(view) - done) for first in (begin, address))
+        while left:
+            ours, theirs = Extent(begin, left), Extent(address, left)
             count = self._call(self._pid, ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
             if count <= 0:
                 code = ctypes.get_errno() if count else errno.EFAULT
                 raise OSError(code, os.strerror(code))
-            done += count
+            begin, address, left = begin + count, address + count, left - count

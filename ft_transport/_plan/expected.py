@@ -151,7 +151,6 @@ class _Expected:
     """
 
     def __init__(self, flat: Flat, limits: Callable[[int], Limits]) -> None:
-        # Nobody asks this side for anything yet: its threads can wait, and each turn of theirs takes 0.1 ms.
         manifest, tensors = describe_flat(flat, between=None)
         # A lazy conjugate, a sparse tensor: its context is not what it is once it was read.
         if not {leaf.kind for leaf in manifest.leaves.others.values()} <= {"tensor", VALUE}:

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
+import itertools
+import mmap
+import os
+import sys
 import threading
 from collections.abc import Callable
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,22 +91,45 @@ def test_parts_of_blocks() -> None:
         assert raw_bytes(staged) == raw_bytes(dense.t())[5:13] + raw_bytes(gaps)[12:44]
 
 
-# How many small tensors are copied by one call, and what the system has for that.
-SYSTEMS: dict[str, Callable[[], object]] = {
-    "as it is": lambda: blocks_module.memory_calls(keep_lock=True),
-    "without such calls": lambda: None,
-    "that forbids them": lambda: (lambda *args: -1, lambda *args: -1),
+def no_pipe() -> tuple[int, int]:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def short_pipe() -> tuple[int, int]:
+    """As a user gets it who has many: it holds a page."""
+    pipe = os.pipe()
+    fcntl.fcntl(pipe[0], fcntl.F_SETPIPE_SZ, mmap.PAGESIZE)
+    return pipe
+
+
+def calls_give(count: int) -> Callable[[pytest.MonkeyPatch], object]:
+    """What gives the same as a system call that has copied so much, and copies nothing."""
+    return lambda patch: [patch.setattr(blocks_module, name, lambda *_: count) for name in ("_readv", "_writev")]
+
+
+# What very small tensors are copied by.
+SYSTEMS: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+    "as it is": lambda patch: None,
+    "no pipe": lambda patch: patch.setattr(blocks_module, "os", SimpleNamespace(pipe=no_pipe)),
+    "a short pipe": lambda patch: patch.setattr(
+        blocks_module,
+        "os",
+        SimpleNamespace(**{**vars(os), "pipe": short_pipe}),
+    ),
+    "a call that fails": calls_give(-1),
+    "a call that stops": calls_give(1),
 }
+MANY = blocks_module._AT_ONCE
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-@pytest.mark.parametrize("number", [1, blocks_module._AT_ONCE, 2 * blocks_module._AT_ONCE + 3])
+@pytest.mark.parametrize("length", [5, 60, 100])
+@pytest.mark.parametrize("number", [1, MANY, 2 * MANY + 3])
 def test_many_small_tensors_cross_whatever_the_system_has(
-    monkeypatch: pytest.MonkeyPatch, system: str, number: int
+    monkeypatch: pytest.MonkeyPatch, system: str, length: int, number: int
 ) -> None:
-    calls = SYSTEMS[system]()
-    monkeypatch.setattr(blocks_module, "memory_calls", lambda *, keep_lock: calls)
-    tensors = [noise(index % 5 + 1, index) for index in range(number)]
+    SYSTEMS[system](monkeypatch)
+    tensors = [noise(index % length + 1, index) for index in range(number)]
     sizes = [tensor.nbytes for tensor in tensors]
     # All but the first bytes of the last one.
     begins, sizes[-1] = [0] * (number - 1) + [2], sizes[-1] - 2
@@ -111,22 +142,64 @@ def test_many_small_tensors_cross_whatever_the_system_has(
     assert b"".join(map(raw_bytes, others)) == whole[: sum(sizes[:-1])] + bytes(2) + whole[sum(sizes[:-1]) :]
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+def test_what_is_larger_than_a_pipe_goes_another_way() -> None:
+    sizes = [blocks_module._PIPE_BYTES + 8, *[4] * (2 * MANY * MANY)]
+    assert sum(sizes) < blocks_module._TINY_BYTES * len(sizes)
+    tensors = [torch.full((size,), index % 251, dtype=torch.uint8) for index, size in enumerate(sizes)]
+    staged = torch.zeros(sum(sizes), dtype=torch.uint8)
+    copy_blocks(Blocks.of([*map(Block, tensors)]), range(len(sizes)), sizes, staged, gather=True)
+    assert raw_bytes(staged) == b"".join(map(raw_bytes, tensors))
+
+
+def test_nobody_else_runs_while_tiny_ones_are_copied() -> None:
+    """As ``ctypes.PyDLL`` has it: the interpreter's lock is kept."""
+    kept = type(ctypes.PyDLL(None).memmove)._flags_  # type: ignore[attr-defined]
+    assert kept != type(ctypes.CDLL(None).memmove)._flags_  # type: ignore[attr-defined]
+    for call in (blocks_module._readv, blocks_module._writev, blocks_module._memmove):
+        assert type(call)._flags_ == kept  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tiny", [True, False])
 @pytest.mark.parametrize("gather", [True, False])
-def test_a_small_tensor_that_was_taken_away_is_neither_read_nor_written(
-    monkeypatch: pytest.MonkeyPatch, system: str, gather: bool
+def test_memory_that_is_taken_away_before_any_step_is_neither_read_nor_written(
+    monkeypatch: pytest.MonkeyPatch, tiny: bool, gather: bool
 ) -> None:
-    calls = SYSTEMS[system]()
-    monkeypatch.setattr(blocks_module, "memory_calls", lambda *, keep_lock: calls)
-    tensors = [torch.zeros(4) for _ in range(3)]
-    blocks = Blocks.of(held([*map(Block, tensors)]))
-    before = tensors[1].data
-    tensors[1].data = noise(4, 1)
-    staged = torch.ones(48, dtype=torch.uint8)
-    with pytest.raises(LocalProtocolError, match="exchanged or given back"):
-        copy_blocks(blocks, range(3), [16] * 3, staged, gather=gather)
-    assert raw_bytes(staged) == b"\1" * 48
-    assert all(raw_bytes(tensor) == bytes(16) for tensor in (tensors[0], before, tensors[2]))
+    """Each step of Python is one before which another thread may get its turn."""
+    monkeypatch.setattr(blocks_module, "_AT_ONCE", 4 if tiny else MANY)
+
+    def taken_before(step: int) -> bool:
+        tensors = [torch.full((16,), index + 1, dtype=torch.uint8) for index in range(4)]
+        blocks, old = Blocks.of(held([*map(Block, tensors)])), tensors[2].data
+        staged, before, steps = torch.full((64,), 77, dtype=torch.uint8), old.clone(), itertools.count()
+
+        def take() -> None:
+            nonlocal before
+            tensors[2].data = torch.zeros(16, dtype=torch.uint8)
+            if gather:
+                old.fill_(255)
+            before = old.clone()
+
+        def trace(frame: FrameType, event: str, _: object) -> Any:
+            if frame.f_code.co_filename != blocks_module.__file__:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode" and next(steps) == step:
+                take()
+            return trace
+
+        tracing = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            copy_blocks(blocks, range(4), [16] * 4, staged, gather=gather)
+        except LocalProtocolError:
+            pass
+        finally:
+            sys.settrace(tracing)
+        assert 255 not in staged.tolist()
+        assert next(steps) <= step or torch.equal(old, before)
+        return next(steps) > step
+
+    assert sum(itertools.takewhile(bool, map(taken_before, itertools.count()))) > 100
 
 
 def test_blocks_are_columns_and_read_as_rows() -> None:
