@@ -34,10 +34,6 @@ logger = logging.getLogger("ft_transport")
 # would run dry whenever an answer's last byte and the next question cross; more only move the work away from lanes that
 # are quicker.
 _WINDOW = 3
-# While this side reads messages in the supplier's memory nothing is on its way, and what it asks for early the supplier
-# fingerprints early: it has left the processor's cache when it is read. So it asks for one, and for more if they are
-# smaller than so many bytes together: each that is asked for by itself costs both sides a wait for the other.
-_READER_BYTES = 8 << 20
 
 
 class Fetcher:
@@ -281,9 +277,6 @@ class _Lane:
         self._num_left = num_messages
         # What has landed in one is copied to an accelerator while the next message lands in the other.
         self._buckets = by_turns(sink.streams)
-        # Whether the newest message was read: one that comes from an accelerator is sent, and the next one copied from
-        # there meanwhile.
-        self._was_place = False
         self._lock = threading.Lock()
 
     def try_fabric(self, fabric: str) -> None:
@@ -324,7 +317,9 @@ class _Lane:
     def ask(self, stopped: Callable[[], bool], num_lanes: Callable[[], int]) -> bool:
         """Ask for as much as a lane may have asked for; False at the end."""
         pending, asked = self._sink.pending, self.session.protocol.asked
-        while not self._has_enough() and self._num_left != 0:
+        # One that waits hears of nothing but the message that it waits for.
+        window = 1 if self.session.reader is not None and self.session.reader.waits else _WINDOW
+        while len(asked) < window and self._num_left != 0:
             # A second one once there is one for each of the others, also for those that are being opened.
             message = pending.take(stopped, block=not asked, leave=num_lanes() - 1 if asked else 0)
             if message is None:
@@ -335,15 +330,6 @@ class _Lane:
                 self._timer.progressed()  # nothing was asked for: it was not the supplier's silence
             self._ask_for(message)
         return bool(asked)
-
-    def _has_enough(self) -> bool:
-        """Whether so much is asked for that more would be no gain."""
-        asked, reader = self.session.protocol.asked, self.session.reader
-        if not asked or reader is None:
-            return len(asked) >= _WINDOW
-        nbytes = sum(self._sink.sizes[message] for message in asked)
-        # One that waits hears of nothing but the message that it waits for.
-        return reader.waits or len(asked) >= _WINDOW or (self._was_place and nbytes >= _READER_BYTES)
 
     def _ask_for(self, message: int) -> None:
         # Only now, and not for all messages beforehand: memory is read once, just before it is asked about, by as many
@@ -366,7 +352,6 @@ class _Lane:
 
     def _land(self, header: LaneHeader) -> None:
         number = header.number
-        self._was_place = header.frame is LaneFrame.PLACE
         try:
             self._buckets.rotate()
             sound = self._sink.land(self.session, header, self._buckets[0], self._timer)

@@ -285,28 +285,10 @@ def test_memory_is_not_asked_for(
     assert into[0].complete
 
 
-@pytest.mark.parametrize(
-    ("waits", "was_place", "reader_bytes", "expected"),
-    [
-        (None, False, 1, 3),
-        (False, False, 1, 3),
-        (False, True, 1024, 1),
-        (False, True, 1025, 2),
-        (False, True, 1 << 20, 3),
-        (True, True, 1 << 20, 1),
-        (True, False, 1 << 20, 1),
-    ],
-    ids=["sent", "sent last", "read, large", "read, smaller", "read, small", "waited for", "waited for at first"],
-)
-def test_as_much_is_asked_for_as_pays(
-    monkeypatch: pytest.MonkeyPatch,
-    into: tuple[PendingMessages, Any, Any],
-    waits: bool | None,
-    was_place: bool,
-    reader_bytes: int,
-    expected: int,
+@pytest.mark.parametrize(("waits", "expected"), [(None, 3), (False, 3), (True, 1)], ids=["sent", "read", "waited for"])
+def test_how_many_are_asked_for_at_once(
+    into: tuple[PendingMessages, Any, Any], waits: bool | None, expected: int
 ) -> None:
-    monkeypatch.setattr(fetch, "_READER_BYTES", reader_bytes)
     with socket.create_server(("127.0.0.1", 0)) as server:
         near, (far, _) = socket.create_connection(server.getsockname()), server.accept()
     protocol = LaneProtocol(Role.DESTINATION, 1, 7)
@@ -314,7 +296,6 @@ def test_as_much_is_asked_for_as_pays(
     session = Session(Connection(near, "lane"), protocol)
     lane = fetch._Lane(session, into[1], timer(), None)
     session.reader = None if waits is None else SimpleNamespace(waits=waits, close=lambda: None)  # type: ignore[assignment]
-    lane._was_place = was_place
     assert lane.ask(lambda: False, lambda: 1)
     assert len(protocol.asked) == expected
     lane.close()
