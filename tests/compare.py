@@ -4,11 +4,11 @@
     python tests/compare.py 25beb74 --states small --over lanes --rounds 6 --starts 4
 
 For each start a source and a destination of either build, four processes with the same hash seed, all alive at once,
-the other build's first each time. They heal in turn, and each round begins with the other build: what else the machine
-does meets both. So the number of starts should be even. Ratios are of mean
-times of the destination's ``recv_checkpoint``, above 1 where this checkout is faster; those of single starts say how
-much chance there is in it. CPU is the processor time of both sides, in calls and beside them, and its ratio this
-checkout's to the other's. What arrived last is compared with what was sent, path by path and bit by bit.
+the other build's first each time: so the number of starts should be even. They heal in turn, and each round begins with
+the other build: what else the machine does meets both. Ratios are of mean times of the destination's
+``recv_checkpoint``, above 1 where this checkout is faster; those of single starts say how much chance there is in it.
+CPU is the processor time of both sides, in calls and beside them, and its ratio this checkout's to the other's. What
+arrived last is compared with what was sent, path by path and bit by bit.
 
 Runs itself by its path, with either build first on ``PYTHONPATH``: imports nothing but what both have.
 """

@@ -414,8 +414,7 @@ def copy_blocks(
     if address and blocks.on_host and blocks.others.keys().isdisjoint(which):
         done = 0
         if len(sizes) >= _AT_ONCE and staged.numel() <= _TINY_BYTES * len(sizes):
-            bytes_there = memory_at(address, staged.numel())
-            done = _move_tiny(memory, addresses, theirs, bytes_there, sizes, gather=gather)
+            done = _move_tiny(memory, addresses, theirs, ours, sizes, gather=gather)
         _move(memory[done:], addresses[done:], to[done:], of[done:], sizes[done:])
     else:
         here = map(seam().on_host, memory) if address else repeat(False)
@@ -444,18 +443,17 @@ def _move_tiny(
     memory: Sequence[torch.Tensor],
     addresses: Sequence[int],
     theirs: Sequence[int],
-    staged: memoryview,
+    ours: Sequence[int],
     sizes: Sequence[int],
     *,
     gather: bool,
 ) -> int:
-    """As :func:`_move`, between ``theirs`` and ``staged``, where one piece follows the other; gives how many it did.
+    """As :func:`_move`, where ``ours`` follow each other, up to the last address in it; gives how many it did.
 
     By a pipe, to which a hundred of them are written by one system call, or read from it: that takes some six tenths of
     what as many calls of ``memmove`` do. One that copies within the process (``process_vm_readv``) would take less, and
     waits for whoever maps or unmaps memory meanwhile: with the interpreter's lock, all of the process would.
     """
-    begins = list(accumulate(sizes, initial=0))
     # Of the system's ``struct iovec``.
     extents = array("L", bytes(2 * array("L").itemsize * len(sizes)))
     extents[::2], extents[1::2] = array("L", theirs), array("L", sizes)
@@ -468,7 +466,7 @@ def _move_tiny(
         os.set_blocking(into, False)
         for first in range(0, len(memory), _AT_ONCE):
             group = slice(first, min(first + _AT_ONCE, len(memory)))
-            part = staged[begins[group.start] : begins[group.stop]]
+            part = memory_at(ours[group.start], ours[group.stop] - ours[group.start])
             if len(part) > _PIPE_BYTES or (not gather and os.write(into, part) < len(part)):
                 return first
             there = _if_there(memory[group], addresses[group], (into if gather else out,))

@@ -113,7 +113,8 @@ class ReadOnlyMemory:
 
     def holds(self, address: int) -> bool:
         """Whether the address lies in read-only memory; raises as :meth:`among`."""
-        return bool(self.among([address]))
+        begins, ends = self._spans_of((address,))
+        return _is_in(begins, ends, address)
 
     def among(self, addresses: Sequence[int]) -> list[int]:
         """Which of the addresses, by index, lie in read-only memory.
@@ -128,8 +129,7 @@ class ReadOnlyMemory:
         mappings = zip(begins[first:last], ends[first:last], strict=True)
         if all(bisect_left(known, begin) == bisect_left(known, end) for begin, end in mappings):
             return []
-        which = [bisect_right(begins, address) - 1 for address in addresses]
-        return [index for index, at in enumerate(which) if at >= 0 and addresses[index] < ends[at]]
+        return [index for index, address in enumerate(addresses) if _is_in(begins, ends, address)]
 
     def _spans_of(self, known: Sequence[int]) -> _Spans:
         """All read-only mappings, or at least those that hold one of these sorted addresses."""
@@ -172,6 +172,13 @@ class _Mapping(NamedTuple):
 
 # Begins and ends, in the order of addresses.
 _Spans = tuple[list[int], list[int]]
+
+
+def _is_in(begins: Sequence[int], ends: Sequence[int], address: int) -> bool:
+    """Whether one of some spans has an address in it."""
+    index = bisect_right(begins, address) - 1
+    return index >= 0 and address < ends[index]
+
 
 # So many single ones take half as long as the text. What lies in shared memory has a mapping for each tensor.
 _MOST_ASKED = 64
