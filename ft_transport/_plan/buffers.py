@@ -225,12 +225,13 @@ class Bucket:
         pinned: Whether an accelerator shall be able to reach it directly.
     """
 
-    __slots__ = ("_copies", "_device", "_flat", "_pinned", "_used")
+    __slots__ = ("_copies", "_device", "_flat", "_pinned", "_room", "_used")
 
     def __init__(self, device: torch.device, *, pinned: bool = False) -> None:
         self._device = device
         self._pinned = pinned
         self._flat: torch.Tensor | None = None
+        self._room = 0
         self._used = 0
         self._copies = NOTHING
 
@@ -239,22 +240,28 @@ class Bucket:
         self._copies = copies
 
     def reset(self, nbytes: int) -> None:
-        """Give back everything taken, and have room for ``nbytes`` in takes of :func:`aligned` sizes.
+        """Give back everything taken: ``nbytes``, in takes of :func:`aligned` sizes, may be taken from now on.
 
         Raises:
-            MemoryError: There is no room.
             TransferTimeout: What was in it was still being copied elsewhere at the deadline.
         """
         self._copies.finish()
         self._copies = NOTHING
         self._used = 0
+        self._room = nbytes
+
+    def _have_room(self) -> torch.Tensor:
+        # Only now: of what is moved as it lies nothing is taken, and whoever resets need not know which that is.
+        nbytes = self._room
         # It never shrinks: flights of one transfer are of about one size, and the bucket ends with the transfer.
-        if nbytes and (self._flat is None or self._flat.numel() < nbytes):
+        if self._flat is None or self._flat.numel() < nbytes:
+            assert not self._used, "reset() comes first"
             self._flat = None  # before the new one is allocated
             # In huge pages where nobody else has a say: faults of 64 MiB, page by page, cost more than the copies. Not
             # for a lane's few MiB: one that the system has to provide first takes longer than all of them.
             mine = self._device.type == "cpu" and not self._pinned and nbytes >= _HUGE_FROM
             self._flat = _provided(nbytes) if mine else allocate(nbytes, self._device, pinned=self._pinned)
+        return self._flat
 
     @property
     def untouched(self) -> bool:
@@ -263,19 +270,22 @@ class Bucket:
 
     def give(self) -> torch.Tensor:
         """Its memory, which is not the bucket's any more: that takes other memory at the next :meth:`reset`."""
-        assert self._flat is not None, "reset() comes first"
+        assert self._flat is not None, "take() comes first"
         given, self._flat = self._flat, None
         return given
 
     def adopt(self, flat: torch.Tensor, nbytes: int) -> torch.Tensor:
         """Have the memory that another bucket gave, in place of its own; gives the first ``nbytes`` as taken."""
-        self._flat, self._used = flat, 0
+        self._flat, self._room, self._used = flat, flat.numel(), 0
         return self.take(nbytes)
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """The next ``nbytes`` as a flat uint8 tensor, aligned to 64 bytes."""
-        assert self._flat is not None, "reset() comes first"
-        taken = self._flat[self._used : self._used + nbytes]
+        """The next ``nbytes`` as a flat uint8 tensor, aligned to 64 bytes.
+
+        Raises:
+            MemoryError: There is no room.
+        """
+        taken = self._have_room()[self._used : self._used + nbytes]
         assert taken.numel() == nbytes, "more taken than asked for in reset()"
         self._used += aligned(nbytes)
         return taken
