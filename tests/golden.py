@@ -49,13 +49,13 @@ LANE_BODIES: dict[lanes.LaneFrame, Any] = {
     lanes.LaneFrame.BYE: None,
     lanes.LaneFrame.FAILED: ["why"],
     lanes.LaneFrame.ATTACH: [b"s" * 16],
-    lanes.LaneFrame.WANT: None,
+    lanes.LaneFrame.WANT: [3],
     lanes.LaneFrame.CHECK: [(1 << 64) - 1],
     lanes.LaneFrame.SAME: None,
     lanes.LaneFrame.LOCATE: ["cma", b"t" * 16],
     lanes.LaneFrame.LOCATION: [b"l" * 16],
     lanes.LaneFrame.DIRECT: None,
-    lanes.LaneFrame.PLACE: [b"p" * 8, 4 << 20],
+    lanes.LaneFrame.PLACE: [b"p" * 8, b"q" * 8],
 }
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 from ft_transport._lanes import fabric as _fabric
 from ft_transport._lanes.chain import Route
 from ft_transport._lanes.fabric import CMA, new_reader
 from ft_transport._lanes.opening import Opening
-from ft_transport._lanes.protocol import LaneFrame, LaneHeader
+from ft_transport._lanes.protocol import MAX_RUN, LaneFrame, LaneHeader
 from ft_transport._lanes.session import DIRECT_FROM, Session, Unreadable
-from ft_transport._lanes.sink import Incurable, Sink
+from ft_transport._lanes.sink import Incurable, Landing, Sink
 from ft_transport._net.connection import Wakeup
 from ft_transport._net.handshake_io import SslContexts
 from ft_transport._net.stall import PeerStalled, StallTimer
@@ -34,6 +36,11 @@ logger = logging.getLogger("ft_transport")
 # would run dry whenever an answer's last byte and the next question cross; more only move the work away from lanes that
 # are quicker.
 _WINDOW = 3
+# Of those that are read where they lie, so many bytes are asked for at once, and no more than half of a lane's share of
+# what is left: so lanes end at about the same time. A copy of 2 MiB leaves nothing of ours in the caches, and what
+# Python does for one message costs some 0.4 ms then; what it does for many of them, one behind the other, next to
+# nothing. With 16 MiB it was seen to be a tenth slower, with 256 MiB no quicker.
+_RUN_BYTES = 128 << 20
 
 
 class Fetcher:
@@ -324,52 +331,100 @@ class _Lane:
             message = pending.take(stopped, block=not asked, leave=num_lanes() - 1 if asked else 0)
             if message is None:
                 break
-            if self._num_left is not None:
-                self._num_left -= 1
             if not asked:
                 self._timer.progressed()  # nothing was asked for: it was not the supplier's silence
-            self._ask_for(message)
+            self._ask_for(message, num_lanes())
         return bool(asked)
 
-    def _ask_for(self, message: int) -> None:
+    def _ask_for(self, message: int, num_lanes: int) -> None:
         # Only now, and not for all messages beforehand: memory is read once, just before it is asked about, by as many
         # threads as there are lanes.
-        claim = self._sink.claim(message, self._buckets[-1])
+        num, claim = 1, self._sink.claim(message, self._buckets[-1])
         if claim is not None:
             self.session.send(LaneFrame.CHECK, self._timer, message, [claim])
         else:
-            self.session.send(LaneFrame.WANT, self._timer, message)
+            num = self._run_from(message, num_lanes)
+            self.session.send(LaneFrame.WANT, self._timer, message, [num])
+        if self._num_left is not None:
+            self._num_left -= num
+
+    def _run_from(self, message: int, num_lanes: int) -> int:
+        """Take those behind a message as well, to ask for all at once; gives how many they are together."""
+        sink, reader, num = self._sink, self.session.reader, 1
+        if reader is None or reader.waits or self._num_left is not None:
+            return num
+        most, nbytes = min(sink.pending.num_todo // (2 * num_lanes), MAX_RUN), sink.sizes[message]
+        while num < most and nbytes < _RUN_BYTES and sink.pending.take_next(message + num, may=sink.is_missing):
+            nbytes += sink.sizes[message + num]
+            num += 1
+        return num
 
     def take_answer(self) -> None:
-        """Read one frame, and land the message if it is one."""
+        """Read one frame, and land the messages if it is of any."""
         header = self.session.recv_header(self._timer)
-        if header.frame in (LaneFrame.MESSAGE, LaneFrame.PLACE):
+        if header.frame is LaneFrame.MESSAGE:
             self._land(header)
             return
-        self.session.recv_body(header, self._timer)
-        if header.frame is LaneFrame.SAME:
+        body = self.session.recv_body(header, self._timer)
+        if header.frame is LaneFrame.PLACE:
+            self._land_from(header.number, body)
+        elif header.frame is LaneFrame.SAME:
             self._sink.keep(header.number)
 
     def _land(self, header: LaneHeader) -> None:
-        number = header.number
+        with self._owed(range(header.number, header.number + 1)) as owed:
+            (landing,) = self._begin(owed)
+            digest = self.session.recv_message(
+                header, landing.view, verify=self._sink.verified, timer=self._timer, held=landing.held
+            )
+            self._end(owed, [landing], [digest])
+
+    def _land_from(self, first: int, places: Sequence[bytes]) -> None:
+        """Read messages from where they are. What each takes beside the copy is done for many, before and behind."""
+        with self._owed(range(first, first + len(places))) as owed:
+            while owed:
+                landings = self._begin(owed)
+                targets = [(landing.view, landing.held) for landing in landings]
+                there, places = places[: len(targets)], places[len(targets) :]
+                digests = self.session.read_messages(there, targets, verify=self._sink.verified, timer=self._timer)
+                self._end(owed, landings, digests)
+
+    @contextmanager
+    def _owed(self, messages: range) -> Iterator[deque[int]]:
+        """Messages that have begun to come, and so are no longer among those asked for; after an error they are."""
+        owed = deque(messages)
         try:
-            self._buckets.rotate()
-            sound = self._sink.land(self.session, header, self._buckets[0], self._timer)
+            yield owed
         except BaseException:
-            # It had begun to come and so is no longer among those asked for.
-            self.session.protocol.asked.appendleft(number)
+            self.session.protocol.asked.extendleft(reversed(owed))
             raise
-        if sound:
-            self.nbytes += self._sink.sizes[number]
-        else:
-            # It is back among what is to be fetched, and any lane may be the next to ask for it.
-            self._sink.note_damage(number)
+
+    def _begin(self, messages: Iterable[int]) -> list[Landing]:
+        """Where messages land that come now; not yet of those behind one that is staged, which may need its bucket."""
+        landings: list[Landing] = []
+        for message in messages:
+            self._buckets.rotate()
+            landings.append(self._sink.begin(message, self._buckets[0]))
+            if landings[-1].staged is not None:
+                break
+        return landings
+
+    def _end(self, owed: deque[int], landings: Sequence[Landing], digests: Sequence[int | None]) -> None:
+        for landing, digest in zip(landings, digests, strict=True):
+            sound = self._sink.end(landing, digest)
+            owed.popleft()
+            if sound:
+                self.nbytes += len(landing.view)
+            else:
+                # It is back among what is to be fetched, and any lane may be the next to ask for it.
+                self._sink.note_damage(landing.message)
 
     def abort(self) -> None:
         """Let whoever is in a call on it raise at once."""
         with self._lock:  # else it could be closed just now, and the descriptor be somebody else's already
             if self.is_open:
                 self.session.connection.abort()
+        self._timer.cancel("the lane was closed")  # it may be reading memory, and not from the connection
 
     def close(self) -> None:
         """Give back what was asked for and has not come, then the descriptor."""

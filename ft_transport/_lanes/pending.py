@@ -61,6 +61,18 @@ class PendingMessages:
             # many as a quick one.
             return self._todo.popleft() if len(self._todo) > leave and not stopped() else None
 
+    def take_next(self, message: int, *, may: Callable[[int], bool]) -> bool:
+        """Take this message, too, if it is the first one to be asked for; as :meth:`take`.
+
+        Args:
+            may: Whether it may be taken so.
+        """
+        with self._changed:
+            if not self._todo or self._todo[0] != message or not may(message):
+                return False
+            self._todo.popleft()
+            return True
+
     def wake(self) -> None:
         """Let those who wait look again."""
         with self._changed:

@@ -29,6 +29,7 @@ __all__ = [
     "MAX_BODY_BYTES",
     "MAX_LONG_BODY_BYTES",
     "MAX_MANIFEST_BYTES",
+    "MAX_RUN",
     "TABLE",
     "TRAILER",
     "LaneProtocol",
@@ -43,12 +44,13 @@ __all__ = [
     "encode_header",
     "first_frame",
     "max_body_bytes",
+    "num_messages",
 ]
 
 MAGIC = b"FTLN"
 # Peers of two versions refuse each other by name, and nothing is negotiated: the replicas of one job run one version,
 # but for the minutes in which it is replaced.
-VERSION = 4
+VERSION = 5
 # Magic, version, frame, attempt, step, number, bytes of the body, digest of the body, digest of all before it.
 # The header has a digest of its own, since its length is believed before a byte of the body is here. Attempt and step
 # in each frame: what an earlier receive has asked for cannot be taken for an answer to this one, whatever is between
@@ -56,7 +58,8 @@ VERSION = 4
 _HEADER = struct.Struct("<4sBB2xIqQQQQ")
 _CHECKED = _HEADER.size - 8
 HEADER_BYTES = _HEADER.size
-# Follows the body of a MESSAGE or PLACE: the message's digest, which is known only once its last byte has been read.
+# Follows the body of a MESSAGE or PLACE, for each message: its digest, which is known only once its last byte has been
+# read.
 TRAILER = struct.Struct("<Q")
 
 # Bound what a peer can make us allocate, in bytes of a body; all but a manifest is read by a source, too. Reasons name
@@ -64,6 +67,8 @@ TRAILER = struct.Struct("<Q")
 MAX_MANIFEST_BYTES = 256 << 20
 MAX_LONG_BODY_BYTES = 1 << 20
 MAX_BODY_BYTES = 64 << 10
+# Of how many messages one frame may be, which bounds what a peer can make us remember.
+MAX_RUN = 64
 # Of a text that is not among reasons, in bytes. The longest that must be whole is a metadata.
 _MAX_TEXT_BYTES = 16 << 10
 # What msgpack puts before a text, and before an array, at most.
@@ -186,9 +191,12 @@ TABLE: dict[State, dict[tuple[Role, LaneFrame], State]] = {
 _ASKS = (LaneFrame.WANT, LaneFrame.CHECK)
 _ANSWERS = (LaneFrame.MESSAGE, LaneFrame.PLACE, LaneFrame.SAME)
 
-# The body of each frame: the types of an array's entries, ``str`` for an array of any number of texts, None for none.
+# Of several messages, one behind the other: to ask for each, and to say where each is, costs as much as to copy 1 MiB.
+_OF_SEVERAL = (LaneFrame.WANT, LaneFrame.PLACE)
+
+# The body of each frame: the types of an array's entries, one type for an array of any number of such, None for none.
 # MANIFEST and MESSAGE are not here: their bodies are bytes as they are.
-BODIES: dict[LaneFrame, tuple[tuple[type, ...], ...] | type[str] | None] = {
+BODIES: dict[LaneFrame, tuple[tuple[type, ...], ...] | type[str | bytes] | None] = {
     LaneFrame.HELLO: ((bytes,), (str,)),
     LaneFrame.WAIT: None,
     LaneFrame.READY: ((str,), (bytes,)),
@@ -200,13 +208,13 @@ BODIES: dict[LaneFrame, tuple[tuple[type, ...], ...] | type[str] | None] = {
     LaneFrame.BYE: None,
     LaneFrame.FAILED: str,
     LaneFrame.ATTACH: ((bytes,),),
-    LaneFrame.WANT: None,
+    LaneFrame.WANT: ((int,),),
     LaneFrame.CHECK: ((int,),),
     LaneFrame.SAME: None,
     LaneFrame.LOCATE: ((str,), (bytes,)),
     LaneFrame.LOCATION: ((bytes,),),
     LaneFrame.DIRECT: None,
-    LaneFrame.PLACE: ((bytes,), (int,)),
+    LaneFrame.PLACE: bytes,
 }
 
 _LONG = (LaneFrame.REFUSE, LaneFrame.FAILED)
@@ -226,7 +234,8 @@ class LaneHeader(NamedTuple):
         frame: What it is.
         attempt: Which attempt of the destination this is, counted by it.
         step: The step that the destination asks for.
-        number: Of the message (WANT, CHECK, MESSAGE, PLACE, SAME), or bytes that have landed (PROGRESS, DONE).
+        number: Of the message (WANT, CHECK, MESSAGE, PLACE, SAME), or of the first one; or bytes that have landed
+            (PROGRESS, DONE).
         nbytes: Length of the body.
         digest: Of the body; 0 for MESSAGE, whose digest follows its body.
     """
@@ -331,7 +340,12 @@ def _types(body: Any) -> str:
     return f"({', '.join(type(entry).__name__ for entry in body[:8])}{', …' if len(body) > 8 else ''})"
 
 
-def _is_of(body: Any, expected: tuple[tuple[type, ...], ...] | type[str]) -> bool:
+def num_messages(frame: LaneFrame, body: Any) -> int:
+    """Of how many messages a frame is that is of any, from its number on."""
+    return len(body) if frame is LaneFrame.PLACE else body[0] if frame is LaneFrame.WANT else 1
+
+
+def _is_of(body: Any, expected: tuple[tuple[type, ...], ...] | type[str | bytes]) -> bool:
     if not isinstance(body, tuple):
         return False
     if not isinstance(expected, tuple):
@@ -360,18 +374,18 @@ class LaneProtocol:
         self.step = step
         self._role = role
 
-    def sent(self, frame: LaneFrame, number: int = 0) -> None:
-        """Note what this side is about to send.
+    def sent(self, frame: LaneFrame, number: int = 0, num: int = 1) -> None:
+        """Note what this side is about to send, of so many messages.
 
         Raises:
             LocalProtocolError: It may not.
         """
         # Checked on our side, too: what the table forbids is our mistake, and the peer would only call us broken.
-        if not self._advance(self._role, frame, number):
+        if not self._advance(self._role, frame, number) or not self._follow(frame, number, num):
             raise LocalProtocolError(f"{frame.name} {number} cannot be sent in state {self.state.value}")
 
     def received(self, header: LaneHeader) -> None:
-        """Note what the peer has sent.
+        """Note what the peer has sent; :meth:`received_body` follows where it has a body.
 
         Raises:
             RemoteProtocolError: It may not.
@@ -387,6 +401,30 @@ class LaneProtocol:
                 f"{header.frame.name} {header.number} is out of order in state {self.state.value}"
             )
 
+    def received_body(self, header: LaneHeader, body: Any) -> None:
+        """Note of how many messages that is; raises as :meth:`received`."""
+        num = num_messages(header.frame, body)
+        if not self._follow(header.frame, header.number, num):
+            raise RemoteProtocolError(f"{header.frame.name} {header.number} is of {num} messages")
+
+    def _follow(self, frame: LaneFrame, number: int, num: int) -> bool:
+        """Note that a frame, which is noted already, is of so many messages; gives whether it may."""
+        if num == 1:
+            return True
+        if frame not in _OF_SEVERAL or not 0 < num <= MAX_RUN:
+            return False
+        following = range(number + 1, number + num)
+        if frame is LaneFrame.WANT:
+            self.asked.extend(following)
+            return True
+        return all(self._answer(each) for each in following)
+
+    def _answer(self, number: int, *, checked: bool = False) -> bool:
+        if not self.asked or self.asked[0] != number or (checked and number not in self._checked):
+            return False
+        self._checked.discard(self.asked.popleft())
+        return True
+
     def _advance(self, sender: Role, frame: LaneFrame, number: int) -> bool:
         following = TABLE[self.state].get((sender, frame))
         if following is None:
@@ -397,10 +435,8 @@ class LaneProtocol:
                 self._checked.add(number)
         # Answers in the order of the questions need no numbers of their own, and what is still owed is simply what is
         # left.
-        elif frame in _ANSWERS:
-            if not self.asked or self.asked[0] != number or (frame is LaneFrame.SAME and number not in self._checked):
-                return False
-            self._checked.discard(self.asked.popleft())
+        elif frame in _ANSWERS and not self._answer(number, checked=frame is LaneFrame.SAME):
+            return False
         self.state = following
         return True
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -35,12 +35,13 @@ from ft_transport._lanes.protocol import (
     decode_header,
     encode,
     encode_header,
+    num_messages,
 )
 from ft_transport._net.connection import Connection
 from ft_transport._net.one_sided import Job
 from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
-from ft_transport.errors import PeerFailure, RemoteProtocolError
+from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError
 
 __all__ = ["DIRECT_FROM", "Session", "Unreadable", "fingerprint"]
 
@@ -86,7 +87,7 @@ class Session:
     def send(self, frame: LaneFrame, timer: StallTimer, number: int = 0, body: Any = None) -> None:
         """Send a frame; raises as ``Connection.write``."""
         protocol = self.protocol
-        protocol.sent(frame, number)
+        protocol.sent(frame, number, num_messages(frame, body))
         if frame is LaneFrame.WAIT:
             self.connection.nbytes_alive += HEADER_BYTES
         self.connection.write([encode(frame, protocol.attempt, protocol.step, number, body)], timer)
@@ -105,7 +106,9 @@ class Session:
 
     def recv_body(self, header: LaneHeader, timer: StallTimer) -> Any:
         """The body of a frame whose header is here already; raises as :meth:`recv`."""
-        return decode_body(header, bytes(self.connection.read(header.nbytes, timer)))
+        body = decode_body(header, bytes(self.connection.read(header.nbytes, timer)))
+        self.protocol.received_body(header, body)
+        return body
 
     def recv_header(self, timer: StallTimer) -> LaneHeader:
         """The next frame's header; raises as :meth:`recv`."""
@@ -128,8 +131,7 @@ class Session:
         """Send a message and then its digest, which is taken on the way where it is not known yet; gives the digest.
 
         Args:
-            steady: Whether the memory stays as it is until the peer has it: then it is not copied, and where the peer
-                can read it, it is told the place.
+            steady: Whether the memory stays as it is until the peer has it: then it is not copied.
             held: What ``view`` is of, if it is of a user's memory.
 
         Raises:
@@ -137,10 +139,6 @@ class Session:
             PeerFailure, TransferTimeout: As ``Connection.write``.
         """
         protocol, connection = self.protocol, self.connection
-        if steady and protocol.state is State.DIRECT and len(view) >= DIRECT_FROM:
-            place = self._place(view, timer, held)
-            if place is not None:
-                return self._send_place(number, place, view, digest, timer, held)
         protocol.sent(LaneFrame.MESSAGE, number)
         header = LaneHeader(LaneFrame.MESSAGE, protocol.attempt, protocol.step, number, len(view))
         # The header waits in the kernel for the first bytes of the message, else it would be a packet of its own.
@@ -164,8 +162,20 @@ class Session:
         connection.write([TRAILER.pack(digest)], timer)
         return digest
 
-    def _place(self, view: memoryview, timer: StallTimer, held: Held | None) -> bytes | None:
-        """Where the peer can read a message, None if it is to be sent; raises as :meth:`send_message`."""
+    @property
+    def tells_places(self) -> bool:
+        """Whether, as a supplier, it says where messages are, and not one by one."""
+        return self.shown is not None and not self.shown.waits and self.protocol.state is State.DIRECT
+
+    def place(self, view: memoryview, timer: StallTimer, held: Held | None) -> bytes | None:
+        """Where the peer can read a message, which stays as it is until it has; None if it is to be sent.
+
+        Raises:
+            LocalProtocolError: Its memory was taken away.
+            PeerFailure, TransferTimeout: As ``Connection.write``.
+        """
+        if self.protocol.state is not State.DIRECT or len(view) < DIRECT_FROM:
+            return None
         _check(held)
         if self.shown is None:
             return None
@@ -176,21 +186,36 @@ class Session:
             self.hide()
             return None
 
-    def _send_place(
-        self, number: int, place: bytes, view: memoryview, digest: int | None, timer: StallTimer, held: Held | None
-    ) -> int:
-        self.send(LaneFrame.PLACE, timer, number, [place, len(view)])
+    def send_places(
+        self,
+        number: int,
+        places: Sequence[bytes],
+        messages: Sequence[tuple[memoryview, int | None, Held | None]],
+        timer: StallTimer,
+    ) -> list[int]:
+        """Say where the messages from ``number`` on are, and then their digests; gives these.
+
+        Args:
+            number: The first one's.
+            places: Of each, by :meth:`place`.
+            messages: Of each the bytes, the digest where it is known, and what the bytes are of.
+            timer: As ever.
+
+        Raises:
+            As :meth:`place`.
+        """
+        self.send(LaneFrame.PLACE, timer, number, places)
         # While the peer reads. Should its memory be given back meanwhile, neither side's read ends a process, and what
         # the peer has is not what the digest is of.
-        digest = fingerprint(view, held) if digest is None else digest
-        self.connection.write([TRAILER.pack(digest)], timer)
-        self.connection.nbytes_wire += len(view)
-        return digest
+        digests = [fingerprint(view, held) if digest is None else digest for view, digest, held in messages]
+        self.connection.write([b"".join(map(TRAILER.pack, digests))], timer)
+        self.connection.nbytes_wire += sum(len(view) for view, _, _ in messages)
+        return digests
 
     def recv_message(
         self, header: LaneHeader, view: memoryview, *, verify: bool, timer: StallTimer, held: Held | None = None
     ) -> int | None:
-        """Receive a message, whose header (MESSAGE, PLACE) is here already, into ``view``.
+        """Receive a message, whose header is here already, into ``view``.
 
         Returns:
             Its digest, None if it came damaged.
@@ -204,58 +229,78 @@ class Session:
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
         After an error: ``view`` holds some, all or none of it.
         """
-        read = self._reader(header, len(view), timer, held)
+        if header.nbytes != len(view):
+            raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {header.nbytes}")
         hashed = xxhash.xxh3_64()
         update = _reads(hashed, held)
-        step = _PIECE_BYTES if header.frame is LaneFrame.MESSAGE else _READ_BYTES
-        for piece in _pieces(view, step if verify else len(view)):
+        for piece in _pieces(view, _PIECE_BYTES if verify else len(view)):
             try:
-                read(piece)
+                self.connection.read_into(piece, timer)
             except PeerFailure:
                 _check(held)
                 raise
             if verify:
                 update(piece)
         _check(held)
-        expected = self._recv_digest(timer)
+        (expected,) = self._recv_digests(1, timer)
         return expected if not verify or hashed.intdigest() == expected else None
 
-    def _recv_digest(self, timer: StallTimer) -> int:
-        # Behind the message, so that the one who reads it first can take its digest while it leaves.
-        early, self._early = self._early, None
-        return TRAILER.unpack(self.connection.read(TRAILER.size, timer))[0] if early is None else early
+    def read_messages(
+        self,
+        places: Sequence[bytes],
+        targets: Sequence[tuple[memoryview, Held | None]],
+        *,
+        verify: bool,
+        timer: StallTimer,
+    ) -> list[int | None]:
+        """Read messages from where the supplier has them; gives the digest of each, None if it came damaged.
 
-    def _reader(
-        self, header: LaneHeader, expected: int, timer: StallTimer, held: Held | None
-    ) -> Callable[[memoryview], None]:
-        """What reads the next bytes of a message, which has ``expected`` of them."""
-        place, nbytes = (b"", header.nbytes) if header.frame is LaneFrame.MESSAGE else self.recv_body(header, timer)
-        if nbytes != expected:
-            raise RemoteProtocolError(f"message {header.number}: expected {expected} bytes, got {nbytes}")
-        if header.frame is LaneFrame.MESSAGE:
-            return partial(self.connection.read_into, timer=timer)
-        return self._reader_from(place, nbytes, timer, held)
-
-    def _reader_from(
-        self, place: bytes, nbytes: int, timer: StallTimer, held: Held | None
-    ) -> Callable[[memoryview], None]:
+        Args:
+            places: Of each.
+            targets: The memory to fill with each, and what that is of, if it is a user's.
+            verify: As in :meth:`recv_message`, and what is raised as well.
+            timer: As ever.
+        """
         assert self.reader is not None, "this side has said DIRECT"
+        wait = partial(self._hear_of_message, timer=timer)
         try:
-            read_piece = self.reader.read_from(place, nbytes, held, partial(self._hear_of_message, timer=timer))
+            # All of them first, since what runs between two copies finds nothing of its own in the caches.
+            fills = []
+            for place, (view, held) in zip(places, targets, strict=True):
+                hashed = xxhash.xxh3_64()
+                read = self.reader.read_from(place, len(view), held, wait)
+                fills.append((view, read, _reads(hashed, held), hashed))
+            for view, read, update, _ in fills:
+                for piece in _pieces(view, _READ_BYTES if verify else len(view)):
+                    read(piece)
+                    if verify:
+                        update(piece)
+                    self.connection.nbytes_wire += len(piece)
+                    self.nbytes_direct += len(piece)
+                    timer.progressed()
+                    timer.check()  # whatever else it is, a copy is not waited for: the deadline holds between two
+        except TransferError:
+            raise  # a TransferTimeout is an OSError, too
         except OSError as exc:
-            raise _unreadable(exc) from None
+            for _, held in targets:
+                _check(held)
+            raise Unreadable(f"the supplier's memory cannot be read: {exc}") from None
+        for _, held in targets:
+            _check(held)
+        there = self._recv_digests(len(fills), timer)
+        if not verify:
+            return [*there]
+        return [
+            expected if hashed.intdigest() == expected else None
+            for (*_, hashed), expected in zip(fills, there, strict=True)
+        ]
 
-        def read(piece: memoryview) -> None:
-            try:
-                read_piece(piece)
-            except OSError as exc:
-                raise _unreadable(exc) from None
-            self.connection.nbytes_wire += len(piece)
-            self.nbytes_direct += len(piece)
-            timer.progressed()
-            timer.check()  # whatever else it is, a copy is not waited for: the deadline holds between two
-
-        return read
+    def _recv_digests(self, num: int, timer: StallTimer) -> list[int]:
+        # Behind the messages, so that the one who reads them first can take their digests while they leave.
+        early, self._early = self._early, None
+        if early is not None:
+            return [early]
+        return [digest for (digest,) in TRAILER.iter_unpack(self.connection.read(num * TRAILER.size, timer))]
 
     def hide(self) -> None:
         """As a supplier, begin to let nothing of this side be read any more. Returns at once."""
@@ -275,7 +320,7 @@ class Session:
 
     def _hear_of_message(self, job: Job[Any], timer: StallTimer) -> None:
         # What comes next is its digest, and then nothing but WAIT: on such a lane one message is asked for at a time.
-        self._early = self._recv_digest(timer)
+        (self._early,) = self._recv_digests(1, timer)
         self.hear(job, timer)
 
     def hear(self, job: Job[Any], timer: StallTimer, limit: timedelta = MAX_WAIT) -> None:
@@ -322,10 +367,6 @@ class Session:
 def _check_patience(patience: Deadline) -> None:
     if patience.expired():
         raise OSError(f"no answer within {patience.timeout.total_seconds():g} s")
-
-
-def _unreadable(exc: OSError) -> Unreadable:
-    return Unreadable(f"the supplier's memory cannot be read: {exc}")
 
 
 def _pieces(view: memoryview, step: int) -> Iterator[memoryview]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import NamedTuple
 
 import torch
 
 from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._lanes.pending import PendingMessages
-from ft_transport._lanes.protocol import LaneHeader
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.session import Session, fingerprint
-from ft_transport._net.stall import StallTimer
+from ft_transport._lanes.session import fingerprint
+from ft_transport._plan.blocks import Held
 from ft_transport._plan.buffers import Bucket, aligned, by_turns
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.rewrite import Rewrite
@@ -25,7 +25,7 @@ from ft_transport._telemetry.report import TransferReport
 from ft_transport._wire.layout import Layout
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
-__all__ = ["Incurable", "Sink"]
+__all__ = ["Incurable", "Landing", "Sink"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -37,6 +37,26 @@ _MAX_DAMAGED = 3
 
 class Incurable(RemoteProtocolError):
     """A message always comes damaged."""
+
+
+class Landing(NamedTuple):
+    """Where a message lands.
+
+    Attributes:
+        message: Which.
+        view: The memory.
+        held: What that is of, if it is the user's.
+        aside: It, if it is beside what forward has written.
+        staged: It, if it is in a bucket.
+        bucket: That one.
+    """
+
+    message: int
+    view: memoryview
+    held: Held | None = None
+    aside: torch.Tensor | None = None
+    staged: torch.Tensor | None = None
+    bucket: Bucket | None = None
 
 
 class Sink:
@@ -101,6 +121,10 @@ class Sink:
             self.pending.again(written)
         return bool(written)
 
+    def is_missing(self, message: int) -> bool:
+        """Whether a message is not here already for sure, so that it is to be asked for without a look."""
+        return message not in self._claims
+
     def claim(self, message: int, bucket: Bucket) -> int | None:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
         # What came damaged is not there any more, whatever was: it has been written over.
@@ -117,42 +141,44 @@ class Sink:
         self._claimed[message] = digest = fingerprint(here, held)
         return digest if self._claims[message] in (None, digest) else None
 
-    def land(self, session: Session, header: LaneHeader, bucket: Bucket, timer: StallTimer) -> bool:
-        """Receive a message whose header is here; gives whether it came sound.
+    def begin(self, message: int, bucket: Bucket) -> Landing:
+        """Where a message is to land that comes now.
 
-        Raises:
-            TransferError: It did not come.
+        Args:
+            bucket: Not used any more, if the message is staged in it, until :meth:`end`.
         """
-        message, nbytes = header.number, self.sizes[header.number]
-        held = aside = staged = None
+        nbytes = self.sizes[message]
         # Forward has the newer value there, and trains with it: the source's goes beside it until the optimizer may
         # step.
         if self._rewrite is not None and self._is_written(message):
             aside = self._rewrite.take_aside(message)
-            view = memory_at(aside.data_ptr(), nbytes)
-        elif (held := self._landing.placement.held(message)) is None:
+            return Landing(message, memory_at(aside.data_ptr(), nbytes), aside=aside)
+        held = self._landing.placement.held(message)
+        if held is None:
             staged = self._take(message, bucket)
-            view = memory_at(staged.data_ptr(), nbytes)
-        else:
-            view = held.view
-            self._landing.provide(message)
-            self._note_torn(message)
+            return Landing(message, memory_at(staged.data_ptr(), nbytes), staged=staged, bucket=bucket)
+        self._landing.provide(message)
         # Into the template itself, and not by way of a copy: so it is torn from the first byte on, before any digest is
         # known. What makes that safe is the guard, and shadow= for those who would rather pay.
-        digest = session.recv_message(header, view, verify=self.verified, timer=timer, held=held)
+        self._note_torn(message)
+        return Landing(message, held.view, held=held)
+
+    def end(self, landing: Landing, digest: int | None) -> bool:
+        """A message is there, with this digest, None if it came damaged; gives whether it is sound."""
+        message, nbytes, staged = landing.message, len(landing.view), landing.staged
         if digest is None:
             return False
-        if staged is not None:
+        if staged is not None and landing.bucket is not None:
             # Only now: what has come damaged into a bucket has torn nothing.
             self._note_torn(message)
             self._landing.placement.scatter(message, staged)
-            bucket.lend(self.streams.begun())
+            landing.bucket.lend(self.streams.begun())
             if self._rewrite is not None and self._rewrite.taken(message) is staged:
                 self._rewrite.keep(message, staged)
             elif self.relay is not None and not self.relay.keep(message, staged) and self.streams.cross:
-                self.relay.keep_on_its_way(message, bucket)
-        if aside is not None and self._rewrite is not None:
-            self._rewrite.keep(message, aside)
+                self.relay.keep_on_its_way(message, landing.bucket)
+        if landing.aside is not None and self._rewrite is not None:
+            self._rewrite.keep(message, landing.aside)
         with self._lock:
             if message not in self._counted:
                 self._counted.add(message)

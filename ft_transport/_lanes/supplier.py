@@ -19,7 +19,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._device import NO_STREAMS, NOTHING, Copies, Streams
 from ft_transport._lanes import fabric as _fabric
 from ft_transport._lanes.fabric import new_shown
-from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
+from ft_transport._lanes.protocol import MAX_RUN, LaneFrame, LaneHeader, LaneProtocol, Role, num_messages
 from ft_transport._lanes.session import Session, fingerprint
 from ft_transport._net.connection import Connection
 from ft_transport._net.stall import HEARTBEAT, StallTimer
@@ -271,9 +271,15 @@ class _Lane:
         while True:
             if not self._answers:
                 self._begin(waiting=True)
-            while len(self._answers) < len(self._buckets) and self._begin(waiting=False):
+            while self._has_room() and self._begin(waiting=False):
                 pass
             self._send(self._answers.popleft())
+
+    def _has_room(self) -> bool:
+        """Whether one more answer can be begun: if its message is staged, there is a bucket."""
+        # Where messages are told by their places, as many as were asked for are told at once.
+        most = MAX_RUN if self._session.tells_places else len(self._buckets)
+        return len(self._answers) < most and sum(answer.staged for answer in self._answers) < len(self._buckets)
 
     def _begin(self, *, waiting: bool) -> bool:
         """Begin to answer the next question. Without waiting: if there is one, and its message is here; gives whether.
@@ -316,9 +322,11 @@ class _Lane:
         if asked.frame is LaneFrame.LOCATE:
             session.send(LaneFrame.LOCATION, timer, body=[self._show(*body)])
         elif asked.frame is not LaneFrame.DIRECT:  # which the protocol has noted
-            if asked.number >= len(self._store.sizes):
-                raise RemoteProtocolError(f"message {asked.number} of {len(self._store.sizes)}")
-            self._questions.append(_Question(asked.number, body[0] if asked.frame is LaneFrame.CHECK else None))
+            end = asked.number + num_messages(asked.frame, body)
+            if end > len(self._store.sizes):
+                raise RemoteProtocolError(f"message {end - 1} of {len(self._store.sizes)}")
+            digest = body[0] if asked.frame is LaneFrame.CHECK else None
+            self._questions += [_Question(message, digest) for message in range(asked.number, end)]
 
     def _show(self, fabric: str, hello: bytes) -> bytes:
         """Let the other side read this one's memory, if both have the fabric; gives what that takes, or nothing."""
@@ -347,8 +355,30 @@ class _Lane:
         if expected is not None and digest == expected:
             session.send(LaneFrame.SAME, timer, message)
             return
-        # What is in a bucket is overwritten by one of the next messages, perhaps before the peer has it.
-        steady = store.steady and not staged
-        sent = session.send_message(message, view, digest, timer, steady=steady, held=held)
-        store.note_digest(message, sent)
+        if (place := self._place(answer)) is not None:
+            self._send_places(answer, place)
+        else:
+            # What is in a bucket is overwritten by one of the next messages, perhaps before the peer has it.
+            steady = store.steady and not staged
+            store.note_digest(message, session.send_message(message, view, digest, timer, steady=steady, held=held))
         self._progressed()
+
+    def _place(self, answer: _Answer) -> bytes | None:
+        """Where the other side can read a message, None if it is sent."""
+        if answer.staged or not self._store.steady:
+            return None
+        return self._session.place(answer.view, self._timer, answer.held)
+
+    def _send_places(self, first: _Answer, place: bytes) -> None:
+        """Say where a message is, and those behind it that are asked for, and can be told, as well."""
+        message, answers = first.question.message, self._answers
+        told, places = [first], [place]
+        while answers and answers[0].question == (message + len(told), None):
+            following = self._place(answers[0])
+            if following is None:
+                break
+            told.append(answers.popleft())
+            places.append(following)
+        messages = [(answer.view, answer.digest, answer.held) for answer in told]
+        for answer, digest in zip(told, self._session.send_places(message, places, messages, self._timer), strict=True):
+            self._store.note_digest(answer.question.message, digest)

@@ -285,7 +285,7 @@ def test_memory_is_not_asked_for(
     assert into[0].complete
 
 
-@pytest.mark.parametrize(("waits", "expected"), [(None, 3), (False, 3), (True, 1)], ids=["sent", "read", "waited for"])
+@pytest.mark.parametrize(("waits", "expected"), [(None, 3), (False, 5), (True, 1)], ids=["sent", "read", "waited for"])
 def test_how_many_are_asked_for_at_once(
     into: tuple[PendingMessages, Any, Any], waits: bool | None, expected: int
 ) -> None:

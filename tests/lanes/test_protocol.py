@@ -20,6 +20,7 @@ from ft_transport._lanes.protocol import (
     MAX_BODY_BYTES,
     MAX_LONG_BODY_BYTES,
     MAX_MANIFEST_BYTES,
+    MAX_RUN,
     TABLE,
     TRAILER,
     VERSION,
@@ -33,6 +34,7 @@ from ft_transport._lanes.protocol import (
     encode,
     encode_header,
     max_body_bytes,
+    num_messages,
 )
 from ft_transport._wire.digest import digest_bytes
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
@@ -162,6 +164,8 @@ def test_headers_out_of_bounds(header: LaneHeader, reason: str) -> None:
         (LaneFrame.CHECK, [True]),
         (LaneFrame.CHECK, {"a": 1}),
         (LaneFrame.WANT, []),
+        (LaneFrame.WANT, [1, 1]),
+        (LaneFrame.PLACE, [b"p", "q"]),
     ],
 )
 def test_bodies_of_other_types_are_refused(frame: LaneFrame, body: Any) -> None:
@@ -284,6 +288,50 @@ def test_a_place_is_an_answer_as_any_other() -> None:
         deliver(ends, SOURCE, frame, number)
     assert not ends[SOURCE].asked
     assert not ends[DESTINATION].asked
+
+
+def deliver_several(ends: dict[Role, LaneProtocol], sender: Role, frame: LaneFrame, number: int, num: int) -> None:
+    body = (num,) if frame is LaneFrame.WANT else (b"p",) * num
+    header = LaneHeader(frame, 1, 7, number)
+    ends[sender].sent(frame, number, num_messages(frame, body))
+    receiver = ends[DESTINATION if sender is SOURCE else SOURCE]
+    receiver.received(header)
+    receiver.received_body(header, body)
+
+
+def test_several_are_asked_for_and_told_at_once() -> None:
+    ends = both_in(State.DIRECT)
+    deliver_several(ends, DESTINATION, LaneFrame.WANT, 5, MAX_RUN)
+    deliver_several(ends, SOURCE, LaneFrame.PLACE, 5, 3)
+    deliver(ends, SOURCE, LaneFrame.MESSAGE, 8)
+    for end in ends.values():
+        assert list(end.asked) == list(range(9, 5 + MAX_RUN))
+    deliver_several(ends, SOURCE, LaneFrame.PLACE, 9, MAX_RUN - 4)
+    assert not ends[SOURCE].asked
+    assert not ends[DESTINATION].asked
+
+
+@pytest.mark.parametrize("num", [-1, 0, MAX_RUN + 1, 1 << 63])
+def test_nobody_is_asked_for_none_or_for_any_number(num: int) -> None:
+    ends = both_in(State.LANE)
+    with pytest.raises(LocalProtocolError, match="WANT 5"):
+        ends[DESTINATION].sent(LaneFrame.WANT, 5, num)
+    header = LaneHeader(LaneFrame.WANT, 1, 7, 5)
+    ends[SOURCE].received(header)
+    with pytest.raises(RemoteProtocolError, match=f"WANT 5 is of {num} messages"):
+        ends[SOURCE].received_body(header, (num,))
+
+
+def test_no_more_are_told_than_were_asked_for() -> None:
+    ends = both_in(State.DIRECT)
+    deliver_several(ends, DESTINATION, LaneFrame.WANT, 5, 2)
+    deliver(ends, DESTINATION, LaneFrame.WANT, 8)
+    with pytest.raises(LocalProtocolError, match="PLACE 5"):
+        ends[SOURCE].sent(LaneFrame.PLACE, 5, 3)
+    header = LaneHeader(LaneFrame.PLACE, 1, 7, 5)
+    ends[DESTINATION].received(header)
+    with pytest.raises(RemoteProtocolError, match="PLACE 5 is of 3 messages"):
+        ends[DESTINATION].received_body(header, (b"p",) * 3)
 
 
 @pytest.mark.parametrize(("attempt", "step"), [(2, 7), (1, 8)])

@@ -64,7 +64,7 @@ def test_what_nobody_could_check_is_copied_before_this_side_goes_on(verified: bo
         theirs = stack.enter_context(socket.create_connection(server.getsockname()))
         ours = Connection(server.accept()[0], "peer")
         dispatcher.dispatch(ours, FirstFrame(LaneHeader(LaneFrame.ATTACH, 1, 7), (relay.ident,)))
-        theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0))
+        theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0, [1]))
         nbytes = HEADER_BYTES + SPLICE_FROM + TRAILER.size
         until(lambda: ours.nbytes_wire >= nbytes + HEADER_BYTES)  # what was asked counts as well
         weight.zero_()
@@ -134,7 +134,7 @@ def test_what_is_taken_back_before_its_answer_goes_is_not_vouched_for() -> None:
         theirs.connect(server.getsockname())
         ours = Connection(server.accept()[0], "peer")
         dispatcher.dispatch(ours, FirstFrame(LaneHeader(LaneFrame.ATTACH, 1, 7), (relay.ident,)))
-        theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0) + encode(LaneFrame.WANT, 1, 7, 1))
+        theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0, [1]) + encode(LaneFrame.WANT, 1, 7, 1, [1]))
         until(lambda: devices.num_copies == 2)
         pending.again([1])
         got = Connection(theirs.dup(), "relay")
@@ -176,7 +176,7 @@ class OnADevice:
 
     def fetch(self, message: int) -> bytes:
         limit = StallTimer(Deadline(timedelta(seconds=10)))
-        self.theirs.sendall(encode(LaneFrame.WANT, 1, 7, message))
+        self.theirs.sendall(encode(LaneFrame.WANT, 1, 7, message, [1]))
         data = self.got.read(HEADER_BYTES + self.good[message].nbytes, limit)[HEADER_BYTES:]
         self.got.read(TRAILER.size, limit)
         return data

@@ -48,10 +48,10 @@ class Lane:
         self.destination.send(LaneFrame.ATTACH, timer(), body=[b"i" * 16])
         self.supplier.recv(timer())
 
-    def ask(self, number: int) -> None:
-        self.destination.send(LaneFrame.WANT, timer(), number)
-        header, _ = self.supplier.recv(timer())
-        assert (header.frame, header.number) == (LaneFrame.WANT, number)
+    def ask(self, number: int, num: int = 1) -> None:
+        self.destination.send(LaneFrame.WANT, timer(), number, [num])
+        header, body = self.supplier.recv(timer())
+        assert (header.frame, header.number, body) == (LaneFrame.WANT, number, (num,))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_the_conversation_is_held_to_its_table(lane: Lane) -> None:
     lane.ask(3)
     forged = LaneProtocol(Role.SOURCE, 1, 7)
     forged.received = lambda header: None  # type: ignore[method-assign]
-    forged.sent = lambda frame, number=0: None  # type: ignore[method-assign]
+    forged.sent = lambda frame, number=0, num=1: None  # type: ignore[method-assign]
     Session(lane.supplier.connection, forged).send(LaneFrame.SAME, timer(), 5)
     with pytest.raises(RemoteProtocolError):
         lane.destination.recv(timer())
@@ -164,11 +164,23 @@ def direct(lane: Lane) -> Lane:
     return lane
 
 
-def arrives(lane: Lane, nbytes: int, *, verify: bool = True) -> tuple[LaneFrame, Any, bytearray]:
-    landed = bytearray(nbytes)
+def tells(lane: Lane, *messages: bytes | bytearray, digest: int | None = None) -> list[int]:
+    """The supplier says where these are; gives their digests."""
+    views = [memoryview(data) for data in messages]
+    places = [lane.supplier.place(view, timer(), None) for view in views]
+    assert None not in places
+    return lane.supplier.send_places(3, places, [(view, digest, None) for view in views], timer())  # type: ignore[arg-type]
+
+
+def arrive(lane: Lane, *nbytes: int, verify: bool = True, until: StallTimer | None = None) -> list[tuple[Any, bytes]]:
+    """The destination reads messages of so many bytes; gives for each what was found of its digest, and its bytes."""
+    landed = [bytearray(each) for each in nbytes]
     header = lane.destination.recv_header(timer())
-    found = lane.destination.recv_message(header, memoryview(landed), verify=verify, timer=timer())
-    return header.frame, found, landed
+    assert (header.frame, header.number) == (LaneFrame.PLACE, 3)
+    places = lane.destination.recv_body(header, timer())
+    targets = [(memoryview(data), None) for data in landed]
+    found = lane.destination.read_messages(places, targets, verify=verify, timer=until or timer())
+    return list(zip(found, map(bytes, landed), strict=True))
 
 
 @pytest.mark.parametrize("digest", [None, "known"])
@@ -176,44 +188,47 @@ def arrives(lane: Lane, nbytes: int, *, verify: bool = True) -> tuple[LaneFrame,
 def test_a_message_is_read_where_it_lies(direct: Lane, nbytes: int, digest: str | None) -> None:
     data = bytearray(noise(nbytes // 4 + 1, 1).view(torch.uint8)[:nbytes].tolist())
     known = digest_bytes(data) if digest else None
-    assert direct.supplier.send_message(3, memoryview(data), known, timer(), steady=True) == digest_bytes(data)
-    assert arrives(direct, nbytes) == (LaneFrame.PLACE, digest_bytes(data), data)
+    assert tells(direct, data, digest=known) == [digest_bytes(data)]
+    assert arrive(direct, nbytes) == [(digest_bytes(data), data)]
     assert direct.destination.nbytes_direct == nbytes
     assert direct.destination.connection.nbytes_wire == direct.supplier.connection.nbytes_wire > nbytes
 
 
-@pytest.mark.parametrize(("nbytes", "steady"), [(DIRECT_FROM - 1, True), (DIRECT_FROM, False)])
-def test_what_is_small_or_will_not_stay_is_sent(direct: Lane, nbytes: int, steady: bool) -> None:
-    direct.supplier.send_message(3, memoryview(bytearray(nbytes)), None, timer(), steady=steady)
-    assert arrives(direct, nbytes)[0] is LaneFrame.MESSAGE
-    assert direct.destination.nbytes_direct == 0
+def test_messages_that_are_asked_for_at_once_are_told_at_once(direct: Lane) -> None:
+    direct.ask(4, 2)
+    sizes = (DIRECT_FROM, _READ_BYTES + 1, DIRECT_FROM + 3)
+    messages = [
+        bytearray(noise(nbytes, number).view(torch.uint8)[:nbytes].tolist()) for number, nbytes in enumerate(sizes)
+    ]
+    digests = tells(direct, *messages)
+    messages[1][-1] ^= 1
+    assert arrive(direct, *sizes) == [(digests[0], messages[0]), (None, messages[1]), (digests[2], messages[2])]
+    assert not direct.destination.protocol.asked
+    assert direct.destination.nbytes_direct == sum(sizes)
+
+
+def test_what_is_small_is_sent(direct: Lane) -> None:
+    assert direct.supplier.place(memoryview(bytearray(DIRECT_FROM)), timer(), None) is not None
+    assert direct.supplier.place(memoryview(bytearray(DIRECT_FROM - 1)), timer(), None) is None
 
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_memory_that_changes_before_it_is_read_is_damage(direct: Lane, verify: bool) -> None:
     """As damage on the way: it is asked for again. Without digests it is for the source to have the last word."""
     data = bytearray(DIRECT_FROM)
-    digest = direct.supplier.send_message(3, memoryview(data), None, timer(), steady=True)
+    (digest,) = tells(direct, data)
     data[-1] = 1
-    assert arrives(direct, DIRECT_FROM, verify=verify)[1] == (None if verify else digest)
-
-
-def test_a_place_of_another_length_is_refused_before_it_is_read(direct: Lane) -> None:
-    direct.supplier.send_message(3, memoryview(bytearray(DIRECT_FROM)), None, timer(), steady=True)
-    with pytest.raises(RemoteProtocolError, match=f"message 3: expected 5 bytes, got {DIRECT_FROM}"):
-        arrives(direct, 5)
-    assert direct.destination.nbytes_direct == 0
+    ((found, _),) = arrive(direct, DIRECT_FROM, verify=verify)
+    assert found == (None if verify else digest)
 
 
 def test_memory_that_is_not_there_any_more_is_no_protocol_of_its_own(direct: Lane) -> None:
     """A failure of the peer's, after which it is asked elsewhere, or over the connection."""
     protocol = direct.supplier.protocol
     protocol.sent(LaneFrame.PLACE, 3)
-    direct.supplier.connection.write(
-        [encode(LaneFrame.PLACE, 1, 7, 3, [struct.pack("<Q", 4096), DIRECT_FROM])], timer()
-    )
+    direct.supplier.connection.write([encode(LaneFrame.PLACE, 1, 7, 3, [struct.pack("<Q", 4096)])], timer())
     with pytest.raises(Unreadable, match="the supplier's memory cannot be read") as info:
-        arrives(direct, DIRECT_FROM)
+        arrive(direct, DIRECT_FROM)
     assert isinstance(info.value, PeerFailure)
 
 
@@ -240,13 +255,12 @@ class Unwilling:
 def test_what_cannot_be_shown_any_more_is_sent_and_its_end_not_waited_for_in_silence(direct: Lane) -> None:
     """The other side would take this one for dead meanwhile. Before the lane is over, it is waited for."""
     direct.supplier.shown = unwilling = Unwilling()
-    direct.supplier.send_message(3, memoryview(bytearray(DIRECT_FROM)), None, timer(), steady=True)
-    assert arrives(direct, DIRECT_FROM)[0] is LaneFrame.MESSAGE
+    assert direct.supplier.place(memoryview(bytearray(DIRECT_FROM)), timer(), None) is None
     assert unwilling.closed
     asking = threading.Thread(target=direct.supplier.await_question, args=(timer(),))
     asking.start()
     assert direct.destination.recv_header(timer()).frame is LaneFrame.WAIT, "as was agreed when it was shown"
-    direct.destination.send(LaneFrame.WANT, timer(), 4)
+    direct.destination.send(LaneFrame.WANT, timer(), 4, [1])
     asking.join(10)
     assert not unwilling.awaited
     direct.supplier.end()
@@ -279,14 +293,13 @@ def test_memory_that_was_taken_away_is_told_to_nobody(direct: Lane) -> None:
     before = direct.supplier.connection.nbytes_wire
     tensor.untyped_storage().resize_(0)
     with pytest.raises(LocalProtocolError, match="exchanged or given back"):
-        direct.supplier.send_message(3, view, None, timer(), steady=True, held=part)
+        direct.supplier.place(view, timer(), part)
     assert direct.supplier.connection.nbytes_wire == before
 
 
 def test_the_deadline_holds_between_two_reads(direct: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
     data = bytearray(3 * _READ_BYTES)
-    direct.supplier.send_message(3, memoryview(data), None, timer(), steady=True)
-    header = direct.destination.recv_header(timer())
+    tells(direct, data)
     late = timer()
 
     def read_into(self: PeerMemory, address: int, view: memoryview) -> None:
@@ -296,5 +309,5 @@ def test_the_deadline_holds_between_two_reads(direct: Lane, monkeypatch: pytest.
     read = PeerMemory.read_into
     monkeypatch.setattr(PeerMemory, "read_into", read_into)
     with pytest.raises(TransferTimeout):
-        direct.destination.recv_message(header, memoryview(bytearray(len(data))), verify=True, timer=late)
+        arrive(direct, len(data), until=late)
     assert direct.destination.nbytes_direct == _READ_BYTES

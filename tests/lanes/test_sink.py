@@ -10,11 +10,8 @@ import pytest
 import torch
 from helpers import CPU, noise, raw_bytes, snapshot
 
-from ft_transport._deadline import Deadline
 from ft_transport._lanes.pending import PendingMessages
-from ft_transport._lanes.protocol import LaneFrame, LaneHeader
 from ft_transport._lanes.sink import Sink
-from ft_transport._net.stall import StallTimer
 from ft_transport._plan.buffers import Bucket
 from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import DestinationPlan
@@ -39,7 +36,7 @@ class Session:
         self.data = b""
         self.sound = True
 
-    def recv_message(self, header: LaneHeader, view: memoryview, **how: Any) -> int | None:
+    def recv_message(self, message: int, view: memoryview) -> int | None:
         view[:] = self.data
         return digest_bytes(self.data) if self.sound else None
 
@@ -59,9 +56,8 @@ class Destination:
 
     def land(self, message: int, data: bytes, *, sound: bool = True) -> bool:
         self.session.data, self.session.sound = data, sound
-        header = LaneHeader(LaneFrame.MESSAGE, 1, 7, message, len(data))
-        timer = StallTimer(Deadline(timedelta(seconds=10)))
-        return self.sink.land(self.session, header, self.bucket, timer)  # type: ignore[arg-type]
+        landing = self.sink.begin(message, self.bucket)
+        return self.sink.end(landing, self.session.recv_message(message, landing.view))
 
     @property
     def kept(self) -> bytes:
@@ -74,9 +70,9 @@ def test_memory_is_provided_before_a_message_is_read(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(DestinationPlan, "provide", lambda _, message: seen.append(f"provide {message}"))
     recv_message = it.session.recv_message
 
-    def noted(header: LaneHeader, *args: Any, **how: Any) -> int | None:
-        seen.append(f"read {header.number}")
-        return recv_message(header, *args, **how)
+    def noted(message: int, view: memoryview) -> int | None:
+        seen.append(f"read {message}")
+        return recv_message(message, view)
 
     it.session.recv_message = noted  # type: ignore[method-assign]
     assert it.land(0, LARGE)

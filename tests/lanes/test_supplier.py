@@ -103,7 +103,7 @@ def test_a_message_that_there_is_not_is_not_looked_for(
     destination, _ = lane
     destination.settimeout(10)
     with caplog.at_level(logging.WARNING, "ft_transport"):
-        destination.sendall(encode(LaneFrame.WANT, 1, 7, number))
+        destination.sendall(encode(LaneFrame.WANT, 1, 7, number, [1]))
         assert destination.recv(1) == b""
     assert not caplog.records
 
@@ -211,7 +211,7 @@ def test_nonsense_in_the_place_of_an_end_to_connect_to_shows_nothing(
     """The lane goes on: what is asked for is sent."""
     assert reading.locate(name, hello) == b""
     assert Deadline(timedelta(seconds=10)).poll(lambda: fabric.num_open == 1)
-    reading.session.send(LaneFrame.WANT, reading.timer, 0)
+    reading.session.send(LaneFrame.WANT, reading.timer, 0, [1])
     while (header := reading.session.recv_header(reading.timer)).frame is LaneFrame.WAIT:
         pass
     assert header.frame is LaneFrame.MESSAGE
@@ -240,7 +240,7 @@ def test_who_reads_slowly_is_waited_for_and_who_has_stopped_is_not(
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
     supply = Supplier(Large(2 << 20), StallTimer(Deadline(timedelta(seconds=60)), timedelta(seconds=8)))
     supply.attach(Connection(ours, "peer"), LaneHeader(LaneFrame.ATTACH, 1, 7, 0, 0))
-    theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0))
+    theirs.sendall(encode(LaneFrame.WANT, 1, 7, 0, [1]))
     heard = 0
 
     def read() -> None:
