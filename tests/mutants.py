@@ -138,10 +138,10 @@ MUTANTS = [
     ),
     Mutant(
         "memory that the next message will overwrite is not told by its place",
-        "_lanes/session.py",
-        "if steady and protocol.state is State.DIRECT",
-        "if protocol.state is State.DIRECT",
-        "tests/lanes/test_session.py::test_what_is_small_or_will_not_stay_is_sent",
+        "_lanes/supplier.py",
+        "if answer.staged or not self._store.steady:",
+        "if not self._store.steady:",
+        "tests/lanes/test_lane.py::test_what_cannot_be_told_yet_is_told_on_its_own",
     ),
     Mutant(
         "nobody reads a process that has not shown that it is the peer's",
@@ -174,7 +174,7 @@ MUTANTS = [
     Mutant(
         "a supplier bounds message numbers",
         "_lanes/supplier.py",
-        "if asked.number >= len(self._store.sizes)",
+        "if end > len(self._store.sizes)",
         "if False",
         "tests/lanes/test_supplier.py::test_a_message_that_there_is_not_is_not_looked_for",
     ),
@@ -516,7 +516,7 @@ MUTANTS = [
     ),
     Mutant(
         "by an endpoint one message is asked for at a time",
-        "_lanes/fetch.py",
+        "_lanes/lane.py",
         "window = 1 if self.session.reader is not None and self.session.reader.waits else _WINDOW",
         "window = _WINDOW",
         ONE_SIDED + "test_a_read_that_is_late_is_waited_for",
@@ -530,7 +530,7 @@ MUTANTS = [
     ),
     Mutant(
         "a lane that ends takes its endpoint with it",
-        "_lanes/fetch.py",
+        "_lanes/lane.py",
         "        self._leave_fabric()\n        # Before it counts",
         "        # Before it counts",
         CELL + "[lanes-network-cut-move-star-one_sided]",
@@ -544,7 +544,7 @@ MUTANTS = [
     ),
     Mutant(
         "an endpoint that does not begin is given up at the destination",
-        "_lanes/fetch.py",
+        "_lanes/lane.py",
         "timer=StallTimer(timer.deadline), limit=_fabric.OPENING)",
         "timer=StallTimer(timer.deadline))",
         ONE_SIDED + "test_a_backend_that_does_not_even_begin",
@@ -660,6 +660,34 @@ MUTANTS = [
         "return block, self._layout.begins[message], self._layout.sizes[message]",
         "return block, 0, self._layout.sizes[message]",
         "tests/plan/test_placement.py::test_a_range_of_several_messages_is_cut_where_they_begin",
+    ),
+    Mutant(
+        "two messages of a run that are staged do not share a bucket",
+        "_lanes/lane.py",
+        "if landings[-1].staged is not None:",
+        "if False:",
+        "tests/lanes/test_lane.py::test_two_that_are_staged_here_do_not_share_a_bucket",
+    ),
+    Mutant(
+        "what a run still owes is fetched by others",
+        "_lanes/lane.py",
+        "self.session.protocol.asked.extendleft(reversed(owed))",
+        "pass",
+        "tests/lanes/test_lane.py::test_of_a_run_that_breaks_off_all_is_still_to_be_fetched",
+    ),
+    Mutant(
+        "a lane that is ended reads no further in the supplier's memory",
+        "_lanes/lane.py",
+        'self._timer.cancel("the lane was closed")',
+        "pass",
+        "tests/lanes/test_lane.py::test_a_lane_that_is_ended_reads_no_further",
+    ),
+    Mutant(
+        "nobody is asked for any number of messages",
+        "_lanes/protocol.py",
+        "not 0 < num <= MAX_RUN",
+        "False",
+        "tests/lanes/test_protocol.py::test_nobody_is_asked_for_none_or_for_any_number",
     ),
     Mutant(
         "no more lanes are opened than there are messages",

@@ -18,6 +18,7 @@ from ft_transport._lanes import fetch, opening
 from ft_transport._lanes.chain import Route
 from ft_transport._lanes.fabric import new_shown
 from ft_transport._lanes.fetch import Fetcher
+from ft_transport._lanes.lane import Lane
 from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.protocol import LaneFrame, LaneHeader, LaneProtocol, Role
 from ft_transport._lanes.session import Session
@@ -180,13 +181,13 @@ def test_a_lane_that_is_dialled_in_vain_does_not_hide_why_the_others_have_ended(
         until(lambda: len(ended) == 2)
         raise PeerStalled("silent")
 
-    close, ended = fetch._Lane.close, []
+    close, ended = Lane.close, []
 
     def closed(lane: Any) -> None:
         close(lane)
         ended.append(lane)
 
-    monkeypatch.setattr(fetch._Lane, "close", closed)
+    monkeypatch.setattr(Lane, "close", closed)
     monkeypatch.setattr(opening, "dial", dial)
     fetcher = fetched(supplier, into, 3)
     assert "silent" not in str(fetcher.error)
@@ -198,7 +199,7 @@ def test_whatever_keeps_another_lane_from_opening_it_is_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any], place: str
 ) -> None:
     supplier, turns = Supplier(monkeypatch, [2, 100]), itertools.count()
-    where, name = (opening, "dial") if place == "dialling" else (fetch, "_Lane")
+    where, name = (opening, "dial") if place == "dialling" else (fetch, "Lane")
     made = getattr(where, name)
 
     def fail(*arguments: Any) -> Any:
@@ -294,7 +295,7 @@ def test_how_many_are_asked_for_at_once(
     protocol = LaneProtocol(Role.DESTINATION, 1, 7)
     protocol.sent(LaneFrame.ATTACH)
     session = Session(Connection(near, "lane"), protocol)
-    lane = fetch._Lane(session, into[1], timer(), None)
+    lane = Lane(session, into[1], timer(), None)
     session.reader = None if waits is None else SimpleNamespace(waits=waits, close=lambda: None)  # type: ignore[assignment]
     assert lane.ask(lambda: False, lambda: 1)
     assert len(protocol.asked) == expected

@@ -238,5 +238,6 @@ def test_fifty_heals_leave_nothing(lanes: Lanes, name: str) -> None:
     assert [tensor.data_ptr() for tensor in tensors(destination.template or {})] == where
     wait_until(lambda: residue().native_threads <= before.native_threads, 10)
     assert residue().descriptors <= before.descriptors
-    # A message's memory that stayed for each would be 160 MiB.
-    assert resident() - memory < 30 * MIB
+    # A message's memory that stayed for each would be 160 MiB. What the C library keeps of threads that are over
+    # differs by 40, and does not grow: in 200 heals neither.
+    assert resident() - memory < 80 * MIB

@@ -1,4 +1,4 @@
-"""Messages that are asked for at once, and read where they lie: what becomes of each when one is not as it should."""
+"""Messages that are asked for at once, and read where they lie: what becomes of each if one is not as it should be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers import CPU, noise, raw_bytes
 from ft_transport._deadline import Deadline
 from ft_transport._device import NO_STREAMS
 from ft_transport._lanes.fabric import CMA, new_reader, new_shown
-from ft_transport._lanes.fetch import _Lane
+from ft_transport._lanes.lane import Lane
 from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.protocol import MAX_RUN, LaneFrame, LaneProtocol, Role
 from ft_transport._lanes.session import DIRECT_FROM, Session, Unreadable
@@ -108,7 +108,7 @@ class Pair:
         self.plan = DestinationPlan(manifest, layout, {}, Targets.none(), CPU, report)
         self.pending = PendingMessages(len(STATE))
         self.claims: dict[int, int | None] = {}
-        self.lane = _Lane(
+        self.lane = Lane(
             self.here, Sink(layout, self.plan, self.pending, report, self.claims, verified=True), self.timer, None
         )
         self.stock = Stock()
@@ -247,6 +247,6 @@ def test_a_lane_that_is_ended_reads_no_further(pair: Pair, monkeypatch: pytest.M
 
 
 def test_no_frame_is_of_more_messages_than_it_may_be(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ft_transport._lanes.fetch.MAX_RUN", 3)
+    monkeypatch.setattr("ft_transport._lanes.lane.MAX_RUN", 3)
     assert pair.ask() == [0, 1, 2]
     assert MAX_RUN * (8 + 5) < 64 << 10, "places of a process's memory fit into a frame"
