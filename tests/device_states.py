@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import pytest
 import torch
-from helpers import CPU, Config, Point, difference, ties
+from helpers import CPU, Config, Point, difference, noise, ties
 from states import STATES
 from two_ends import WAYS, ends
 
@@ -85,6 +85,16 @@ class DeviceStates:
         got, sent = devices.on_host(both.result), devices.on_host(state)
         assert difference(got, sent) == ""
         assert sorted(ties(got)) == sorted(ties(sent))
+
+    @WAYS
+    def test_messages_of_both(self, devices: Devices, way: str) -> None:
+        """As of a model that is offloaded in part: what is staged, and what is read where it lies, by turns."""
+        state = devices.moved([noise(512 << 10, i) for i in range(24)], lambda i: i % 2 - 1)
+        with ends(way) as both:
+            both.move(state)
+            assert not both.errors
+        got, sent = devices.on_host(both.result), devices.on_host(state)
+        assert difference(got, sent) == ""
 
     @WAYS
     @pytest.mark.parametrize("name", ["large", "model_and_optimizer", "many_small", "large_strided"])

@@ -9,7 +9,7 @@ fabric tells the other side is bytes to everybody else. There are two:
   and so the lane is listened to meanwhile: whoever supplies says there that it lives. It lands in memory of the
   endpoint's and is copied from there, so what lands late lands nowhere else.
 
-Not here: what is said on a lane, and in which order (``_lanes.session``, ``_lanes.fetch``, ``_lanes.supplier``).
+Not here: what is said on a lane, and in which order (``_lanes.session``, ``_lanes.lane``, ``_lanes.supplier``).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ft_transport._plan.lent import Readers, readers_of
 from ft_transport._process import address_of
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["CMA", "OPENING", "Reader", "Shown", "Wait", "new_reader", "new_shown"]
+__all__ = ["CMA", "OPENING", "Read", "Reader", "Shown", "Wait", "new_reader", "new_shown"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -40,7 +40,7 @@ OPENING = timedelta(seconds=10)
 # How long the end of a lane waits until nobody can read any more. Longer than it was seen to take, since what follows
 # is the optimizer's step; a backend that takes longer may be read by a peer that has given up, and nobody is misled.
 _CLOSING = timedelta(seconds=2)
-# Beside a place in its frame: the message's length.
+# Beside a place in its frame: what msgpack puts before it.
 _MAX_PLACE_BYTES = MAX_BODY_BYTES - 64
 _ADDRESS = struct.Struct("<Q")
 _TOKEN_AT = struct.Struct("<QQ")

@@ -63,6 +63,7 @@ class Fetcher:
         self._fabric = options.reads_by if direct and max(sink.sizes, default=0) >= DIRECT_FROM else ""
         self._is_alone = False  # one lane, since it may have a fabric
         self._most = 1  # lanes
+        self._by_run = False
         self._lanes: list[Lane] = []
         self._crew = ThreadGroup()
         self._closing = False
@@ -87,6 +88,8 @@ class Fetcher:
             self.error = LocalProtocolError(f"a lane cannot be opened: {exc}")
             return
         lanes = self._options.lanes if self._num_messages is None else 1
+        # In a chain, what is asked for at once is passed on at once: there message after message, as it always was.
+        self._by_run = self._num_messages is None and route.from_source and self._sink.relay is None
         # Each lane has an endpoint, and a thread of a backend's that keeps a core busy, on either side: so one, unless
         # somebody asks for more. Who turns out to have no such fabric gets the others, see :meth:`look`.
         self._is_alone = lanes == "auto" and self._fabric not in ("", CMA)
@@ -149,7 +152,7 @@ class Fetcher:
     def _add(self, opening: Opening, session: Session, timer: StallTimer) -> Lane:
         try:
             # Each lane has a timer of its own: one that stands still is not excused by its neighbours.
-            lane = Lane(session, self._sink, timer, self._num_messages)
+            lane = Lane(session, self._sink, timer, self._num_messages, by_run=self._by_run)
         except BaseException:
             session.connection.close()
             raise

@@ -40,6 +40,13 @@ _RUN_BYTES = 128 << 20
 class Lane:
     """One lane, for the thread that runs it; :meth:`abort` is for any.
 
+    Args:
+        session: With the supplier.
+        sink: Where messages land.
+        timer: Of this lane alone.
+        num_messages: How many to fetch; None for as many as there are.
+        by_run: Whether to ask for many at once where they can be read.
+
     Attributes:
         session: With the supplier.
         nbytes: Bytes of the messages that have landed by it.
@@ -48,7 +55,9 @@ class Lane:
         lacks_fabric: Whether the supplier's memory was found not to be readable.
     """
 
-    def __init__(self, session: Session, sink: Sink, timer: StallTimer, num_messages: int | None) -> None:
+    def __init__(
+        self, session: Session, sink: Sink, timer: StallTimer, num_messages: int | None, *, by_run: bool
+    ) -> None:
         self.session = session
         self.nbytes = 0
         self.fatal: Exception | None = None
@@ -57,6 +66,7 @@ class Lane:
         self._sink = sink
         self._timer = timer
         self._num_left = num_messages
+        self._by_run = by_run
         # What has landed in one is copied to an accelerator while the next message lands in the other.
         self._buckets = by_turns(sink.streams)
         self._lock = threading.Lock()
@@ -126,7 +136,7 @@ class Lane:
     def _run_from(self, message: int, num_lanes: int) -> int:
         """Take those behind a message as well, to ask for all at once; gives how many they are together."""
         sink, reader, num = self._sink, self.session.reader, 1
-        if reader is None or reader.waits or self._num_left is not None:
+        if not self._by_run or reader is None or reader.waits:
             return num
         most, nbytes = min(sink.pending.num_todo // (2 * num_lanes), MAX_RUN), sink.sizes[message]
         while num < most and nbytes < _RUN_BYTES and sink.pending.take_next(message + num, may=sink.is_missing):
@@ -182,6 +192,7 @@ class Lane:
             landings.append(self._sink.begin(message, self._buckets[0]))
             if landings[-1].staged is not None:
                 break
+            self._timer.check()  # memory for all of them may have to be provided first
         return landings
 
     def _end(self, owed: deque[int], landings: Sequence[Landing], digests: Sequence[int | None]) -> None:

@@ -16,6 +16,7 @@ import struct
 from collections import deque
 from collections.abc import Generator
 from enum import Enum, IntEnum
+from itertools import islice
 from typing import Any, NamedTuple
 
 import msgpack
@@ -385,7 +386,7 @@ class LaneProtocol:
             raise LocalProtocolError(f"{frame.name} {number} cannot be sent in state {self.state.value}")
 
     def received(self, header: LaneHeader) -> None:
-        """Note what the peer has sent; :meth:`received_body` follows where it has a body.
+        """Note what the peer has sent; :meth:`received_body` follows, but for a MESSAGE.
 
         Raises:
             RemoteProtocolError: It may not.
@@ -402,28 +403,28 @@ class LaneProtocol:
             )
 
     def received_body(self, header: LaneHeader, body: Any) -> None:
-        """Note of how many messages that is; raises as :meth:`received`."""
+        """Note that the body is here as well, and of how many messages it is; raises as :meth:`received`."""
         num = num_messages(header.frame, body)
         if not self._follow(header.frame, header.number, num):
             raise RemoteProtocolError(f"{header.frame.name} {header.number} is of {num} messages")
 
     def _follow(self, frame: LaneFrame, number: int, num: int) -> bool:
         """Note that a frame, which is noted already, is of so many messages; gives whether it may."""
-        if num == 1:
-            return True
-        if frame not in _OF_SEVERAL or not 0 < num <= MAX_RUN:
+        if num != 1 and (frame not in _OF_SEVERAL or not 0 < num <= MAX_RUN):
             return False
-        following = range(number + 1, number + num)
+        messages = range(number, number + num)
         if frame is LaneFrame.WANT:
-            self.asked.extend(following)
-            return True
-        return all(self._answer(each) for each in following)
-
-    def _answer(self, number: int, *, checked: bool = False) -> bool:
-        if not self.asked or self.asked[0] != number or (checked and number not in self._checked):
-            return False
-        self._checked.discard(self.asked.popleft())
+            self.asked.extend(messages[1:])
+        # Only now, and all or none: what is not answered after all is still owed.
+        elif frame in _ANSWERS and frame is not LaneFrame.MESSAGE:
+            if list(islice(self.asked, num)) != list(messages):
+                return False
+            self._answered(num)
         return True
+
+    def _answered(self, num: int = 1) -> None:
+        for _ in range(num):
+            self._checked.discard(self.asked.popleft())
 
     def _advance(self, sender: Role, frame: LaneFrame, number: int) -> bool:
         following = TABLE[self.state].get((sender, frame))
@@ -435,8 +436,12 @@ class LaneProtocol:
                 self._checked.add(number)
         # Answers in the order of the questions need no numbers of their own, and what is still owed is simply what is
         # left.
-        elif frame in _ANSWERS and not self._answer(number, checked=frame is LaneFrame.SAME):
-            return False
+        elif frame in _ANSWERS:
+            if not self.asked or self.asked[0] != number or (frame is LaneFrame.SAME and number not in self._checked):
+                return False
+            # The others have a body, which may not come.
+            if frame is LaneFrame.MESSAGE:
+                self._answered()
         self.state = following
         return True
 

@@ -23,7 +23,7 @@ from typing import Any
 import xxhash
 
 from ft_transport._deadline import MAX_WAIT, Deadline
-from ft_transport._lanes.fabric import Reader, Shown
+from ft_transport._lanes.fabric import Read, Reader, Shown
 from ft_transport._lanes.protocol import (
     HEADER_BYTES,
     TRAILER,
@@ -52,6 +52,8 @@ logger = logging.getLogger("ft_transport")
 _PIECE_BYTES = (1 << 20) - mmap.PAGESIZE
 # The same of what is read where it lies, and is only fingerprinted: fewer calls, and the outer cache is quick enough.
 _READ_BYTES = 2 << 20
+# Of so many bytes that are read where they lie, the digests are said at once.
+_SAID_BYTES = 16 << 20
 # Fewer bytes are as quickly here as the word where they are.
 DIRECT_FROM = 64 << 10
 # How often whoever waits for a read looks whether the peer has spoken, or somebody has ended the connection.
@@ -205,11 +207,19 @@ class Session:
             As :meth:`place`.
         """
         self.send(LaneFrame.PLACE, timer, number, places)
-        # While the peer reads. Should its memory be given back meanwhile, neither side's read ends a process, and what
-        # the peer has is not what the digest is of.
-        digests = [fingerprint(view, held) if digest is None else digest for view, digest, held in messages]
-        self.connection.write([b"".join(map(TRAILER.pack, digests))], timer)
-        self.connection.nbytes_wire += sum(len(view) for view, _, _ in messages)
+        digests: list[int] = []
+        num_said = nbytes = 0
+        for view, digest, held in messages:
+            # While the peer reads. Should its memory be given back meanwhile, neither side's read ends a process, and
+            # what the peer has is not what the digest is of.
+            digests.append(fingerprint(view, held) if digest is None else digest)
+            nbytes += len(view)
+            # Now and then, so that neither side is silent for as long as all of them take, nor goes on when it is over.
+            if nbytes >= _SAID_BYTES or len(digests) == len(messages):
+                self.connection.write([b"".join(map(TRAILER.pack, digests[num_said:]))], timer)
+                self.connection.nbytes_wire += nbytes
+                num_said, nbytes = len(digests), 0
+                timer.check()
         return digests
 
     def recv_message(
@@ -255,6 +265,8 @@ class Session:
     ) -> list[int | None]:
         """Read messages from where the supplier has them; gives the digest of each, None if it came damaged.
 
+        After an error: any of the memory holds some, all or none of its message.
+
         Args:
             places: Of each.
             targets: The memory to fill with each, and what that is of, if it is a user's.
@@ -268,10 +280,14 @@ class Session:
             fills = []
             for place, (view, held) in zip(places, targets, strict=True):
                 hashed = xxhash.xxh3_64()
-                read = self.reader.read_from(place, len(view), held, wait)
+                read: Read = self.reader.read_from(place, len(view), held, wait)
+                # The system refuses what is not there, but not what is somebody else's by then: each piece is looked
+                # at. One that has landed elsewhere already is copied under the same look.
+                if held is not None and not self.reader.waits:
+                    read = held.reads(read)
                 fills.append((view, read, _reads(hashed, held), hashed))
             for view, read, update, _ in fills:
-                for piece in _pieces(view, _READ_BYTES if verify else len(view)):
+                for piece in _pieces(view, _READ_BYTES):
                     read(piece)
                     if verify:
                         update(piece)

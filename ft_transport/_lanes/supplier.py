@@ -278,7 +278,7 @@ class _Lane:
     def _has_room(self) -> bool:
         """Whether one more answer can be begun: if its message is staged, there is a bucket."""
         # Where messages are told by their places, as many as were asked for are told at once.
-        most = MAX_RUN if self._session.tells_places else len(self._buckets)
+        most = MAX_RUN if self._session.tells_places and self._store.steady else len(self._buckets)
         return len(self._answers) < most and sum(answer.staged for answer in self._answers) < len(self._buckets)
 
     def _begin(self, *, waiting: bool) -> bool:
@@ -303,11 +303,13 @@ class _Lane:
         digest = store.digest(message) if store.verified else 0
         if digest is None and not store.is_whole_transfer:
             return self._begin(waiting=waiting)  # it was taken back just now
-        self._buckets.rotate()
+        # The one that was used longest ago: at most as many answers are staged as there are buckets, so it has left.
         bucket = self._buckets[0]
         bucket.reset(aligned(store.sizes[message]))
         view = store.view(message, bucket)
         staged = not bucket.untouched
+        if staged:
+            self._buckets.rotate(-1)
         copied = self._streams.begun() if staged else NOTHING
         answer = _Answer(self._questions.popleft(), digest, view, store.held(message), staged, copied)
         self._answers.append(answer)

@@ -18,7 +18,7 @@ from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
 __all__ = ["Interface", "Endpoint", "rank_addresses", "interfaces", "resolve"]
 
-VERSION = 4
+VERSION = 5
 # As many as SHA-256 gives: a longer key makes its HMAC no stronger (RFC 2104, 3).
 SECRET_BYTES = 32
 

@@ -110,12 +110,13 @@ def fetched(
     *,
     fabric: Fabric = "auto",
     direct: bool = True,
+    from_source: bool = True,
 ) -> Fetcher:
     work, sink, _ = into
     with contextlib.closing(Wakeup()) as bell:
         options = LaneOptions(CPU, lanes=lanes, fabric=fabric)
         fetcher = Fetcher(sink, bell, options, 1, 7, num_messages=num_messages, direct=direct)
-        route = Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", True)
+        route = Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", from_source)
         fetcher.open(route, None, timer)
         until(lambda: not fetcher.alive or work.complete)
         fetcher.close()
@@ -202,10 +203,10 @@ def test_whatever_keeps_another_lane_from_opening_it_is_not_waited_for(
     where, name = (opening, "dial") if place == "dialling" else (fetch, "Lane")
     made = getattr(where, name)
 
-    def fail(*arguments: Any) -> Any:
+    def fail(*arguments: Any, **how: Any) -> Any:
         if next(turns):
             raise MemoryError("no room")
-        return made(*arguments)
+        return made(*arguments, **how)
 
     monkeypatch.setattr(where, name, fail)
     fetcher = fetched(supplier, into, 2)
@@ -226,7 +227,7 @@ def test_interrupted_at_its_end_it_says_so_and_is_closed(
 
     with contextlib.closing(Wakeup()) as bell:
         fetcher = Fetcher(sink, bell, LaneOptions(CPU, lanes=2), 1, 7)
-        fetcher.open(Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", True), None, timer)
+        fetcher.open(Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", from_source), None, timer)
         until(lambda: work.complete)
         with monkeypatch.context() as patch:
             patch.setattr(Wakeup, "close", interrupted)
@@ -286,6 +287,25 @@ def test_memory_is_not_asked_for(
     assert into[0].complete
 
 
+@pytest.mark.parametrize("who", ["a destination alone", "one in a chain", "one that passes on", "a probe"])
+def test_only_who_is_no_link_of_a_chain_asks_for_many_at_once(
+    monkeypatch: pytest.MonkeyPatch, into: tuple[PendingMessages, Any, Any], who: str
+) -> None:
+    """What is asked for at once is here at once, and not passed on before. A probe compares speeds."""
+    made, by_run = fetch.Lane, []
+
+    def noted(*arguments: Any, **how: Any) -> Lane:
+        by_run.append(how["by_run"])
+        return made(*arguments, **how)
+
+    monkeypatch.setattr(fetch, "Lane", noted)
+    if who == "one that passes on":
+        into[1].relay = SimpleNamespace(keep=lambda *_: True)
+    num_messages = 3 if who == "a probe" else None
+    fetched(Supplier(monkeypatch, [100]), into, 1, num_messages, from_source=who != "one in a chain")
+    assert by_run == [who == "a destination alone"]
+
+
 @pytest.mark.parametrize(("waits", "expected"), [(None, 3), (False, 5), (True, 1)], ids=["sent", "read", "waited for"])
 def test_how_many_are_asked_for_at_once(
     into: tuple[PendingMessages, Any, Any], waits: bool | None, expected: int
@@ -295,7 +315,7 @@ def test_how_many_are_asked_for_at_once(
     protocol = LaneProtocol(Role.DESTINATION, 1, 7)
     protocol.sent(LaneFrame.ATTACH)
     session = Session(Connection(near, "lane"), protocol)
-    lane = Lane(session, into[1], timer(), None)
+    lane = Lane(session, into[1], timer(), None, by_run=True)
     session.reader = None if waits is None else SimpleNamespace(waits=waits, close=lambda: None)  # type: ignore[assignment]
     assert lane.ask(lambda: False, lambda: 1)
     assert len(protocol.asked) == expected

@@ -34,8 +34,8 @@ from ft_transport._lanes.protocol import (
     encode,
     encode_header,
     max_body_bytes,
-    num_messages,
 )
+from ft_transport._net import endpoint
 from ft_transport._wire.digest import digest_bytes
 from ft_transport.errors import LocalProtocolError, RemoteProtocolError
 
@@ -91,6 +91,11 @@ def test_earlier_versions_are_refused_by_name(version: int, data: str) -> None:
     """Whatever they say: a frame of the same name may mean something else there."""
     with pytest.raises(RemoteProtocolError, match=f"expected version {VERSION} of the lanes' wire, got {version}"):
         decode_header(bytes.fromhex(data)[:HEADER_BYTES])
+
+
+def test_the_metadata_and_the_frames_have_one_version() -> None:
+    """Who reads the metadata of another version says so by name, before anybody waits for anything."""
+    assert endpoint.VERSION == VERSION
 
 
 @pytest.mark.parametrize(("name", "data"), lane_frames().items(), ids=list(lane_frames()))
@@ -212,10 +217,12 @@ def path_to(goal: State) -> list[tuple[Role, LaneFrame]]:
     return paths[goal]
 
 
-def deliver(ends: dict[Role, LaneProtocol], sender: Role, frame: LaneFrame, number: int = 0) -> None:
-    ends[sender].sent(frame, number)
-    receiver = DESTINATION if sender is SOURCE else SOURCE
-    ends[receiver].received(LaneHeader(frame, 1, 7, number))
+def deliver(ends: dict[Role, LaneProtocol], sender: Role, frame: LaneFrame, number: int = 0, num: int = 1) -> None:
+    ends[sender].sent(frame, number, num)
+    receiver, header = ends[DESTINATION if sender is SOURCE else SOURCE], LaneHeader(frame, 1, 7, number)
+    receiver.received(header)
+    if frame is not LaneFrame.MESSAGE:
+        receiver.received_body(header, (num,) if frame is LaneFrame.WANT else (b"p",) * num)
 
 
 def both_in(state: State) -> dict[Role, LaneProtocol]:
@@ -290,23 +297,14 @@ def test_a_place_is_an_answer_as_any_other() -> None:
     assert not ends[DESTINATION].asked
 
 
-def deliver_several(ends: dict[Role, LaneProtocol], sender: Role, frame: LaneFrame, number: int, num: int) -> None:
-    body = (num,) if frame is LaneFrame.WANT else (b"p",) * num
-    header = LaneHeader(frame, 1, 7, number)
-    ends[sender].sent(frame, number, num_messages(frame, body))
-    receiver = ends[DESTINATION if sender is SOURCE else SOURCE]
-    receiver.received(header)
-    receiver.received_body(header, body)
-
-
 def test_several_are_asked_for_and_told_at_once() -> None:
     ends = both_in(State.DIRECT)
-    deliver_several(ends, DESTINATION, LaneFrame.WANT, 5, MAX_RUN)
-    deliver_several(ends, SOURCE, LaneFrame.PLACE, 5, 3)
+    deliver(ends, DESTINATION, LaneFrame.WANT, 5, MAX_RUN)
+    deliver(ends, SOURCE, LaneFrame.PLACE, 5, 3)
     deliver(ends, SOURCE, LaneFrame.MESSAGE, 8)
     for end in ends.values():
         assert list(end.asked) == list(range(9, 5 + MAX_RUN))
-    deliver_several(ends, SOURCE, LaneFrame.PLACE, 9, MAX_RUN - 4)
+    deliver(ends, SOURCE, LaneFrame.PLACE, 9, MAX_RUN - 4)
     assert not ends[SOURCE].asked
     assert not ends[DESTINATION].asked
 
@@ -324,7 +322,7 @@ def test_nobody_is_asked_for_none_or_for_any_number(num: int) -> None:
 
 def test_no_more_are_told_than_were_asked_for() -> None:
     ends = both_in(State.DIRECT)
-    deliver_several(ends, DESTINATION, LaneFrame.WANT, 5, 2)
+    deliver(ends, DESTINATION, LaneFrame.WANT, 5, 2)
     deliver(ends, DESTINATION, LaneFrame.WANT, 8)
     with pytest.raises(LocalProtocolError, match="PLACE 5"):
         ends[SOURCE].sent(LaneFrame.PLACE, 5, 3)
@@ -332,6 +330,7 @@ def test_no_more_are_told_than_were_asked_for() -> None:
     ends[DESTINATION].received(header)
     with pytest.raises(RemoteProtocolError, match="PLACE 5 is of 3 messages"):
         ends[DESTINATION].received_body(header, (b"p",) * 3)
+    assert list(ends[DESTINATION].asked) == [5, 6, 8], "all of it is still owed"
 
 
 @pytest.mark.parametrize(("attempt", "step"), [(2, 7), (1, 8)])

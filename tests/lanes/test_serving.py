@@ -268,7 +268,7 @@ def test_a_callback_that_raises_ends_its_own_conversation_alone() -> None:
         (ELSEWHERE, b"r" * 64, True, False),
         (ELSEWHERE, b"r" * 65, False, True),
         ("http://elsewhere", b"r" * 16, False, True),
-        (ELSEWHERE.replace("/4/", "/5/"), b"r" * 16, False, True),
+        (ELSEWHERE.replace("/5/", "/6/"), b"r" * 16, False, True),
         ("", b"", False, False),
     ],
     ids=["sound", "another make's", "too long", "another transport", "another version", "it passes nothing on"],

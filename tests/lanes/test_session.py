@@ -254,7 +254,9 @@ class Unwilling:
 
 def test_what_cannot_be_shown_any_more_is_sent_and_its_end_not_waited_for_in_silence(direct: Lane) -> None:
     """The other side would take this one for dead meanwhile. Before the lane is over, it is waited for."""
+    assert direct.supplier.tells_places
     direct.supplier.shown = unwilling = Unwilling()
+    assert not direct.supplier.tells_places, "one by one, as it waits"
     assert direct.supplier.place(memoryview(bytearray(DIRECT_FROM)), timer(), None) is None
     assert unwilling.closed
     asking = threading.Thread(target=direct.supplier.await_question, args=(timer(),))

@@ -30,14 +30,14 @@ def test_metadata_round_trip(tls: bool) -> None:
         "",
         "<n/a>",
         "http://host:1234/checkpoint/",
-        "ft-lanes://:1/4/" + "00" * 32,
-        "ft-lanes://10.0.0.1:1/4/" + "00" * 8,
-        "ft-lanes://10.0.0.1:0/4/" + "00" * 32,
-        "ft-lanes://10.0.0.1:70000/4/" + "00" * 32,
-        "ft-lanes://10.0.0.999:1/4/" + "00" * 32,
-        "ft-lanes://10.0.0.1:1/4/" + "00" * 32 + "\n",
+        "ft-lanes://:1/5/" + "00" * 32,
+        "ft-lanes://10.0.0.1:1/5/" + "00" * 8,
+        "ft-lanes://10.0.0.1:0/5/" + "00" * 32,
+        "ft-lanes://10.0.0.1:70000/5/" + "00" * 32,
+        "ft-lanes://10.0.0.999:1/5/" + "00" * 32,
+        "ft-lanes://10.0.0.1:1/5/" + "00" * 32 + "\n",
         None,
-        b"ft-lanes://10.0.0.1:1/4/" + b"00" * 32,
+        b"ft-lanes://10.0.0.1:1/5/" + b"00" * 32,
     ],
 )
 def test_other_metadata_is_refused(metadata: Any) -> None:
@@ -46,8 +46,8 @@ def test_other_metadata_is_refused(metadata: Any) -> None:
 
 
 def test_another_version_is_refused_by_name() -> None:
-    for version in (1, 2, 3, 5):
-        with pytest.raises(RemoteProtocolError, match=f"expected version 4 of the lanes, the source has {version}"):
+    for version in (1, 2, 3, 4, 6):
+        with pytest.raises(RemoteProtocolError, match=f"expected version 5 of the lanes, the source has {version}"):
             Endpoint.decode(f"ft-lanes://10.0.0.1:1/{version}/" + "00" * 32)
 
 
@@ -59,12 +59,12 @@ def test_version_1_refuses_this_one_by_name(tls: bool) -> None:
     )
     found = version_1.fullmatch(Endpoint(("10.0.0.1", "fd00::2"), 4711, SECRET, tls).encode())
     assert found is not None, "it would be called another transport's"
-    assert found[4] == "4"
+    assert found[4] == "5"
 
 
 def test_the_secret_is_in_no_message() -> None:
     metadata = Endpoint(("10.0.0.1",), 4711, SECRET, False).encode()
-    for wrong in (metadata.replace("ft-lanes", "other"), metadata.replace("/4/", "/1/"), metadata + "x"):
+    for wrong in (metadata.replace("ft-lanes", "other"), metadata.replace("/5/", "/1/"), metadata + "x"):
         with pytest.raises(RemoteProtocolError) as info:
             Endpoint.decode(wrong)
         assert SECRET.hex()[:8] not in str(info.value)

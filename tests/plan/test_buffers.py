@@ -109,7 +109,7 @@ def test_memory_goes_from_one_bucket_to_another() -> None:
     given.reset(1000)
     given.take(1000).fill_(7)
     flat = given.give()
-    adopting.reset(100)
+    adopting.reset(2000)
     taken = adopting.adopt(flat, 1000)
     assert not adopting.untouched
     given.reset(1000)
