@@ -227,7 +227,7 @@ def test_interrupted_at_its_end_it_says_so_and_is_closed(
 
     with contextlib.closing(Wakeup()) as bell:
         fetcher = Fetcher(sink, bell, LaneOptions(CPU, lanes=2), 1, 7)
-        fetcher.open(Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", from_source), None, timer)
+        fetcher.open(Route(Endpoint(("127.0.0.1",), 9, bytes(32), False), b"i", True), None, timer)
         until(lambda: work.complete)
         with monkeypatch.context() as patch:
             patch.setattr(Wakeup, "close", interrupted)
