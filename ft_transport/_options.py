@@ -126,7 +126,7 @@ class LaneOptions(Options):
         lane breaks is a small part of the state. In a chain each destination waits for a whole message before it passes
         it on, so there they are smaller.
         """
-        # In bytes. Three messages, what a lane asks for over a connection, are less than a twentieth of 256 MiB or more.
+        # In bytes. Three messages, what a lane asks for over a connection, are below a twentieth of 256 MiB or more.
         unit, most, growth = (2 << 20, 2, 512 << 20) if self.chain else (4 << 20, 4, 256 << 20)
         return Limits(message_bytes=min(max(nbytes // growth, 1), most) * unit)
 

@@ -697,6 +697,20 @@ MUTANTS = [
         "tests/lanes/test_lane.py::test_digests_are_said_now_and_then_and_not_when_it_is_over",
     ),
     Mutant(
+        "pages that are provided ahead are not left to who writes",
+        "_group/ahead.py",
+        "self._landing.provide(message, ahead=True)",
+        "self._landing.provide(message, ahead=False)",
+        "tests/group/test_ahead.py::test_flights_are_there_in_their_order",
+    ),
+    Mutant(
+        "memory is provided right before it is written to",
+        "_lanes/session.py",
+        "                if provide is not None:\n                    provide()\n",
+        "",
+        "tests/lanes/test_session.py::test_memory_is_provided_right_before_it_is_written_to",
+    ),
+    Mutant(
         "what a run still owes is fetched by others",
         "_lanes/lane.py",
         "self.session.protocol.asked.extendleft(reversed(owed))",

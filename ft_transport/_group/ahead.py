@@ -56,7 +56,7 @@ class Ahead:
     def _run(self) -> None:
         while (next_one := self._take()) is not None:
             flight, message = next_one
-            self._landing.provide(message)
+            self._landing.provide(message, ahead=True)
             with self._changed:
                 self._left[flight] -= 1
                 if self._left[flight] == 0:

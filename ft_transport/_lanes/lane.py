@@ -159,9 +159,7 @@ class Lane:
     def _land(self, header: LaneHeader) -> None:
         with self._owed(range(header.number, header.number + 1)) as owed:
             (landing,) = self._begin(owed)
-            digest = self.session.recv_message(
-                header, landing.view, verify=self._sink.verified, timer=self._timer, held=landing.held
-            )
+            digest = self.session.recv_message(header, landing.target, verify=self._sink.verified, timer=self._timer)
             self._end(owed, [landing], [digest])
 
     def _land_from(self, first: int, places: Sequence[bytes]) -> None:
@@ -169,7 +167,7 @@ class Lane:
         with self._owed(range(first, first + len(places))) as owed:
             while owed:
                 landings = self._begin(owed)
-                targets = [(landing.view, landing.held) for landing in landings]
+                targets = [landing.target for landing in landings]
                 there, places = places[: len(targets)], places[len(targets) :]
                 digests = self.session.read_messages(there, targets, verify=self._sink.verified, timer=self._timer)
                 self._end(owed, landings, digests)
@@ -192,7 +190,6 @@ class Lane:
             landings.append(self._sink.begin(message, self._buckets[0]))
             if landings[-1].staged is not None:
                 break
-            self._timer.check()  # memory for all of them may have to be provided first
         return landings
 
     def _end(self, owed: deque[int], landings: Sequence[Landing], digests: Sequence[int | None]) -> None:
@@ -200,7 +197,7 @@ class Lane:
             sound = self._sink.end(landing, digest)
             owed.popleft()
             if sound:
-                self.nbytes += len(landing.view)
+                self.nbytes += len(landing.target.view)
             else:
                 # It is back among what is to be fetched, and any lane may be the next to ask for it.
                 self._sink.note_damage(landing.message)

@@ -18,7 +18,7 @@ import mmap
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -43,7 +43,7 @@ from ft_transport._net.stall import HEARTBEAT, StallTimer
 from ft_transport._plan.blocks import Held
 from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferError
 
-__all__ = ["DIRECT_FROM", "Session", "Unreadable", "fingerprint"]
+__all__ = ["DIRECT_FROM", "Session", "Target", "Unreadable", "fingerprint"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -62,6 +62,20 @@ _LOOK = timedelta(milliseconds=50)
 
 class Unreadable(PeerFailure):
     """Memory of the supplier's, which could be read before, cannot be read (any more)."""
+
+
+class Target(NamedTuple):
+    """Memory that a message is read into.
+
+    Attributes:
+        view: The bytes.
+        held: What they are of, if it is a user's memory.
+        provide: Called right before they are written to, if they may not be memory yet.
+    """
+
+    view: memoryview
+    held: Held | None = None
+    provide: Callable[[], None] | None = None
 
 
 class Session:
@@ -222,25 +236,23 @@ class Session:
                 timer.check()
         return digests
 
-    def recv_message(
-        self, header: LaneHeader, view: memoryview, *, verify: bool, timer: StallTimer, held: Held | None = None
-    ) -> int | None:
-        """Receive a message, whose header is here already, into ``view``.
+    def recv_message(self, header: LaneHeader, target: Target, *, verify: bool, timer: StallTimer) -> int | None:
+        """Receive a message, whose header is here already.
 
         Returns:
             Its digest, None if it came damaged.
 
-        Args:
-            held: What ``view`` is of, if it is of a user's memory.
-
         Raises:
-            LocalProtocolError: That memory was taken away.
+            LocalProtocolError: Memory of a user's was taken away.
             RemoteProtocolError: It is of another length.
             PeerFailure, TransferTimeout: As ``Connection.read_into``.
-        After an error: ``view`` holds some, all or none of it.
+        After an error: the target holds some, all or none of it.
         """
+        view, held, provide = target
         if header.nbytes != len(view):
             raise RemoteProtocolError(f"message {header.number}: expected {len(view)} bytes, got {header.nbytes}")
+        if provide is not None:
+            provide()
         hashed = xxhash.xxh3_64()
         update = _reads(hashed, held)
         for piece in _pieces(view, _PIECE_BYTES if verify else len(view)):
@@ -258,7 +270,7 @@ class Session:
     def read_messages(
         self,
         places: Sequence[bytes],
-        targets: Sequence[tuple[memoryview, Held | None]],
+        targets: Sequence[Target],
         *,
         verify: bool,
         timer: StallTimer,
@@ -269,7 +281,7 @@ class Session:
 
         Args:
             places: Of each.
-            targets: The memory to fill with each, and what that is of, if it is a user's.
+            targets: Where each is to land.
             verify: As in :meth:`recv_message`, and what is raised as well.
             timer: As ever.
         """
@@ -278,15 +290,17 @@ class Session:
         try:
             # All of them first, since what runs between two copies finds nothing of its own in the caches.
             fills = []
-            for place, (view, held) in zip(places, targets, strict=True):
+            for place, (view, held, provide) in zip(places, targets, strict=True):
                 hashed = xxhash.xxh3_64()
                 read: Read = self.reader.read_from(place, len(view), held, wait)
                 # The system refuses what is not there, but not what is somebody else's by then: each piece is looked
                 # at. One that has landed elsewhere already is copied under the same look.
                 if held is not None and not self.reader.waits:
                     read = held.reads(read)
-                fills.append((view, read, _reads(hashed, held), hashed))
-            for view, read, update, _ in fills:
+                fills.append((view, provide, read, _reads(hashed, held), hashed))
+            for view, provide, read, update, _ in fills:
+                if provide is not None:
+                    provide()
                 for piece in _pieces(view, _READ_BYTES):
                     read(piece)
                     if verify:
@@ -298,11 +312,11 @@ class Session:
         except TransferError:
             raise  # a TransferTimeout is an OSError, too
         except OSError as exc:
-            for _, held in targets:
-                _check(held)
+            for target in targets:
+                _check(target.held)
             raise Unreadable(f"the supplier's memory cannot be read: {exc}") from None
-        for _, held in targets:
-            _check(held)
+        for target in targets:
+            _check(target.held)
         there = self._recv_digests(len(fills), timer)
         if not verify:
             return [*there]

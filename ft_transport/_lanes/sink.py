@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,7 @@ import torch
 from ft_transport._device import NO_STREAMS, Streams
 from ft_transport._lanes.pending import PendingMessages
 from ft_transport._lanes.relay import Relay
-from ft_transport._lanes.session import fingerprint
-from ft_transport._plan.blocks import Held
+from ft_transport._lanes.session import Target, fingerprint
 from ft_transport._plan.buffers import Bucket, aligned, by_turns
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.rewrite import Rewrite
@@ -44,16 +44,14 @@ class Landing(NamedTuple):
 
     Attributes:
         message: Which.
-        view: The memory.
-        held: What that is of, if it is the user's.
+        target: The memory.
         aside: It, if it is beside what forward has written.
         staged: It, if it is in a bucket.
         bucket: That one.
     """
 
     message: int
-    view: memoryview
-    held: Held | None = None
+    target: Target
     aside: torch.Tensor | None = None
     staged: torch.Tensor | None = None
     bucket: Bucket | None = None
@@ -152,20 +150,20 @@ class Sink:
         # step.
         if self._rewrite is not None and self._is_written(message):
             aside = self._rewrite.take_aside(message)
-            return Landing(message, memory_at(aside.data_ptr(), nbytes), aside=aside)
+            return Landing(message, Target(memory_at(aside.data_ptr(), nbytes)), aside=aside)
         held = self._landing.placement.held(message)
         if held is None:
             staged = self._take(message, bucket)
-            return Landing(message, memory_at(staged.data_ptr(), nbytes), staged=staged, bucket=bucket)
-        self._landing.provide(message)
+            return Landing(message, Target(memory_at(staged.data_ptr(), nbytes)), staged=staged, bucket=bucket)
         # Into the template itself, and not by way of a copy: so it is torn from the first byte on, before any digest is
         # known. What makes that safe is the guard, and shadow= for those who would rather pay.
         self._note_torn(message)
-        return Landing(message, held.view, held=held)
+        provide = partial(self._landing.provide, message) if self._landing.has_pages else None
+        return Landing(message, Target(held.view, held, provide))
 
     def end(self, landing: Landing, digest: int | None) -> bool:
         """A message is there, with this digest, None if it came damaged; gives whether it is sound."""
-        message, nbytes, staged = landing.message, len(landing.view), landing.staged
+        message, nbytes, staged = landing.message, len(landing.target.view), landing.staged
         if digest is None:
             return False
         if staged is not None and landing.bucket is not None:

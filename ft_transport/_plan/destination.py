@@ -178,13 +178,13 @@ class DestinationPlan:
         """Whether :meth:`provide` may do anything."""
         return self._pages.any
 
-    def provide(self, message: int) -> None:
+    def provide(self, message: int, *, ahead: bool = False) -> None:
         """Have the system provide the memory that a message is about to land in, where that is fresh; see
         ``_plan.pages``. Any thread."""
         held = self.placement.held(message) if self._pages.any else None
         if held is not None:
             address = held.block.address
-            self._pages.provide(address + held.begin, address + held.end)
+            self._pages.provide(address + held.begin, address + held.end, ahead=ahead)
 
     def touches_template(self, message: int) -> bool:
         """Whether any of a message lands in the template's memory."""

@@ -82,10 +82,15 @@ class Pages:
         self._begins.insert(index, begin)
         self._mappings.insert(index, _Mapping(begin, end))
 
-    def provide(self, begin: int, end: int) -> None:
+    def provide(self, begin: int, end: int, *, ahead: bool = False) -> None:
         """Have the system provide memory that is about to be written to, unless that is better left to whoever writes.
 
         Of memory from elsewhere it does nothing. What is there already stays as it is. Any thread.
+
+        Args:
+            begin: The first byte's address.
+            end: Behind the last byte's.
+            ahead: Whether others will have taken memory before it is written to: then nothing is left.
         """
         index = bisect_right(self._begins, begin) - 1
         if index < 0 or end > self._mappings[index].end:
@@ -94,7 +99,9 @@ class Pages:
         for stretch in mapping.stretches(begin, end):
             with self._lock:
                 way = mapping.ways[stretch] or self._decide(mapping, stretch)
-            if way is not _Way.LEFT:
+            # The system gives out first what was used last. Tries that run ahead have all that is at hand, and leave to
+            # whoever writes what is not.
+            if ahead or way is not _Way.LEFT:
                 first, last = mapping.bytes_of(range(stretch, stretch + 1))
                 _populate(max(first, begin), min(last, end))
 

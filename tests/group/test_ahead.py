@@ -30,7 +30,8 @@ class Landing:
     def let(self, messages: int) -> None:
         self._let.release(messages)
 
-    def provide(self, message: int) -> None:
+    def provide(self, message: int, *, ahead: bool) -> None:
+        assert ahead, "by the time that bytes come, what was tried may be gone"
         assert self._let.acquire(timeout=10)
         self.provided.append(message)
 

@@ -158,8 +158,8 @@ def provided(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     done: list[int] = []
     provide = DestinationPlan.provide
 
-    def noted(self: DestinationPlan, message: int) -> None:
-        provide(self, message)
+    def noted(self: DestinationPlan, message: int, *, ahead: bool) -> None:
+        provide(self, message, ahead=ahead)
         done.append(message)
 
     monkeypatch.setattr(DestinationPlan, "provide", noted)
@@ -197,7 +197,7 @@ def test_a_deadline_that_passes_while_memory_is_provided(monkeypatch: pytest.Mon
     over, providing = threading.Event(), []
     raised: list[bool] = []
 
-    def stuck(self: DestinationPlan, message: int) -> None:
+    def stuck(self: DestinationPlan, message: int, *, ahead: bool) -> None:
         providing.append(message)
         raised.append(over.wait(10))
 

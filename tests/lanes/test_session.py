@@ -16,7 +16,7 @@ from helpers import noise
 from ft_transport._deadline import Deadline
 from ft_transport._lanes.fabric import CMA, Wait, new_reader, new_shown
 from ft_transport._lanes.protocol import HEADER_BYTES, TRAILER, LaneFrame, LaneProtocol, Role, encode
-from ft_transport._lanes.session import _PIECE_BYTES, _READ_BYTES, DIRECT_FROM, Session, Unreadable, fingerprint
+from ft_transport._lanes.session import _PIECE_BYTES, _READ_BYTES, DIRECT_FROM, Session, Target, Unreadable, fingerprint
 from ft_transport._net.cma import PeerMemory
 from ft_transport._net.connection import Connection
 from ft_transport._net.one_sided import Job
@@ -72,7 +72,7 @@ def moved(lane: Lane, data: bytes, *, digest: int | None = None, verify: bool = 
     thread.start()
     landed = bytearray(len(data))
     header = lane.destination.recv_header(timer())
-    found = lane.destination.recv_message(header, memoryview(landed), verify=verify, timer=timer())
+    found = lane.destination.recv_message(header, Target(memoryview(landed)), verify=verify, timer=timer())
     thread.join(10)
     return sent[0], found, bytes(landed)
 
@@ -100,7 +100,7 @@ def test_a_message_of_another_length_is_refused_before_it_is_read(lane: Lane) ->
     lane.supplier.send_message(3, memoryview(b"12345"), None, timer())
     header = lane.destination.recv_header(timer())
     with pytest.raises(RemoteProtocolError, match="message 3: expected 4 bytes, got 5"):
-        lane.destination.recv_message(header, memoryview(bytearray(4)), verify=True, timer=timer())
+        lane.destination.recv_message(header, Target(memoryview(bytearray(4))), verify=True, timer=timer())
     rest = lane.destination.connection.read(5 + TRAILER.size, timer())
     assert bytes(rest[:5]) == b"12345"
 
@@ -147,7 +147,7 @@ def test_an_end_in_mid_message_is_a_failure_of_the_peer(lane: Lane) -> None:
     lane.destination.connection.read(50, timer())
     lane.supplier.connection.close()
     with pytest.raises(PeerFailure):
-        lane.destination.recv_message(header, memoryview(bytearray(100)), verify=True, timer=timer())
+        lane.destination.recv_message(header, Target(memoryview(bytearray(100))), verify=True, timer=timer())
 
 
 # ------------------------------------------------------------------------------- told by their place
@@ -178,7 +178,7 @@ def arrive(lane: Lane, *nbytes: int, verify: bool = True, until: StallTimer | No
     header = lane.destination.recv_header(timer())
     assert (header.frame, header.number) == (LaneFrame.PLACE, 3)
     places = lane.destination.recv_body(header, timer())
-    targets = [(memoryview(data), None) for data in landed]
+    targets = [Target(memoryview(data)) for data in landed]
     found = lane.destination.read_messages(places, targets, verify=verify, timer=until or timer())
     return list(zip(found, map(bytes, landed), strict=True))
 
@@ -205,6 +205,30 @@ def test_messages_that_are_asked_for_at_once_are_told_at_once(direct: Lane) -> N
     assert arrive(direct, *sizes) == [(digests[0], messages[0]), (None, messages[1]), (digests[2], messages[2])]
     assert not direct.destination.protocol.asked
     assert direct.destination.nbytes_direct == sum(sizes)
+
+
+def test_memory_is_provided_right_before_it_is_written_to(direct: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    read_into = PeerMemory.read_into
+    monkeypatch.setattr(
+        PeerMemory, "read_into", lambda self, *where: (log.append("read"), read_into(self, *where), None)[2]
+    )
+    direct.ask(4, 2)
+    tells(direct, *(bytearray(DIRECT_FROM) for _ in range(2)))
+    header = direct.destination.recv_header(timer())
+    places = direct.destination.recv_body(header, timer())
+    targets = [
+        Target(memoryview(bytearray(DIRECT_FROM)), None, lambda number=number: log.append(f"provide {number}"))
+        for number in range(2)
+    ]
+    direct.destination.read_messages(places, targets, verify=True, timer=timer())
+    assert log == ["provide 0", "read", "provide 1", "read"]
+    direct.supplier.send_message(5, memoryview(bytearray(1)), None, timer())
+    landed = bytearray(b"x")
+    provided: list[bytes] = []
+    target = Target(memoryview(landed), None, lambda: provided.append(bytes(landed)))
+    direct.destination.recv_message(direct.destination.recv_header(timer()), target, verify=True, timer=timer())
+    assert provided == [b"x"]
 
 
 def test_what_is_small_is_sent(direct: Lane) -> None:

@@ -139,18 +139,20 @@ def test_copies_are_announced() -> None:
 
 
 def test_what_is_fresh_is_provided_where_it_lands(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[tuple[int, int]]()
-    monkeypatch.setattr(Pages, "provide", lambda _, begin, end: asked.append((begin, end)))
+    asked = list[tuple[int, int, bool]]()
+    monkeypatch.setattr(Pages, "provide", lambda _, begin, end, *, ahead: asked.append((begin, end, ahead)))
     state = {"mine": noise(1 << 17, 1), "fresh": noise(1 << 17, 2), "small": noise(3, 3)}
     template = {"mine": noise(1 << 17, 4)}
     limits = Limits(message_bytes=256 << 10, flight_bytes=1 << 20, pack_below=64, pack_from=1, window=2)
     result, _, landing = land(state, template, limits)
     assert landing.has_pages
     for message in range(len(landing._layout.messages)):
-        landing.provide(message)
+        landing.provide(message, ahead=message % 2 == 0)
     begin = result["fresh"].data_ptr()
     # Of the template's memory it is for ``Pages`` to know that it is none of its own.
-    assert {(begin, begin + (256 << 10)), (begin + (256 << 10), begin + (512 << 10))} <= {*asked}
+    found = {(first - begin, last - begin): ahead for first, last, ahead in asked}
+    halves = found[0, 256 << 10], found[256 << 10, 512 << 10]
+    assert sorted(halves) == [False, True], "whether it is done ahead is passed on"
     assert not land(state, {key: tensor.clone() for key, tensor in state.items()}, limits)[2].has_pages
 
 
