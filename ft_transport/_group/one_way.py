@@ -119,7 +119,7 @@ def land_all(
     num_staged = 0
     for message in range(len(layout.sizes)):
         # While what was posted already moves.
-        landing.provide(message)
+        landing.provide(message, ahead=True)
         # None for what must go through a bucket: packed small ranges, strided ones, another device.
         data = landing.placement.direct(message)
         staged = data is None

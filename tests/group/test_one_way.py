@@ -86,7 +86,7 @@ def test_memory_is_provided_before_its_message_is_posted(monkeypatch: pytest.Mon
         return recv(self, tensor, tag)
 
     monkeypatch.setattr(GroupChannel, "recv", noted)
-    monkeypatch.setattr(DestinationPlan, "provide", lambda _, message: seen.append(f"provide {message}"))
+    monkeypatch.setattr(DestinationPlan, "provide", lambda _, message, *, ahead: seen.append(f"provide {message}"))
     state = {"w": noise(100, 1)}
     received, errors, _ = run(state)
     assert errors == []
