@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "memory that the next message will overwrite is not told by its place",
         "_lanes/supplier.py",
-        "if answer.staged or not self._store.steady:",
-        "if not self._store.steady:",
+        "if answer.staged or not self._store.steady or",
+        "if not self._store.steady or",
         "tests/lanes/test_lane.py::test_what_cannot_be_told_yet_is_told_on_its_own",
     ),
     Mutant(

@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ft_transport._lanes import fabric as _fabric
@@ -157,27 +156,29 @@ class Lane:
             self._sink.keep(header.number)
 
     def _land(self, header: LaneHeader) -> None:
-        with self._owed(range(header.number, header.number + 1)) as owed:
-            (landing,) = self._begin(owed)
+        try:
+            (landing,) = self._begin((header.number,))
             digest = self.session.recv_message(header, landing.target, verify=self._sink.verified, timer=self._timer)
-            self._end(owed, [landing], [digest])
+            sound = self._sink.end(landing, digest)
+        except BaseException:
+            # It had begun to come and so is no longer among those asked for.
+            self.session.protocol.asked.appendleft(header.number)
+            raise
+        self._note(landing, sound=sound)
 
     def _land_from(self, first: int, places: Sequence[bytes]) -> None:
         """Read messages from where they are. What each takes beside the copy is done for many, before and behind."""
-        with self._owed(range(first, first + len(places))) as owed:
+        owed = deque(range(first, first + len(places)))
+        try:
             while owed:
                 landings = self._begin(owed)
                 targets = [landing.target for landing in landings]
                 there, places = places[: len(targets)], places[len(targets) :]
                 digests = self.session.read_messages(there, targets, verify=self._sink.verified, timer=self._timer)
-                self._end(owed, landings, digests)
-
-    @contextmanager
-    def _owed(self, messages: range) -> Iterator[deque[int]]:
-        """Messages that have begun to come, and so are no longer among those asked for; after an error they are."""
-        owed = deque(messages)
-        try:
-            yield owed
+                for landing, digest in zip(landings, digests, strict=True):
+                    sound = self._sink.end(landing, digest)
+                    owed.popleft()
+                    self._note(landing, sound=sound)
         except BaseException:
             self.session.protocol.asked.extendleft(reversed(owed))
             raise
@@ -192,15 +193,12 @@ class Lane:
                 break
         return landings
 
-    def _end(self, owed: deque[int], landings: Sequence[Landing], digests: Sequence[int | None]) -> None:
-        for landing, digest in zip(landings, digests, strict=True):
-            sound = self._sink.end(landing, digest)
-            owed.popleft()
-            if sound:
-                self.nbytes += len(landing.target.view)
-            else:
-                # It is back among what is to be fetched, and any lane may be the next to ask for it.
-                self._sink.note_damage(landing.message)
+    def _note(self, landing: Landing, *, sound: bool) -> None:
+        if sound:
+            self.nbytes += len(landing.target.view)
+        else:
+            # It is back among what is to be fetched, and any lane may be the next to ask for it.
+            self._sink.note_damage(landing.message)
 
     def abort(self) -> None:
         """Let whoever is in a call on it raise at once."""
