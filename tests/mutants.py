@@ -139,8 +139,8 @@ MUTANTS = [
     Mutant(
         "memory that the next message will overwrite is not told by its place",
         "_lanes/supplier.py",
-        "if answer.staged or not self._store.steady or",
-        "if not self._store.steady or",
+        "if answer.staged or not self._store.steady:",
+        "if not self._store.steady:",
         "tests/lanes/test_lane.py::test_what_cannot_be_told_yet_is_told_on_its_own",
     ),
     Mutant(
@@ -684,9 +684,9 @@ MUTANTS = [
     ),
     Mutant(
         "memory that is given back in a run is not written to",
-        "_lanes/session.py",
-        "if held is not None and not self.reader.waits:",
-        "if False:",
+        "_lanes/fabric.py",
+        "return read if held is None else held.reads(read)",
+        "return read",
         "tests/lanes/test_lane.py::test_memory_that_is_given_back_in_a_run_is_not_written_to",
     ),
     Mutant(

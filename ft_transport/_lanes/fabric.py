@@ -29,7 +29,7 @@ from ft_transport._plan.lent import Readers, readers_of
 from ft_transport._process import address_of
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["CMA", "OPENING", "Read", "Reader", "Shown", "Wait", "new_reader", "new_shown"]
+__all__ = ["CMA", "OPENING", "Reader", "Shown", "Wait", "new_reader", "new_shown"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -155,7 +155,8 @@ class _MemoryReader:
             memory.read_into(address, piece)
             address += len(piece)
 
-        return read
+        # The system refuses what is not there, but not what is somebody else's by then.
+        return read if held is None else held.reads(read)
 
     def close(self) -> None:
         self._memory = None

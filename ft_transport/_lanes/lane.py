@@ -138,8 +138,11 @@ class Lane:
         if not self._by_run or reader is None or reader.waits:
             return num
         most, nbytes = min(sink.pending.num_todo // (2 * num_lanes), MAX_RUN), sink.sizes[message]
-        while num < most and nbytes < _RUN_BYTES and sink.pending.take_next(message + num, may=sink.is_missing):
-            nbytes += sink.sizes[message + num]
+        while num < most and nbytes < _RUN_BYTES:
+            following = message + num
+            if not (sink.is_missing(following) and sink.pending.take_next(following)):
+                break
+            nbytes += sink.sizes[following]
             num += 1
         return num
 

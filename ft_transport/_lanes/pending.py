@@ -61,14 +61,10 @@ class PendingMessages:
             # many as a quick one.
             return self._todo.popleft() if len(self._todo) > leave and not stopped() else None
 
-    def take_next(self, message: int, *, may: Callable[[int], bool]) -> bool:
-        """Take this message, too, if it is the first one to be asked for; as :meth:`take`.
-
-        Args:
-            may: Whether it may be taken so.
-        """
+    def take_next(self, message: int) -> bool:
+        """Take this message, if it is the next one to be asked for; gives whether it was."""
         with self._changed:
-            if not self._todo or self._todo[0] != message or not may(message):
+            if not self._todo or self._todo[0] != message:
                 return False
             self._todo.popleft()
             return True

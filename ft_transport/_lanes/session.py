@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from ft_transport._deadline import MAX_WAIT, Deadline
-from ft_transport._lanes.fabric import Read, Reader, Shown
+from ft_transport._lanes.fabric import Reader, Shown
 from ft_transport._lanes.protocol import (
     HEADER_BYTES,
     TRAILER,
@@ -190,11 +190,9 @@ class Session:
             LocalProtocolError: Its memory was taken away.
             PeerFailure, TransferTimeout: As ``Connection.write``.
         """
-        if self.protocol.state is not State.DIRECT or len(view) < DIRECT_FROM:
+        if self.shown is None or self.protocol.state is not State.DIRECT or len(view) < DIRECT_FROM:
             return None
         _check(held)
-        if self.shown is None:
-            return None
         try:
             return self.shown.place(view, held, partial(self.speak, timer=timer))
         except OSError as exc:
@@ -292,11 +290,7 @@ class Session:
             fills = []
             for place, (view, held, provide) in zip(places, targets, strict=True):
                 hashed = xxhash.xxh3_64()
-                read: Read = self.reader.read_from(place, len(view), held, wait)
-                # The system refuses what is not there, but not what is somebody else's by then: each piece is looked
-                # at. One that has landed elsewhere already is copied under the same look.
-                if held is not None and not self.reader.waits:
-                    read = held.reads(read)
+                read = self.reader.read_from(place, len(view), held, wait)
                 fills.append((view, provide, read, _reads(hashed, held), hashed))
             for view, provide, read, update, _ in fills:
                 if provide is not None:

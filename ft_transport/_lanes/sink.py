@@ -126,7 +126,7 @@ class Sink:
     def claim(self, message: int, bucket: Bucket) -> int | None:
         """The digest of a message that may be here already, as its memory is now; None if it is not."""
         # What came damaged is not there any more, whatever was: it has been written over.
-        if message not in self._claims or self.pending.was_damaged(message) or self._is_written(message):
+        if self.is_missing(message) or self.pending.was_damaged(message) or self._is_written(message):
             return None
         held = self._landing.placement.held(message)
         if held is None:

@@ -367,7 +367,7 @@ class _Lane:
 
     def _place(self, answer: _Answer) -> bytes | None:
         """Where the other side can read a message, None if it is sent."""
-        if answer.staged or not self._store.steady or self._session.shown is None:
+        if answer.staged or not self._store.steady:
             return None
         return self._session.place(answer.view, self._timer, answer.held)
 
