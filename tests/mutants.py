@@ -67,6 +67,20 @@ CELL = "tests/multiproc/test_faults.py::test_cell"
 
 MUTANTS = [
     Mutant(
+        "what torch has cast in an optimizer's own load is put back",
+        "_training/optimizers.py",
+        "        return moved if is_cast else loaded\n",
+        "        return loaded\n",
+        "tests/training/test_optimizers.py::test_what_an_optimizers_own_load_has_torch_cast_is_put_back",
+    ),
+    Mutant(
+        "what an optimizer's own load has made of its state stays",
+        "_training/optimizers.py",
+        " and same_bits(loaded, moved.to(dtype=loaded.dtype))\n",
+        "\n",
+        "tests/training/test_optimizers.py::test_what_an_optimizers_own_load_makes_of_its_state_stays",
+    ),
+    Mutant(
         "whoever ends before it was asked waits a moment for the question",
         "_lanes/control.py",
         "session, until = self.session, Deadline(_LAST_WORDS)",

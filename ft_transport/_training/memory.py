@@ -1,14 +1,16 @@
-"""Whether two tensors are one: the same elements of the same storage, read in the same way."""
+"""Whether two tensors are one: the same elements of the same storage, read in the same way; whether they are equal."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["Aliases", "is_dtensor", "is_plain", "same_memory", "same_spec"]
+__all__ = ["Aliases", "is_dtensor", "is_plain", "same_bits", "same_memory", "same_spec"]
 
 # A class of somebody's own may keep its bytes elsewhere than a tensor of this shape does.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -60,6 +62,29 @@ def _same_elements(one: torch.Tensor, other: torch.Tensor) -> bool:
         and one.shape == other.shape
         and one.stride() == other.stride()
     )
+
+
+def same_bits(one: Any, other: Any) -> bool:
+    """Whether two states are equal to the bit: tensors, containers of them, and whatever else can be compared."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return _same_tensors(one.detach(), other.detach())
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_bits(value, other[name]) for name, value in one.items())
+    if isinstance(one, (list, tuple, deque)):
+        return len(one) == len(other) and all(map(same_bits, one, other))
+    return bool(one == other)
+
+
+def _same_tensors(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if (one.shape, one.dtype, one.device, one.layout) != (other.shape, other.dtype, other.device, other.layout):
+        return False
+    if is_traceable_wrapper_subclass(one):
+        names, context = one.__tensor_flatten__()
+        parts = [(getattr(one, name), getattr(other, name)) for name in names]
+        return bool(other.__tensor_flatten__()[1] == context) and all(same_bits(*pair) for pair in parts)
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 class Aliases:

@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from ft_transport._training.first_state import shell, zeros_for
+from ft_transport._training.memory import same_bits
 
 __all__ = ["CannotMaterialize", "OnCopies"]
 
@@ -80,10 +81,16 @@ class OnCopies:
             CannotMaterialize: A step on copies fails, or shows that it depends on more than the parameter's shape.
         """
         guess = self._guess(group, param)
-        if guess and not _same(self._steps_from({}, group, param), self._steps_from(guess, group, param)):
+        if guess and not self._are_same(self._steps_from({}, group, param), self._steps_from(guess, group, param)):
             why = "it depends on more than the parameters' shapes (on their values, gradients, or the learning rate)"
             raise CannotMaterialize(self._optimizer, why)
         return guess
+
+    def _are_same(self, one: Any, other: Any) -> bool:
+        try:
+            return same_bits(one, other)
+        except Exception as exc:
+            raise CannotMaterialize(self._optimizer, f"its state cannot be compared ({_words(exc)})") from exc
 
     def _guess(self, group: dict[str, Any], param: torch.Tensor) -> dict[str, Any]:
         made = self._copy(group, param, 0)
@@ -109,7 +116,10 @@ class OnCopies:
         return target, dict(made.state[target])
 
     def _copy(self, group: dict[str, Any], param: torch.Tensor, seed: int) -> Any:
-        made = shell(self._optimizer, copy.deepcopy(self._attributes))
+        try:
+            made = shell(self._optimizer, copy.deepcopy(self._attributes))
+        except Exception as exc:  # as a wrapper does whose state and groups are properties
+            raise CannotMaterialize(self._optimizer, f"no copy of it can be made ({_words(exc)})") from exc
         made.__dict__.update({name: {} for name in _HOOKS})
         target = torch.nn.Parameter(_values(torch.zeros_like(param.detach()), seed))
         if hasattr(target, "grad_dtype") and param.is_leaf:
@@ -222,29 +232,6 @@ def _copied(value: Any) -> Any:
         parts = {name: _copied(getattr(value, name)) for name in names}
         return type(value).__tensor_unflatten__(parts, context, value.shape, value.stride())
     return copy.deepcopy(value)
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two states are equal to the bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, torch.Tensor):
-        return _same_tensors(one.detach(), other.detach())
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[name]) for name, value in one.items())
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return bool(one == other)
-
-
-def _same_tensors(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if (one.shape, one.dtype, one.device, one.layout) != (other.shape, other.dtype, other.device, other.layout):
-        return False
-    if is_traceable_wrapper_subclass(one):
-        names, context = one.__tensor_flatten__()
-        parts = [(getattr(one, name), getattr(other, name)) for name in names]
-        return bool(other.__tensor_flatten__()[1] == context) and all(_same(*pair) for pair in parts)
-    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _words(exc: BaseException) -> str:

@@ -8,6 +8,7 @@ that fits is written to, one that has no counterpart is taken over as it is.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from operator import is_
@@ -17,7 +18,7 @@ import torch
 from torch.optim import Optimizer
 
 from ft_transport._training.first_state import shell
-from ft_transport._training.memory import is_dtensor, is_plain, same_memory, same_spec
+from ft_transport._training.memory import is_dtensor, is_plain, same_bits, same_memory, same_spec
 
 __all__ = ["OptimizerState"]
 
@@ -91,7 +92,7 @@ class OptimizerState:
         """
         optimizer = self._optimizer
         if _loads_itself(optimizer):
-            return lambda: optimizer.load_state_dict(state)
+            return partial(_load_by_itself, optimizer, state)
         state = dict(state)
         for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
             state = hook(optimizer, state) or state
@@ -123,6 +124,35 @@ def _loads_itself(optimizer: Any) -> bool:
     if not isinstance(optimizer, Optimizer) or "load_state_dict" in optimizer.__dict__:
         return True
     return type(optimizer).load_state_dict is not Optimizer.load_state_dict
+
+
+def _load_by_itself(optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Have the optimizer load, and put back what torch's own load, which most of them end in, has cast on the way."""
+    optimizer.load_state_dict(state)
+    if not isinstance(optimizer, Optimizer) or not isinstance(state, Mapping):
+        return
+    given, groups = state.get("state"), state.get("param_groups")
+    if not isinstance(given, Mapping) or not isinstance(groups, list):
+        return  # a form of its own
+    for group, saved in zip(optimizer.param_groups, groups, strict=False):
+        for param, index in zip(group["params"], saved.get("params", ()), strict=False):
+            if index in given and param in optimizer.state:
+                optimizer.state[param] = _uncast(optimizer.state[param], given[index], param)
+
+
+def _uncast(loaded: Any, given: Any, param: torch.Tensor) -> Any:
+    """What was loaded, with the tensors that were given where all that was done to them is a cast."""
+    if isinstance(loaded, torch.Tensor) and isinstance(given, torch.Tensor):
+        moved = given.to(device=loaded.device)
+        is_cast = loaded.dtype == param.dtype != given.dtype and same_bits(loaded, moved.to(dtype=loaded.dtype))
+        return moved if is_cast else loaded
+    if isinstance(loaded, dict) and isinstance(given, Mapping):
+        loaded.update({name: _uncast(loaded[name], part, param) for name, part in given.items() if name in loaded})
+    elif type(loaded) is type(given) and isinstance(loaded, (list, tuple, deque)) and len(loaded) == len(given):
+        parts = [_uncast(*pair, param) for pair in zip(loaded, given, strict=True)]
+        if not all(map(is_, parts, loaded)):
+            return deque(parts, given.maxlen) if isinstance(given, deque) else type(loaded)(parts)
+    return loaded
 
 
 def _let_torch_refuse(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -332,6 +333,44 @@ def test_optimizers_with_functions_of_their_own_are_asked() -> None:
     load(here, copy.deepcopy(OptimizerState(source).state_dict()))
     assert here.scale == 7
     assert here.param_groups[0]["lr"] == 0.1
+
+
+class Containing(torch.optim.SGD):
+    """Loads by torch's own load, and has one thing to do beside; its state is nested."""
+
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        for values in self.state.values():
+            if "halved" in values:
+                values["halved"] = values["halved"] * 2
+
+
+def nested(value: float) -> dict[str, Any]:
+    """Some state of float32, none of which bfloat16 could hold."""
+    third, counts = torch.full((2,), value / 3), torch.tensor([2**24 + 1])
+    parts = {"in_list": [third], "in_tuple": (third + 1, 5), "in_deque": deque([third + 2], 4), "in_dict": {"a": third}}
+    return {"itself": third + 3, "counts": counts, "nan": torch.full((2,), float("nan")), **parts}
+
+
+@pytest.mark.parametrize("here", [0, 1])
+def test_what_an_optimizers_own_load_has_torch_cast_is_put_back(here: int) -> None:
+    source, target, torchs = (Containing([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))]) for _ in range(3))
+    for optimizer in (source, target)[: 1 + here]:
+        optimizer.state[optimizer.param_groups[0]["params"][0]] = nested(1.0 + (optimizer is target))
+    given = copy.deepcopy(source.state_dict())
+    load(target, copy.deepcopy(given))
+    assert difference(target.state_dict(), given) == ""
+    assert target.state[target.param_groups[0]["params"][0]]["in_deque"].maxlen == 4
+    torchs.load_state_dict(copy.deepcopy(given))
+    assert difference(torchs.state_dict(), given) != ""  # torch's own casts
+
+
+def test_what_an_optimizers_own_load_makes_of_its_state_stays() -> None:
+    source, target = (Containing([nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))]) for _ in range(2))
+    source.state[source.param_groups[0]["params"][0]] = {"halved": torch.full((2,), 0.25)}
+    load(target, copy.deepcopy(source.state_dict()))
+    halved = target.state[target.param_groups[0]["params"][0]]["halved"]
+    assert torch.equal(halved, torch.full((2,), 0.5, dtype=torch.bfloat16))
 
 
 class Wrapper(Optimizer):
