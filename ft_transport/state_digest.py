@@ -9,6 +9,7 @@ XXH3 with 64 bits for a leaf and 128 for the whole: no defence against somebody 
 
 from __future__ import annotations
 
+import pickletools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -285,6 +286,8 @@ class _Reader:
 
 def _canonical(data: Any) -> Any:
     """What ``encode_value`` gave, with sets and dicts in an order that does not depend on the process."""
+    if isinstance(data, bytes) and data.startswith(b"\x80\x02") and data.endswith(b"."):
+        return _without_memo(data)
     if not isinstance(data, list):
         return data
     tag, *rest = map(_canonical, data)
@@ -295,6 +298,31 @@ def _canonical(data: Any) -> Any:
         pairs = sorted(zip(rest[::2], rest[1::2], strict=True), key=lambda pair: _packed(pair[0]))
         rest = [item for pair in pairs for item in pair]
     return [tag, *rest]
+
+
+def _without_memo(data: bytes) -> Any:
+    """The steps of a pickle, with each text in full; what is none, as it is.
+
+    A pickle says a text once and then points at it, if it is the same object. Which texts are is none of the state's:
+    names in a program are one object, and what was read from somewhere is another one that is equal.
+    """
+    steps: list[Any] = []
+    memo: dict[Any, Any] = {}
+    num_kept = 0
+    try:
+        for operation, given, _ in pickletools.genops(data):
+            name = operation.name
+            if name.endswith("GET"):
+                steps.append(memo[given])
+            elif not name.endswith("PUT"):
+                steps.append([name, given if isinstance(given, str) else repr(given)])
+            elif steps[-1][0] == "BINUNICODE":
+                memo[given] = steps[-1]
+            else:
+                memo[given], num_kept = ["GET", num_kept], num_kept + 1
+    except (ValueError, KeyError, IndexError):
+        return data  # somebody's bytes that begin and end as one does
+    return steps
 
 
 def _packed(data: Any) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -121,6 +123,36 @@ names = [f"name{i}" for i in range(50)]
 state = {"set": set(names), "deep": (frozenset(names), [{1, 2}, {"a": {3, "b"}}]), "k": {("x", 1): 2.5}}
 print(state_digest(state).whole)
 """
+
+
+class Settings:
+    """Somebody's own: pickled."""
+
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+def test_whether_equal_texts_are_one_object_does_not_count() -> None:
+    def settings(text: Callable[[str], str], last: str = "adam") -> Any:
+        # A name of an attribute is the same object as the text in a program, and so are equal texts in it.
+        made = Settings(mode=text("mode"), first=text("adam"), then=[text("adam"), {"adam": text("first")}])
+        made.last = text(last)
+        tensor = torch.ones(2)
+        tensor.note = made  # type: ignore[attr-defined]
+        return {"settings": made, "set": {("adam", Fraction(1, 3))}, "tensor": tensor}
+
+    one, other = settings(sys.intern), settings(lambda text: "".join(list(text)))
+    assert state_digest(one) == state_digest(other) == state_digest(copy.deepcopy(one))
+    lines = state_digest(one).diff(state_digest(settings(sys.intern, "mode")))
+    assert [line.partition(":")[0] for line in lines] == ["settings", "tensor"]
+
+
+def test_which_object_is_meant_counts_and_bytes_that_look_like_a_pickle_are_bytes() -> None:
+    shared, twin = Settings(rate=1), Settings(rate=1)
+    one, other = Settings(a=shared, b=shared, c=twin), Settings(a=shared, b=twin, c=twin)
+    assert state_digest({"it": one}) != state_digest({"it": other})
+    looks = [b"\x80\x02h\x05.", b"\x80\x02h\x06.", b"\x80\x02\xff."]
+    assert len({state_digest({"bytes": data}).whole for data in looks}) == 3
 
 
 def test_the_digest_is_the_same_in_every_process() -> None:
