@@ -31,7 +31,7 @@ from ft_transport._net.stall import PeerStalled, StallTimer
 from ft_transport._options import LaneOptions
 from ft_transport._plan.destination import DestinationPlan, plan_destination
 from ft_transport._plan.expected import Template, read, template_of
-from ft_transport._plan.resume import PartialReceive, manifest_fingerprint
+from ft_transport._plan.resume import PartialReceive
 from ft_transport._plan.rewrite import Received, Rewrite
 from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
@@ -72,7 +72,6 @@ class _Plan(NamedTuple):
     """What both sides have agreed on."""
 
     header: ManifestHeader
-    state: int
     layout: Layout
     landing: DestinationPlan
     rewrite: Rewrite | None
@@ -122,7 +121,6 @@ class _Planner:
             self._torn.landing = landing
         return _Plan(
             header,
-            manifest_fingerprint(data, body[0]),
             layout,
             landing,
             Rewrite(layout, landing) if self._trains else None,
@@ -135,7 +133,7 @@ class _Planner:
         if self._options.skip_unchanged and plan.header.digest:
             claims = dict.fromkeys(filter(in_template, range(len(plan.layout.sizes))))
         if earlier is not None:
-            left = earlier.left_for(self._step, plan.state, plan.layout)
+            left = earlier.left_for(self._step, plan.layout)
             left = {message: digest for message, digest in left.items() if in_template(message)}
             claims |= left
             # These are in the template already, and the others are not.
@@ -373,8 +371,8 @@ class DestinationTransfer:
             self._report.peers[0].num_lanes = mover.num_lanes
             # Also of what an earlier receive had left and this one has not come to: it is still in the template.
             if sink.verified and sink.pending.digests:
-                known = self.kept.left_for(self._step, plan.state, plan.layout) if self.kept is not None else {}
-                self.kept = PartialReceive(self._step, plan.state, plan.layout, known | sink.pending.digests)
+                known = self.kept.left_for(self._step, plan.layout) if self.kept is not None else {}
+                self.kept = PartialReceive(self._step, plan.layout, known | sink.pending.digests)
 
     def _end_badly(self, exc: BaseException) -> None:
         """Note how it ended, tell the source where it still listens, pass nothing on any more."""

@@ -849,6 +849,18 @@ def test_what_has_changed_since_is_moved_again(lanes: Lanes) -> None:
     assert 0 < destination.report.nbytes_kept < destination.report.nbytes_total
 
 
+@pytest.mark.parametrize("now", [8, [8], {"epoch": 1}], ids=repr)
+def test_what_is_left_counts_also_where_plain_values_have_changed_since(lanes: Lanes, now: object) -> None:
+    state, template = make_state(large=6), {**make_state(2, large=6), "position": 0}
+    destination = broken_heal(lanes, {**state, "position": 7}, template)
+    source, other = lanes.transport(), {**state, "position": now}
+    source.send_checkpoint([1], STEP, envelope(other), TIMEOUT)
+    destination.start(source.metadata()).join()
+    source.disallow_checkpoint()
+    assert destination.sound(other)
+    assert 0 < destination.report.nbytes_kept < destination.report.nbytes_total
+
+
 def test_another_step_begins_anew(lanes: Lanes) -> None:
     state = make_state()
     destination = broken_heal(lanes, state, make_state(2))

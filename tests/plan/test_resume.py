@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from helpers import noise
 
-from ft_transport._plan.resume import PartialReceive, manifest_fingerprint
+from ft_transport._plan.resume import PartialReceive
 from ft_transport._state.describe import describe
-from ft_transport._wire.encode import encode_manifest
-from ft_transport._wire.frames import ManifestHeader, decode_frame
 from ft_transport._wire.layout import Layout, Limits, lay_out
 
 STATE = {"large": noise(5000, 1), "other": noise(1000, 2), "small": [noise(3, 3 + i) for i in range(20)], "step": 5}
@@ -25,38 +23,29 @@ def covered(found: Layout, messages: dict[int, int | None]) -> set[tuple[int, in
 
 
 def test_the_same_cut_keeps_the_digests() -> None:
-    kept = PartialReceive(7, 1, layout(SMALL), {0: 11, 3: 13})
-    assert kept.left_for(7, 1, layout(SMALL)) == {0: 11, 3: 13}
+    kept = PartialReceive(7, layout(SMALL), {0: 11, 3: 13})
+    assert kept.left_for(7, layout(SMALL)) == {0: 11, 3: 13}
 
 
 def test_another_cut_offers_what_is_whole_without_digests() -> None:
     small, large = layout(SMALL), layout(LARGE)
     everything = dict.fromkeys(range(len(small.messages)), 1)
-    assert PartialReceive(7, 1, small, everything).left_for(7, 1, large) == dict.fromkeys(range(len(large.messages)))
+    assert PartialReceive(7, small, everything).left_for(7, large) == dict.fromkeys(range(len(large.messages)))
     for missing in everything:
         here = {message: 1 for message in everything if message != missing}
-        found = PartialReceive(7, 1, small, here).left_for(7, 1, large)
+        found = PartialReceive(7, small, here).left_for(7, large)
         assert covered(large, found) <= covered(small, here)
         assert set(found.values()) <= {None}
         # What is missing touches one message of twice the size.
         assert len(found) == len(large.messages) - 1
 
 
-def test_nothing_is_left_for_another_state_or_step() -> None:
-    kept = PartialReceive(7, 1, layout(SMALL), {0: 11})
-    assert kept.left_for(8, 1, layout(SMALL)) == kept.left_for(7, 2, layout(SMALL)) == {}
+def test_nothing_is_left_for_another_step() -> None:
+    kept = PartialReceive(7, layout(SMALL), {0: 11})
+    assert kept.left_for(8, layout(SMALL)) == {}
 
 
 def test_smaller_cuts_of_a_large_message() -> None:
     small, large = layout(SMALL), layout(LARGE)
-    found = PartialReceive(7, 1, large, {0: 1}).left_for(7, 1, small)
+    found = PartialReceive(7, large, {0: 1}).left_for(7, small)
     assert covered(small, found) == covered(large, {0: 1})
-
-
-def test_a_state_is_the_same_whatever_the_header_says() -> None:
-    def fingerprint(limits: Limits, step: int, state: object = STATE) -> int:
-        data = encode_manifest(describe(state)[0], ManifestHeader(step, limits, "xxh3"))
-        return manifest_fingerprint(data, decode_frame(data)[1][0])
-
-    assert fingerprint(SMALL, 7) == fingerprint(LARGE, 1 << 40)
-    assert fingerprint(SMALL, 7) != fingerprint(SMALL, 7, {**STATE, "step": 6})
