@@ -35,6 +35,7 @@ class TransportBase:
         timeout: Upper bound of each transfer as a whole.
 
     Raises:
+        TypeError: A time-out or ``state_dict`` is of another type.
         ValueError: An argument is out of range.
     """
 
@@ -147,7 +148,9 @@ class TransportBase:
 
 
 def check_duration(name: str, value: timedelta) -> None:
-    """Raises ValueError for an argument that is no time at all."""
+    """Raises ValueError for an argument that is no time at all, TypeError for what is none."""
+    if not isinstance(value, timedelta):
+        raise TypeError(f"{name}: expected a datetime.timedelta, got {type(value).__name__}")
     if value <= timedelta(0):
         raise ValueError(f"{name}: expected more than 0 s, got {value.total_seconds():g} s")
 

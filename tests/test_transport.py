@@ -68,6 +68,21 @@ def test_arguments_that_cannot_be(wrong: dict[str, Any]) -> None:
         LaneTransport(**arguments)
 
 
+@pytest.mark.parametrize("wrong", [{"timeout": 20}, {"state_dict": {}}], ids=str)
+def test_arguments_of_another_type_are_named(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    arguments: dict[str, Any] = {"timeout": SECOND, "device": CPU, **wrong}
+    with pytest.raises(TypeError, match=f"^{name}: expected"):
+        PGTransport(Group(None, 0), **arguments)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"^{name}: expected"):
+        LaneTransport(**arguments)
+
+
+def test_arguments_of_the_other_transport_are_named() -> None:
+    with pytest.raises(TypeError, match=r"^timeout: expected a datetime\.timedelta, got Group"):
+        LaneTransport(Group(None, 0), SECOND, CPU)  # type: ignore[arg-type]
+
+
 def test_before_the_first_transfer(make: Callable[..., Any]) -> None:
     transport = make()
     assert transport.last_report is None

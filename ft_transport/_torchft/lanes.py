@@ -87,6 +87,7 @@ class LaneTransport(ManagedTransport[T]):
 
     Raises:
         LocalProtocolError: It cannot listen on the port, or has no address to be reached at.
+        TypeError: A time-out or ``state_dict`` is of another type.
         ValueError: An argument is out of range, or there is no such host or interface.
 
     Threading: one call at a time. Listens until :meth:`shutdown`, or until it is collected.
@@ -115,6 +116,8 @@ class LaneTransport(ManagedTransport[T]):
         on_event: EventCallback | None = None,
         on_mismatch: OnMismatch = "fresh",
     ) -> None:
+        # Before all others: torchft's transport takes a group in this place.
+        check_duration("timeout", timeout)
         fabric = _fabric(fabric, ssl_context is not None)
         options = LaneOptions(
             CPU,

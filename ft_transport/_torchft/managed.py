@@ -52,6 +52,9 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
     def __init__(self, options: Options, state_dict: StateDict, timeout: timedelta) -> None:
         if isinstance(state_dict, str) and state_dict != "manager":
             raise ValueError(f"state_dict: expected a function or 'manager', got {state_dict!r}")
+        if state_dict is not None and not isinstance(state_dict, str) and not callable(state_dict):
+            # Else it would come up in the first heal, and fail that on the source as well.
+            raise TypeError(f"state_dict: expected a function that gives it, got {type(state_dict).__name__}")
         # Not with the first transfer: DiLoCo asks for that within a step of its optimizer, which would not be known.
         watch_optimizers()
         self._registered = RegisteredState()

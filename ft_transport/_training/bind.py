@@ -41,7 +41,7 @@ def bind(
 ) -> Bound:
     """Make the two functions that a Manager and a transport ask for from the parts of a training job::
 
-        bound = ft_transport.bind(model=model, optimizers=adam, schedulers=scheduler, extra={"loader": loader})
+        bound = ft_transport.bind(model=model, optimizers=adam, schedulers=scheduler, extra={"scaler": scaler})
         transport = ft_transport.LaneTransport(timeout, device, state_dict=bound.state_dict)
         manager = Manager(..., state_dict=bound.state_dict, load_state_dict=bound.load_state_dict,
                           checkpoint_transport=transport)
@@ -53,7 +53,7 @@ def bind(
         optimizers: One or several, also wrapped in torchft's ``OptimizerWrapper``.
         schedulers: Of learning rates, one or several.
         extra: Others by the names that they have in the state: whatever has ``state_dict()`` and ``load_state_dict()``
-            (a loader, a ``GradScaler``), modules and optimizers too.
+            (a ``GradScaler``, metrics), modules and optimizers too. A loader is each replica's own: not here.
         materialize: Make the optimizers' first states (see :func:`materialize`). One where that cannot be done is
             named in a warning; until its first step, its state arrives in fresh memory.
 
