@@ -634,6 +634,13 @@ MUTANTS = [
         "tests/plan/test_compare.py::test_targets_by_the_numbers_of_views",
     ),
     Mutant(
+        "a template tensor without memory takes no bytes",
+        "_plan/compare.py",
+        "    misfits.update(mine.without_memory())\n",
+        "",
+        "tests/plan/test_compare.py::test_template_leaves_whose_memory_was_given_back_are_named_and_left_alone",
+    ),
+    Mutant(
         "targets that overlap are looked for",
         "_plan/compare.py",
         "    if not others and not targets.overlap:\n",

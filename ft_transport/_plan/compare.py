@@ -21,7 +21,7 @@ import torch
 from ft_transport._device import on_host, seam
 from ft_transport._plan.blocks import Block, Blocks, held
 from ft_transport._plan.buffers import ReadOnlyMemory
-from ft_transport._state.describe import Tensors
+from ft_transport._state.describe import Tensors, lies_in
 from ft_transport._state.geometry import Geometry, geometry, geometry_of
 from ft_transport._state.kinds.base import KINDS, VALUE, Part, flatten_leaf, is_plain
 from ft_transport._state.manifest import Leaf, Manifest, View, disjoint
@@ -283,14 +283,24 @@ class _Comparison:
             if shape.shape == wanted.shape:
                 self.casts.add(index)
             return f"expected {shape}, source has {wanted}"
-        if shape.order is None or shape.expanded:
-            self._keep_away(index, "the template's tensor overlaps itself")
         # An empty tensor agrees, and there is nothing to land.
-        elif view.storage >= 0:
-            if seam().on_host(mine) and self._read_only.holds(mine.data_ptr()):
-                self._keep_away(index, "the template's tensor lies in read-only memory")
-            else:
-                self.found.append((self._manifest.leaves.firsts[index] + position, mine, shape))
+        if view.storage < 0:
+            return ""
+        if obstacle := self._obstacle(mine, shape):
+            self._keep_away(index, obstacle)
+        else:
+            self.found.append((self._manifest.leaves.firsts[index] + position, mine, shape))
+        return ""
+
+    def _obstacle(self, mine: torch.Tensor, shape: Geometry) -> str:
+        """Why nothing may be written to a tensor of the template; empty if it may be."""
+        if shape.order is None or shape.expanded:
+            return "the template's tensor overlaps itself"
+        address = mine.data_ptr()
+        if not (address and lies_in(shape, int(mine.storage_offset()), mine.untyped_storage().nbytes())):
+            return "the template's tensor has no memory"
+        if seam().on_host(mine) and self._read_only.holds(address):
+            return "the template's tensor lies in read-only memory"
         return ""
 
     def _keep_away(self, index: int, reason: str) -> None:
@@ -350,6 +360,7 @@ def compare_plain(
         {at for at, pair in enumerate(zip(wanted, there, strict=True)) if pair in misfitting} if misfitting else set()
     )
     misfits.update(read_only.among(mine.addresses))
+    misfits.update(mine.without_memory())
     homes = list(mine.alive), list(mine.bases), list(mine.capacities), list(mine.addresses)
     blocks = Blocks(list(mine.tensors), *homes, on_host=True)
     targets = Targets(numbers, blocks, list(mine.geometries))

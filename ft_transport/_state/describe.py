@@ -34,7 +34,7 @@ from ft_transport._state.manifest import (
 from ft_transport._state.tree import Flat, Node, flatten, format_path, paths_of
 from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Tensors", "describe", "describe_flat"]
+__all__ = ["Tensors", "describe", "describe_flat", "lies_in"]
 
 
 # What gives other threads a turn, at a source, whom destinations may ask meanwhile. Those of a destination can wait for
@@ -115,22 +115,34 @@ class Tensors:
         """The view of a tensor in its own storage."""
         return View(EMPTY, self.geometries[index], self.offsets[index])
 
-    def without_memory(self) -> int | None:
-        """The first tensor whose elements do not lie in its storage, None if there is none."""
+    def without_memory(self) -> list[int]:
+        """The tensors whose elements do not lie in their storage, in order."""
         # As many distinct ones as there are shapes, in most states.
         rows = {*zip(self.geometries, self.offsets, self.capacities, strict=True)}
-        inside = all(offset * shape.itemsize + shape.span <= capacity for shape, offset, capacity in rows)
         # A tensor of no elements has address 0, so most states with one go on to the slow look; it finds nothing wrong
         # with them.
-        if inside and all(self.addresses):
-            return None
-        for index, (shape, offset) in enumerate(zip(self.geometries, self.offsets, strict=True)):
-            reached = offset * shape.itemsize + shape.span
-            # FSDP gives back what a module does not need just now by resizing its storage to nothing: the tensor still
-            # has its shape, and no memory. Sent as it is, that would be a read of unmapped addresses.
-            if shape.numel and (reached > self.capacities[index] or not self.addresses[index]):
-                return index
-        return None
+        if all(lies_in(*row) for row in rows) and all(self.addresses):
+            return []
+        columns = zip(self.geometries, self.offsets, self.capacities, self.addresses, strict=True)
+        return [
+            index
+            for index, (shape, offset, capacity, address) in enumerate(columns)
+            if shape.numel and not (address and lies_in(shape, offset, capacity))
+        ]
+
+
+def lies_in(shape: Geometry, offset: int, capacity: int) -> bool:
+    """Whether a tensor lies in its storage.
+
+    FSDP gives back what a module does not need just now by resizing its storage to nothing: the tensor still has its
+    shape, and no memory. Moved as it is, that would be a read or a write of unmapped addresses.
+
+    Args:
+        shape: Of the tensor.
+        offset: Of its first element, in elements.
+        capacity: Bytes of its storage.
+    """
+    return offset * shape.itemsize + shape.span <= capacity
 
 
 # What torch knows of so many tensors stays in a core's cache while one thing after the other is asked of them. That of
@@ -171,7 +183,8 @@ def describe_flat(flat: Flat, between: Turn = let_others_run) -> tuple[Manifest,
     parts, same, columns = _take_all_apart(values, nodes, between)
     # Looked for before anything is said to anybody, and the path is told: which module is sharded away is the first
     # thing one wants to know.
-    if (bad := columns.without_memory()) is not None:
+    if lacking := columns.without_memory():
+        bad = lacking[0]
         counts = [parts[index][1] if index in parts else 1 for index in range(len(values))]
         owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
         path = format_path(paths_of(nodes)[owner])

@@ -30,6 +30,7 @@ from torchft.manager import Manager
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, TornStateError
+from ft_transport._lanes import lane
 from ft_transport._lanes.messages import StateMessages
 from ft_transport._options import Options
 from ft_transport._wire.layout import Limits
@@ -102,6 +103,8 @@ def few_under_way(self: Options, nbytes: int) -> Limits:
 
 def arm(doom: Doom) -> None:
     """For lanes, whose messages do not pass through the group."""
+    # Else all that are left may be asked for before the first one has landed.
+    lane._RUN_BYTES = 0
     view = StateMessages.view
 
     def doomed_view(self: StateMessages, message: int, bucket: Any) -> memoryview:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import difference, noise, raw_bytes, succeed
@@ -62,6 +63,42 @@ def test_template_leaves_that_cannot_be_written_are_named_and_left_alone(make: A
     assert difference(result, state) == ""
     assert why in report.not_in_place["a"]
     assert result["a"] is not mine
+
+
+def given_back(num_bytes: int, shape: tuple[int, ...] = (2, 3), offset: int = 0) -> torch.Tensor:
+    """A tensor whose storage was cut behind it, as FSDP does with what is sharded away."""
+    tensor = torch.zeros(100).as_strided(shape, (3, 1), offset)
+    tensor.untyped_storage().resize_(num_bytes)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: given_back(0), lambda: given_back(20), lambda: given_back(24, offset=1)],
+    ids=["all", "its end", "behind an offset"],
+)
+@pytest.mark.parametrize("wrapped", [lambda tensor: tensor, torch.nn.Parameter], ids=["plain", "parameter"])
+def test_template_leaves_whose_memory_was_given_back_are_named_and_left_alone(make: Any, wrapped: Any) -> None:
+    mine, other = wrapped(make()), noise(2, 3)
+    state = {"a": noise((2, 3), 1), "b": noise(2, 2)}
+    result, report, _ = land(state, {"a": mine, "b": other})
+    assert difference(result, state) == ""
+    assert report.not_in_place == {"a": "the template's tensor has no memory"}
+    assert result["b"] is other
+
+
+def test_a_template_tensor_that_ends_with_its_storage_is_received_in_place() -> None:
+    mine = given_back(28, offset=1)
+    result, report, _ = land({"a": noise((2, 3), 1)}, {"a": mine})
+    assert (result["a"] is mine, report.not_in_place) == (True, {})
+
+
+def test_an_empty_leaf_has_no_obstacle() -> None:
+    """Whatever its strides are: NumPy's of an empty array are zero."""
+    state = {"a": np.zeros((0, 3), np.float32), "b": torch.zeros(0, 3), "c": noise(2, 2)}
+    template = {"a": np.zeros((0, 3), np.float32), "b": torch.zeros(0, 1).expand(0, 3), "c": noise(2, 3)}
+    _, report, _ = land(state, template)
+    assert report.not_in_place == {}
 
 
 def test_a_subclass_in_the_template_is_left_alone() -> None:
