@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from numbers import Integral
 
 from ft_transport._deadline import Deadline
 from ft_transport._options import Options
@@ -23,7 +24,7 @@ from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import LocalProtocolError, TransferError
 
-__all__ = ["TransportBase", "check_duration"]
+__all__ = ["TransportBase", "check_duration", "check_ranks"]
 
 
 class TransportBase:
@@ -153,6 +154,28 @@ def check_duration(name: str, value: timedelta) -> None:
         raise TypeError(f"{name}: expected a datetime.timedelta, got {type(value).__name__}")
     if value <= timedelta(0):
         raise ValueError(f"{name}: expected more than 0 s, got {value.total_seconds():g} s")
+
+
+def check_ranks(ranks: Sequence[int], size: int | None = None, own: int | None = None) -> None:
+    """Check the ranks of peers, before anything is posted: Gloo's answer to one that is out of range is a SIGSEGV.
+
+    Args:
+        ranks: Those.
+        size: Number of ranks of the group; None where there is none.
+        own: This side's rank; None where it is not known.
+
+    Raises:
+        LocalProtocolError: One cannot be a peer's, or is there twice: two threads would serve it on one channel.
+    """
+    for rank in ranks:
+        if not isinstance(rank, Integral):
+            raise LocalProtocolError(f"rank {rank!r}: expected an int, got {type(rank).__name__}")
+        if size is not None and not 0 <= rank < size:
+            raise LocalProtocolError(f"rank {rank}: expected 0 to {size - 1}, the ranks of the group", peer_rank=rank)
+        if rank == own:
+            raise LocalProtocolError(f"rank {rank}: expected another rank than this side's own", peer_rank=rank)
+    if len(set(ranks)) != len(ranks):
+        raise LocalProtocolError(f"ranks {ranks}: expected each once")
 
 
 def _fill_in(error: TransferError, report: TransferReport) -> None:

@@ -26,10 +26,11 @@ from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
 from ft_transport._deadline import Deadline
-from ft_transport._device import Streams, brought, settle
+from ft_transport._device import brought, settle
 from ft_transport._group.channel import GroupChannel
 from ft_transport._group.control import CONTROL_TAG, FRAME_TAG
-from ft_transport._group.one_way import description, land_all, post_and_wait
+from ft_transport._group.fan_out import in_parallel
+from ft_transport._group.one_way import description, land_all, send_all
 from ft_transport._group.source import LAST_WORDS
 from ft_transport._options import CPU, Options
 from ft_transport._plan.blocks import storage_as
@@ -39,6 +40,7 @@ from ft_transport._plan.placement import note_state
 from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.source import place
 from ft_transport._plan.template import match_template
+from ft_transport._plan.torn import Attempt
 from ft_transport._process import no_collection
 from ft_transport._state.classes import imported_class
 from ft_transport._state.describe import Tensors, describe
@@ -48,10 +50,18 @@ from ft_transport._state.manifest import Leaf, Leaves, Manifest, Storage, View
 from ft_transport._state.pickles import Load
 from ft_transport._state.tree import LEAF, Node, Path, format_path
 from ft_transport._telemetry.report import PeerReport, Role, TransferReport
-from ft_transport._transport import TransportBase
+from ft_transport._transport import TransportBase, check_ranks
 from ft_transport._wire.frames import MAX_FRAME_BYTES
 from ft_transport._wire.layout import Layout, Limits, lay_out
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, ended, reason_of
+from ft_transport.errors import (
+    LocalProtocolError,
+    PeerFailure,
+    RemoteProtocolError,
+    TransferError,
+    TransferTimeout,
+    ended,
+    reason_of,
+)
 
 __all__ = ["PGTransport"]
 
@@ -248,17 +258,20 @@ class PGTransport(TransportBase):
             state_dict: The state; must not change until this returns.
 
         Raises:
-            LocalProtocolError: A leaf cannot travel; nothing was sent. Or another transfer is under way.
+            LocalProtocolError: A leaf cannot travel, or another transfer is under way: nothing was sent. Or a rank is
+                none of the group's, or there twice: nobody was told.
             TornStateError: This rank is torn; nothing was sent.
             TransferTimeout: The time-out passed before every destination had taken everything.
             PeerFailure: A destination is gone. The others have what they took.
 
         After an error: nothing reads the state any more; the group must be made anew.
         """
-        report = self._report("source", dst_ranks)
+        report = self._report("source")
         deadline = self._limit(self._timeout)
-        with self._transfer(report), self._watching(report, deadline):
-            self._send(report, state_dict, deadline)
+        with self._transfer(report):
+            self._meet(report, dst_ranks)
+            with self._watching(report, deadline):
+                self._send(report, state_dict, deadline)
 
     def _send(self, report: TransferReport, state_dict: object, deadline: Deadline) -> None:
         device = self._options.device
@@ -278,22 +291,22 @@ class PGTransport(TransportBase):
             _send_failure(channels, exc, deadline, self._options.device)
             raise
         note_state(report, manifest, layout)
-        with report.phase("move"):
-            try:
-                with streams.use():
-                    failed = post_and_wait(channels, data, layout, placement, device, deadline, report, streams)
-            except BaseException:
-                for channel in channels:
-                    channel.abort()
-                raise
-            finally:
-                for channel, peer in zip(channels, report.peers, strict=True):
-                    channel.drop()
-                    peer.nbytes_wire = channel.nbytes_wire
-        # All the others are served first. One that has failed has broken the group, so the call raises, unlike that of
-        # torchft's transports: without answers this side is the only one to notice.
-        if failed:
-            raise failed[0]
+        # Of one destination, as everything in the report that is not of a peer.
+        report.nbytes_staged = sum(size for message, size in enumerate(layout.sizes) if placement.is_staged(message))
+        frames = description(data, device)
+
+        def send(index: int) -> None:
+            send_all(channels[index], frames, layout, placement, device, deadline, report.peers[index], streams)
+
+        errors = [error for error in in_parallel(channels, send, streams) if error is not None]
+        try:
+            # Not before all the others are served. One that has failed has broken the group, so the call raises, unlike
+            # that of torchft's transports: without answers this side is the only one to notice.
+            if errors:
+                raise min(errors, key=_consequence)
+        finally:
+            # Its traceback will hold this frame.
+            errors.clear()
 
     def recv_checkpoint(self, src_rank: int) -> object:
         """Receive a state dict from ``src_rank``.
@@ -308,90 +321,84 @@ class PGTransport(TransportBase):
             PeerFailure: The source is gone, or could not describe its state and said why.
             RemoteProtocolError: The state does not fit the template; every path is listed.
             LocalProtocolError: This side has no room, or its own code has raised (the template's function, a class), or
-                another transfer is under way.
+                another transfer is under way, or ``src_rank`` is none of the group's.
 
         After an error: nothing writes to the template any more; if ``error.torn``, it holds a mix of two states.
             The group must be made anew.
         """
-        report = self._report("destination", [src_rank])
+        report = self._report("destination")
         deadline = self._limit(self._timeout)
-        with self._transfer(report), self._watching(report, deadline), self._guard.receiving(report):
+        with self._transfer(report):
+            self._meet(report, [src_rank])
             channel = GroupChannel(self._pg, src_rank, self._options.device)
-            try:
-                return self._recv(channel, report, deadline)
-            except BaseException:
-                channel.abort()  # nothing else here tells the source that its state was not taken
-                raise
-            finally:
-                channel.drop()
-                report.peers[0].nbytes_wire = channel.nbytes_wire
+            with self._watching(report, deadline), self._guard.receiving(report) as attempt:
+                try:
+                    return self._recv(channel, report, deadline, attempt)
+                except BaseException:
+                    channel.abort()  # nothing else here tells the source that its state was not taken
+                    raise
+                finally:
+                    channel.drop()
+                    report.peers[0].nbytes_wire = channel.nbytes_wire
 
-    def _recv(self, channel: GroupChannel, report: TransferReport, deadline: Deadline) -> object:
+    def _recv(self, channel: GroupChannel, report: TransferReport, deadline: Deadline, attempt: Attempt) -> object:
         device = self._options.device
-        with report.phase("agree"):
+        (peer,) = report.peers
+        with peer.enter("agree", "destination"):
             data = self._recv_description(channel, deadline)
-        with report.phase("agree"), no_collection():
-            # Every class is allowed, and runs its own code: see the top of this file.
-            meta = _unpickle(data)
-            if isinstance(meta, _Failure):
-                raise ended(PeerFailure(f"the peer gave up: {meta.reason}", phase="agree"), "failed")
-            manifest = _from_meta(meta)
-            layout = lay_out(manifest, Limits())
-            matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
-            targets, disagreements = compare(manifest, matched, report)
-            if disagreements:
-                raise ended(RemoteProtocolError("; ".join(disagreements), phase="agree"), "refused")
-            # Planned as a whole, as the other transports do: the template is not touched before every leaf has its
-            # place.
-            landing = DestinationPlan(
-                manifest,
-                layout,
-                matched,
-                targets,
-                device,
-                report,
-                fresh_device=CPU,
-                surroundings=_TRUSTING,
-            )
-            note_state(report, manifest, layout)
+            with no_collection():
+                landing, layout = self._agree(data, report)
             streams = settle(landing.device_memory(), deadline, device)
+        attempt.landing = landing
         try:
-            return self._land(channel, layout, landing, streams, report, deadline)
+            with peer.enter("move", "destination"):
+                report.torn = landing.in_place
+                # Nothing is compared afterwards: this wire has no digests, as upstream's has none.
+                with streams.use():
+                    land_all(channel, layout, landing, device, deadline, report, streams)
+            with peer.enter("rebuild", "destination"), no_collection():
+                landing.check()
+                report.torn = report.torn or landing.copies
+                # The user's classes are built here. What they raise ends the receive, and leaves the template torn if
+                # bytes are in it.
+                result = landing.rebuild(streams)
+                landing.check()
+                # At once, unlike under torchft: here the caller decides when to receive, and no backward of another
+                # thread is under way.
+                mark_changed(landing.written())
         except BaseException:
             # In this order: an operation of the group that never ends would keep a copy waiting.
             channel.abort()
             streams.abandon()
             raise
-
-    def _land(
-        self,
-        channel: GroupChannel,
-        layout: Layout,
-        landing: DestinationPlan,
-        streams: Streams,
-        report: TransferReport,
-        deadline: Deadline,
-    ) -> object:
-        device = self._options.device
-        with report.phase("move"):
-            report.torn = landing.in_place
-            # Nothing is compared afterwards: this wire has no digests, as upstream's has none.
-            with streams.use():
-                land_all(channel, layout, landing, device, deadline, streams)
-            report.peers[0].nbytes = layout.nbytes
-        with report.phase("rebuild"), no_collection():
-            landing.check()
-            report.torn = report.torn or landing.copies
-            # The user's classes are built here. What they raise ends the receive, and leaves the template torn if bytes
-            # are in it.
-            result = landing.rebuild(streams)
-            landing.check()
-            # At once, unlike under torchft: here the caller decides when to receive, and no backward of another thread
-            # is under way.
-            mark_changed(landing.written())
         report.torn = False
-        report.peers[0].outcome = "complete"
+        peer.outcome = "complete"
         return result
+
+    def _agree(self, data: bytes, report: TransferReport) -> tuple[DestinationPlan, Layout]:
+        # Every class is allowed, and runs its own code: see the top of this file.
+        meta = _unpickle(data)
+        if isinstance(meta, _Failure):
+            raise ended(PeerFailure(f"the peer gave up: {meta.reason}", phase="agree"), "failed")
+        manifest = _from_meta(meta)
+        layout = lay_out(manifest, Limits())
+        matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
+        targets, disagreements = compare(manifest, matched, report)
+        if disagreements:
+            raise ended(RemoteProtocolError("; ".join(disagreements), phase="agree"), "refused")
+        # Planned as a whole, as the other transports do: the template is not touched before every leaf has its place.
+        landing = DestinationPlan(
+            manifest,
+            layout,
+            matched,
+            targets,
+            self._options.device,
+            report,
+            fresh_device=CPU,
+            surroundings=_TRUSTING,
+        )
+        note_state(report, manifest, layout)
+        return landing, layout
 
     def _recv_description(self, channel: GroupChannel, deadline: Deadline) -> bytes:
         # Two messages, as upstream sends them: gloo ends the process whose receive is shorter than the message, so the
@@ -409,11 +416,22 @@ class PGTransport(TransportBase):
         local = brought(data, deadline)
         return ctypes.string_at(local.data_ptr(), nbytes)
 
-    def _report(self, role: Role, ranks: Sequence[int]) -> TransferReport:
+    def _report(self, role: Role) -> TransferReport:
         # With the module's name: two of this package's transports are called PGTransport.
-        report = TransferReport(role, f"distributed.{type(self).__name__}", None)
+        return TransferReport(role, f"distributed.{type(self).__name__}", None)
+
+    def _meet(self, report: TransferReport, ranks: Sequence[int]) -> None:
+        """Note the peers; raises LocalProtocolError if a rank is not one of them."""
+        size: object = self._pg.size()
+        # Of a stand-in for a group (upstream's tests have one) nothing more is known than that it sends and receives.
+        check_ranks(ranks, size if isinstance(size, int) else None)
         report.peers = [PeerReport(rank) for rank in ranks]
-        return report
+
+
+def _consequence(error: BaseException) -> int:
+    """By how far an error is from what went wrong first, where several destinations have one each."""
+    # A deadline that has passed closes every pair of the group, and the other destinations see nothing but that.
+    return 2 if isinstance(error, PeerFailure) else int(isinstance(error, TransferTimeout))
 
 
 def _send_failure(channels: list[GroupChannel], exc: BaseException, deadline: Deadline, device: torch.device) -> None:

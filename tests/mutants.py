@@ -634,6 +634,20 @@ MUTANTS = [
         "tests/plan/test_compare.py::test_targets_by_the_numbers_of_views",
     ),
     Mutant(
+        "without torchft, too, it is known which leaves are torn",
+        "distributed.py",
+        "        attempt.landing = landing\n",
+        "",
+        "tests/test_distributed_groups.py::test_a_leaf_that_was_torn_stays_so_until_a_state_comes_that_has_it",
+    ),
+    Mutant(
+        "what a group has only posted has not been on the wire",
+        "_group/channel.py",
+        "            self.nbytes_wire += nbytes\n",
+        "            self.nbytes_wire += 2 * nbytes\n",
+        "tests/group/test_channel.py::test_operations_reach_the_group",
+    ),
+    Mutant(
         "a template tensor without memory takes no bytes",
         "_plan/compare.py",
         "    misfits.update(mine.without_memory())\n",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import torch
 import torch.distributed as dist
 from helpers import CPU, difference, noise
 
-from ft_transport import PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferError, TransferTimeout
+from ft_transport._plan.destination import DestinationPlan
 from ft_transport.distributed import PGTransport
 
 
@@ -131,3 +133,110 @@ def test_what_cannot_be_pickled_is_refused_before_anything_is_sent() -> None:
     result = run([lambda t: t.send_checkpoint([], {"f": lambda: None})], 5)[0]
     assert isinstance(result, TransferError)
     assert "f: a value of class function cannot be encoded" in str(result)
+
+
+@pytest.mark.parametrize("rank", [-1, 2, "1"])
+def test_a_rank_that_is_none_of_the_group(rank: Any) -> None:
+    """Before anything is posted: Gloo's answer to one that is out of range is a SIGSEGV."""
+    for error in run([lambda t: t.send_checkpoint([rank], {}), lambda t: t.recv_checkpoint(rank)], 5):
+        assert isinstance(error, LocalProtocolError)
+        assert str(error).startswith("rank "), error
+
+
+def test_a_rank_that_is_ones_own_or_there_twice() -> None:
+    own, _ = run([lambda t: t.send_checkpoint([0], {}), lambda t: t.recv_checkpoint(1)], 1)
+    assert isinstance(own, TransferError)
+    twice, _ = run([lambda t: t.send_checkpoint([1, 1], {}), receive], 1)
+    assert isinstance(twice, LocalProtocolError)
+
+
+# Of gaps, so that it goes through buckets: more than there are at a time.
+STAGED = {"columns": noise((1 << 22, 2), 1)[:, :1]}
+
+
+def test_a_destination_that_stands_still_keeps_nothing_from_the_others() -> None:
+    served, reports = threading.Event(), []
+
+    def stand_still(transport: PGTransport) -> None:
+        length = torch.zeros(1, dtype=torch.int64)
+        transport._pg.recv([length], 0, tag=1).wait()
+        transport._pg.recv([torch.empty(int(length), dtype=torch.uint8)], 0, tag=2).wait()
+        assert served.wait(20)
+
+    def receive_and_say(transport: PGTransport) -> Any:
+        received = receive(transport)
+        served.set()
+        return received
+
+    def send(transport: PGTransport) -> None:
+        try:
+            transport.send_checkpoint([1, 2], STAGED)
+        finally:
+            reports.append(transport.last_report)
+
+    source, _, received = run([send, stand_still, receive_and_say], 20)
+    assert difference(received, STAGED) == ""
+    # That one has gone, in the middle; whether the source has noticed by its end or by its deadline is Gloo's choice.
+    assert isinstance(source, (PeerFailure, TransferTimeout))
+    assert [(peer.outcome == "complete", peer.phase) for peer in reports[0].peers] == [(False, "move"), (True, "move")]
+    assert reports[0].peers[0].nbytes < reports[0].peers[1].nbytes == reports[0].nbytes_total == 1 << 24
+    assert reports[0].nbytes_staged == 1 << 24
+
+
+def test_the_report_says_which_phases_there_were_and_how_far_it_came() -> None:
+    reports: list[Any] = [None, None]
+
+    def reported(number: int, act: Callable[[PGTransport], Any]) -> Callable[[PGTransport], Any]:
+        def run_it(transport: PGTransport) -> Any:
+            try:
+                return act(transport)
+            finally:
+                reports[number] = transport.last_report
+
+        return run_it
+
+    run([reported(0, lambda t: t.send_checkpoint([1], STAGED)), reported(1, receive)], 20)
+    assert [list(report.seconds) for report in reports] == [["describe", "move"], ["agree", "move", "rebuild"]]
+    assert [report.peers[0].phase for report in reports] == ["move", "rebuild"]
+    assert [report.nbytes_staged for report in reports] == [1 << 24, 0], "new memory has no gaps"
+    assert [report.peers[0].nbytes for report in reports] == [1 << 24, 1 << 24]
+
+
+def test_a_leaf_that_was_torn_stays_so_until_a_state_comes_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, part = {"a": noise(1 << 20, 1), "b": noise(1 << 20, 2)}, {"a": noise(1 << 20, 3)}
+    template = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
+    store, torn = dist.HashStore(), []
+    rebuild, calls = DestinationPlan.rebuild, []
+
+    def break_once(self: DestinationPlan, *args: Any) -> Any:
+        calls.append(self)
+        if len(calls) == 1:
+            raise RuntimeError("broken by the test")
+        return rebuild(self, *args)
+
+    monkeypatch.setattr(DestinationPlan, "rebuild", break_once)
+
+    def group(number: int, rank: int) -> dist.ProcessGroup:
+        return dist.ProcessGroupGloo(dist.PrefixStore(str(number), store), rank, 2, timedelta(seconds=20))
+
+    def source() -> None:
+        for number, state in enumerate([whole, part, whole]):
+            with contextlib.suppress(TransferError):
+                PGTransport(group(number, 0), timedelta(seconds=20), CPU).send_checkpoint([1], state)
+
+    def destination() -> None:
+        transport = PGTransport(group(0, 1), timedelta(seconds=20), CPU, state_dict=lambda: template)
+        for number in range(3):
+            if number:
+                transport._pg = group(number, 1)
+            with contextlib.suppress(TransferError):
+                transport.recv_checkpoint(0)
+            torn.append(transport.torn)
+
+    threads = [threading.Thread(target=main) for main in (source, destination)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert torn == [True, True, False]
+    assert difference(template, whole) == ""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import CPU, noise, until
@@ -19,6 +20,7 @@ from ft_transport._deadline import Deadline
 from ft_transport._process import no_collection
 from ft_transport._telemetry import progress
 from ft_transport._telemetry.report import TransferReport
+from ft_transport._transport import check_ranks
 from ft_transport.testing import memory_channels
 
 SECOND = timedelta(seconds=1)
@@ -206,3 +208,26 @@ def test_the_digest_of_what_the_function_gives(make: Callable[..., Any]) -> None
     assert transport.state_digest({"w": noise(3, 2)}) != transport.state_digest()
     with pytest.raises(ValueError, match="state_dict: expected one"):
         make().state_digest()
+
+
+def test_ranks_of_peers() -> None:
+    check_ranks([2, 0, np.int64(1)], 4, 3)
+    check_ranks([70, 0])
+    check_ranks([], 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([1, 2, 1], r"ranks \[1, 2, 1\]: expected each once"),
+        (["1"], "rank '1': expected an int, got str"),
+        ([None], "rank None: expected an int, got NoneType"),
+        ([1.0], "rank 1.0: expected an int, got float"),
+        ([4], "rank 4: expected 0 to 3, the ranks of the group"),
+        ([1, -1], "rank -1: expected 0 to 3, the ranks of the group"),
+        ([3], "rank 3: expected another rank than this side's own"),
+    ],
+)
+def test_ranks_that_cannot_be_of_peers(ranks: Any, message: str) -> None:
+    with pytest.raises(LocalProtocolError, match=message):
+        check_ranks(ranks, 4, 3)

@@ -47,7 +47,7 @@ class Channel(Protocol):
 
     Attributes:
         peer_rank: Rank of the peer.
-        nbytes_wire: Bytes posted so far in both directions.
+        nbytes_wire: Bytes so far, in both directions, of operations that were waited for.
         broken: Whether the group behind the channel must be configured anew before its next use.
         in_order: Whether operations run one after the other as they were posted, sends and receives alike, and tags are
             dropped (NCCL). Then an operation meets the peer's at the same place in its order, so both sides post alike.
@@ -134,20 +134,21 @@ class GroupChannel:
         # on.
         pending = Pending(work, tensor)
         self._posted.append(pending)
-        self.nbytes_wire += tensor.numel() * tensor.element_size()
         return pending
 
     def wait(self, pending: Pending, deadline: Deadline) -> None:
         # Once and no more: a second wait on a finished Work waits for a second completion, which does not come,
         # expires, and closes every pair of the group.
         self._posted.remove(pending)
-        error = None
+        assert pending.tensor is not None
+        nbytes, error = pending.tensor.nbytes, None
         try:
             with self._lock:
                 # No way to poll: is_completed() says False until somebody waits, and a short wait that expires closes
                 # every pair. What remains is never below a millisecond: gloo takes 0 for "none given", which is its own
                 # minute.
                 pending.work.wait(deadline.remaining())
+            self.nbytes_wire += nbytes
         except Exception as exc:
             error = [self._translate(exc, deadline)]
         finally:

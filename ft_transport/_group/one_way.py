@@ -1,12 +1,13 @@
 """Moves a state over a group that answers nothing, as upstream's API for a plain group has it.
 
-Strategy: all is posted to all destinations at once, and waited for; without answers nobody can say more than that the
-bytes have left. What is staged waits until the bucket before has left.
+Strategy: all is posted at once and waited for, to each destination from a thread of its own; without answers nobody can
+say more than that the bytes have left. What is staged waits until the bucket before has left, and each destination has
+its own: else one that stands still would keep the bytes of all others back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
 
 import torch
 
@@ -18,11 +19,11 @@ from ft_transport._options import NUM_BUCKETS
 from ft_transport._plan.buffers import Bucket, aligned
 from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.placement import Placement
-from ft_transport._telemetry.report import TransferReport, outcome_of
+from ft_transport._telemetry.report import PeerReport, TransferReport, outcome_of
 from ft_transport._wire.layout import Layout
-from ft_transport.errors import TransferError
+from ft_transport.errors import PeerFailure, TransferTimeout, reason_of
 
-__all__ = ["description", "land_all", "post_and_wait"]
+__all__ = ["description", "land_all", "send_all"]
 
 
 def description(data: bytes, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,68 +32,86 @@ def description(data: bytes, device: torch.device) -> tuple[torch.Tensor, torch.
     return length, torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
 
 
-def post_and_wait(
-    channels: Sequence[GroupChannel],
-    data: bytes,
+def send_all(
+    channel: GroupChannel,
+    frames: tuple[torch.Tensor, torch.Tensor],
     layout: Layout,
     placement: Placement,
     device: torch.device,
     deadline: Deadline,
-    report: TransferReport,
+    peer: PeerReport,
     streams: Streams = NO_STREAMS,
-) -> list[TransferError]:
-    """Post everything to every destination, then wait; gives what went wrong, one error a destination."""
+) -> None:
+    """Send a description and all messages to one destination, and wait until they have left.
+
+    Args:
+        channel: To the destination.
+        frames: As :func:`description`; the same tensors for all destinations, which only read them.
+        layout: The messages.
+        placement: Where they lie.
+        device: Where messages live.
+        deadline: Of the whole call.
+        peer: Filled with what happened.
+        streams: That copies run in.
+
+    Raises:
+        TransferError: As it happened; ``peer`` holds outcome and reason. Nothing reads the state for this destination
+            any more.
+    """
+    try:
+        with peer.enter("move", "source"):
+            _post_and_wait(channel, frames, layout, placement, device, deadline, peer, streams)
+            # After the last wait: until then somebody may have exchanged the memory that was sent (``.data =``).
+            placement.check()
+        # What has left is all that is known here. A destination that refuses breaks the group, which shows as a failing
+        # send, or, if everything had left by then, not at all.
+        peer.outcome = "complete"
+    except BaseException as exc:
+        peer.reason, peer.outcome = reason_of(exc), outcome_of(exc, cancelled=channel.broken)
+        # A peer that is gone, and a wait that has expired, have closed the pair already.
+        if not isinstance(exc, (PeerFailure, TransferTimeout)):
+            channel.abort()
+        raise
+    finally:
+        channel.drop()
+        peer.nbytes_wire = channel.nbytes_wire
+
+
+def _post_and_wait(
+    channel: GroupChannel,
+    frames: tuple[torch.Tensor, torch.Tensor],
+    layout: Layout,
+    placement: Placement,
+    device: torch.device,
+    deadline: Deadline,
+    peer: PeerReport,
+    streams: Streams,
+) -> None:
     # Not the engine of ``source.py``: upstream's API has a destination that says nothing, so there are no answers to
     # wait for, no digests to compare, and no flights.
     buckets = [Bucket(device, pinned=streams.cross) for _ in range(NUM_BUCKETS)]
-    sends: list[list[Pending]] = [[] for _ in channels]
-    failed: dict[int, TransferError] = {}
-
-    def post(tensor: torch.Tensor, tag: int) -> None:
-        for index, channel in enumerate(channels):
-            if index not in failed:
-                try:
-                    # The same tensor to all: they only read it.
-                    sends[index].append(channel.send(tensor, tag))
-                except TransferError as exc:
-                    failed[index] = exc
+    # Two messages first, as upstream's code has them: its receiver has to know how much to receive.
+    posted = deque((0, channel.send(frame, tag)) for frame, tag in zip(frames, (CONTROL_TAG, FRAME_TAG), strict=True))
 
     def settle() -> None:
-        for index, channel in enumerate(channels):
-            while sends[index] and index not in failed:
-                try:
-                    channel.wait(sends[index].pop(0), deadline)
-                except TransferError as exc:
-                    failed[index] = exc
+        while posted:
+            nbytes, pending = posted.popleft()
+            channel.wait(pending, deadline)
+            peer.nbytes += nbytes
 
-    # Two messages, as upstream's code has them: its receiver has to know how much to receive.
-    length, body = description(data, device)
-    post(length, CONTROL_TAG)
-    post(body, FRAME_TAG)
     num_staged = 0
-    for message in range(len(layout.sizes)):
+    for message, nbytes in enumerate(layout.sizes):
         bucket = buckets[num_staged % NUM_BUCKETS]
         if placement.is_staged(message):
             if num_staged and num_staged % NUM_BUCKETS == 0:
                 settle()  # both buckets are full of bytes that have not left
-            bucket.reset(aligned(layout.sizes[message]))
+            bucket.reset(aligned(nbytes))
             num_staged += 1
-            report.nbytes_staged += layout.sizes[message]
         tensor = placement.bytes_of(message, bucket)
         if streams.cross:
             streams.begun().finish()
-        post(tensor, FIRST_MESSAGE_TAG + message)
+        posted.append((nbytes, channel.send(tensor, FIRST_MESSAGE_TAG + message)))
     settle()
-    # After the last wait: until then somebody may have exchanged the memory that was sent (``.data =``).
-    placement.check()
-    for index, peer in enumerate(report.peers):
-        # What has left is all that is known here. A destination that refuses breaks the group, which shows as a failing
-        # send, or, if everything had left by then, not at all.
-        exc = failed.get(index)
-        peer.outcome = "complete" if exc is None else outcome_of(exc)
-        peer.reason = "" if exc is None else exc.message
-        peer.nbytes = layout.nbytes if exc is None else 0
-    return list(failed.values())
 
 
 def land_all(
@@ -101,19 +120,23 @@ def land_all(
     landing: DestinationPlan,
     device: torch.device,
     deadline: Deadline,
+    report: TransferReport,
     streams: Streams = NO_STREAMS,
 ) -> None:
-    """Receive all messages; what is staged waits for its bucket."""
+    """Receive all messages; what is staged waits for its bucket. The report says how far it is."""
+    (peer,) = report.peers
     buckets = [Bucket(device, pinned=streams.cross) for _ in range(NUM_BUCKETS)]
     # Receives in the source's order, since without answers nothing else says which message comes next.
-    posted: list[tuple[int, torch.Tensor, bool, Pending]] = []
+    posted: deque[tuple[int, torch.Tensor, bool, Pending]] = deque()
 
     def settle() -> None:
         while posted:
-            message, data, staged, pending = posted.pop(0)
+            message, data, staged, pending = posted.popleft()
             channel.wait(pending, deadline)
+            peer.nbytes += data.numel()
             if staged:
                 landing.placement.scatter(message, data)
+                report.nbytes_staged += data.numel()
         streams.begun().finish()  # the buckets are filled anew
 
     num_staged = 0

@@ -34,9 +34,9 @@ from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 from ft_transport._telemetry.teller import Teller
-from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
+from ft_transport._torchft.managed import ManagedTransport, StateDict
 from ft_transport._torchft.under_way import SHUT_DOWN, Receiving, Serving
-from ft_transport._transport import check_duration
+from ft_transport._transport import check_duration, check_ranks
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["LaneTransport"]
@@ -264,7 +264,7 @@ class LaneTransport(ManagedTransport[T]):
 
 
 def _peers(dst_ranks: list[int]) -> list[PeerReport]:
-    check_distinct(dst_ranks)
+    check_ranks(dst_ranks)
     # Whoever comes proves that it knows the secret, not which rank it is: torchft hands the same metadata to all. With
     # one there is nothing to mistake.
     return [PeerReport(rank if len(dst_ranks) == 1 else -1) for rank in dst_ranks]

@@ -27,10 +27,9 @@ from ft_transport._process import undisturbed
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._torchft.manager import RegisteredState, calling_manager, goes_on_training, has_failed
 from ft_transport._transport import TransportBase
-from ft_transport.errors import LocalProtocolError
 from ft_transport.state_digest import StateDigest, state_digest
 
-__all__ = ["ManagedTransport", "StateDict", "check_distinct"]
+__all__ = ["ManagedTransport", "StateDict"]
 
 logger = logging.getLogger("ft_transport")
 
@@ -220,9 +219,3 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
             lost = [f"an unknown part of the state ({exc})"]
         if lost:
             self._guard.lose(lost)
-
-
-def check_distinct(ranks: list[int]) -> None:
-    """Raises LocalProtocolError if a rank is there twice: two threads would serve it on one channel."""
-    if len(set(ranks)) != len(ranks):
-        raise LocalProtocolError(f"ranks {ranks}: expected each once")

@@ -26,8 +26,9 @@ from ft_transport._plan.source import SourcePlan
 from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
-from ft_transport._torchft.managed import ManagedTransport, StateDict, check_distinct
-from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TransferTimeout, reason_of
+from ft_transport._torchft.managed import ManagedTransport, StateDict
+from ft_transport._transport import check_ranks
+from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferTimeout, reason_of
 
 __all__ = ["PGTransport"]
 
@@ -158,9 +159,8 @@ class PGTransport(ManagedTransport[T]):
         """
         report = TransferReport("source", type(self).__name__, step)
         with self._transfer(report):
-            # Before anything is posted: a send to a rank that is out of range ends the process with torchft's group
-            # (SIGSEGV).
-            _check_ranks(self._pg, dst_ranks)
+            # At each call: the Manager configures the group anew for each quorum, and numbers the replicas anew.
+            check_ranks(dst_ranks, self._pg.size(), _own_rank(self._pg))
             report.peers = [PeerReport(rank) for rank in dst_ranks]
             deadline = self._limit(timeout)
             with self._watching(report, deadline):
@@ -210,7 +210,7 @@ class PGTransport(ManagedTransport[T]):
     def _receive(
         self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
     ) -> Received:
-        _check_ranks(self._pg, [src_rank])
+        check_ranks([src_rank], self._pg.size(), _own_rank(self._pg))
         report.peers = [PeerReport(src_rank)]
         with self._watching(report, deadline):
             return receive(
@@ -240,18 +240,6 @@ def _is_in_order(pg: ProcessGroup, device: torch.device) -> bool:
             return True
         inner = getattr(inner, "_pg", None)  # torchft's wrappers: of errors, of a Manager
     return False
-
-
-def _check_ranks(pg: ProcessGroup, ranks: list[int]) -> None:
-    # At each call: the Manager configures the group anew for each quorum, and numbers the replicas anew.
-    size = pg.size()
-    own = _own_rank(pg)
-    for rank in ranks:
-        if not 0 <= rank < size:
-            raise LocalProtocolError(f"rank {rank}: expected 0 to {size - 1}, the ranks of the group", peer_rank=rank)
-        if rank == own:
-            raise LocalProtocolError(f"rank {rank}: expected another rank than this replica's own", peer_rank=rank)
-    check_distinct(ranks)
 
 
 def _own_rank(pg: ProcessGroup) -> int | None:

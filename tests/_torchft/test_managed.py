@@ -13,7 +13,7 @@ from _torchft.test_manager import called_by
 from ft_transport import LocalProtocolError, TornStateError
 from ft_transport._options import Options
 from ft_transport._plan.rewrite import Received
-from ft_transport._torchft.managed import ManagedTransport, check_distinct
+from ft_transport._torchft.managed import ManagedTransport
 
 TIMEOUT = timedelta(seconds=5)
 
@@ -141,9 +141,3 @@ def test_who_has_no_manager_goes_on_training() -> None:
     made = Made(None)
     made.heal()
     assert made.trained == [True]
-
-
-def test_ranks_are_given_once() -> None:
-    check_distinct([2, 0, 1])
-    with pytest.raises(LocalProtocolError, match=r"ranks \[1, 2, 1\]: expected each once"):
-        check_distinct([1, 2, 1])

@@ -43,7 +43,7 @@ def transport() -> Any:
     [
         ([0, 3], "rank 3: expected 0 to 2"),
         ([-1], "rank -1: expected 0 to 2"),
-        ([0, 1], "rank 1: expected another rank than this replica's own"),
+        ([0, 1], "rank 1: expected another rank than this side's own"),
         ([2, 0, 2], "expected each once"),
     ],
 )

@@ -78,7 +78,9 @@ def test_operations_reach_the_group() -> None:
     channel = GroupChannel(group, 3, CPU)
     ours, theirs = torch.zeros(4), torch.zeros(2, dtype=torch.int64)
     channel.wait(channel.send(ours, 7), Deadline(LONG))
-    channel.wait(channel.recv(theirs, 8), Deadline(LONG))
+    pending = channel.recv(theirs, 8)
+    assert channel.nbytes_wire == 16, "what is only posted has not been there"
+    channel.wait(pending, Deadline(LONG))
     assert [(what, rank, tag) for what, _, rank, tag in group.calls] == [("send", 3, 7), ("recv", 3, 8)]
     assert group.calls[0][1] is ours
     assert channel.nbytes_wire == 32

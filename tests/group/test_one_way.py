@@ -10,14 +10,13 @@ import pytest
 import torch
 from helpers import CPU, difference, group_channels, noise
 
-from ft_transport import PeerFailure, TransferReport
+from ft_transport import PeerFailure, TransferError, TransferReport
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
-from ft_transport._group.one_way import description, land_all, post_and_wait
+from ft_transport._group.one_way import description, land_all, send_all
 from ft_transport._plan.compare import Targets
 from ft_transport._plan.destination import DestinationPlan
-from ft_transport._plan.placement import note_state
 from ft_transport._plan.source import place
 from ft_transport._state.describe import describe
 from ft_transport._telemetry.report import PeerReport
@@ -30,13 +29,17 @@ def deadline() -> Deadline:
     return Deadline(timedelta(seconds=10))
 
 
-def run(state: object, *, break_before: int | None = None) -> tuple[Any, list[Any], TransferReport]:
-    """The state that arrives, what went wrong at the source, and its report."""
+def run(state: object, *, goes: bool = False) -> tuple[Any, TransferError | None, PeerReport, TransferReport]:
+    """The state that arrives, what went wrong at the source, what it says of its peer, and the destination's report.
+
+    Args:
+        state: That is sent.
+        goes: Whether the destination goes once it has the description.
+    """
     _, (near, far) = group_channels()
     manifest, tensors = describe(state)
     layout = lay_out(manifest, LIMITS)
-    report = TransferReport("source", "test", None, [PeerReport(1)])
-    note_state(report, manifest, layout)
+    peer = PeerReport(1)
     received = TransferReport("destination", "test", None, [PeerReport(0)])
     landing = DestinationPlan(manifest, layout, {}, Targets.none(), CPU, received)
     result: list[object] = []
@@ -46,18 +49,21 @@ def run(state: object, *, break_before: int | None = None) -> tuple[Any, list[An
         for tensor, tag in ((length, CONTROL_TAG), (data, FRAME_TAG)):
             far.wait(far.recv(tensor, tag), deadline())
         assert (length.item(), bytes(data.tolist())) == (4, b"text")
-        if break_before is not None:
+        if goes:
             far.abort()
             return
-        land_all(far, layout, landing, CPU, deadline())
+        land_all(far, layout, landing, CPU, deadline(), received)
         result.append(landing.rebuild())
 
     thread = threading.Thread(target=receive)
     thread.start()
-    placement = place(manifest, layout, tensors, CPU)
-    errors = post_and_wait([near], b"text", layout, placement, CPU, deadline(), report)
+    placement, error = place(manifest, layout, tensors, CPU), None
+    try:
+        send_all(near, description(b"text", CPU), layout, placement, CPU, deadline(), peer)
+    except TransferError as exc:
+        error = exc
     thread.join(10)
-    return (result or [None])[0], errors, report
+    return (result or [None])[0], error, peer, received
 
 
 def test_more_staged_messages_than_there_are_buckets() -> None:
@@ -68,12 +74,12 @@ def test_more_staged_messages_than_there_are_buckets() -> None:
         "small": [noise(3, 20 + i) for i in range(40)],
         "step": 7,
     }
-    result, errors, report = run(state)
+    result, error, peer, received = run(state)
     assert difference(result, state) == ""
-    assert errors == []
-    assert report.nbytes_staged == 9 * 256 + 40 * 12
-    (peer,) = report.peers
-    assert (peer.outcome, peer.nbytes) == ("complete", report.nbytes_total)
+    assert error is None
+    assert received.nbytes_staged == 40 * 12, "new memory has no gaps"
+    nbytes = 4000 + 9 * 256 + 40 * 12
+    assert (peer.outcome, peer.phase, peer.nbytes, received.peers[0].nbytes) == ("complete", "move", nbytes, nbytes)
 
 
 def test_memory_is_provided_before_its_message_is_posted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,18 +94,17 @@ def test_memory_is_provided_before_its_message_is_posted(monkeypatch: pytest.Mon
     monkeypatch.setattr(GroupChannel, "recv", noted)
     monkeypatch.setattr(DestinationPlan, "provide", lambda _, message, *, ahead: seen.append(f"provide {message}"))
     state = {"w": noise(100, 1)}
-    received, errors, _ = run(state)
-    assert errors == []
+    received, error, _, _ = run(state)
+    assert error is None
     assert difference(state, received) == ""
     assert seen == ["provide 0", "post 0", "provide 1", "post 1"]
 
 
 def test_a_destination_that_goes_is_the_error_and_nothing_more_is_posted_to_it() -> None:
-    _, errors, report = run({"w": [noise(1000, i) for i in range(8)]}, break_before=0)
-    (error,) = errors
+    _, error, peer, _ = run({"w": [noise(1000, i) for i in range(8)]}, goes=True)
     assert isinstance(error, PeerFailure)
-    (peer,) = report.peers
-    assert (peer.outcome, peer.nbytes) == ("dead", 0)
+    assert (peer.outcome, peer.phase, peer.nbytes) == ("dead", "move", 0)
+    assert peer.nbytes_wire <= 12, "the description at the most, and nothing that was only posted"
     assert peer.reason == error.message
 
 
