@@ -37,6 +37,7 @@ class TransferError(Exception):
 
     # What a report says of the peer, where the class alone does not tell: see :func:`ended`.
     _outcome = ""
+    _for_good = False
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ def _rebuild(cls: type[TransferError], fields: dict[str, Any]) -> TransferError:
 E = TypeVar("E", bound=TransferError)
 
 
-def ended(error: E, outcome: str) -> E:
+def ended(error: E, outcome: str, *, for_good: bool = False) -> E:
     """The error, which knows now how the transfer with the peer has ended.
 
     A peer that gave up and one that is gone are the same to a caller, who takes another one: both are a
@@ -100,9 +101,10 @@ def ended(error: E, outcome: str) -> E:
     Args:
         error: To be raised.
         outcome: As in ``PeerReport``.
+        for_good: Whether the next one would end so, too: nothing that it comes of changes by itself.
     """
     # An attribute of the instance, so it crosses process boundaries with the others.
-    error._outcome = outcome
+    error._outcome, error._for_good = outcome, for_good
     return error
 
 

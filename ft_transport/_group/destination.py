@@ -165,7 +165,7 @@ def _agree(
         # deadline.
         error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
         control.give_up(error.message, Frame.REFUSE)
-        raise ended(error, "refused") from None
+        raise ended(error, "refused", for_good=error._for_good) from None
     # The digest of the manifest goes back with it: both sides derive all messages from that, and one flipped bit in it
     # would have them receive what was not sent.
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))

@@ -23,7 +23,7 @@ from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import Node, Path, flatten, format_path, paths_of
 from ft_transport._telemetry.causes import naming_cause
 from ft_transport._telemetry.report import Copies, OnMismatch, TransferReport, shortened
-from ft_transport.errors import RemoteProtocolError, printable
+from ft_transport.errors import RemoteProtocolError, ended, printable
 
 __all__ = ["Fit", "fit", "match_template"]
 
@@ -77,12 +77,8 @@ def fit(
     if template is None:
         report.without_template = True
         return Fit({}, Targets.none(), Surroundings())
-    try:
-        # ``strict`` is the older word, and means more: what is missing or left over is refused as well.
-        return _fit(manifest, template, report, "refuse" if strict else on_mismatch, strict, copies)
-    except RemoteProtocolError:
-        report.unfit = True
-        raise
+    # ``strict`` is the older word, and means more: what is missing or left over is refused as well.
+    return _fit(manifest, template, report, "refuse" if strict else on_mismatch, strict, copies)
 
 
 def _fit(
@@ -103,7 +99,7 @@ def _fit(
         refused += [f"{path}: unexpected key, expected in the template, source has it" for path in unexpected]
         refused += [f"{path}: missing key, expected from the source, template has it" for path in missing]
     if refused:
-        raise RemoteProtocolError("; ".join(refused))
+        raise ended(RemoteProtocolError("; ".join(refused)), "refused", for_good=True)
     # Both at once is what a renamed module looks like. One of them alone is a model that has grown, or a source that
     # keeps an EMA.
     if report.unexpected_keys and report.missing_keys:

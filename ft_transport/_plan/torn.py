@@ -9,8 +9,9 @@ healthy, and this is the last moment to stop it. A receive that was tried and fa
 A receive heals what it brings. A state that lacks a leaf which an earlier receive has left half written (another model,
 an EMA that the new source does not keep) heals all but that leaf, and the replica stays torn.
 
-A replica that refuses the others' state will refuse it again: each time it is in the quorum, takes no part in the step,
-and with that fails it for the others. It is stopped at the same place, and ends as if ``load_state_dict`` had raised.
+A replica that refuses the others' state, or whose source cannot describe its own, will not be healed the next time
+either: each time it is in the quorum, takes no part in the step, and with that fails it for the others. It is stopped
+at the same place, and ends as if ``load_state_dict`` had raised.
 
 ``docs/faults.md`` says which calls this rests on; ``tests/multiproc/test_torn.py`` holds torchft to them.
 """
@@ -22,7 +23,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from ft_transport._telemetry.report import TransferReport, outcome_of
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError, TornStateError, reason_of
+from ft_transport.errors import LocalProtocolError, PeerFailure, RemoteProtocolError, TornStateError, reason_of
 
 __all__ = ["Attempt", "TornGuard"]
 
@@ -46,8 +47,8 @@ class Attempt:
         self.landing: _Landing | None = None
 
 
-# Refusals in a row for a reason that may pass (no memory, a callback that raises) until the replica is stopped. Each
-# costs the others a step, and some reasons do pass.
+# Refusals in a row for a reason that may pass (no memory, a callback that raises, on either side) until the replica is
+# stopped. Each costs the others a step, and some reasons do pass.
 MAX_REFUSALS = 3
 
 
@@ -94,13 +95,12 @@ class TornGuard:
             self._heal(attempt.landing)
             self._refusals = 0
         except BaseException as exc:
-            # A receive that the destination has refused has moved no byte. What counts is whether it will refuse the
-            # next one as well.
-            if outcome_of(exc) == "refused" or any(peer.outcome == "refused" for peer in report.peers):
+            # One that either side has refused has moved no byte. What counts is whether the next one will be, too.
+            if _is_refusal(exc, report):
                 self._refusals += 1
-                # A template of another shape does not change by itself. No room, or a callback that raised, may be over
-                # in the next step.
-                if report.unfit or self._refusals >= MAX_REFUSALS:
+                # A template of another shape does not change by itself, nor does another transport at the source. No
+                # room, or a callback that raised, may be over in the next step.
+                if getattr(exc, "_for_good", False) or self._refusals >= MAX_REFUSALS:
                     self._refusal = reason_of(exc)
             if report.torn:
                 step = "" if report.step is None else f" of step {report.step}"
@@ -168,7 +168,7 @@ class TornGuard:
         # out a replica which heartbeats and cannot heal, and each step that it stays in fails for all.
         if self._refusal:
             raise RemoteProtocolError(
-                f"this replica cannot take the state of the others, and would only fail their steps: {self._refusal}",
+                "this replica cannot be healed from the others, and would only fail their steps: " + self._refusal,
                 torn=self.torn,
             )
         # A receive that was tried and failed has failed the step: the Manager does not let the optimizer step, and
@@ -181,6 +181,16 @@ class TornGuard:
                 "the template and call the transport's mark_restored().)",
                 torn=True,
             )
+
+
+def _is_refusal(error: BaseException, report: TransferReport) -> bool:
+    """Whether a receive has ended before a byte moved, because one side cannot have it."""
+    if outcome_of(error) == "refused" or any(peer.outcome == "refused" for peer in report.peers):
+        return True
+    # The source has said in the place of its manifest why there is none: a leaf that cannot travel. It trains on, and
+    # it is not the one to stop: it has what this replica lacks, and all others would have to follow it.
+    said_why = isinstance(error, PeerFailure) and outcome_of(error) == "failed"
+    return said_why and any(peer.phase == "agree" for peer in report.peers)
 
 
 def _some(paths: set[str]) -> str:

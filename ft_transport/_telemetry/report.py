@@ -189,7 +189,6 @@ class TransferReport:
 
     # Without annotations, so that they are no fields: neither as_dict() nor a comparison sees them.
     _finished = False
-    unfit = False  # whether the state was refused because the template cannot take it
     without_template = False  # whether a destination had none
 
     @property

@@ -28,7 +28,8 @@ from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 from ft_transport._torchft.managed import ManagedTransport, StateDict
 from ft_transport._transport import check_ranks
-from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferTimeout, reason_of
+from ft_transport._wire.frames import VERSION
+from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferTimeout, ended, reason_of
 
 __all__ = ["PGTransport"]
 
@@ -102,13 +103,12 @@ class PGTransport(ManagedTransport[T]):
         self._beside: set[str] = set()  # paths that forward has written to while they landed
 
     def metadata(self) -> str:
-        """What the Manager hands to the recovering side. The group is all that is needed, so: nothing.
+        """What the Manager hands to the recovering side: the name and the version of what this one says over the group.
 
         torchft calls it before each quorum, and :meth:`disallow_checkpoint` counts on that.
         """
         self._begin_quorum()
-        # torchft's own transport over a group says the same: what a Manager shows in its logs is then alike for both.
-        return "<n/a>"
+        return _METADATA
 
     def disallow_checkpoint(self) -> None:
         """Make what was received the source's again where forward has written meanwhile (``docs/faults.md`` says what
@@ -212,6 +212,7 @@ class PGTransport(ManagedTransport[T]):
     ) -> Received:
         check_ranks([src_rank], self._pg.size(), _own_rank(self._pg))
         report.peers = [PeerReport(src_rank)]
+        _check_metadata(metadata)
         with self._watching(report, deadline):
             return receive(
                 self._channel(src_rank),
@@ -226,6 +227,30 @@ class PGTransport(ManagedTransport[T]):
 
     def _channel(self, rank: int, lock: threading.Lock | None = None) -> Channel:
         return GroupChannel(self._pg, rank, self._options.device, lock, in_order=self._options.in_order)
+
+
+_NAME = "ft-group"
+_METADATA = f"{_NAME}/{VERSION}"
+# What torchft's own transport over a group says.
+_TORCHFTS = "<n/a>"
+
+
+def _check_metadata(metadata: str) -> None:
+    """Refuse a source whose metadata says that it will send nothing that this side can read.
+
+    It would be waited for until the deadline, in each quorum. Whoever calls by hand may pass anything else.
+    """
+    said = str(metadata)  # another transport's may be anything
+    if said == _METADATA:
+        return
+    expected, need = f"version {VERSION} of a state over a group", "release"
+    if not said.startswith(f"{_NAME}/"):
+        if said != _TORCHFTS and "://" not in said:
+            return
+        # No more of it than its scheme: there may be a secret behind.
+        said, expected, need = said.partition("://")[0], "the metadata of ft_transport's PGTransport", "transport"
+    text = f"expected {expected}, got {said[:20]!r}: all replicas need the same {need}"
+    raise ended(RemoteProtocolError(text), "refused", for_good=True)
 
 
 def _is_in_order(pg: ProcessGroup, device: torch.device) -> bool:

@@ -52,7 +52,29 @@ def test_ranks_that_cannot_be(ranks: list[int], message: str) -> None:
         transport().send_checkpoint(ranks, 7, {}, SECOND)
     if len(ranks) == 1:
         with pytest.raises(LocalProtocolError, match=message):
-            transport().recv_checkpoint(ranks[0], "<n/a>", 7, SECOND)
+            transport().recv_checkpoint(ranks[0], "", 7, SECOND)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ("<n/a>", "expected the metadata of ft_transport's PGTransport, got '<n/a>': all replicas need the same trans"),
+        ("ft-lanes://10.0.0.1:80/5/00", "got 'ft-lanes': all replicas need the same transport"),
+        ("http://me:secret@host:80/checkpoint/", "got 'http': all replicas need the same transport"),
+        (
+            "ft-group/1",
+            "expected version 2 of a state over a group, got 'ft-group/1': all replicas need the same release",
+        ),
+    ],
+)
+def test_the_metadata_of_a_source_that_would_be_waited_for_in_vain(metadata: str, message: str) -> None:
+    made = transport()
+    assert made.metadata() == "ft-group/2"
+    with pytest.raises(RemoteProtocolError, match=message):
+        made.recv_checkpoint(2, metadata, 7, SECOND)
+    assert made.last_report.peers[0].outcome == "refused"
+    with pytest.raises(RemoteProtocolError, match="cannot be healed from the others"):
+        made.disallow_checkpoint()
 
 
 def test_a_native_group_says_its_own_rank() -> None:

@@ -184,4 +184,4 @@ def _port(metadata: str) -> int:
     """The port in what a transport gives out, 0 if there is none."""
     from ft_transport._net.endpoint import Endpoint
 
-    return Endpoint.decode(metadata).port if metadata != "<n/a>" else 0
+    return Endpoint.decode(metadata).port if metadata.startswith("ft-lanes") else 0

@@ -154,7 +154,7 @@ class Torchft(Wire):
         transport.send_checkpoint([1], STEP, state, TIMEOUT)
 
     def _recv(self, transport: Any) -> object:
-        return transport.recv_checkpoint(0, "<n/a>", STEP, TIMEOUT)
+        return transport.recv_checkpoint(0, "", STEP, TIMEOUT)
 
     def _settle(self, transport: Any) -> None:
         transport.disallow_checkpoint()

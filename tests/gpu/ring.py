@@ -110,7 +110,7 @@ def as_torchft(group: Any, device: torch.device, other: int, state: Any, templat
 
     def receive() -> Any:
         transport.metadata()
-        found = transport.recv_checkpoint(other, "<n/a>", 7, TIMEOUT)
+        found = transport.recv_checkpoint(other, "", 7, TIMEOUT)
         transport.disallow_checkpoint()
         return found
 

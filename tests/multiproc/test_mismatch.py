@@ -1,4 +1,7 @@
-"""A joiner whose template disagrees in one leaf, under a real Lighthouse and Manager: what it costs the others."""
+"""A joiner whose template disagrees in one leaf, or that cannot be healed at all: what it costs the others.
+
+Under a real Lighthouse and Manager.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch.distributed import TCPStore
+from torchft.checkpointing.http_transport import HTTPTransport
+from torchft.checkpointing.pg_transport import PGTransport as TorchftPGTransport
+from torchft.checkpointing.transport import CheckpointTransport
 from torchft.process_group import ProcessGroupGloo
 
 from ft_transport import LaneTransport, PGTransport, RemoteProtocolError
@@ -25,7 +31,7 @@ STEPS_TOGETHER = 3
 class Job(NamedTuple):
     lighthouse: str
     store: int
-    lanes: bool
+    transport: str  # one of TRANSPORTS
     async_quorum: bool
 
 
@@ -43,19 +49,26 @@ class Metric:
         self.seen, self.blob = list(state["seen"]), state["blob"]
 
 
+def new_transport(replica: Replica, kind: str, **options: Any) -> CheckpointTransport[Any]:
+    cpu = torch.device("cpu")
+    if kind == "lanes":
+        return LaneTransport(TRANSFER_TIMEOUT, cpu, replica.state_dict, **options)
+    if kind == "group":
+        return PGTransport(replica.group, TRANSFER_TIMEOUT, cpu, replica.state_dict, **options)
+    if kind == "torchft group":
+        return TorchftPGTransport(replica.group, TRANSFER_TIMEOUT, cpu)
+    return HTTPTransport(TRANSFER_TIMEOUT, num_chunks=0)
+
+
 class Replica:
-    def __init__(self, job: Job, number: int, *sizes: int, **options: Any) -> None:
+    def __init__(self, job: Job, number: int, *sizes: int, hook: object = None, **options: Any) -> None:
         torch.manual_seed(number)
         self.model = torch.nn.Linear(16, 4)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.metric = Metric(*sizes)
+        self.hook = hook
         self.group = ProcessGroupGloo(timeout=TIMEOUT)
-        cpu = torch.device("cpu")
-        self.transport: LaneTransport[Any] | PGTransport[Any] = (
-            LaneTransport(TRANSFER_TIMEOUT, cpu, self.state_dict, **options)
-            if job.lanes
-            else PGTransport(self.group, TRANSFER_TIMEOUT, cpu, self.state_dict, **options)
-        )
+        self.transport = new_transport(self, job.transport, **options)
         self.manager = new_manager(
             job.lighthouse,
             job.store,
@@ -71,7 +84,8 @@ class Replica:
         wait_for_heartbeat(job.lighthouse, self.manager)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "metric": self.metric.state_dict()}
+        hook = {"hook": self.hook} if self.hook else {}
+        return {"model": self.model.state_dict(), "metric": self.metric.state_dict(), **hook}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -89,10 +103,10 @@ class Replica:
         return committed
 
 
-def healthy(job: Job, signals: int) -> dict[str, Any]:
+def healthy(job: Job, signals: int, hooked: bool = False) -> dict[str, Any]:
     """Trains until it is told to end. Tells of steps that fail, and of those that are committed next."""
     told = TCPStore("localhost", signals, is_master=False, wait_for_workers=False)
-    replica = Replica(job, 0, 32, 7)
+    replica = Replica(job, 0, 32, 7, hook=(lambda: None) if hooked else None)
     failed = in_a_row = 0
     while not told.check(["last"]) or replica.manager.current_step() < int(told.get("last")):
         if replica.step():
@@ -124,15 +138,25 @@ def joins(job: Job, signals: int, options: dict[str, Any]) -> dict[str, Any]:
     return end_of(replica, failed)
 
 
+def cannot_join(job: Job) -> tuple[str, int]:
+    """Comes later, and has to stop; gives why, and the steps that it has failed before."""
+    replica = Replica(job, 1, 7)
+    for failed in range(20):
+        try:
+            assert not replica.step()
+        except RemoteProtocolError as exc:
+            return str(exc), failed
+    raise AssertionError("it goes on and on")
+
+
 def end_of(replica: Replica, failed: int) -> dict[str, Any]:
-    report = replica.transport.last_report
-    assert report is not None
+    report = getattr(replica.transport, "last_report", None)
     replica.manager.shutdown(wait=False)
     return {
         "step": replica.manager.current_step(),
         "failed": failed,
         "digest": digest(replica.state_dict()),
-        "mismatched": report.mismatched,
+        "mismatched": report.mismatched if report else {},
     }
 
 
@@ -140,18 +164,18 @@ def end_of(replica: Replica, failed: int) -> dict[str, Any]:
 # because each further attempt would fail a step of the healthy replica too.
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
-    ("lanes", "async_quorum"),
+    ("transport", "async_quorum"),
     [
-        pytest.param(False, False, id="group-sync", marks=pytest.mark.thorough),
-        pytest.param(False, True, id="group-async"),
-        pytest.param(True, False, id="lanes-sync"),
-        pytest.param(True, True, id="lanes-async", marks=pytest.mark.thorough),
+        pytest.param("group", False, id="group-sync", marks=pytest.mark.thorough),
+        pytest.param("group", True, id="group-async"),
+        pytest.param("lanes", False, id="lanes-sync"),
+        pytest.param("lanes", True, id="lanes-async", marks=pytest.mark.thorough),
     ],
 )
-def test_a_leaf_that_disagrees_heals_and_a_refusal_costs_the_others_a_step(lanes: bool, async_quorum: bool) -> None:
+def test_a_leaf_that_disagrees_heals_and_a_refusal_costs_the_others_a_step(transport: str, async_quorum: bool) -> None:
     lighthouse = new_lighthouse()
     stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(4)]
-    jobs = [Job(lighthouse.address(), store.port, lanes, async_quorum) for store in stores]
+    jobs = [Job(lighthouse.address(), store.port, transport, async_quorum) for store in stores]
     signals = stores[3].port
     workers = [Worker(name) for name in ("healthy", "refuses", "heals")]
     try:
@@ -173,3 +197,46 @@ def test_a_leaf_that_disagrees_heals_and_a_refusal_costs_the_others_a_step(lanes
     assert ends[0]["digest"] == ends[1]["digest"]
     assert ends[1]["failed"] == 0
     assert {path.removeprefix("user.default.") for path in ends[1]["mismatched"]} == {"metric.seen.0", "metric.blob"}
+
+
+ANOTHER = "all replicas need the same transport"
+CANNOT_TRAVEL = "hook: a value of class function cannot be encoded"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("source", "joiner", "hooked", "why", "num_failed"),
+    [
+        pytest.param("lanes", "group", False, ANOTHER, 0, id="lanes-group"),
+        pytest.param("group", "lanes", False, ANOTHER, 0, id="group-lanes"),
+        pytest.param("torchft http", "group", False, ANOTHER, 0, id="http-group", marks=pytest.mark.thorough),
+        pytest.param("torchft http", "lanes", False, ANOTHER, 0, id="http-lanes", marks=pytest.mark.thorough),
+        pytest.param("torchft group", "lanes", False, ANOTHER, 0, id="torchft-lanes", marks=pytest.mark.thorough),
+        pytest.param("torchft group", "group", False, ANOTHER, 0, id="torchft-group"),
+        pytest.param("group", "group", True, CANNOT_TRAVEL, 2, id="cannot-travel-group"),
+        pytest.param("lanes", "lanes", True, CANNOT_TRAVEL, 2, id="cannot-travel-lanes"),
+    ],
+)
+def test_a_joiner_that_will_never_be_healed_stops_and_the_others_go_on(
+    source: str, joiner: str, hooked: bool, why: str, num_failed: int
+) -> None:
+    lighthouse = new_lighthouse()
+    stores = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(3)]
+    workers = [Worker(name) for name in ("healthy", "joiner")]
+    try:
+        workers[0].start(healthy, Job(lighthouse.address(), stores[0].port, source, True), stores[2].port, hooked)
+        assert workers[0].event("goes on").value == 0
+        workers[1].start(cannot_join, Job(lighthouse.address(), stores[1].port, joiner, True))
+        error, failed = workers[1].result()
+        print(error)
+        workers[1].end()  # what the exception does to a training process
+        assert "cannot be healed from the others" in error
+        assert why in error
+        assert failed == num_failed
+        assert workers[0].event("goes on").value <= num_failed + 2
+        stores[2].set("last", "0")
+        workers[0].result()
+    finally:
+        for worker in workers:
+            worker.end()
+        lighthouse.shutdown()

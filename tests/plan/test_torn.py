@@ -22,12 +22,14 @@ from ft_transport import (
     Progress,
     RemoteProtocolError,
     TornStateError,
+    TransferError,
     distributed,
 )
 from ft_transport._group.channel import Channel
 from ft_transport._options import Options
 from ft_transport._plan.torn import TornGuard
 from ft_transport._telemetry.report import PeerReport, TransferReport
+from ft_transport.errors import ended
 from ft_transport.testing import FaultyChannel, memory_channels
 
 SECOND = timedelta(seconds=1)
@@ -306,9 +308,8 @@ def test_a_quorum_that_has_failed_before_a_heal_could_be_tried_stops_nobody() ->
 
 def refuse(guard: TornGuard, *, unfit: bool) -> None:
     report = TransferReport("destination", "test", 7, [PeerReport(0, "refused")])
-    report.unfit = unfit
     with contextlib.suppress(LocalProtocolError), guard.receiving(report):
-        raise LocalProtocolError("it does not fit")
+        raise ended(LocalProtocolError("it does not fit"), "refused", for_good=unfit)
 
 
 def test_a_replica_that_refuses_what_it_will_refuse_again_is_stopped() -> None:
@@ -334,6 +335,33 @@ def test_a_replica_that_refuses_for_what_may_pass_is_stopped_in_the_end() -> Non
             guard.check_step()
     refuse(guard, unfit=False)
     with pytest.raises(RemoteProtocolError):
+        guard.check_step()
+
+
+def fail(guard: TornGuard, error: TransferError, phase: str = "agree") -> None:
+    report = TransferReport("destination", "test", 7, [PeerReport(0, phase=phase)])
+    guard.begin_quorum()
+    with contextlib.suppress(TransferError), guard.receiving(report):
+        raise error
+
+
+def test_a_replica_whose_source_cannot_describe_its_state_is_stopped_in_the_end() -> None:
+    """It is not the source that stops: it has what this one lacks, and the others would follow it."""
+    guard = TornGuard()
+    for _ in range(2):
+        fail(guard, ended(PeerFailure("it cannot travel"), "failed"))
+        guard.check_step()
+    receive(guard, torn=False)
+    for _ in range(2):
+        fail(guard, ended(PeerFailure("it cannot travel"), "failed"))
+        guard.check_step()
+    # Neither a source that is gone, nor one that gave up later on.
+    fail(guard, PeerFailure("gone"))
+    guard.check_step()
+    fail(guard, ended(PeerFailure("it has changed"), "failed"), "move")
+    guard.check_step()
+    fail(guard, ended(PeerFailure("it cannot travel"), "failed"))
+    with pytest.raises(RemoteProtocolError, match=r"cannot be healed from the others.*it cannot travel"):
         guard.check_step()
 
 
