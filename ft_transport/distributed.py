@@ -36,6 +36,7 @@ from ft_transport._options import CPU, Options
 from ft_transport._plan.blocks import storage_as
 from ft_transport._plan.compare import compare
 from ft_transport._plan.destination import DestinationPlan
+from ft_transport._plan.expected import tree_of
 from ft_transport._plan.placement import note_state
 from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.source import place
@@ -382,7 +383,7 @@ class PGTransport(TransportBase):
             raise ended(PeerFailure(f"the peer gave up: {meta.reason}", phase="agree"), "failed")
         manifest = _from_meta(meta)
         layout = lay_out(manifest, Limits())
-        matched = match_template(manifest, self._state_dict(), report) if self._state_dict else {}
+        matched = match_template(manifest, tree_of(self._state_dict), report) if self._state_dict else {}
         targets, disagreements = compare(manifest, matched, report)
         if disagreements:
             raise ended(RemoteProtocolError("; ".join(disagreements), phase="agree"), "refused")

@@ -60,7 +60,7 @@ class News:
         peer.nbytes = nbytes
         if self._options.on_progress is None:
             return
-        now = Progress("source", self._report.step, peer.rank, nbytes, total)
+        now = Progress("source", self._report.step, peer.rank, nbytes, total, peer.name)
         with self._lock:
             # By identity: several destinations may have the same rank, -1.
             is_new, self._untold[id(peer)] = id(peer) not in self._untold, now

@@ -8,6 +8,7 @@ nothing had been expected; nothing is taken from here that the source has not se
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from operator import is_, itemgetter
 from typing import Any
@@ -28,8 +29,11 @@ from ft_transport._wire.decode import check_storages, decode_manifest, decode_no
 from ft_transport._wire.encode import manifest_body
 from ft_transport._wire.frames import ManifestHeader, pack, unpack
 from ft_transport._wire.layout import Layout, Limits, lay_out
+from ft_transport.errors import LocalProtocolError
 
-__all__ = ["Template", "read", "template_of"]
+__all__ = ["Template", "read", "template_of", "tree_of"]
+
+logger = logging.getLogger("ft_transport")
 
 
 class Template:
@@ -43,12 +47,15 @@ class Template:
         tree: What it has given.
         flat: The same, flattened.
         again: What the second call has given, None without one.
+
+    Raises:
+        LocalProtocolError: It has raised.
     """
 
     def __init__(self, state_dict: Callable[[], object], copies: Copies | None = None) -> None:
         # Called in each receive, and not kept: parameters may have been replaced since, and an optimizer that had no
         # state at step 0 has one now.
-        self.tree = state_dict()
+        self.tree = tree_of(state_dict)
         self.flat: Flat = flatten(self.tree)
         self.again: object = None
         if copies is not None and copies.paths is None:
@@ -96,6 +103,16 @@ class Template:
         if expected is None or manifest is not self._read or expected.has_moved():
             return None
         return expected.matched, expected.plain
+
+
+def tree_of(state_dict: Callable[[], object]) -> object:
+    """What the callback gives; raises LocalProtocolError if it raises."""
+    try:
+        return state_dict()
+    except Exception as exc:
+        # Logged here: the error that goes on its way through the transfer has no traceback of the caller's code.
+        logger.exception("the transport's state_dict, which gives the template, has raised")
+        raise LocalProtocolError(f"the transport's state_dict raised {type(exc).__name__}: {exc}") from None
 
 
 def template_of(state_dict: Callable[[], object] | None, options: Options) -> Template | None:

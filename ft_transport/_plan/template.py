@@ -21,7 +21,7 @@ from ft_transport._state.kinds.base import Surroundings
 from ft_transport._state.kinds.distributed import meshes_of
 from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import Node, Path, flatten, format_path, paths_of
-from ft_transport._telemetry.causes import naming_cause
+from ft_transport._telemetry.causes import likely_cause, naming_cause
 from ft_transport._telemetry.report import Copies, OnMismatch, TransferReport, shortened
 from ft_transport.errors import RemoteProtocolError, ended, printable
 
@@ -98,8 +98,9 @@ def _fit(
         unexpected, missing = report.unexpected_keys, report.missing_keys
         refused += [f"{path}: unexpected key, expected in the template, source has it" for path in unexpected]
         refused += [f"{path}: missing key, expected from the source, template has it" for path in missing]
+        refused += filter(None, [likely_cause(unexpected, missing)])
     if refused:
-        raise ended(RemoteProtocolError("; ".join(refused)), "refused", for_good=True)
+        raise _refusal("; ".join(refused))
     # Both at once is what a renamed module looks like. One of them alone is a model that has grown, or a source that
     # keeps an EMA.
     if report.unexpected_keys and report.missing_keys:
@@ -110,6 +111,11 @@ def _fit(
         new |= _drop_copies(manifest, template, targets, copies, report)
     here = Surroundings(meshes=meshes_of([matched.pop(index) for index in new]))
     return Fit(matched, targets, here)
+
+
+def _refusal(text: str) -> RemoteProtocolError:
+    # A template of another shape does not change by itself.
+    return ended(RemoteProtocolError(text), "refused", for_good=True)
 
 
 def _refused(
@@ -236,13 +242,13 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
     best, prefix = max(scored, key=lambda entry: entry[0])
     if any(leaf.views for leaf in manifest.leaves):
         if best == (0, 0):
-            raise RemoteProtocolError(
+            raise _refusal(
                 f"the state_dict callback matches nothing in what the source sends: the callback has "
                 f"{_some(paths)}, the source sends {_some(manifest.paths)}{_cause(manifest.paths, paths)}"
             )
         rivals = [format_path(other)[:200] for score, other in scored if score == best]
         if len(rivals) > 1:
-            raise RemoteProtocolError(
+            raise _refusal(
                 f"the state_dict callback fits at {' and '.join(rivals)} alike; return a dict by registered key"
             )
     matched = {}

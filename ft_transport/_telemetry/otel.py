@@ -142,10 +142,12 @@ def _record_metrics(report: TransferReport, event: Mapping[str, Any]) -> None:
     if report.num_repaired:
         to.repaired.add(report.num_repaired, marks)
     # Until it is complete the report says where bytes shall land.
-    landed = report.role == "destination" and event["outcome"] == "complete"
-    for where in ("in_place", "fresh", "kept"):
-        if landed and event[f"nbytes_{where}"]:
-            to.landed.add(event[f"nbytes_{where}"], {**marks, "ft_transport.where": where})
+    if report.role == "destination" and event["outcome"] == "complete":
+        # Of the report's bytes in place, those that were there already have not landed.
+        landed = {"in_place": report.nbytes_in_place - report.nbytes_kept, "fresh": report.nbytes_fresh}
+        for where, nbytes in {**landed, "kept": report.nbytes_kept}.items():
+            if nbytes > 0:
+                to.landed.add(nbytes, {**marks, "ft_transport.where": where})
     _record_failures(to.failures, report, event, marks)
 
 

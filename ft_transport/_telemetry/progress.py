@@ -17,7 +17,7 @@ from typing import Any
 
 from ft_transport._deadline import Deadline
 from ft_transport._telemetry.events import PROGRESS, log_event
-from ft_transport._telemetry.report import PeerReport, Progress, ProgressCallback, TransferReport
+from ft_transport._telemetry.report import PeerReport, Progress, ProgressCallback, TransferReport, peer_label
 from ft_transport._threads import periodically
 
 __all__ = ["INTERVAL", "Watch", "progress_bar", "report_progress", "watching"]
@@ -118,6 +118,8 @@ class Watch:
             return f"{_of(done, total)}, {speed / 1e9:.2f} GB/s, {left:.0f} s left"
         if phase == "move" and done < total:
             return f"{_of(done, total)}, nothing has moved for {stalled:.0f} s, {rest:.0f} s to the deadline"
+        if phase == "describe" and "describe" in self._report.seconds:  # a source, whose own part of it is over
+            return f"it has not come yet, after {stalled:.0f} s; {rest:.0f} s to the deadline"
         return f"{_of(done, total)}, in phase {phase} for {stalled:.0f} s, {rest:.0f} s to the deadline"
 
 
@@ -159,11 +161,11 @@ def progress_bar(**options: Any) -> ProgressCallback:
     # Here, since tqdm is no dependency of ours.
     from tqdm import tqdm
 
-    bars: dict[tuple[str, int | None, int], Any] = {}
+    bars: dict[tuple[str, int | None, int, str], Any] = {}
     lock = threading.Lock()
 
     def show(now: Progress) -> None:
-        key = now.role, now.step, now.peer_rank
+        key = now.role, now.step, now.peer_rank, now.peer_name
         where = "to" if now.role == "source" else "from"
         step = "" if now.step is None else f"step {now.step} "
         # A source calls from the threads of all its destinations.
@@ -173,7 +175,8 @@ def progress_bar(**options: Any) -> ProgressCallback:
             if bar is None or bar.total != now.nbytes_total or bar.n > now.nbytes_done:
                 if bar is not None:
                     bar.close()
-                how = {"unit": "B", "unit_scale": True, "desc": f"{step}{where} rank {now.peer_rank}", **options}
+                peer = peer_label(now.peer_rank, now.peer_name)
+                how = {"unit": "B", "unit_scale": True, "desc": f"{step}{where} {peer}", **options}
                 bar = bars[key] = tqdm(total=now.nbytes_total, **how)
             bar.update(now.nbytes_done - bar.n)
             if now.nbytes_done >= now.nbytes_total:

@@ -27,6 +27,7 @@ __all__ = [
     "ProgressCallback",
     "TransferReport",
     "outcome_of",
+    "peer_label",
     "shortened",
 ]
 
@@ -46,19 +47,29 @@ PHASES = ("describe", "agree", "move", "verify", "rebuild")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far one transfer to or from one peer has come. Sizes in bytes."""
+    """How far one transfer to or from one peer has come. Sizes in bytes.
+
+    Several destinations over lanes have no known ranks (-1), and differ in ``peer_name``, what each calls itself.
+    """
 
     role: Role
     step: int | None
     peer_rank: int
     nbytes_done: int
     nbytes_total: int
+    peer_name: str = ""
 
 
 ProgressCallback = Callable[[Progress], None]
 # Called as a phase begins, with the report that it is of, in the thread that is in it: to let things happen there. What
 # it raises ends the transfer, as an error of the phase's own would.
 PhaseCallback = Callable[["PeerReport | TransferReport", str], None]
+
+
+def peer_label(rank: int, name: str) -> str:
+    """A peer in a few words."""
+    # Over lanes a source with several destinations does not know their ranks, but each says its name.
+    return f"rank {rank}" if rank >= 0 or not name else name
 
 
 @dataclass
@@ -82,7 +93,8 @@ class PeerReport:
             not accept this state), ``"failed"`` (either side gave up), ``"dead"`` (the peer or the
             channel to it is gone), ``"timed out"``, or ``"pending"`` while it runs.
         phase: The phase it ended in.
-        nbytes: Payload bytes that moved.
+        nbytes: Payload bytes that moved. As a source over lanes: that the peer says to have, those among them that it
+            had before (its own report tells them apart, by ``nbytes_kept``).
         nbytes_wire: Bytes for payload, manifest and control, both directions.
         seconds: Seconds in each phase.
         reason: Why, where the outcome is not ``"complete"``.
@@ -115,8 +127,7 @@ class PeerReport:
     @property
     def label(self) -> str:
         """The peer in a few words."""
-        # Over lanes a source with several destinations does not know their ranks, but each says its name.
-        called = f"rank {self.rank}" if self.rank >= 0 or not self.name else self.name
+        called = peer_label(self.rank, self.name)
         return f"{called} at {self.address}" if self.address else called
 
     @contextmanager
@@ -144,7 +155,7 @@ class TransferReport:
         num_messages: Messages that carry payload, to or from one peer.
         nbytes_total: Distinct bytes that the state refers to.
         nbytes_wire: Bytes for payload, manifest and control, both directions, over all peers.
-        nbytes_in_place: Bytes that landed in the template's own memory.
+        nbytes_in_place: Bytes of the state that are in the template's own memory, ``nbytes_kept`` among them.
         nbytes_fresh: Bytes that landed in newly allocated memory.
         nbytes_staged: Bytes that went through a bucket on this side (also counted above).
         seconds: Seconds in each phase; for a source, of the slowest destination.

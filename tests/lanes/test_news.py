@@ -81,7 +81,7 @@ def test_progress(said: list[int], told: list[int], known: int) -> None:
         it.news.progress(it.peers[0], nbytes)
     assert seen == [], "the thread that serves has told it"
     it.teller.tell()
-    assert seen == [Progress("source", 7, -1, nbytes, TOTAL) for nbytes in told]
+    assert seen == [Progress("source", 7, -1, nbytes, TOTAL, "first") for nbytes in told]
     assert it.peers[0].nbytes == known
     assert it.peers[1].nbytes == 0
 

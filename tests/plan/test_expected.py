@@ -11,7 +11,7 @@ from helpers import CPU, Config, Point, noise
 from states import STATES
 from wire.manifests import same
 
-from ft_transport import RemoteProtocolError, TransferReport
+from ft_transport import LocalProtocolError, RemoteProtocolError, TransferReport
 from ft_transport._options import LaneOptions
 from ft_transport._plan.expected import Template, read
 from ft_transport._plan.template import fit
@@ -45,6 +45,15 @@ def same_layout(one: Layout, other: Layout) -> bool:
         return (*map(list, columns), layout.begins, layout.sizes, layout.nbytes, layout.stage_below, str(layout.gaps))
 
     return plain(one) == plain(other)
+
+
+def test_a_callback_that_raises_is_named_and_its_traceback_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def mine() -> object:
+        return {}["weight"]
+
+    with pytest.raises(LocalProtocolError, match=r"the transport's state_dict raised KeyError: 'weight'"):
+        Template(mine)
+    assert "in mine" in caplog.text
 
 
 def model(seed: int, lr: float = 0.1) -> dict[str, Any]:

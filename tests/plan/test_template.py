@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from helpers import noise
 
@@ -30,6 +32,30 @@ def test_a_template_that_matches_nothing_hears_the_likely_cause(sent: dict[str, 
     manifest, _ = describe({**sent, "torchft": {"step": 1}})
     with pytest.raises(RemoteProtocolError, match=r": _orig_mod\. on one side alone comes of torch\.compile$"):
         match_template(manifest, {"w": noise(2, 2)}, TransferReport("destination", "test", 1))
+
+
+def test_a_refusal_of_a_template_is_for_good() -> None:
+    """Else the replica would fail as many quorums of all as are waited for what may pass."""
+    manifest, _ = describe({"a": {"w": noise(2, 1)}, "b": {"w": noise(2, 1)}})
+    for template, options in (
+        ({"other": noise(2, 2)}, {}),
+        ({"w": noise(3, 2)}, {}),
+        ({"a": {"w": noise(3, 2)}, "b": {"w": noise(2, 1)}}, {"on_mismatch": "refuse"}),
+        ({"a": {"w": noise(2, 2)}}, {"strict": True}),
+    ):
+        with pytest.raises(RemoteProtocolError) as info:
+            fit(manifest, Template(partial(dict, template)), TransferReport("destination", "test", 1), **options)
+        assert info.value._for_good
+
+
+def test_strict_says_the_likely_cause() -> None:
+    sent = {"w": noise(2, 1), "optim": {"state": {0: {"exp_avg": noise(2, 2)}}}}
+    manifest, _ = describe(sent)
+    mine = {"w": noise(2, 3), "optim": {"state": {}}}
+    with pytest.raises(
+        RemoteProtocolError, match=r"optim\.state\.0\.exp_avg: unexpected key.*materialize\(optimizer\)"
+    ):
+        fit(manifest, Template(lambda: mine), TransferReport("destination", "test", 1), strict=True)
 
 
 def test_what_is_no_envelope_has_one_place_only() -> None:

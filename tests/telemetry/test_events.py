@@ -122,7 +122,7 @@ def received(error: BaseException | None = None) -> TransferReport:
     """A finished receive of 3 MB, one second long, its phases in their order."""
     report = TransferReport("destination", "LaneTransport", 7, nbytes_total=3_000_000, num_leaves=4, num_messages=2)
     peer = PeerReport(1, "complete", "rebuild", 3_000_000, 3_000_200, address="10.0.0.1")
-    report.nbytes_in_place, report.nbytes_fresh, report.nbytes_kept = 2_000_000, 900_000, 100_000
+    report.nbytes_in_place, report.nbytes_fresh, report.nbytes_kept = 2_100_000, 900_000, 100_000
     report.unexpected_keys, report.num_repaired = ["a.b"], 1
     begin = time.perf_counter() - 1.0
     for phase, at, seconds in (("agree", 0.0, 0.2), ("move", 0.2, 0.5), ("verify", 0.7, 0.1), ("rebuild", 0.8, 0.2)):
@@ -280,7 +280,7 @@ def test_a_transfer_is_a_span_with_its_phases_below(exporter: InMemorySpanExport
     assert parent.attributes is not None
     assert parent.attributes["ft_transport.step"] == 7
     assert parent.attributes["ft_transport.outcome"] == "complete"
-    assert parent.attributes["ft_transport.nbytes_in_place"] == 2_000_000
+    assert parent.attributes["ft_transport.nbytes_in_place"] == 2_100_000
     assert parent.attributes["ft_transport.peer.address"] == "10.0.0.1"
     own = {name for name in parent.attributes if not name.startswith("ft_transport.peer.")}
     elsewhere = {name for name in FIELDS if name.startswith("seconds")} | {"event", "error", "error_type", "peers"}

@@ -95,6 +95,22 @@ def test_a_transfer_that_has_not_begun_to_move_or_is_past_it(lines: pytest.LogCa
     ]
 
 
+def test_a_source_whose_destination_has_not_come(lines: pytest.LogCaptureFixture) -> None:
+    report = TransferReport("source", "LaneTransport", 7, [PeerReport(1)], nbytes_total=GB)
+    clock = Clock()
+    watch = Watch(report, clock)
+    clock.now = 5
+    watch.tick()
+    with report.phase("describe"):
+        pass
+    clock.now = 10
+    watch.tick()
+    assert texts(lines) == [
+        "INFO step 7 to rank 1: 0.0 of 1.0 GB, in phase describe for 5 s, 55 s to the deadline",
+        "INFO step 7 to rank 1: it has not come yet, after 10 s; 50 s to the deadline",
+    ]
+
+
 def test_a_source_has_a_line_for_each_that_is_not_served_yet(lines: pytest.LogCaptureFixture) -> None:
     report = TransferReport("source", "PGTransport", None, nbytes_total=GB)
     report.peers = [PeerReport(1, "complete"), PeerReport(2, phase="move", nbytes=GB // 2), PeerReport(3, "dead")]
@@ -164,3 +180,14 @@ def test_the_bar() -> None:
     assert "step 7 from rank 1: 100%" in text
     assert "to rank 2:  10%" in text
     assert "to rank 2: 100%" in text
+
+
+def test_a_bar_for_each_of_several_destinations_without_ranks() -> None:
+    screen = io.StringIO()
+    show = progress_bar(file=screen, mininterval=0, ncols=80)
+    for name, done in (("one", 60), ("other", 30), ("one", 100), ("other", 100)):
+        show(Progress("source", 7, -1, done, 100, name))
+    text = screen.getvalue()
+    assert "step 7 to one: 100%" in text
+    assert "step 7 to other: 100%" in text
+    assert "-1" not in text
