@@ -172,6 +172,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         parser.error("--kill-step: expected a step between 0 and --steps")
     if options.width < 64 or options.width % 64:
         parser.error("--width: expected a multiple of 64")
+    if options.heartbeat_timeout_ms < 1:
+        parser.error("--heartbeat-timeout-ms: expected 1 or more")
+    if not 0 < options.timeout < 1e6:
+        parser.error("--timeout: expected more than 0 seconds, and less than 1e6")
     if options.kills < 0:
         parser.error("--kills: expected 0 or more")
     if options.standby and options.compare:

@@ -24,7 +24,7 @@ from ft_transport._telemetry.progress import watching
 from ft_transport._telemetry.report import TransferReport
 from ft_transport.errors import LocalProtocolError, TransferError
 
-__all__ = ["TransportBase", "check_duration", "check_ranks"]
+__all__ = ["TransportBase", "check_duration", "check_ranks", "check_step"]
 
 
 class TransportBase:
@@ -176,6 +176,12 @@ def check_ranks(ranks: Sequence[int], size: int | None = None, own: int | None =
             raise LocalProtocolError(f"rank {rank}: expected another rank than this side's own", peer_rank=rank)
     if len(set(ranks)) != len(ranks):
         raise LocalProtocolError(f"ranks {ranks}: expected each once")
+
+
+def check_step(step: int) -> None:
+    """Raises LocalProtocolError for what is no step: it is compared, and crosses as a number of 64 bits."""
+    if not isinstance(step, Integral) or not 0 <= step < 1 << 63:
+        raise LocalProtocolError(f"step: expected an int of 0 or more, got {step!r}")
 
 
 def _fill_in(error: TransferError, report: TransferReport) -> None:

@@ -108,6 +108,26 @@ class NoView:
         pass
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--replicas 1",
+        "--kill-step 80",
+        "--width 100",
+        "--kills -1",
+        "--heartbeat-timeout-ms 0",
+        "--timeout -1",
+        "--timeout nan",
+        "--timeout inf",
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse_options(arguments.split())
+    assert raised.value.code == 2
+    assert arguments.split()[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("kills", [0, 1, 3])
 def test_each_kill_happens_once_however_late_the_events_are_read(kills: int) -> None:
     options = parse_options(["--replicas", "2", "--steps", "40", "--kill-step", "8", "--kills", str(kills)])

@@ -210,6 +210,18 @@ def test_the_digest_of_what_the_function_gives(make: Callable[..., Any]) -> None
         make().state_digest()
 
 
+@pytest.mark.parametrize("step", [None, "7", 1.5, -1, 1 << 63])
+def test_what_is_no_step_is_named(make: Callable[..., Any], step: Any) -> None:
+    transport = make()
+    for call in (
+        lambda: transport.send_checkpoint([1], step, {"w": noise(2, 1)}, SECOND),
+        lambda: transport.recv_checkpoint(1, transport.metadata(), step, SECOND),
+    ):
+        with pytest.raises(LocalProtocolError, match=f"step: expected an int of 0 or more, got {step!r}"):
+            call()
+        assert transport.last_report.step == step
+
+
 def test_ranks_of_peers() -> None:
     check_ranks([2, 0, np.int64(1)], 4, 3)
     check_ranks([70, 0])

@@ -36,7 +36,7 @@ from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, Progr
 from ft_transport._telemetry.teller import Teller
 from ft_transport._torchft.managed import ManagedTransport, StateDict
 from ft_transport._torchft.under_way import SHUT_DOWN, Receiving, Serving
-from ft_transport._transport import check_duration, check_ranks
+from ft_transport._transport import check_duration, check_ranks, check_step
 from ft_transport.errors import LocalProtocolError
 
 __all__ = ["LaneTransport"]
@@ -235,6 +235,7 @@ class LaneTransport(ManagedTransport[T]):
             if self._receiving.is_shut_down:
                 raise LocalProtocolError(SHUT_DOWN)
             self._serving.end()
+            check_step(step)
             report.peers = _peers(dst_ranks)
             # It is the transfer's, and goes on when this has returned: a transfer that nobody comes for ends then.
             deadline = self._limit(timeout)

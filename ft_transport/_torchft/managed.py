@@ -26,7 +26,7 @@ from ft_transport._plan.unchanged import watch_optimizers
 from ft_transport._process import undisturbed
 from ft_transport._telemetry.report import TransferReport
 from ft_transport._torchft.manager import RegisteredState, calling_manager, goes_on_training, has_failed
-from ft_transport._transport import TransportBase
+from ft_transport._transport import TransportBase, check_step
 from ft_transport.state_digest import StateDigest, state_digest
 
 __all__ = ["ManagedTransport", "StateDict"]
@@ -144,6 +144,7 @@ class ManagedTransport(TransportBase, CheckpointTransport[T]):  # type: ignore[m
         with self._transfer(report), self._guard.receiving(report) as attempt:
             # Before anything else can fail: whether this call came from a Manager counts also where it fails.
             trains = self._begin_receive()
+            check_step(step)
             arrived = self._receive(report, src_rank, metadata, self._limit(timeout), attempt, trains)
             self._end_receive(arrived)
             return cast(T, arrived.state)

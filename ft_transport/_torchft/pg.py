@@ -27,7 +27,7 @@ from ft_transport._plan.torn import Attempt
 from ft_transport._telemetry.events import EventCallback
 from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, ProgressCallback, TransferReport
 from ft_transport._torchft.managed import ManagedTransport, StateDict
-from ft_transport._transport import check_ranks
+from ft_transport._transport import check_ranks, check_step
 from ft_transport._wire.frames import VERSION
 from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferTimeout, ended, reason_of
 
@@ -159,6 +159,7 @@ class PGTransport(ManagedTransport[T]):
         """
         report = TransferReport("source", type(self).__name__, step)
         with self._transfer(report):
+            check_step(step)
             # At each call: the Manager configures the group anew for each quorum, and numbers the replicas anew.
             check_ranks(dst_ranks, self._pg.size(), _own_rank(self._pg))
             report.peers = [PeerReport(rank) for rank in dst_ranks]

@@ -63,7 +63,8 @@ def bind(
     Raises:
         TypeError: A part is not what its name says; FSDP1, whose ``state_dict()`` communicates; a module with FSDP2's
             parameters that overrides ``state_dict``, or has a hook for it. The message names the module.
-        ValueError: A name in ``extra`` is that of another part, or a parameter has no memory yet.
+        ValueError: A name in ``extra`` is that of another part, or an optimizer whose first state shall be made has a
+            parameter without memory.
     """
     parts: dict[str, Any] = {}
     if model is not None:
@@ -72,6 +73,8 @@ def bind(
         parts["optim"] = _each(optimizers, _optimizer, "optimizers")
     if schedulers is not None:
         parts["schedulers"] = _each(schedulers, _other, "schedulers")
+    if extra is not None and not isinstance(extra, Mapping):
+        raise TypeError(f"extra: expected a mapping of names to objects, got {type(extra).__name__}")
     for name, value in (extra or {}).items():
         if name in _NAMES:
             raise ValueError(f"extra: {name!r} is the name of another part; choose another one")
@@ -113,7 +116,7 @@ class Bound:
             state: As :meth:`state_dict` gives it, of another replica.
 
         Raises:
-            ValueError: A part is missing or left over, or there are other parameter groups.
+            ValueError: A part is missing, left over or of another form, or there are other parameter groups.
             RuntimeError: torch's own, for a model of other keys or shapes.
             Exception: What a part's own function raises.
         After an error that is named here: nothing was loaded, unless a module loads in a way of its own (an override, a
@@ -191,15 +194,35 @@ def _materialize(optimizer: Any, name: str) -> None:
 def _prepared(part: Any, state: Any, path: str) -> list[Callable[[], None]]:
     if isinstance(part, dict):
         _check_names(part, state, path)
-        return [one.prepare(state[name]) for name, one in part.items()]
+        return [_one_prepared(one, state[name], f"{path}[{name!r}]") for name, one in part.items()]
     if isinstance(part, list):
+        if not isinstance(state, Sequence) or isinstance(state, str):
+            raise ValueError(f"{path}: expected a list, the state has {_a(state)}; nothing was loaded")
         if len(part) != len(state):
             raise ValueError(f"{path}: expected {len(part)} of them, the state has {len(state)}; nothing was loaded")
-        return [one.prepare(given) for one, given in zip(part, state, strict=True)]
-    return [part.prepare(state)]
+        return [_one_prepared(one, state[index], f"{path}[{index}]") for index, one in enumerate(part)]
+    return [_one_prepared(part, state, path)]
+
+
+def _one_prepared(part: Any, state: Any, path: str) -> Callable[[], None]:
+    # A module refuses it with torch's words, and what another object's own function takes is its affair.
+    if isinstance(part, OptimizerState):
+        _check_mapping(state, path)
+    prepared: Callable[[], None] = part.prepare(state)
+    return prepared
+
+
+def _check_mapping(state: Any, path: str) -> None:
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: expected a dict, the state has {_a(state)}; nothing was loaded")
+
+
+def _a(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _check_names(parts: Mapping[str, Any], state: Mapping[str, Any], path: str) -> None:
+    _check_mapping(state, path)
     missing = ", ".join(sorted(map(str, parts.keys() - state.keys()))) or "none"
     unexpected = ", ".join(sorted(map(str, state.keys() - parts.keys()))) or "none"
     if missing != "none" or unexpected != "none":

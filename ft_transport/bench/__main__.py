@@ -201,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--receivers", type=_number(int, 1), default=1, help="ranks that receive at once (%(default)s)")
     add("--scale", type=_number(float, 0, 1), default=1.0, help="shrink the states, 0 to 1 (%(default)g)")
     add("--seed", type=int, default=0, help="seed of the values (%(default)s)")
-    add("--timeout", type=_number(float, 0), default=60.0, help="seconds for one transfer (%(default)g)")
+    add("--timeout", type=_number(float, 0, 86_400), default=60.0, help="seconds for one transfer (%(default)g)")
     add("--device", type=_device, default="cpu", help="where the states are, at both ends: cpu, cuda, … (%(default)s)")
     add("--output", type=Path, default=Path("bench-output"), help="folder for JSON, picture, logs (%(default)s)")
     add("--address", type=_address, metavar="HOST:PORT", help="where rank 0 runs; a free port there")
@@ -240,11 +240,12 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _number(kind: type[int] | type[float], least: float, most: float = float("inf")) -> Callable[[str], float]:
-    """A number from ``least`` to ``most``; a float must be more than ``least``."""
+    """A number from ``least`` to ``most``; a float must be more than ``least``, and not infinite."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if value > most or value < least or (kind is float and value == least):
+        # The other way round NaN would pass, which is in no order to anything.
+        if not (least <= value <= most and value < float("inf")) or (kind is float and value == least):
             raise argparse.ArgumentTypeError(f"{text} is out of range")
         return value
 
@@ -262,7 +263,7 @@ def _device(text: str) -> str:
 def _address(text: str) -> tuple[str, int]:
     # From the right: an IPv6 address has colons of its own.
     host, _, port = text.rpartition(":")
-    if not host or not port.isdigit():
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
         raise argparse.ArgumentTypeError(f"expected HOST:PORT, got {text}")
     return host, int(port)
 

@@ -67,7 +67,7 @@ def parse_size(name: str) -> tuple[int, int]:
         ValueError: It is not of this form.
     """
     found = re.fullmatch(r"(\d+)x(\d+)([kMG])B", name)
-    if found is None or not int(found[1]):
+    if found is None or not int(found[1]) or not int(found[2]):
         raise ValueError(f"expected TENSORSxSIZE, as 1000x10MB, got {name!r}")
     return int(found[1]), int(found[2]) * _UNITS[found[3]]
 

@@ -244,7 +244,10 @@ def test_after_an_error_nothing_was_loaded(spoil: Any, error: type[Exception], m
     ("given", "message"),
     [
         ([{}], "optim: expected 2 of them, the state has 1; nothing was loaded"),
-        ({}, "optim: expected 2 of them, the state has 0; nothing was loaded"),
+        ({}, "optim: expected a list, the state has a dict; nothing was loaded"),
+        (None, "optim: expected a list, the state has None; nothing was loaded"),
+        ([None, {}], r"optim\[0\]: expected a dict, the state has None; nothing was loaded"),
+        ([{}, {}], r"the state of SGD has no 'state', expected as state_dict\(\) gives it"),
     ],
 )
 def test_another_number_of_optimizers_is_refused(given: Any, message: str) -> None:
@@ -252,6 +255,20 @@ def test_another_number_of_optimizers_is_refused(given: Any, message: str) -> No
     bound = bind(optimizers=[torch.optim.SGD(params), torch.optim.SGD(params)])
     with pytest.raises(ValueError, match=message):
         bound.load_state_dict({"optim": given})
+
+
+@pytest.mark.parametrize("given", [None, [], 5])
+def test_what_is_no_state_at_all_is_refused(given: Any) -> None:
+    bound = bind(optimizers=torch.optim.SGD([nn.Parameter(torch.zeros(2))]))
+    with pytest.raises(ValueError, match=r"state: expected a dict, the state has .*; nothing was loaded"):
+        bound.load_state_dict(given)
+    with pytest.raises(ValueError, match=r"optim: expected a dict, the state has .*; nothing was loaded"):
+        bound.load_state_dict({"optim": given})
+
+
+def test_extra_parts_have_names() -> None:
+    with pytest.raises(TypeError, match="extra: expected a mapping of names to objects, got list"):
+        bind(extra=[plain()])  # type: ignore[arg-type]
 
 
 def test_names_that_are_numbers_are_named_too() -> None:
