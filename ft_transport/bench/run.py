@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from types import TracebackType
 
@@ -90,6 +91,14 @@ class _Workers:
         # Forked from a process that has imported torch and done nothing else: as clean as a new one, and seconds
         # sooner there.
         context.set_forkserver_preload([run_rank.__module__])
+        # What is blocked in here stays so in that process, and in those that it forks. A terminal sends Ctrl-C to all:
+        # this process ends the others, and a worker that raises in mid-transfer would be told as the failure of the
+        # transport whose turn it is.
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         self._site = site
         self._attempt = job.attempt
         self._told: set[int] = set()

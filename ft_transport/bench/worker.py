@@ -10,7 +10,6 @@ import functools
 import json
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -38,9 +37,6 @@ def run_rank(job: Job, rank: int, address: tuple[str, int], log: str) -> None:
         address: Host and port of the store.
         log: File that takes what this process would print.
     """
-    # A terminal sends Ctrl-C to the whole process group, and a worker that raises in mid-transfer would be told as the
-    # failure of the transport whose turn it is.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent has it too, and ends this process.
     _leave_with_parent()
     _print_to(log)
     host, port = address
