@@ -230,6 +230,7 @@ IN_MEMORY = [
     cell
     for cell in cells(GROUP)
     if cell.phase != BEFORE
+    and (cell.fault, cell.phase) != ("own error", AFTER)  # at no operation
     and (cell.fault in AT_OPERATIONS or cell.fault in ("message damaged", "truncated", "frozen", "clock jumps"))
 ]
 

@@ -471,7 +471,7 @@ def _with_faults(case: Case, rank: int, faulty: FaultyTransport) -> FaultyTransp
     if case.fault == "slow":
         return faulty.throttle(10e6)
     if case.fault == "own error":
-        return faulty.raise_in("verify", OSError("the disk is full"))
+        return faulty.raise_in("rebuild" if case.phase == "after" else "verify", OSError("the disk is full"))
     return _ON_THE_WAY.get(case.fault, lambda found: found)(faulty)
 
 
