@@ -188,8 +188,10 @@ def _fill_in(error: TransferError, report: TransferReport) -> None:
     """Say where in the transfer an error happened, as far as the one who raised it did not."""
     if error.step is None:
         error.step = report.step
-    # With several destinations the first that was not served: a source's error names one of them, its report all.
-    worst = next((peer for peer in report.peers if peer.outcome != "complete"), None)
+    # With several destinations the one that it names, else the first that was not served; the report has all.
+    worst = next((peer for peer in report.peers if peer.rank == error.peer_rank), None) or next(
+        (peer for peer in report.peers if peer.outcome != "complete"), None
+    )
     if worst is not None:
         # Whoever raised knows better, if it said.
         error.phase = error.phase or worst.phase

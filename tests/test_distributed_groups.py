@@ -144,8 +144,9 @@ def test_a_rank_that_is_none_of_the_group(rank: Any) -> None:
 
 
 def test_a_rank_that_is_ones_own_or_there_twice() -> None:
-    own, _ = run([lambda t: t.send_checkpoint([0], {}), lambda t: t.recv_checkpoint(1)], 1)
-    assert isinstance(own, TransferError)
+    for error in run([lambda t: t.send_checkpoint([1, 0], {}), lambda t: t.recv_checkpoint(1)], 1):
+        assert isinstance(error, LocalProtocolError)
+        assert "expected another rank than this side's own" in str(error)
     twice, _ = run([lambda t: t.send_checkpoint([1, 1], {}), receive], 1)
     assert isinstance(twice, LocalProtocolError)
 
@@ -154,14 +155,53 @@ def test_a_rank_that_is_ones_own_or_there_twice() -> None:
 STAGED = {"columns": noise((1 << 22, 2), 1)[:, :1]}
 
 
+def describe_and_stand_still(transport: PGTransport, until: threading.Event) -> None:
+    """Take the description, and nothing else."""
+    length = torch.zeros(1, dtype=torch.int64)
+    transport._pg.recv([length], 0, tag=1).wait()
+    transport._pg.recv([torch.empty(int(length), dtype=torch.uint8)], 0, tag=2).wait()
+    assert until.wait(20)
+
+
+def test_why_there_is_no_state_reaches_others_than_the_one_that_stands_still() -> None:
+    told = threading.Event()
+
+    def receive_and_say(transport: PGTransport) -> Any:
+        try:
+            return receive(transport)
+        finally:
+            told.set()
+
+    cannot_travel = {"f": lambda: None}
+    ends = [lambda t: t.send_checkpoint([1, 2], cannot_travel), lambda _: told.wait(20), receive_and_say]
+    source, _, destination = run(ends, 4)
+    assert isinstance(source, LocalProtocolError)
+    assert isinstance(destination, PeerFailure)
+    assert "f: a value of class function cannot be encoded" in str(destination)
+
+
+def test_a_time_out_names_the_one_that_stands_still() -> None:
+    """And not the first that was not served, which has refused."""
+    over = threading.Event()
+
+    def send(transport: PGTransport) -> None:
+        try:
+            transport.send_checkpoint([1, 2], STAGED)
+        finally:
+            over.set()
+
+    def refuse(transport: PGTransport) -> None:
+        transport._state_dict = lambda: {"columns": torch.zeros(3)}
+        transport.recv_checkpoint(0)
+
+    source, refused, _ = run([send, refuse, lambda t: describe_and_stand_still(t, over)], 2)
+    assert isinstance(refused, RemoteProtocolError)
+    assert isinstance(source, TransferTimeout)
+    assert source.peer_rank == 2
+
+
 def test_a_destination_that_stands_still_keeps_nothing_from_the_others() -> None:
     served, reports = threading.Event(), []
-
-    def stand_still(transport: PGTransport) -> None:
-        length = torch.zeros(1, dtype=torch.int64)
-        transport._pg.recv([length], 0, tag=1).wait()
-        transport._pg.recv([torch.empty(int(length), dtype=torch.uint8)], 0, tag=2).wait()
-        assert served.wait(20)
 
     def receive_and_say(transport: PGTransport) -> Any:
         received = receive(transport)
@@ -174,7 +214,7 @@ def test_a_destination_that_stands_still_keeps_nothing_from_the_others() -> None
         finally:
             reports.append(transport.last_report)
 
-    source, _, received = run([send, stand_still, receive_and_say], 20)
+    source, _, received = run([send, lambda t: describe_and_stand_still(t, served), receive_and_say], 20)
     assert difference(received, STAGED) == ""
     # That one has gone, in the middle; whether the source has noticed by its end or by its deadline is Gloo's choice.
     assert isinstance(source, (PeerFailure, TransferTimeout))

@@ -56,7 +56,7 @@ from ft_transport._plan.rebuild import mark_changed
 from ft_transport._plan.source import SourcePlan
 from ft_transport._telemetry.progress import report_progress
 from ft_transport._wire.layout import Limits
-from ft_transport.testing import StandInAccelerator, memory_channels
+from ft_transport.testing import FaultyChannel, StandInAccelerator, memory_channels
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
@@ -509,6 +509,16 @@ def test_what_the_callback_raises_ends_the_transfer_on_both_sides_at_once() -> N
 
 
 # --------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_refusal_that_the_source_does_not_hear_of_is_one_all_the_same() -> None:
+    source, destination = memory_channels()
+    # Behind the three messages of the manifest's frame.
+    lost = FaultyChannel(destination).raise_at(3, PeerFailure("the channel broke"))
+    ends = transfer({"a": noise(4, 1)}, lambda: {"a": noise(3, 2)}, channels=(source, lost))
+    assert isinstance(ends.destination.error, RemoteProtocolError)
+    assert "a: expected float32 (3,)" in ends.destination.text
+    assert ends.destination.report.peers[0].outcome == "refused"
 
 
 def test_another_step_is_refused() -> None:

@@ -139,19 +139,24 @@ class GroupChannel:
     def wait(self, pending: Pending, deadline: Deadline) -> None:
         # Once and no more: a second wait on a finished Work waits for a second completion, which does not come,
         # expires, and closes every pair of the group.
-        self._posted.remove(pending)
-        assert pending.tensor is not None
-        nbytes, error = pending.tensor.nbytes, None
+        work, tensor, error = pending.work, pending.tensor, None
+        if work is None or tensor is None:  # dropped, by another thread that has aborted the channel meanwhile
+            raise PeerFailure("the channel was aborted", peer_rank=self.peer_rank)
+        nbytes = tensor.nbytes
+        del tensor
+        with contextlib.suppress(ValueError):  # as above
+            self._posted.remove(pending)
         try:
             with self._lock:
                 # No way to poll: is_completed() says False until somebody waits, and a short wait that expires closes
                 # every pair. What remains is never below a millisecond: gloo takes 0 for "none given", which is its own
                 # minute.
-                pending.work.wait(deadline.remaining())
+                work.wait(deadline.remaining())
             self.nbytes_wire += nbytes
         except Exception as exc:
             error = [self._translate(exc, deadline)]
         finally:
+            del work
             pending.drop()
         if error is not None:
             _raise_alone(error)
@@ -162,7 +167,7 @@ class GroupChannel:
         # operation to complete"; that of a peer that went away is "Connection closed by peer".
         if deadline is not None and (deadline.expired() or "imed out waiting" in text):
             self.broken = True
-            return TransferTimeout(f"timed out after {deadline.timeout.total_seconds():g} s")
+            return TransferTimeout(f"timed out after {deadline.timeout.total_seconds():g} s", peer_rank=self.peer_rank)
         # Somebody else's wait on this group has expired: "Application timeout caused pair closure". It looks like a
         # peer that is gone, and is none.
         if "pair closure" in text or isinstance(exc, TimeoutError) or "imed out" in text:

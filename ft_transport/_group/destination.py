@@ -164,7 +164,11 @@ def _agree(
         # Whatever it is: the template's own code runs in here, and the source waits for an answer, for as long as its
         # deadline.
         error = exc if isinstance(exc, TransferError) else LocalProtocolError(f"{type(exc).__name__}: {exc}")
-        control.give_up(error.message, Frame.REFUSE)
+        try:
+            control.give_up(error.message, Frame.REFUSE)
+        except TransferError as untold:
+            # What is wrong with the state counts, for whoever reads of it here and for the next quorum.
+            logger.warning("rank %d could not be told that its state is refused: %s", control.channel.peer_rank, untold)
         raise ended(error, "refused", for_good=error._for_good) from None
     # The digest of the manifest goes back with it: both sides derive all messages from that, and one flipped bit in it
     # would have them receive what was not sent.

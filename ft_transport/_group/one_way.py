@@ -21,7 +21,7 @@ from ft_transport._plan.destination import DestinationPlan
 from ft_transport._plan.placement import Placement
 from ft_transport._telemetry.report import PeerReport, TransferReport, outcome_of
 from ft_transport._wire.layout import Layout
-from ft_transport.errors import PeerFailure, TransferTimeout, reason_of
+from ft_transport.errors import PeerFailure, reason_of
 
 __all__ = ["description", "land_all", "send_all"]
 
@@ -68,8 +68,9 @@ def send_all(
         peer.outcome = "complete"
     except BaseException as exc:
         peer.reason, peer.outcome = reason_of(exc), outcome_of(exc, cancelled=channel.broken)
-        # A peer that is gone, and a wait that has expired, have closed the pair already.
-        if not isinstance(exc, (PeerFailure, TransferTimeout)):
+        # A peer that is gone has closed the pair, and a wait on the group that has expired all of them. One for this
+        # side's own device has not.
+        if not (isinstance(exc, PeerFailure) or channel.broken):
             channel.abort()
         raise
     finally:

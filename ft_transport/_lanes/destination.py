@@ -9,6 +9,7 @@ Not here: the conversation with the source (``_lanes.control``), and whom to fet
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -48,6 +49,8 @@ from ft_transport.errors import (
 )
 
 __all__ = ["DestinationTransfer", "LocalPeer"]
+
+logger = logging.getLogger("ft_transport")
 
 
 class LocalPeer(NamedTuple):
@@ -350,9 +353,9 @@ class DestinationTransfer:
     def _refuse(self, control: ControlConnection, reason: str, *, wait: bool) -> None:
         try:
             control.refuse(reason, wait=wait)
-        except TransferError:
-            if wait:
-                raise
+        except TransferError as exc:
+            # What is wrong with the state counts, for whoever reads of it here and for the next quorum.
+            logger.warning("the source could not be told that its state is refused: %s", exc)
         self._report.peers[0].outcome = "refused"
 
     # -------------------------------------------------------------------------------- move and end

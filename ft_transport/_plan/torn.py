@@ -47,8 +47,8 @@ class Attempt:
         self.landing: _Landing | None = None
 
 
-# Refusals in a row for a reason that may pass (no memory, a callback that raises, on either side) until the replica is
-# stopped. Each costs the others a step, and some reasons do pass.
+# Refusals in a row for a reason that may pass (no memory, a callback that raises, a source that cannot describe its
+# state) until the replica is stopped. Each costs the others a step, and some reasons do pass.
 MAX_REFUSALS = 3
 
 
@@ -102,6 +102,8 @@ class TornGuard:
                 # room, or a callback that raised, may be over in the next step.
                 if getattr(exc, "_for_good", False) or self._refusals >= MAX_REFUSALS:
                     self._refusal = reason_of(exc)
+            else:
+                self._refusals = 0
             if report.torn:
                 step = "" if report.step is None else f" of step {report.step}"
                 # All that were to land there, and not those that have: which bytes have come nobody knows when a pair
@@ -143,6 +145,7 @@ class TornGuard:
         if self._report is not None:
             raise LocalProtocolError("a receive is under way; restore the template when it is over")
         self._torn, self._unseen, self._paths, self._cause = False, False, set(), ""
+        self._refusals = 0
 
     def check_source(self) -> None:
         """Call before a state is described.
@@ -187,10 +190,10 @@ def _is_refusal(error: BaseException, report: TransferReport) -> bool:
     """Whether a receive has ended before a byte moved, because one side cannot have it."""
     if outcome_of(error) == "refused" or any(peer.outcome == "refused" for peer in report.peers):
         return True
-    # The source has said in the place of its manifest why there is none: a leaf that cannot travel. It trains on, and
+    # The source has said why there is none: a leaf that cannot travel, no room to copy small tensors. It trains on, and
     # it is not the one to stop: it has what this replica lacks, and all others would have to follow it.
     said_why = isinstance(error, PeerFailure) and outcome_of(error) == "failed"
-    return said_why and any(peer.phase == "agree" for peer in report.peers)
+    return said_why and not report.torn and not any(peer.nbytes for peer in report.peers)
 
 
 def _some(paths: set[str]) -> str:

@@ -118,7 +118,7 @@ class Watch:
             return f"{_of(done, total)}, {speed / 1e9:.2f} GB/s, {left:.0f} s left"
         if phase == "move" and done < total:
             return f"{_of(done, total)}, nothing has moved for {stalled:.0f} s, {rest:.0f} s to the deadline"
-        if phase == "describe" and "describe" in self._report.seconds:  # a source, whose own part of it is over
+        if phase == "describe" and self._report.num_leaves:  # a source, which has described its state
             return f"it has not come yet, after {stalled:.0f} s; {rest:.0f} s to the deadline"
         return f"{_of(done, total)}, in phase {phase} for {stalled:.0f} s, {rest:.0f} s to the deadline"
 

@@ -248,7 +248,7 @@ class LaneTransport(ManagedTransport[T]):
         from_itself = metadata == self._local.metadata
         # A relay of an earlier receive still reads the template that this one is about to write.
         self._serving.end(keep_source=from_itself)
-        report.peers = [PeerReport(src_rank)]
+        report.peers = [PeerReport(src_rank, phase="agree")]
         transfer = self._receiving.begin(
             Endpoint.decode(metadata), self._local, self._options, deadline, report, attempt, trains=trains
         )

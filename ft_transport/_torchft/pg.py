@@ -212,11 +212,15 @@ class PGTransport(ManagedTransport[T]):
         self, report: TransferReport, src_rank: int, metadata: str, deadline: Deadline, attempt: Attempt, trains: bool
     ) -> Received:
         check_ranks([src_rank], self._pg.size(), _own_rank(self._pg))
-        report.peers = [PeerReport(src_rank)]
-        _check_metadata(metadata)
+        report.peers = [PeerReport(src_rank, phase="agree")]
+        channel = self._channel(src_rank)
+        if (error := _foreign(metadata)) is not None:
+            # As in ``receive``: this replica will not take part in the step, and nobody shall wait for it there.
+            channel.abort()
+            raise error
         with self._watching(report, deadline):
             return receive(
-                self._channel(src_rank),
+                channel,
                 report.step,
                 self._template(),
                 self._options,
@@ -236,22 +240,22 @@ _METADATA = f"{_NAME}/{VERSION}"
 _TORCHFTS = "<n/a>"
 
 
-def _check_metadata(metadata: str) -> None:
-    """Refuse a source whose metadata says that it will send nothing that this side can read.
+def _foreign(metadata: str) -> RemoteProtocolError | None:
+    """What is wrong with a source whose metadata says that it will send nothing that this side can read.
 
     It would be waited for until the deadline, in each quorum. Whoever calls by hand may pass anything else.
     """
     said = str(metadata)  # another transport's may be anything
     if said == _METADATA:
-        return
+        return None
     expected, need = f"version {VERSION} of a state over a group", "release"
     if not said.startswith(f"{_NAME}/"):
         if said != _TORCHFTS and "://" not in said:
-            return
+            return None
         # No more of it than its scheme: there may be a secret behind.
         said, expected, need = said.partition("://")[0], "the metadata of ft_transport's PGTransport", "transport"
     text = f"expected {expected}, got {said[:20]!r}: all replicas need the same {need}"
-    raise ended(RemoteProtocolError(text), "refused", for_good=True)
+    return ended(RemoteProtocolError(text), "refused", for_good=True)
 
 
 def _is_in_order(pg: ProcessGroup, device: torch.device) -> bool:

@@ -10,9 +10,10 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from helpers import CPU
+from helpers import CPU, noise
 
-from ft_transport import LaneTransport, LocalProtocolError, RemoteProtocolError
+from ft_transport import LaneTransport, LocalProtocolError, PeerFailure, RemoteProtocolError
+from ft_transport._lanes.control import ControlConnection
 from ft_transport._torchft import lanes as _lanes
 from ft_transport.testing import FaultyFabric
 
@@ -115,6 +116,27 @@ def test_metadata_of_another_transport(metadata: str) -> None:
         with pytest.raises(RemoteProtocolError):
             transport.recv_checkpoint(0, metadata, 7, SECOND)
         assert transport.last_report is not None
-        assert not transport.last_report.complete
+        assert (transport.last_report.peers[0].outcome, transport.last_report.peers[0].phase) == ("refused", "agree")
+        with pytest.raises(RemoteProtocolError, match="cannot be healed from the others"):
+            transport.disallow_checkpoint()
     finally:
         transport.shutdown()
+
+
+def test_a_refusal_that_the_source_does_not_hear_of_is_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: ControlConnection, reason: str, *, wait: bool) -> None:
+        raise PeerFailure("the connection broke")
+
+    monkeypatch.setattr(ControlConnection, "refuse", lost)
+    source: LaneTransport[Any] = LaneTransport(10 * SECOND, CPU, host="127.0.0.1")
+    destination: LaneTransport[Any] = LaneTransport(10 * SECOND, CPU, lambda: {"w": noise(3, 1)}, host="127.0.0.1")
+    try:
+        source.send_checkpoint([1], 7, {"w": noise(1000, 2)}, 10 * SECOND)
+        with pytest.raises(RemoteProtocolError, match="w: expected"):
+            destination.recv_checkpoint(0, source.metadata(), 7, 10 * SECOND)
+        with pytest.raises(RemoteProtocolError, match="cannot be healed from the others"):
+            destination.disallow_checkpoint()
+        source.disallow_checkpoint()
+    finally:
+        source.shutdown()
+        destination.shutdown()

@@ -29,6 +29,13 @@ class Group:
 
     _rank = 1
 
+    def __init__(self) -> None:
+        self.tags: list[int] = []
+
+    def recv(self, tensors: list[torch.Tensor], rank: int, tag: int) -> None:
+        self.tags.append(tag)
+        raise RuntimeError("not connected")
+
     def size(self) -> int:
         return 3
 
@@ -72,7 +79,9 @@ def test_the_metadata_of_a_source_that_would_be_waited_for_in_vain(metadata: str
     assert made.metadata() == "ft-group/2"
     with pytest.raises(RemoteProtocolError, match=message):
         made.recv_checkpoint(2, metadata, 7, SECOND)
-    assert made.last_report.peers[0].outcome == "refused"
+    (peer,) = made.last_report.peers
+    assert (peer.outcome, peer.phase) == ("refused", "agree")
+    assert made._pg.tags == [(1 << 30) - 1], "the group is broken: in this step nobody waits for this replica"
     with pytest.raises(RemoteProtocolError, match="cannot be healed from the others"):
         made.disallow_checkpoint()
 

@@ -153,6 +153,16 @@ def test_a_dead_peer_does_not_break_the_group(error: Exception) -> None:
     assert not channel.broken
 
 
+def test_an_operation_that_another_thread_has_dropped_is_not_waited_for() -> None:
+    """As after Ctrl-C, which aborts the channels of all destinations."""
+    channel = GroupChannel(Group(), 3, CPU)
+    pending = channel.send(torch.zeros(4), 1)
+    channel.drop()
+    with pytest.raises(PeerFailure, match="the channel was aborted"):
+        channel.wait(pending, Deadline(LONG))
+    assert channel.nbytes_wire == 0
+
+
 class Refusing(Group):
     def send(self, tensors: list[torch.Tensor], rank: int, tag: int) -> Work:
         raise RuntimeError("Connection closed by peer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from helpers import CPU, difference, group_channels, noise
 
-from ft_transport import PeerFailure, TransferError, TransferReport
+from ft_transport import PeerFailure, TransferError, TransferReport, TransferTimeout
 from ft_transport._deadline import Deadline
 from ft_transport._group.channel import GroupChannel, Pending
 from ft_transport._group.control import CONTROL_TAG, FIRST_MESSAGE_TAG, FRAME_TAG
@@ -106,6 +107,50 @@ def test_a_destination_that_goes_is_the_error_and_nothing_more_is_posted_to_it()
     assert (peer.outcome, peer.phase, peer.nbytes) == ("dead", "move", 0)
     assert peer.nbytes_wire <= 12, "the description at the most, and nothing that was only posted"
     assert peer.reason == error.message
+
+
+class Late:
+    """Streams of a device whose copies are not over in time."""
+
+    cross = True
+
+    def begun(self) -> Late:
+        return self
+
+    def finish(self) -> None:
+        raise TransferTimeout("timed out: copies are not over")
+
+
+@pytest.mark.parametrize("error", [TransferTimeout("timed out"), KeyboardInterrupt()], ids=["device", "Ctrl-C"])
+def test_what_ends_this_side_alone_breaks_the_channel(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the destination would wait on, and what is posted would go on."""
+    monkeypatch.setattr(Late, "finish", raising(error))
+    _, (near, far) = group_channels()
+    manifest, tensors = describe({"w": [noise(1000, i) for i in range(4)]})
+    layout, peer = lay_out(manifest, LIMITS), PeerReport(1)
+    streams: Any = Late()
+    with pytest.raises(type(error)):
+        send_all(
+            near,
+            description(b"text", CPU),
+            layout,
+            place(manifest, layout, tensors, CPU),
+            CPU,
+            deadline(),
+            peer,
+            streams,
+        )
+    assert near.broken
+    assert peer.outcome in ("timed out", "failed")
+    with pytest.raises(PeerFailure):
+        far.wait(far.recv(torch.zeros(256, dtype=torch.uint8), FIRST_MESSAGE_TAG), deadline())
+
+
+def raising(error: BaseException) -> Callable[[object], None]:
+    def finish(_: object) -> None:
+        raise error
+
+    return finish
 
 
 @pytest.mark.parametrize("data", [b"x", bytes(1000)])

@@ -23,6 +23,7 @@ from ft_transport import (
     RemoteProtocolError,
     TornStateError,
     TransferError,
+    TransferTimeout,
     distributed,
 )
 from ft_transport._group.channel import Channel
@@ -338,8 +339,8 @@ def test_a_replica_that_refuses_for_what_may_pass_is_stopped_in_the_end() -> Non
         guard.check_step()
 
 
-def fail(guard: TornGuard, error: TransferError, phase: str = "agree") -> None:
-    report = TransferReport("destination", "test", 7, [PeerReport(0, phase=phase)])
+def fail(guard: TornGuard, error: TransferError, nbytes: int = 0) -> None:
+    report = TransferReport("destination", "test", 7, [PeerReport(0, phase="move", nbytes=nbytes)])
     guard.begin_quorum()
     with contextlib.suppress(TransferError), guard.receiving(report):
         raise error
@@ -348,19 +349,18 @@ def fail(guard: TornGuard, error: TransferError, phase: str = "agree") -> None:
 def test_a_replica_whose_source_cannot_describe_its_state_is_stopped_in_the_end() -> None:
     """It is not the source that stops: it has what this one lacks, and the others would follow it."""
     guard = TornGuard()
-    for _ in range(2):
-        fail(guard, ended(PeerFailure("it cannot travel"), "failed"))
-        guard.check_step()
-    receive(guard, torn=False)
-    for _ in range(2):
-        fail(guard, ended(PeerFailure("it cannot travel"), "failed"))
-        guard.check_step()
-    # Neither a source that is gone, nor one that gave up later on.
-    fail(guard, PeerFailure("gone"))
-    guard.check_step()
-    fail(guard, ended(PeerFailure("it has changed"), "failed"), "move")
-    guard.check_step()
-    fail(guard, ended(PeerFailure("it cannot travel"), "failed"))
+    for between in (
+        lambda: receive(guard, torn=False),
+        lambda: fail(guard, PeerFailure("gone")),
+        lambda: fail(guard, TransferTimeout("timed out")),
+        lambda: fail(guard, ended(PeerFailure("it has changed"), "failed"), nbytes=5),
+        guard.mark_restored,
+        lambda: fail(guard, ended(PeerFailure("it cannot travel"), "failed")),
+    ):
+        for _ in range(2):
+            fail(guard, ended(PeerFailure("it cannot travel"), "failed"))
+            guard.check_step()
+        between()
     with pytest.raises(RemoteProtocolError, match=r"cannot be healed from the others.*it cannot travel"):
         guard.check_step()
 
