@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ft_transport._check import StateCheck, check_state_dict
 from ft_transport._state.geometry import Geometry
 from ft_transport._state.kinds.base import Kind, Surroundings, register_kind
 from ft_transport._telemetry.events import EventCallback, RedactSecrets, transfer_event
@@ -47,6 +48,7 @@ __all__ = [
     "ProtocolError",
     "RedactSecrets",
     "RemoteProtocolError",
+    "StateCheck",
     "StateDigest",
     "Surroundings",
     "TornStateError",
@@ -55,6 +57,7 @@ __all__ = [
     "TransferTimeout",
     "__version__",
     "bind",
+    "check_state_dict",
     "materialize",
     "progress_bar",
     "register_kind",

@@ -45,11 +45,12 @@ ROOMS: dict[str, set[str]] = {
     "_plan": {"_deadline", "_device", "_options", "_process", "_state", "_telemetry", "_wire", "errors"},
     "_group": _MOVING,
     "_lanes": _MOVING | {"_net"},
+    "_check": {"_plan", "_process", "_state", "_telemetry", "_wire"},
     "state_digest": {"_device", "_options", "_plan", "_process", "_state", "_wire", "errors"},
     "_transport": {"_deadline", "_options", "_plan", "_process", "_telemetry", "_threads", "errors"},
     "distributed": _MOVING - {"_threads"} | {"_group", "_transport"},
     "_torchft": _MOVING | {"_group", "_lanes", "_net", "_transport", "state_digest"},
-    "__init__": {"_state", "_telemetry", "_torchft", "_training", "_version", "errors", "state_digest"},
+    "__init__": {"_check", "_state", "_telemetry", "_torchft", "_training", "_version", "errors", "state_digest"},
 }
 # What ft_transport.testing may import of ours, beside itself: the seams, and the wire to find messages in.
 ALLOWED_TESTING: dict[str, set[str]] = {

@@ -22,7 +22,7 @@ from ft_transport._state.kinds.distributed import meshes_of
 from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import Node, Path, flatten, format_path, paths_of
 from ft_transport._telemetry.causes import likely_cause, naming_cause
-from ft_transport._telemetry.report import Copies, OnMismatch, TransferReport, shortened
+from ft_transport._telemetry.report import Copies, OnMismatch, TransferReport, counted, shortened
 from ft_transport.errors import RemoteProtocolError, ended, printable
 
 __all__ = ["Fit", "fit", "match_template"]
@@ -181,9 +181,9 @@ def _drop_copies(
         copies.paths = _find_copies(manifest, template, targets)
         if copies.paths:
             logger.warning(
-                "the state_dict callback gives copies of %d leaves, the first is %s: they are received beside, and "
+                "the state_dict callback gives copies of %s, the first is %s: they are received beside, and "
                 "reach the model through load_state_dict alone",
-                len(copies.paths),
+                counted(copies.paths),
                 shortened(min(copies.paths)),
             )
     if not copies.paths:

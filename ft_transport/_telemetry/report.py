@@ -26,6 +26,7 @@ __all__ = [
     "Progress",
     "ProgressCallback",
     "TransferReport",
+    "counted",
     "outcome_of",
     "peer_label",
     "shortened",
@@ -263,9 +264,9 @@ class TransferReport:
         unexpected, missing = self.unexpected_keys, self.missing_keys
         parts = []
         if unexpected:
-            parts.append(f"unexpected keys: the template lacks {_count(unexpected)}, first {unexpected[0]}")
+            parts.append(f"unexpected keys: the template lacks {counted(unexpected)}, first {unexpected[0]}")
         if missing:
-            parts.append(f"missing keys: the source lacks {_count(missing)} of the template, first {missing[0]}")
+            parts.append(f"missing keys: the source lacks {counted(missing)} of the template, first {missing[0]}")
         cause = likely_cause(unexpected, missing)
         return "; ".join(parts) + (f": {cause}" if cause else "")
 
@@ -278,7 +279,7 @@ class TransferReport:
         unfit = "does not fit" if len(self.mismatched) == 1 else "do not fit"
         for what, found in ((unfit, self.mismatched), ("not received in place", self.not_in_place)):
             for path, reason in list(found.items())[:1]:
-                causes.append(f"{_count(found)} {what}, first {path}: {reason}")
+                causes.append(f"{counted(found)} {what}, first {path}: {reason}")
         return "; ".join(causes)
 
     @contextmanager
@@ -339,8 +340,9 @@ def outcome_of(error: BaseException | None, *, cancelled: bool = False) -> Outco
 _TEXTS = frozenset({"reason", "address", "name"})
 
 
-def _count(found: Sized) -> str:
-    return "1 leaf" if len(found) == 1 else f"{len(found)} leaves"
+def counted(leaves: Sized) -> str:
+    """How many leaves there are, in words."""
+    return "1 leaf" if len(leaves) == 1 else f"{len(leaves)} leaves"
 
 
 def _public_name(error: BaseException) -> str:
