@@ -122,9 +122,10 @@ class PGTransport(ManagedTransport[T]):
         Raises:
             TornStateError: The replica is torn, and no receive was tried since the newest :meth:`metadata`, or one that
                 the Manager takes for complete: its optimizer must not step. Raised again each time, until it is healed.
-            RemoteProtocolError: The newest receive was refused, because the template cannot take the state: the next
-                one would be too, and each fails the step of the healthy replicas. So with the third refusal in a row
-                for another reason of this side's. Raised again until the next quorum.
+            RemoteProtocolError: The newest receive was refused, and the next one would be too: the template cannot take
+                the state, or the source has another transport, or another version of it. Each fails the step of the
+                healthy replicas. So with the third in a row that either side has refused for another reason. Raised
+                again until the next quorum.
         """
         self._before_step()
 
