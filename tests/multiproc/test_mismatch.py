@@ -207,13 +207,13 @@ CANNOT_TRAVEL = "hook: a value of class function cannot be encoded"
 @pytest.mark.parametrize(
     ("source", "joiner", "hooked", "why", "num_failed"),
     [
-        pytest.param("lanes", "group", False, ANOTHER, 0, id="lanes-group"),
+        pytest.param("lanes", "group", False, ANOTHER, 0, id="lanes-group", marks=pytest.mark.thorough),
         pytest.param("group", "lanes", False, ANOTHER, 0, id="group-lanes"),
         pytest.param("torchft http", "group", False, ANOTHER, 0, id="http-group", marks=pytest.mark.thorough),
         pytest.param("torchft http", "lanes", False, ANOTHER, 0, id="http-lanes", marks=pytest.mark.thorough),
         pytest.param("torchft group", "lanes", False, ANOTHER, 0, id="torchft-lanes", marks=pytest.mark.thorough),
-        pytest.param("torchft group", "group", False, ANOTHER, 0, id="torchft-group"),
-        pytest.param("group", "group", True, CANNOT_TRAVEL, 2, id="cannot-travel-group"),
+        pytest.param("torchft group", "group", False, ANOTHER, 0, id="torchft-group", marks=pytest.mark.thorough),
+        pytest.param("group", "group", True, CANNOT_TRAVEL, 2, id="cannot-travel-group", marks=pytest.mark.thorough),
         pytest.param("lanes", "lanes", True, CANNOT_TRAVEL, 2, id="cannot-travel-lanes"),
     ],
 )
