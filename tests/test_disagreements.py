@@ -527,7 +527,7 @@ def test_leaves_that_the_callback_copies_are_told(
     assert report.not_in_place == {}
     assert report.nbytes_in_place == (0 if shadow else 4800)
     assert report.nbytes_copied == (4800 if shadow else 0)
-    assert "copies of 1 leaves, the first is copied" in caplog.text
+    assert "copies of 1 leaf, the first is copied" in caplog.text
     assert len(calls) == 2
 
 
