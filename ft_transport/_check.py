@@ -12,7 +12,7 @@ from ft_transport._plan.expected import Template
 from ft_transport._plan.template import fit
 from ft_transport._process import no_collection, undisturbed
 from ft_transport._state.describe import describe_flat
-from ft_transport._telemetry.report import Copies, TransferReport, counted, shortened
+from ft_transport._telemetry.report import Copies, TransferReport, counted, first_of, shortened
 from ft_transport._wire.decode import decode_manifest
 from ft_transport._wire.encode import encode_manifest
 from ft_transport._wire.frames import ManifestHeader, decode_frame
@@ -37,10 +37,8 @@ class StateCheck:
     not_in_place: Mapping[str, str]
 
     def __str__(self) -> str:
-        landing = "all received in place"
-        for path, reason in list(self.not_in_place.items())[:1]:
-            landing = f"{counted(self.not_in_place)} not received in place, first {path}: {reason}"
-        return shortened(f"{self.num_leaves} leaves, {self.nbytes / 1e6:.1f} MB, {landing}")
+        landing = first_of(self.not_in_place, "not received in place") or "all received in place"
+        return shortened(f"{counted(self.num_leaves)}, {self.nbytes / 1e6:.1f} MB, {landing}")
 
 
 def check_state_dict(state_dict: Callable[[], object]) -> StateCheck:

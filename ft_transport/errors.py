@@ -37,6 +37,7 @@ class TransferError(Exception):
 
     # What a report says of the peer, where the class alone does not tell: see :func:`ended`.
     _outcome = ""
+    # Whether the next transfer would end so, too: see :func:`refused_for_good`.
     _for_good = False
 
     def __init__(
@@ -92,7 +93,7 @@ def _rebuild(cls: type[TransferError], fields: dict[str, Any]) -> TransferError:
 E = TypeVar("E", bound=TransferError)
 
 
-def ended(error: E, outcome: str, *, for_good: bool = False) -> E:
+def ended(error: E, outcome: str) -> E:
     """The error, which knows now how the transfer with the peer has ended.
 
     A peer that gave up and one that is gone are the same to a caller, who takes another one: both are a
@@ -101,10 +102,9 @@ def ended(error: E, outcome: str, *, for_good: bool = False) -> E:
     Args:
         error: To be raised.
         outcome: As in ``PeerReport``.
-        for_good: Whether the next one would end so, too: nothing that it comes of changes by itself.
     """
     # An attribute of the instance, so it crosses process boundaries with the others.
-    error._outcome, error._for_good = outcome, for_good
+    error._outcome = outcome
     return error
 
 
@@ -135,6 +135,13 @@ class RemoteProtocolError(ProtocolError):
 
     The peer, or one side's template, is to be mended.
     """
+
+
+def refused_for_good(message: str) -> RemoteProtocolError:
+    """What a destination raises that will refuse the next one as well: nothing that it comes of changes by itself."""
+    error = ended(RemoteProtocolError(message), "refused")
+    error._for_good = True
+    return error
 
 
 class TornStateError(TransferError):

@@ -685,7 +685,7 @@ MUTANTS = [
     Mutant(
         "a template tensor without memory takes no bytes",
         "_plan/compare.py",
-        "    misfits.update(mine.without_memory())\n",
+        "    misfits.update(mine.without_memory)\n",
         "",
         "tests/plan/test_compare.py::test_template_leaves_whose_memory_was_given_back_are_named_and_left_alone",
     ),

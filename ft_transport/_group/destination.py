@@ -169,7 +169,7 @@ def _agree(
         except TransferError as untold:
             # What is wrong with the state counts, for whoever reads of it here and for the next quorum.
             logger.warning("rank %d could not be told that its state is refused: %s", control.channel.peer_rank, untold)
-        raise ended(error, "refused", for_good=error._for_good) from None
+        raise ended(error, "refused") from None
     # The digest of the manifest goes back with it: both sides derive all messages from that, and one flipped bit in it
     # would have them receive what was not sent.
     control.send_frame(encode_frame(Frame.READY, [digest_bytes(data)]))

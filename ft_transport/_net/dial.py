@@ -20,7 +20,7 @@ from ft_transport._net.endpoint import Endpoint
 from ft_transport._net.handshake import Handshake, client_handshake
 from ft_transport._net.handshake_io import HANDSHAKE, PendingHandshake, SslContexts
 from ft_transport._net.stall import HEARTBEAT, StallTimer
-from ft_transport.errors import PeerFailure, RemoteProtocolError, ended
+from ft_transport.errors import PeerFailure, RemoteProtocolError, refused_for_good
 
 __all__ = ["dial"]
 
@@ -58,11 +58,10 @@ def dial(
     # Said here, where it can be named: to a listener that expects the other, the first bytes are a stranger's, and it
     # closes without a word.
     if endpoint.tls != (contexts is not None):
-        error = RemoteProtocolError(
+        raise refused_for_good(
             f"{label} {'speaks' if endpoint.tls else 'does not speak'} TLS and this side "
             f"{'does' if contexts else 'does not'}: give both an ssl_context, or neither"
         )
-        raise ended(error, "refused", for_good=True)
     calls = HappyEyeballs(endpoint, contexts, label, wakeup)
     try:
         connection = calls.answered(timer)

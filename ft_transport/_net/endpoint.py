@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import psutil
 
-from ft_transport.errors import LocalProtocolError, RemoteProtocolError, ended
+from ft_transport.errors import LocalProtocolError, RemoteProtocolError, refused_for_good
 
 __all__ = ["Interface", "Endpoint", "rank_addresses", "interfaces", "resolve"]
 
@@ -59,12 +59,12 @@ class Endpoint(NamedTuple):
         # The text holds the secret, which must not get into a log.
         if match is None:
             scheme = metadata.partition("://")[0][:20] if "://" in metadata else metadata[:20]
-            raise _another(
+            raise refused_for_good(
                 f"expected the metadata of a LaneTransport, got {scheme!r}…: all replicas need the same transport"
             )
         scheme, hosts, port, version, secret = match.groups()
         if int(version) != VERSION:
-            raise _another(
+            raise refused_for_good(
                 f"expected version {VERSION} of the lanes, the source has {version}: all replicas need the same release"
             )
         try:
@@ -74,11 +74,6 @@ class Endpoint(NamedTuple):
         if not 0 < int(port) < 1 << 16:
             raise RemoteProtocolError(f"metadata with port {port}")
         return cls(addresses, int(port), bytes.fromhex(secret), scheme.endswith("+tls"))
-
-
-def _another(text: str) -> RemoteProtocolError:
-    # In the next quorum it will be the same.
-    return ended(RemoteProtocolError(text), "refused", for_good=True)
 
 
 # Finds the parts, each of bounded length; what they are worth is looked at one by one, so that an error can name it.

@@ -360,7 +360,7 @@ def compare_plain(
         {at for at, pair in enumerate(zip(wanted, there, strict=True)) if pair in misfitting} if misfitting else set()
     )
     misfits.update(read_only.among(mine.addresses))
-    misfits.update(mine.without_memory())
+    misfits.update(mine.without_memory)
     homes = list(mine.alive), list(mine.bases), list(mine.capacities), list(mine.addresses)
     blocks = Blocks(list(mine.tensors), *homes, on_host=True)
     targets = Targets(numbers, blocks, list(mine.geometries))

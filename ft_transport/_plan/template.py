@@ -23,7 +23,7 @@ from ft_transport._state.manifest import Manifest
 from ft_transport._state.tree import Node, Path, flatten, format_path, paths_of
 from ft_transport._telemetry.causes import likely_cause, naming_cause
 from ft_transport._telemetry.report import Copies, OnMismatch, TransferReport, counted, shortened
-from ft_transport.errors import RemoteProtocolError, ended, printable
+from ft_transport.errors import printable, refused_for_good
 
 __all__ = ["Fit", "fit", "match_template"]
 
@@ -77,30 +77,19 @@ def fit(
     if template is None:
         report.without_template = True
         return Fit({}, Targets.none(), Surroundings())
-    # ``strict`` is the older word, and means more: what is missing or left over is refused as well.
-    return _fit(manifest, template, report, "refuse" if strict else on_mismatch, strict, copies)
-
-
-def _fit(
-    manifest: Manifest,
-    template: Template,
-    report: TransferReport,
-    on_mismatch: OnMismatch,
-    strict: bool,
-    copies: Copies | None,
-) -> Fit:
     known = template.plain(manifest)
     matched, plain = (match_template(manifest, template.tree, report), None) if known is None else known
     compared = compare_all(manifest, matched, report, plain)
     # Refused here is refused before a byte moves, so that the template is what it was, and the replica not torn.
-    refused = _refused(manifest, matched, compared, on_mismatch, report)
+    refused = _refused(manifest, matched, compared, "refuse" if strict else on_mismatch, report)
+    # The older word, and it means more.
     if strict:
         unexpected, missing = report.unexpected_keys, report.missing_keys
         refused += [f"{path}: unexpected key, expected in the template, source has it" for path in unexpected]
         refused += [f"{path}: missing key, expected from the source, template has it" for path in missing]
         refused += filter(None, [likely_cause(unexpected, missing)])
     if refused:
-        raise _refusal("; ".join(refused))
+        raise refused_for_good("; ".join(refused))
     # Both at once is what a renamed module looks like. One of them alone is a model that has grown, or a source that
     # keeps an EMA.
     if report.unexpected_keys and report.missing_keys:
@@ -111,11 +100,6 @@ def _fit(
         new |= _drop_copies(manifest, template, targets, copies, report)
     here = Surroundings(meshes=meshes_of([matched.pop(index) for index in new]))
     return Fit(matched, targets, here)
-
-
-def _refusal(text: str) -> RemoteProtocolError:
-    # A template of another shape does not change by itself.
-    return ended(RemoteProtocolError(text), "refused", for_good=True)
 
 
 def _refused(
@@ -183,7 +167,7 @@ def _drop_copies(
             logger.warning(
                 "the state_dict callback gives copies of %s, the first is %s: they are received beside, and "
                 "reach the model through load_state_dict alone",
-                counted(copies.paths),
+                counted(len(copies.paths)),
                 shortened(min(copies.paths)),
             )
     if not copies.paths:
@@ -242,13 +226,13 @@ def match_template(manifest: Manifest, template: object, report: TransferReport)
     best, prefix = max(scored, key=lambda entry: entry[0])
     if any(leaf.views for leaf in manifest.leaves):
         if best == (0, 0):
-            raise _refusal(
+            raise refused_for_good(
                 f"the state_dict callback matches nothing in what the source sends: the callback has "
                 f"{_some(paths)}, the source sends {_some(manifest.paths)}{_cause(manifest.paths, paths)}"
             )
         rivals = [format_path(other)[:200] for score, other in scored if score == best]
         if len(rivals) > 1:
-            raise _refusal(
+            raise refused_for_good(
                 f"the state_dict callback fits at {' and '.join(rivals)} alike; return a dict by registered key"
             )
     matched = {}

@@ -115,6 +115,7 @@ class Tensors:
         """The view of a tensor in its own storage."""
         return View(EMPTY, self.geometries[index], self.offsets[index])
 
+    @functools.cached_property
     def without_memory(self) -> list[int]:
         """The tensors whose elements do not lie in their storage, in order."""
         # As many distinct ones as there are shapes, in most states.
@@ -183,8 +184,8 @@ def describe_flat(flat: Flat, between: Turn = let_others_run) -> tuple[Manifest,
     parts, same, columns = _take_all_apart(values, nodes, between)
     # Looked for before anything is said to anybody, and the path is told: which module is sharded away is the first
     # thing one wants to know.
-    if lacking := columns.without_memory():
-        bad = lacking[0]
+    if columns.without_memory:
+        bad = columns.without_memory[0]
         counts = [parts[index][1] if index in parts else 1 for index in range(len(values))]
         owner = next(leaf for leaf, end in enumerate(accumulate(counts)) if end > bad)
         path = format_path(paths_of(nodes)[owner])

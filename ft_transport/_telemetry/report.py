@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -27,6 +27,7 @@ __all__ = [
     "ProgressCallback",
     "TransferReport",
     "counted",
+    "first_of",
     "outcome_of",
     "peer_label",
     "shortened",
@@ -264,9 +265,9 @@ class TransferReport:
         unexpected, missing = self.unexpected_keys, self.missing_keys
         parts = []
         if unexpected:
-            parts.append(f"unexpected keys: the template lacks {counted(unexpected)}, first {unexpected[0]}")
+            parts.append(f"unexpected keys: the template lacks {counted(len(unexpected))}, first {unexpected[0]}")
         if missing:
-            parts.append(f"missing keys: the source lacks {counted(missing)} of the template, first {missing[0]}")
+            parts.append(f"missing keys: the source lacks {counted(len(missing))} of the template, first {missing[0]}")
         cause = likely_cause(unexpected, missing)
         return "; ".join(parts) + (f": {cause}" if cause else "")
 
@@ -274,13 +275,9 @@ class TransferReport:
         """Why not all has landed in place, or may not be loaded, as far as the template is the reason."""
         if self.without_template:
             return "the transport was given no state_dict to receive into"
-        causes = [gaps] if (gaps := self.gaps()) else []
-        # One of each: the first path is enough to see what was forgotten. All of them are in the report.
         unfit = "does not fit" if len(self.mismatched) == 1 else "do not fit"
-        for what, found in ((unfit, self.mismatched), ("not received in place", self.not_in_place)):
-            for path, reason in list(found.items())[:1]:
-                causes.append(f"{counted(found)} {what}, first {path}: {reason}")
-        return "; ".join(causes)
+        causes = [self.gaps(), first_of(self.mismatched, unfit), first_of(self.not_in_place, "not received in place")]
+        return "; ".join(filter(None, causes))
 
     @contextmanager
     def phase(self, name: str, on_phase: PhaseCallback | None = None) -> Iterator[None]:
@@ -340,9 +337,20 @@ def outcome_of(error: BaseException | None, *, cancelled: bool = False) -> Outco
 _TEXTS = frozenset({"reason", "address", "name"})
 
 
-def counted(leaves: Sized) -> str:
+def counted(num_leaves: int) -> str:
     """How many leaves there are, in words."""
-    return "1 leaf" if len(leaves) == 1 else f"{len(leaves)} leaves"
+    return "1 leaf" if num_leaves == 1 else f"{num_leaves} leaves"
+
+
+def first_of(found: Mapping[str, str], what: str) -> str:
+    """How many leaves something is true of, by path and reason, and the first; empty for none.
+
+    That is enough to see what was forgotten. Whoever shows it has all of them.
+    """
+    if not found:
+        return ""
+    path, reason = next(iter(found.items()))
+    return f"{counted(len(found))} {what}, first {path}: {reason}"
 
 
 def _public_name(error: BaseException) -> str:

@@ -29,7 +29,7 @@ from ft_transport._telemetry.report import Copies, OnMismatch, PeerReport, Progr
 from ft_transport._torchft.managed import ManagedTransport, StateDict
 from ft_transport._transport import check_ranks, check_step
 from ft_transport._wire.frames import VERSION
-from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferTimeout, ended, reason_of
+from ft_transport.errors import PeerFailure, RemoteProtocolError, TransferTimeout, reason_of, refused_for_good
 
 __all__ = ["PGTransport"]
 
@@ -255,8 +255,7 @@ def _foreign(metadata: str) -> RemoteProtocolError | None:
             return None
         # No more of it than its scheme: there may be a secret behind.
         said, expected, need = said.partition("://")[0], "the metadata of ft_transport's PGTransport", "transport"
-    text = f"expected {expected}, got {said[:20]!r}: all replicas need the same {need}"
-    return ended(RemoteProtocolError(text), "refused", for_good=True)
+    return refused_for_good(f"expected {expected}, got {said[:20]!r}: all replicas need the same {need}")
 
 
 def _is_in_order(pg: ProcessGroup, device: torch.device) -> bool:

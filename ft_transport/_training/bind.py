@@ -204,12 +204,11 @@ def _prepared(part: Any, state: Any, path: str) -> list[Callable[[], None]]:
     return [_one_prepared(part, state, path)]
 
 
-def _one_prepared(part: Any, state: Any, path: str) -> Callable[[], None]:
+def _one_prepared(part: _Part, state: Any, path: str) -> Callable[[], None]:
     # A module refuses it with torch's words, and what another object's own function takes is its affair.
     if isinstance(part, OptimizerState):
         _check_mapping(state, path)
-    prepared: Callable[[], None] = part.prepare(state)
-    return prepared
+    return part.prepare(state)
 
 
 def _check_mapping(state: Any, path: str) -> None:

@@ -96,9 +96,10 @@ class OptimizerState:
         state = dict(state)
         for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
             state = hook(optimizer, state) or state
-        if missing := [name for name in ("state", "param_groups") if name not in state]:
-            name = type(optimizer).__name__
-            raise ValueError(f"the state of {name} has no {missing[0]!r}, expected as state_dict() gives it")
+        for name in ("state", "param_groups"):
+            if name not in state:
+                kind = type(optimizer).__name__
+                raise ValueError(f"the state of {kind} has no {name!r}, expected as state_dict() gives it")
         saved, groups = state["param_groups"], optimizer.param_groups
         if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
             _let_torch_refuse(optimizer, state)

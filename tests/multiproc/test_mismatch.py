@@ -31,7 +31,7 @@ STEPS_TOGETHER = 3
 class Job(NamedTuple):
     lighthouse: str
     store: int
-    transport: str  # one of TRANSPORTS
+    transport: str  # see new_transport
     async_quorum: bool
 
 

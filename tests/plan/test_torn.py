@@ -20,6 +20,7 @@ from ft_transport import (
     PeerFailure,
     PGTransport,
     Progress,
+    ProtocolError,
     RemoteProtocolError,
     TornStateError,
     TransferError,
@@ -30,7 +31,7 @@ from ft_transport._group.channel import Channel
 from ft_transport._options import Options
 from ft_transport._plan.torn import TornGuard
 from ft_transport._telemetry.report import PeerReport, TransferReport
-from ft_transport.errors import ended
+from ft_transport.errors import ended, refused_for_good
 from ft_transport.testing import FaultyChannel, memory_channels
 
 SECOND = timedelta(seconds=1)
@@ -309,8 +310,8 @@ def test_a_quorum_that_has_failed_before_a_heal_could_be_tried_stops_nobody() ->
 
 def refuse(guard: TornGuard, *, unfit: bool) -> None:
     report = TransferReport("destination", "test", 7, [PeerReport(0, "refused")])
-    with contextlib.suppress(LocalProtocolError), guard.receiving(report):
-        raise ended(LocalProtocolError("it does not fit"), "refused", for_good=unfit)
+    with contextlib.suppress(ProtocolError), guard.receiving(report):
+        raise refused_for_good("it does not fit") if unfit else ended(LocalProtocolError("it does not fit"), "refused")
 
 
 def test_a_replica_that_refuses_what_it_will_refuse_again_is_stopped() -> None:
